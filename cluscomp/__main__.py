@@ -1,0 +1,164 @@
+"""The command line: compose, build, run. No Hydra and no `DictConfig` past this file."""
+
+import difflib
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from cluscomp import __version__
+from cluscomp.errors import InputError
+from cluscomp.experiment import Experiment
+
+if TYPE_CHECKING:
+    from cluscomp.experiment import Outcome
+
+HERE = Path(__file__).parent
+CONF = next(folder for folder in (HERE / "conf", HERE.parent / "conf") if folder.is_dir())
+STAGES = "cluscomp.stages."  # nodes whose _target_ is here are stages
+SHARED = ("method", "data", "bits", "data_root", "debug")  # used by other settings, not by the run itself
+
+
+def main() -> None:
+    """The `cluscomp` command. Exit codes: 0 done, 1 failed, 2 input cannot work, 130 interrupted."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["run"]:
+        del arguments[0]
+    if arguments == ["--version"]:
+        print(__version__)
+        return
+    sys.argv[1:] = arguments
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here whole, to be told in a sentence
+    try:
+        _compose_and_run()
+    except (Exception, KeyboardInterrupt) as error:
+        if "debug=true" in arguments:
+            raise
+        message, code = explain(error)
+        print(f"cluscomp: {message}", file=sys.stderr)
+        sys.exit(code)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _compose_and_run(config: DictConfig) -> None:
+    experiment = build(config)
+    _quiet_libraries()
+    from cluscomp.experiment import run
+
+    show(run(experiment))
+
+
+def build(config: DictConfig) -> Experiment:
+    """The checked, immutable settings of a run. Raises InputError that names key, value and what is allowed."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise InputError(f"{missing[0]} is required: give {missing[0]}=...")
+    raw: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
+    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    built = {key: _instantiate(key, value, raw) for key, value in values.items()}
+    evaluate = values["evaluate"]["_target_"]
+    stages = {
+        key: built.pop(key)
+        for key, value in values.items()
+        if isinstance(value, dict) and value.get("_target_", "").startswith(STAGES) and value["_target_"] != evaluate
+    }
+    settings = {key: value for key, value in built.items() if key not in SHARED}
+    try:
+        return Experiment(stages=stages, **settings)
+    except ValidationError as error:
+        raise InputError(_told(error, "", raw)) from error
+
+
+def _instantiate(key: str, value: Any, raw: dict[str, Any]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    try:
+        return hydra.utils.instantiate(value, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValidationError):
+            raise InputError(_told(error.__cause__, key, raw)) from error
+        raise
+
+
+def _told(error: ValidationError, prefix: str, raw: dict[str, Any]) -> str:
+    """Each wrong setting as `key = value: what is allowed`; a value taken from another key is named by that key."""
+    sentences = []
+    for problem in error.errors():
+        path = [*filter(None, [prefix]), *map(str, problem["loc"])]
+        node: Any = raw
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else None
+        taken_from = re.fullmatch(r"\$\{([\w.]+)\}", node) if isinstance(node, str) else None
+        name = taken_from[1] if taken_from else ".".join(path)
+        message = problem["msg"].removeprefix("Value error, ")
+        whole = problem["type"] in {"value_error", "missing"}
+        sentences.append(f"{name}: {message}" if whole else f"{name} = {problem['input']!r}: {message}")
+    return "; ".join(sentences)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """One sentence for an exception, and the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; finished blocks are kept, the same command goes on from there", 130
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _composition_problem(error), 2
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"failed: {place}{error.strerror or error}", 1
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"failed: {type(error).__name__}: {first_line} (debug=true shows where)", 1
+
+
+def _composition_problem(error: BaseException) -> str:
+    """Hydra's complaint in a sentence, with the nearest key that exists."""
+    text = str(error)
+    override = re.search(r"Could not override '([^']+)'", text)
+    if override:
+        *parents, wrong = override[1].split(".")
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            groups = [item for item in sys.argv[1:] if re.fullmatch(r"[\w/]+=[\w/]+", item) and (CONF / item.split("=")[0]).is_dir()]
+            node = hydra.compose("config", overrides=groups)
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, DictConfig) else None
+        keys = sorted(str(key) for key in node) if isinstance(node, DictConfig) else []
+        keys = [key for key in keys if key != "_target_"]
+        near = difflib.get_close_matches(wrong, keys, 1)
+        hint = f"did you mean {'.'.join([*parents, near[0]])}? " if near else ""
+        return f"{override[1]}: there is no such setting; {hint}allowed here: {', '.join(keys) or 'nothing'}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines).replace("\t", " ")
+
+
+def _quiet_libraries() -> None:
+    """Our own lines on the terminal, from other libraries only errors."""
+    import transformers
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("cluscomp").setLevel(logging.INFO)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def show(outcome: "Outcome") -> None:
+    """Print a run's table, what the models made of the prompt, and where everything lies."""
+    from cluscomp.tables import stage_table
+
+    table = stage_table([outcome.record]).drop(columns="run")
+    print(f"\n{table.to_markdown(index=False, disable_numparse=True)}\n")
+    for name, sample in outcome.samples.items():
+        print(f"{name}: {sample!r}")
+    print(f"checkpoint  {outcome.checkpoint}\nrecord      {outcome.path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Walk a decoder block by block with exact activations (the only place with hooks)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cluscomp.errors import InputError
+from cluscomp.models import Original, block_names, blocks
+
+
+class _Captured(Exception):
+    """Ends a forward pass once every block's arguments are known."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What one block is called with besides the hidden states: masks, position embeddings, ..."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Walk:
+    """The forward pass of a model, cut at its blocks.
+
+    Every block gets its own captured arguments: models whose blocks differ (sliding windows, two rotary bases) are
+    silently wrong with block 0's. The arguments may depend on the shape of a window but not on its tokens, which is
+    checked; windows must have one length and no padding. With `original` the blocks' weights are read from its file,
+    one block at a time; without, they are in the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, original: Original | None = None) -> None:
+        self.model, self.blocks, self._original = model, blocks(model), original
+        self._arguments: dict[torch.Size, list[Arguments]] = {}
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def block(self, index: int) -> AbstractContextManager[nn.Module]:
+        """Block `index`, in memory for the length of a `with` block."""
+        return nullcontext(self.blocks[index]) if self._original is None else self._original.block(self.model, index)
+
+    @torch.no_grad()
+    def embed(self, ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T H"]:
+        """The hidden states that enter the first block: (B, T) token ids -> (B, T, H).
+
+        Raises InputError for a model whose blocks get arguments made from the tokens.
+        """
+        hidden_BTH, arguments = self._capture(ids_BT)
+        known = self._arguments.setdefault(ids_BT.shape, arguments)
+        for name, first, second in zip(block_names(self.model), known, arguments):
+            if not _same(first, second):
+                raise InputError(f"{name}: its arguments depend on the tokens, so blocks cannot be walked one by one")
+        return hidden_BTH
+
+    def apply(self, index: int, block: nn.Module, hidden_BTH: Float[Tensor, "B T H"]) -> Float[Tensor, "B T H"]:
+        """Run `block` as block `index` of the model; windows of this shape must have been embedded before."""
+        arguments = self._arguments[hidden_BTH.shape[:2]][index]
+        output = block(hidden_BTH, *arguments.args, **arguments.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def logits(self, hidden_BTH: Float[Tensor, "B T H"], ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T vocabulary"]:
+        """What the model makes of the last block's output: final norm, head and anything beside them."""
+
+        def replace(_module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> Tensor:
+            return hidden_BTH
+
+        with self._skipped_blocks(lambda index: replace if index == len(self.blocks) - 1 else None):
+            return self.model(ids_BT, use_cache=False).logits  # type: ignore[no-any-return]
+
+    def _capture(self, ids_BT: Tensor) -> tuple[Tensor, list[Arguments]]:
+        arguments: list[Arguments] = []
+        entering: list[Tensor] = []
+
+        def note(_module: nn.Module, args: Any, kwargs: Any, _output: Any) -> None:
+            kwargs = dict(kwargs)
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            entering.append(hidden)
+            arguments.append(Arguments(tuple(args[1:]), kwargs))
+            if len(arguments) == len(self.blocks):
+                raise _Captured
+
+        with self._skipped_blocks(lambda _index: note):
+            try:
+                self.model(ids_BT, use_cache=False)
+            except _Captured:
+                return entering[0], arguments
+        raise InputError(f"{type(self.model).__name__}: {len(arguments)} of {len(self.blocks)} blocks were called")
+
+    @contextmanager
+    def _skipped_blocks(self, hook_of: Callable[[int], Callable[..., Any] | None]) -> Iterator[None]:
+        """Let every block hand on its input unchanged; `hook_of(index)` may look at a call or replace its output."""
+        handles = []
+        try:
+            for index, block in enumerate(self.blocks):
+                block.forward = _identity
+                if hook := hook_of(index):
+                    handles.append(block.register_forward_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for block in self.blocks:
+                vars(block).pop("forward", None)  # the class's own forward shows again
+
+
+def _identity(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    return hidden_states
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two blocks' arguments are equal, tensors by value."""
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, Arguments):
+        return isinstance(second, Arguments) and _same(first.args, second.args) and _same(first.kwargs, second.kwargs)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+    if isinstance(first, tuple | list):
+        return len(first) == len(second) and all(_same(one, two) for one, two in zip(first, second))
+    return bool(first == second)

@@ -1,0 +1,139 @@
+"""Bits: the ledger of a whole model, and the choice of codebook sizes that meets a bit target."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cluscomp.kernels.codes import MAX_CODE_BITS, code_bits, packed_bytes
+from cluscomp.kmeans import kmeans
+from cluscomp.models import compressed, unique_tensors
+from cluscomp.weights import STORAGE_DTYPE, Axis, storage_dtype, sub_vectors
+
+CODEBOOK_BITS = torch.finfo(STORAGE_DTYPE).bits
+MAX_VECTOR_DIM = 16
+SHORTLIST = 3  # candidates whose error is measured
+SAMPLE = 65_536  # sub-vectors of a measurement, or 16 a centroid if that is more
+MEASURE_ITERATIONS = 3
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bits of a model as stored. Per-weight figures divide by the number of dense weights they cover.
+
+    `linear_bits_per_weight` covers the compressed matrices alone (what papers quote; paper Equation 3),
+    `model_bits_per_weight` every parameter of the model. `ledger` holds bits by part; `kept` is what is not compressed.
+    """
+
+    linear_bits_per_weight: float
+    model_bits_per_weight: float
+    ledger: dict[str, int]
+
+
+def size_of(model: nn.Module) -> Size:
+    """Count every stored bit of a model in memory; tied tensors count once. Raises ValueError if nothing is compressed."""
+    layers = compressed(model)
+    if not layers:
+        raise ValueError("no layer of the model is compressed")
+    ledger: dict[str, int] = {}
+    for layer in layers.values():
+        for part, bits in layer.stored.ledger().items():  # type: ignore[operator]
+            ledger[part] = ledger.get(part, 0) + bits
+    weights = sum(layer.out_features * layer.in_features for layer in layers.values())
+    linear_bits = sum(ledger.values())
+    inside = tuple(f"{name}.stored." for name in layers)
+    kept = [tensor for name, tensor in unique_tensors(model).items() if not name.startswith(inside)]
+    ledger["kept"] = sum(tensor.numel() * storage_dtype(tensor).itemsize * 8 for tensor in kept)
+    total = weights + sum(tensor.numel() for tensor in kept)
+    return Size(linear_bits / weights, sum(ledger.values()) / total, ledger)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sub-vector length D and number of centroids K of one matrix, with its stored bits per weight."""
+
+    vector_dim: int
+    codebook_size: int
+    bits: float
+
+
+def stored_bits(out_features: int, in_features: int, axis: Axis, vector_dim: int, codebook_size: int) -> float:
+    """Stored bits per weight of one matrix with one codebook: paper Equation 3 with packed codes and padding.
+
+    (ceil(log2 K) * codes + 16 * K * D) / (O * I), the codes being those of padded lines, in whole groups of 8.
+    """
+    lines, length = (in_features, out_features) if axis == "out" else (out_features, in_features)
+    codes = packed_bytes(lines * math.ceil(length / vector_dim), code_bits(codebook_size)) * 8
+    return (codes + CODEBOOK_BITS * codebook_size * vector_dim) / (out_features * in_features)
+
+
+def reachable(out_features: int, in_features: int, axis: Axis, bits: float) -> list[Shape]:
+    """For each D the largest K whose stored bits per weight stay at or under `bits`; empty if there is none.
+
+    With D fixed more centroids never fit worse, so nothing else needs to be considered. K never exceeds the number
+    of sub-vectors or 65,536.
+    """
+    lines, length = (in_features, out_features) if axis == "out" else (out_features, in_features)
+    shapes = []
+    for vector_dim in range(1, min(MAX_VECTOR_DIM, length) + 1):
+        num_vectors = lines * math.ceil(length / vector_dim)
+        for width in range(MAX_CODE_BITS, 0, -1):
+            budget = bits * out_features * in_features - packed_bytes(num_vectors, width) * 8
+            size = min(int(budget // (CODEBOOK_BITS * vector_dim)), 1 << width, num_vectors)
+            if size >= 2 and code_bits(size) == width:
+                actual = stored_bits(out_features, in_features, axis, vector_dim, size)
+                shapes.append(Shape(vector_dim, size, actual))
+                break
+    return shapes
+
+
+def expected_bits(shape: Shape) -> float:
+    """Quality of (D, K) for Gaussian weights in bits: log2(K)/D less the high-rate loss of D dimensions.
+
+    The loss is half the log2 of Zador's constant with the sphere bound on the cell shape; it ranks candidates only.
+    """
+    dim = shape.vector_dim
+    log_constant = math.log(2 / (dim + 2)) + 2 / dim * math.lgamma(dim / 2 + 1) + (dim + 2) / 2 * math.log1p(2 / dim)
+    return math.log2(shape.codebook_size) / dim - log_constant / math.log(4)
+
+
+def measured_error(weight_OI: Float[Tensor, "O I"], shape: Shape, axis: Axis, generator: torch.Generator) -> float:
+    """Squared error per weight that clustering with (D, K) will leave, from a short K-means on a sample of sub-vectors.
+
+    Fewer points per centroid than the whole matrix has make the sample's own error too small; the factor
+    (1 - K/N) / (1 - K/n) corrects that to first order. A test compares the outcome with full clustering.
+    """
+    points_ND = sub_vectors(weight_OI, shape.vector_dim, axis)
+    total = len(points_ND)
+    sample = min(total, max(SAMPLE, 16 * shape.codebook_size))
+    if sample < total:
+        points_ND = points_ND[torch.randperm(total, generator=generator)[:sample].to(points_ND.device)]
+    found = kmeans(points_ND, shape.codebook_size, iterations=MEASURE_ITERATIONS, generator=generator)
+    bias = 1 - shape.codebook_size / sample
+    correction = (1 - shape.codebook_size / total) / bias if bias else 1.0
+    return found.inertia / points_ND.numel() * correction
+
+
+def choose(weight_OI: Float[Tensor, "O I"], bits: float, axis: Axis, generator: torch.Generator) -> Shape:
+    """The (D, K) of least measured error whose stored bits per weight stay at or under `bits`.
+
+    Raises ValueError, with the bits that are within reach, if no codebook fits.
+    """
+    out_features, in_features = weight_OI.shape
+    shapes = reachable(out_features, in_features, axis, bits)
+    if not shapes:
+        length = out_features if axis == "out" else in_features
+        least, dim = min(
+            (stored_bits(out_features, in_features, axis, dim, 2), dim)
+            for dim in range(1, min(MAX_VECTOR_DIM, length) + 1)
+        )
+        raise ValueError(
+            f"{bits} bits per weight are out of reach for a {out_features} x {in_features} matrix: "
+            f"the least is {least:.3f}, with vector_dim={dim} codebook_size=2"
+        )
+    shortlist = sorted(shapes, key=expected_bits, reverse=True)[:SHORTLIST]
+    if len(shortlist) == 1:
+        return shortlist[0]
+    return min(shortlist, key=lambda shape: measured_error(weight_OI, shape, axis, generator))

@@ -1,0 +1,218 @@
+"""Compressed models as ordinary Hugging Face folders; importing this module teaches transformers to load them.
+
+    import cluscomp.checkpoint
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+A transformers that has not imported it stops at the zero-byte `weight` tensors of the compressed layers (a shape
+mismatch) instead of filling in random weights.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from cluscomp.errors import InputError
+from cluscomp.files import file_hash, new_file, new_folder
+from cluscomp.models import compressed, unique_tensors
+from cluscomp.weights import CodebookWeight, CompressedLinear, storage_dtype
+
+log = logging.getLogger(__name__)
+FORMAT = 1  # version of what is stored; part of every stage's key
+MANIFEST = "cluscomp.json"  # hashes of the folder's files
+SHARD_SIZE = "5GB"
+WEIGHTS = {"codebook": CodebookWeight}  # the stored forms by their name in config.json
+
+
+@register_quantization_config("cluscomp")
+class CompressedConfig(QuantizationConfigMixin):
+    """The `quantization_config` of config.json: for each compressed layer the kind and shapes of its stored weight."""
+
+    def __init__(self, weights: dict[str, dict[str, Any]], format: int = FORMAT, **_unused: Any) -> None:
+        """Raises ValueError for a format version this code does not know."""
+        if format != FORMAT:
+            raise ValueError(f"quantization_config.format {format}: this version reads {FORMAT}")
+        self.quant_method = "cluscomp"
+        self.format = format
+        self.weights = weights
+
+
+@register_quantizer("cluscomp")
+class CompressedQuantizer(HfQuantizer):
+    """Builds the compressed layers on the meta device before transformers loads tensors into them."""
+
+    requires_calibration = True  # a dense model cannot be compressed while loading
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
+        for name, spec in self.quantization_config.weights.items():
+            dense = model.get_submodule(name)
+            with torch.device("meta"):
+                layer = CompressedLinear(build(spec), dense.bias, torch.get_default_dtype())  # type: ignore[arg-type]
+            model.set_submodule(name, layer)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
+        check_codes(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the same format again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients reach the codebooks."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Trainer may train the codebooks without adapters."""
+        return True
+
+
+def check_codes(model: nn.Module) -> None:
+    """Raise InputError, by layer, if a code points past its codebook."""
+    for name, layer in compressed(model).items():
+        try:
+            layer.stored.check()  # type: ignore[operator]
+        except ValueError as error:
+            raise InputError(f"{name}: {error}; the checkpoint is damaged") from error
+
+
+def replace(model: nn.Module, name: str, stored: nn.Module) -> None:
+    """Put a compressed layer in the place of the dense linear layer `name`; the bias stays."""
+    dense = model.get_submodule(name)
+    model.set_submodule(name, CompressedLinear(stored, dense.bias, dense.weight.dtype))  # type: ignore[arg-type]
+
+
+def specs(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Kind and shapes of every stored weight of a model by layer name, as config.json holds them."""
+    names = {kind: name for name, kind in WEIGHTS.items()}
+    return {
+        name: {"kind": names[type(layer.stored)]} | layer.stored.spec()  # type: ignore[index, operator]
+        for name, layer in compressed(model).items()
+    }
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write model and tokenizer as a Hugging Face folder with hashes; the folder appears whole or not at all.
+
+    Tensors that are not compressed are stored in the narrowest 16-bit type that holds them exactly, and the config
+    keeps the dtype the model computes in: loading it back gives the same logits, bit by bit. Raises OSError if the
+    disk is full or the place cannot be written.
+    """
+    config = CompressedConfig(specs(model))
+    model.config.quantization_config = config
+    model.hf_quantizer = CompressedQuantizer(config)
+    model.is_quantized = True
+    state = stored_state(model)
+    with new_folder(folder) as unfinished:
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        free = shutil.disk_usage(unfinished).free
+        if free < needed:
+            raise OSError(f"{folder}: the checkpoint needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left")
+        model.save_pretrained(unfinished, state_dict=state, max_shard_size=SHARD_SIZE)
+        tokenizer.save_pretrained(unfinished)
+        hashes = {path.name: file_hash(path) for path in sorted(unfinished.iterdir())}
+        (unfinished / MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": hashes}, indent=1) + "\n")
+
+
+def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a model or block as they are written: tied ones once, in their storage dtype."""
+    return {
+        name: tensor.detach().to(storage_dtype(tensor)).contiguous()
+        for name, tensor in unique_tensors(model).items()
+    }
+
+
+def load(folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
+    """Load a compressed model and check it: file hashes, every tensor present and used, codes within their codebooks.
+
+    `dtype` null takes the one it was measured in. Raises InputError if anything is wrong.
+    """
+    verify(folder)
+    kwargs = {} if dtype is None else {"dtype": dtype}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **kwargs
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            raise InputError(f"{folder}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]} and others")
+    if not compressed(model):
+        raise InputError(f"{folder}: no compressed layer in this model")
+    return model if device is None else model.to(device)  # type: ignore[no-any-return, arg-type]
+
+
+def save_part(path: Path, block: nn.Module, numbers: dict[str, Any]) -> None:
+    """Write the compressed layers of one block, and plain numbers beside them: what survives a killed stage."""
+    inside = tuple(f"{name}." for name in compressed(block))
+    tensors = {name: tensor for name, tensor in stored_state(block).items() if name.startswith(inside)}
+    notes = {"specs": json.dumps(specs(block)), "numbers": json.dumps(numbers)}
+    with new_file(path) as unfinished:
+        save_file(tensors, unfinished, metadata=notes)
+
+
+def read_part(path: Path) -> tuple[dict[str, nn.Module], dict[str, Any]] | None:
+    """The stored weights by layer and the numbers of `save_part`, or None if there is no whole file."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            notes, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        layers = {name: build(spec) for name, spec in json.loads(notes["specs"]).items()}
+        for name, stored in layers.items():
+            stored.load_state_dict({key: tensors[f"{name}.stored.{key}"] for key in stored.state_dict()})
+        return layers, json.loads(notes["numbers"])
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        log.warning("%s is damaged (%s): it is made anew", path, error)
+        return None
+
+
+def put_part(block: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Replace layers of a block by stored weights that `read_part` gave."""
+    device = next(block.parameters()).device
+    for name, stored in layers.items():
+        replace(block, name, stored.to(device))
+
+
+def build(spec: dict[str, Any]) -> nn.Module:
+    """A stored form with undefined content from its kind and shapes, on the default device."""
+    kind = WEIGHTS[spec["kind"]]
+    return kind.empty(**{key: value for key, value in spec.items() if key != "kind"})
+
+
+def verify(folder: Path) -> dict[str, str]:
+    """The folder's hashes by file name, after comparing them. Raises InputError if a file is missing or altered."""
+    try:
+        hashes: dict[str, str] = json.loads((folder / MANIFEST).read_text())["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: no readable {MANIFEST}, so this is no checkpoint of cluscomp") from error
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.is_file() or file_hash(path) != expected:
+            raise InputError(f"{path}: missing or altered since it was written (its hash is not the one in {MANIFEST})")
+    return hashes
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """SHA-256 over a checkpoint's weight files: equal for bitwise equal models."""
+    import hashlib
+
+    hashes = verify(folder)
+    weights = {name: value for name, value in hashes.items() if name.endswith(".safetensors")}
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's safetensors files, headers included."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

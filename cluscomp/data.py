@@ -1,0 +1,231 @@
+"""Text to windows of token ids, seeded and hashed. Settings classes, one for each kind of yaml in conf/data.
+
+Every source has two texts that never overlap: "calibration" (what a method may look at) and "test" (what is scored).
+"""
+
+import hashlib
+import random
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from jaxtyping import Int
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from cluscomp.errors import InputError
+
+SETTINGS = ConfigDict(extra="forbid", strict=True)
+Split = Literal["calibration", "test"]
+WINDOWS_FROM_DOCUMENTS, DOCUMENT_SEED = 256, 0  # the literature's C4 test set: 256 random windows, seed 0
+SAME_ROW = 80  # characters from which an equal row in both texts counts as overlap
+
+
+class Tokenizer(Protocol):
+    """What is needed of a transformers tokenizer."""
+
+    def __call__(self, text: str, *, verbose: bool) -> Any:
+        """An object with `input_ids`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Text:
+    """Rows of text. With a separator they are joined into one stream; without, windows come from single rows."""
+
+    name: str
+    rows: list[str]
+    separator: str | None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the rows and how they are joined."""
+        return hashlib.sha256("\0".join([repr(self.separator), *self.rows]).encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What a record says of the text."""
+        return {"text": self.name, "rows": len(self.rows), "sha256": self.sha256}
+
+
+class Source(Protocol):
+    """A data set with a calibration and a test text."""
+
+    name: str
+
+    def text(self, split: Split) -> Text:
+        """The rows of one split. Raises InputError if they cannot be read."""
+        ...
+
+
+def without_overlap(calibration: list[str], test: list[str]) -> list[str]:
+    """The calibration rows that do not also stand in the test text (rows of 80 characters and more)."""
+    seen = {row for row in test if len(row) >= SAME_ROW}
+    return [row for row in calibration if row not in seen]
+
+
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
+class HubText:
+    """A text column of a Hugging Face data set, from the hub or from `data_root`/`id`, a mirror laid out like it.
+
+    `calibration` and `test` name splits; `files` maps split names to files of the repository where the data set is too
+    large to load whole. `separator` null draws windows from single documents (the usual C4 protocol).
+    """
+
+    name: str
+    id: str
+    config: str | None
+    files: dict[str, str] | None
+    calibration: str
+    test: str
+    column: str
+    separator: str | None
+    data_root: str | None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if both texts are the same split."""
+        if self.calibration == self.test:
+            raise ValueError(f"data.calibration and data.test are both '{self.test}': they must not overlap")
+
+    def text(self, split: Split) -> Text:
+        """One split's rows; the calibration text leaves out what also stands in the test text."""
+        test = self._rows(self.test)
+        rows = test if split == "test" else without_overlap(self._rows(self.calibration), test)
+        return Text(f"{self.id}/{getattr(self, split)}", rows, self.separator)
+
+    def _rows(self, split: str) -> list[str]:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetNotFoundError
+
+        place = self.id
+        if self.data_root is not None:
+            folder = Path(self.data_root).expanduser() / self.id
+            if not folder.is_dir():
+                raise InputError(f"data_root={self.data_root}: no folder {self.id} in it")
+            place = str(folder)
+        try:
+            rows = load_dataset(place, self.config, data_files=self.files, split=split)
+            return list(rows[self.column])
+        except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+            raise InputError(
+                f"data {self.name}: {place} cannot be read ({str(error).splitlines()[0]}). Without network give "
+                "data_root=FOLDER, a mirror laid out like the hub, or take data=pydoc"
+            ) from error
+        except (ValueError, KeyError) as error:
+            raise InputError(f"data {self.name}: {place}, split '{split}': {str(error).splitlines()[0]}") from error
+
+
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
+class FileText:
+    """Paragraphs of text files in UTF-8. Without `test_file` the last fifth of `file` is the test text."""
+
+    name: str
+    file: str
+    test_file: str | None
+
+    def text(self, split: Split) -> Text:
+        """One split's paragraphs; the calibration text leaves out what also stands in the test text."""
+        rows = self._paragraphs(self.file)
+        if self.test_file is None:
+            border = len(rows) * 4 // 5
+            calibration, test = rows[:border], rows[border:]
+        else:
+            calibration, test = rows, self._paragraphs(self.test_file)
+        chosen = test if split == "test" else without_overlap(calibration, test)
+        return Text(f"{Path(self.file).name}/{split}", chosen, "\n\n")
+
+    def _paragraphs(self, file: str) -> list[str]:
+        try:
+            content = Path(file).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"data.file={file}: {error}") from error
+        return [part.strip() for part in re.split(r"\n\s*\n", content) if part.strip()]
+
+
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
+class PydocText:
+    """The prose of the Python manual that every Python carries (`pydoc_data.topics`): real English, no download.
+
+    Whole topics go to one side: every fifth, by name, is test text. Other Python versions have other text, so
+    scores on it compare only where the hash in the protocol agrees.
+    """
+
+    name: str
+
+    def text(self, split: Split) -> Text:
+        """The prose paragraphs of the split's topics."""
+        from pydoc_data.topics import topics
+
+        names = sorted(topics)
+        test = prose("\n\n".join(topics[name] for name in names[::5]))
+        others = prose("\n\n".join(topics[name] for number, name in enumerate(names) if number % 5))
+        rows = test if split == "test" else without_overlap(others, test)
+        return Text(f"{self.name}/{split}", rows, "\n\n")
+
+
+def prose(text: str) -> list[str]:
+    """The paragraphs of a manual that are sentences, unwrapped and without repeats; headings and code are left out."""
+    unwrapped = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
+    sentences = (part for part in unwrapped if re.match(r"[A-Z].{39,}[.:]$", part))
+    return list(dict.fromkeys(part for part in sentences if sum(c.isalpha() or c == " " for c in part) > 0.85 * len(part)))
+
+
+def tokenize(text: Text, tokenizer: Tokenizer) -> Int[np.ndarray, " tokens"]:
+    """Token ids of the joined rows; special tokens as the tokenizer adds them, once at the start."""
+    joined = (text.separator or "").join(text.rows)
+    return np.asarray(tokenizer(joined, verbose=False).input_ids, dtype=np.int64)
+
+
+def calibration_windows(
+    text: Text, tokenizer: Tokenizer, *, samples: int, length: int, seed: int
+) -> Int[np.ndarray, "W T"]:
+    """`samples` random windows of `length` tokens: (W, T) int64. Raises InputError if the text is too short."""
+    rng = random.Random(seed)
+    if text.separator is None:
+        return windows_from_documents(text, tokenizer, samples, length, rng)
+    ids = tokenize(text, tokenizer)
+    _check_length(text, len(ids), length)
+    starts = [rng.randint(0, len(ids) - length) for _ in range(samples)]
+    return np.stack([ids[start : start + length] for start in starts])
+
+
+def test_windows(text: Text, tokenizer: Tokenizer, *, length: int, limit: int | None) -> Int[np.ndarray, "W T"]:
+    """The windows a perplexity is measured on: (W, T) int64; `limit` keeps the first so many.
+
+    Joined text: consecutive, not overlapping, full windows only. Documents: 256 random windows, seed 0, both as usual
+    since GPTQ. Raises InputError if the text is too short for one window.
+    """
+    if text.separator is None:
+        rng = random.Random(DOCUMENT_SEED)
+        return windows_from_documents(text, tokenizer, WINDOWS_FROM_DOCUMENTS, length, rng)[:limit]
+    ids = tokenize(text, tokenizer)
+    _check_length(text, len(ids), length)
+    return ids[: len(ids) // length * length].reshape(-1, length)[:limit]
+
+
+def windows_from_documents(
+    text: Text, tokenizer: Tokenizer, count: int, length: int, rng: random.Random
+) -> Int[np.ndarray, "W T"]:
+    """Random windows of random documents that are longer than a window. Raises InputError if there is none."""
+    longest, tokens = 0, {}
+    for number, row in enumerate(text.rows):
+        if len(row) > length:  # a token has at least one character
+            ids = tokenizer(row, verbose=False).input_ids
+            longest = max(longest, len(ids))
+            if len(ids) > length:
+                tokens[number] = ids
+    if not tokens:
+        _check_length(text, longest, length + 1)
+    windows: list[list[int]] = []
+    while len(windows) < count:
+        ids = tokens.get(rng.randint(0, len(text.rows) - 1))
+        if ids is not None:
+            start = rng.randint(0, len(ids) - length - 1)
+            windows.append(ids[start : start + length])
+    return np.asarray(windows, dtype=np.int64)
+
+
+def _check_length(text: Text, tokens: int, length: int) -> None:
+    if tokens < length:
+        raise InputError(f"{text.name}: {tokens} tokens are too few for one window of {length}; give a shorter length")

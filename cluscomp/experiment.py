@@ -1,0 +1,335 @@
+"""One run: fold the stages over the model, resume what is finished, write the record.
+
+A stage's folder is named by its content: a hash of the key before it, its settings, the model, the texts, the seed and
+the format version. It is finished when `metrics.json` is there, which is written last. So runs that share a beginning
+share its result, changed settings never re-use old state, and two configs never overwrite each other.
+"""
+
+import json
+import logging
+import platform
+import shutil
+import subprocess
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from cluscomp import __version__
+from cluscomp.errors import InputError
+from cluscomp.files import new_file
+from cluscomp.records import SCHEMA, Record, Score, content_key, write
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from cluscomp.models import Original
+
+log = logging.getLogger("cluscomp")
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class Experiment:
+    """The settings of a run. `order` names the stages to run, each one of `stages`; `evaluate` measures after them."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    model: Any
+    stages: dict[str, Any]
+    order: list[str] = Field(min_length=1)
+    evaluate: Any
+    tracker: Any
+    seed: int = Field(ge=0)
+    device: Literal["auto", "cpu", "cuda"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    outputs: str
+    cache: str
+    publish: str | None
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "Experiment":
+        for number, name in enumerate(self.order):
+            if name not in self.stages:
+                raise ValueError(f"order: there is no stage '{name}'; stages: {', '.join(sorted(self.stages))}")
+            if name in self.order[:number]:
+                raise ValueError(f"order: stage '{name}' is named twice")
+            takes = self.stages[name].takes
+            if takes != ("compressed" if number else "original"):
+                before = "cannot come first: it takes a compressed model" if takes == "compressed" else "must come first"
+                raise ValueError(f"order: stage '{name}' {before}")
+        unknown = [name for name in self.measured if name != "original" and name not in self.order]
+        if unknown:
+            raise ValueError(f"evaluate.after: '{unknown[0]}' is not 'original' or a stage in order {self.order}")
+        return self
+
+    @property
+    def measured(self) -> list[str]:
+        """After what the model is scored: "original" and names of stages, in the order of the run."""
+        places = ["original", *self.order]
+        return places if self.evaluate.after is None else self.evaluate.after
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left: its record, where that is, the last checkpoint, and what the models made of the prompt."""
+
+    record: Record
+    path: Path
+    checkpoint: Path
+    samples: dict[str, str]
+
+
+def run(experiment: Experiment) -> Outcome:
+    """Run the stages in order and evaluate; finished parts are re-used. Raises InputError for what cannot work."""
+    from cluscomp.models import Original, fingerprint
+
+    config = settings(experiment)
+    outputs = Path(experiment.outputs).expanduser().absolute()
+    device, dtype = _device(experiment.device), _dtype(experiment)
+    folder = experiment.model.folder(Path(experiment.cache).expanduser())
+    original = Original(folder, dtype, device)
+    root = {"model": fingerprint(folder), "seed": experiment.seed, "dtype": str(dtype), "format": _format()}
+    runner = _Runner(experiment, outputs, original)
+    keys = {"original": content_key(root)}
+    for before, name in zip(["original", *experiment.order], experiment.order):
+        stage = experiment.stages[name]
+        keys[name] = content_key([keys[before], name, _key_settings(stage), stage.inputs()])
+    evaluation = [_key_settings(experiment.evaluate), experiment.evaluate.inputs(), _versions()]
+    run_key = content_key([keys, evaluation, experiment.measured, experiment.name])
+    run_folder = outputs / f"run-{run_key}"
+    _make(run_folder, experiment.outputs)
+    experiment.tracker.begin(f"{experiment.name}-{run_key}", config, run_folder)
+    metrics: dict[str, dict[str, Any]] = {}
+    checkpoint = None
+    for name in ["original", *experiment.order]:
+        if name != "original":
+            metrics[name] = runner.stage(name, keys[name], checkpoint)
+            checkpoint = runner.folder(name, keys[name]) / "checkpoint"
+            experiment.tracker.log(name, _numbers(metrics[name]))
+        if name in experiment.measured:
+            label = f"evaluate {name}"
+            metrics[label] = runner.evaluate(name, keys[name], checkpoint)
+            experiment.tracker.log(label, {row["metric"]: row["value"] for row in metrics[label]["scores"]})
+    assert checkpoint is not None  # order has at least one stage
+    record = _record(experiment, config, run_key, metrics, original)
+    path = run_folder / "record.json"
+    write(record, path)
+    if experiment.publish is not None:
+        write(record, Path(experiment.publish).expanduser() / experiment.name / f"{run_key}.json")
+    experiment.tracker.end({f"{score.after}/{score.metric}": score.value for score in record.scores} | record.size)
+    samples = {
+        name: metrics[f"evaluate {name}"]["sample"]
+        for name in experiment.measured
+        if metrics[f"evaluate {name}"]["sample"] is not None
+    }
+    return Outcome(record, path, checkpoint, samples)
+
+
+def _make(folder: Path, outputs: str) -> None:
+    """Make the run's folder and log into it. Raises InputError if the outputs cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder / "log.txt")
+    except OSError as error:
+        raise InputError(f"outputs={outputs}: cannot be written ({error.strerror})") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for old in [handler for handler in log.handlers if isinstance(handler, logging.FileHandler)]:
+        log.removeHandler(old)
+    log.addHandler(handler)
+
+
+class _Runner:
+    """Runs one stage or evaluation in its folder, unless that is finished."""
+
+    def __init__(self, experiment: Experiment, outputs: Path, original: "Original") -> None:
+        self.experiment, self.outputs, self.original = experiment, outputs, original
+
+    def folder(self, name: str, key: str) -> Path:
+        return self.outputs / f"{name}-{key}"
+
+    def stage(self, name: str, key: str, before: Path | None) -> dict[str, Any]:
+        """The metrics of a stage, which leaves its model in `checkpoint` of its folder."""
+        from cluscomp import budget, checkpoint
+        from cluscomp.stages import Job
+
+        folder = self.folder(name, key)
+        finished = self._finished(folder)
+        if finished is not None:
+            try:
+                checkpoint.verify(folder / "checkpoint")
+            except InputError as error:
+                log.warning("%s; the stage is run again", error)
+            else:
+                log.info("%s  finished before, %s", name, folder)
+                return finished
+        with _measured() as cost:
+            folder.mkdir(parents=True, exist_ok=True)
+            model = self._load(before)
+            job = Job(folder, self.experiment.seed, self.original)
+            found = self.experiment.stages[name].run(model, job)
+            checkpoint.save(model, self.original.tokenizer, folder / "checkpoint")
+        size = asdict(budget.size_of(model)) | {"checkpoint_bytes": checkpoint.weight_bytes(folder / "checkpoint")}
+        hash_ = checkpoint.checkpoint_hash(folder / "checkpoint")
+        metrics = cost | {"found": found, "size": size, "checkpoint_hash": hash_}
+        _write_metrics(folder, metrics)
+        for part in folder.glob("*.safetensors"):
+            part.unlink()
+        return metrics
+
+    def evaluate(self, name: str, key: str, checkpoint: Path | None) -> dict[str, Any]:
+        """Scores of the model after stage `name`, and its continuation of the prompt."""
+        evaluate = self.experiment.evaluate
+        folder = self.folder("evaluate", content_key([key, _key_settings(evaluate), evaluate.inputs(), _versions()]))
+        finished = self._finished(folder)
+        if finished is not None:
+            # The same model may have been reached under another name.
+            return finished | {"scores": [row | {"after": name} for row in finished["scores"]]}
+        with _measured() as cost:
+            model = self._load(checkpoint)
+            scores = [asdict(score) for score in evaluate.measure(model, self.original, name)]
+            sample = evaluate.sample(model, self.original, name)
+        metrics = cost | {"scores": scores, "sample": sample}
+        for row in scores:
+            log.info("evaluate  %s after %s: %.3f on %s", row["metric"], name, row["value"], row["dataset"])
+        _write_metrics(folder, metrics)
+        return metrics
+
+    def _load(self, folder: Path | None) -> "PreTrainedModel":
+        from cluscomp import checkpoint
+
+        if folder is None:
+            return self.original.model()
+        return checkpoint.load(folder, self.original.dtype, self.original.device)
+
+    def _finished(self, folder: Path) -> dict[str, Any] | None:
+        try:
+            return dict(json.loads((folder / "metrics.json").read_text()))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            log.warning("%s: metrics.json is damaged (%s); it is made anew", folder, error)
+            return None
+
+
+class _measured:
+    """Seconds and peak memory (bytes) of a `with` block, as a dictionary that fills at its end."""
+
+    def __enter__(self) -> dict[str, Any]:
+        from cluscomp.tracking import reset_peak_memory
+
+        reset_peak_memory()
+        self.start, self.cost = time.monotonic(), dict[str, Any]()
+        return self.cost
+
+    def __exit__(self, *_: object) -> None:
+        import torch
+
+        from cluscomp.tracking import peak_memory
+
+        self.cost |= {"seconds": time.monotonic() - self.start, "peak_ram": peak_memory()}
+        if torch.cuda.is_available():
+            self.cost["peak_vram"] = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def settings(experiment: Experiment) -> dict[str, Any]:
+    """The resolved settings as plain values, as they stand in the record."""
+    return dict(json.loads(json.dumps(asdict(experiment), default=str)))
+
+
+def _key_settings(stage: Any) -> dict[str, Any]:
+    """What of a stage's settings decides its result: a text counts by its hash (`inputs()`), not by where it lies."""
+    values = {key: value for key, value in asdict(stage).items() if key != "after"}
+    return values | ({"data": values["data"]["name"]} if "data" in values else {})
+
+
+def _write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    with new_file(folder / "metrics.json") as unfinished:
+        unfinished.write_text(json.dumps(metrics, indent=1) + "\n")
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """The plain numbers of a stage's metrics, for the tracker."""
+    flat = {"seconds": metrics["seconds"], "peak_ram": metrics["peak_ram"]} | metrics["found"] | metrics["size"]
+    return {key: value for key, value in flat.items() if isinstance(value, int | float)}
+
+
+def _record(
+    experiment: Experiment, config: dict[str, Any], key: str, metrics: dict[str, dict[str, Any]], original: "Original"
+) -> Record:
+    scores = [Score(**row) for found in metrics.values() for row in found.get("scores", [])]
+    commit, dirty = _commit()
+    return Record(
+        schema=SCHEMA,
+        run={
+            "name": f"{experiment.name}-{key}",
+            "experiment": experiment.name,
+            "key": key,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": {name: found["seconds"] for name, found in metrics.items()},
+            "commit": commit,
+            "dirty": dirty,
+            "status": "finished",
+        },
+        config=config,
+        scores=scores,
+        size=metrics[experiment.order[-1]]["size"] | {"original": original.size()},
+        machine={
+            "device": str(original.device),
+            "platform": platform.platform(),
+            "versions": _versions(),
+            "peak_ram": {name: found["peak_ram"] for name, found in metrics.items()},
+            "peak_vram": {name: found["peak_vram"] for name, found in metrics.items() if "peak_vram" in found},
+        },
+        stages={
+            name: {key: metrics[name][key] for key in ("found", "size", "checkpoint_hash")} for name in experiment.order
+        },
+    )
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """Commit of the source tree and whether it differs from it; None where there is no git checkout."""
+    if shutil.which("git") is None:
+        return None, None
+    ask = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": False}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], **ask)  # type: ignore[call-overload]
+    if commit.returncode:
+        return None, None
+    status = subprocess.run(["git", "status", "--porcelain"], **ask)  # type: ignore[call-overload]
+    return commit.stdout.strip(), bool(status.stdout.strip())
+
+
+def _versions() -> dict[str, str]:
+    import importlib.metadata
+
+    packages = ("torch", "transformers", "faiss-cpu", "safetensors", "datasets", "numpy")
+    return {"cluscomp": __version__, "python": platform.python_version()} | {
+        package: importlib.metadata.version(package) for package in packages
+    }
+
+
+def _format() -> int:
+    from cluscomp.checkpoint import FORMAT
+
+    return FORMAT
+
+
+def _device(name: str) -> "torch.device":
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device=cuda: this machine has no usable GPU; device=cpu or device=auto works")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _dtype(experiment: Experiment) -> "torch.dtype":
+    """The dtype all models compute in: "auto" is float32 on the CPU (bfloat16 is slower there), bfloat16 on a GPU."""
+    import torch
+
+    if experiment.dtype != "auto":
+        return getattr(torch, experiment.dtype)  # type: ignore[no-any-return]
+    return torch.float32 if _device(experiment.device).type == "cpu" else torch.bfloat16

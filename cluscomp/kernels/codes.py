@@ -1,0 +1,77 @@
+"""Codes of a codebook: packing them into bits, and gathering centroids by them.
+
+The packed form is a little-endian bit stream: code i takes the bits [i*b, (i+1)*b) of the bytes. The stream is padded
+with zeros to a multiple of 8 codes, so that 8 codes always fill b whole bytes.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+MAX_CODE_BITS = 16
+
+
+def code_bits(num_centroids: int) -> int:
+    """Bits of one packed code: ceil(log2 K), at least 1. Raises ValueError outside 2 <= K <= 65536."""
+    if not 2 <= num_centroids <= 1 << MAX_CODE_BITS:
+        raise ValueError(f"{num_centroids} centroids: a codebook has 2 to {1 << MAX_CODE_BITS}")
+    return (num_centroids - 1).bit_length()
+
+
+def packed_bytes(num_codes: int, bits: int) -> int:
+    """Bytes of `num_codes` packed codes of `bits` bits each, padding to a multiple of 8 codes included."""
+    return -(-num_codes // 8) * bits
+
+
+def pack(codes_N: Int[Tensor, " N"], bits: int) -> UInt8[Tensor, " bytes"]:
+    """Pack codes of `bits` bits each: (N,) integers -> (ceil(N/8)*bits,) uint8.
+
+    Raises ValueError if a code does not fit into `bits`.
+    """
+    if len(codes_N) and not 0 <= int(codes_N.min()) <= int(codes_N.max()) < 1 << bits:
+        raise ValueError(f"codes from {int(codes_N.min())} to {int(codes_N.max())} do not fit {bits} bits")
+    groups = F.pad(codes_N.to(torch.int32), (0, -len(codes_N) % 8)).view(-1, 8)
+    bytes_ = torch.zeros(len(groups), bits + 2, dtype=torch.int32, device=codes_N.device)
+    for position in range(8):
+        first, shift = divmod(position * bits, 8)
+        for offset in range(3):
+            bytes_[:, first + offset] |= groups[:, position] << shift >> 8 * offset & 255
+    return bytes_[:, :bits].to(torch.uint8).flatten()
+
+
+def unpack(packed: UInt8[Tensor, " bytes"], bits: int, num_codes: int) -> Int[Tensor, " N"]:
+    """The inverse of `pack`: (bytes,) uint8 -> (num_codes,) int32. Raises ValueError if the length is wrong."""
+    if len(packed) != packed_bytes(num_codes, bits):
+        raise ValueError(f"{len(packed)} bytes for {num_codes} codes of {bits} bits ({packed_bytes(num_codes, bits)})")
+    bytes_ = F.pad(packed.view(-1, bits), (0, 2)).to(torch.int32)
+    groups = torch.empty(len(bytes_), 8, dtype=torch.int32, device=packed.device)
+    for position in range(8):
+        first, shift = divmod(position * bits, 8)
+        window = bytes_[:, first] | bytes_[:, first + 1] << 8 | bytes_[:, first + 2] << 16
+        groups[:, position] = window >> shift & (1 << bits) - 1
+    return groups.flatten()[:num_codes]
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of a codebook; the gradient is a scatter-add in float32 (autograd's own index_put is far slower)."""
+
+    @staticmethod
+    def forward(ctx, codebook_KD, codes_N):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(codes_N)
+        ctx.shape, ctx.dtype = codebook_KD.shape, codebook_KD.dtype
+        return F.embedding(codes_N, codebook_KD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_ND):  # type: ignore[no-untyped-def]
+        (codes_N,) = ctx.saved_tensors
+        grad_KD = torch.zeros(ctx.shape, dtype=torch.float32, device=grad_ND.device)
+        grad_KD.index_add_(0, codes_N, grad_ND.float())
+        return grad_KD.to(ctx.dtype), None
+
+
+def gather(codebook_KD: Float[Tensor, "K D"], codes_N: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
+    """Centroids by their codes, differentiable in the codebook: (K, D), (N,) -> (N, D); once differentiable."""
+    return _Gather.apply(codebook_KD, codes_N)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,19 @@
+"""HOW a weight is compressed: the Method protocol. One file a method; methods do not import each other."""
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+class Method(Protocol):
+    """A way to compress one weight: a frozen settings class that sees tensors only (no model, no path, no global seed)."""
+
+    def compress(self, weight_OI: "Tensor", generator: "torch.Generator") -> "nn.Module":
+        """Turn a finite dense weight (O, I) into a stored form (see `cluscomp.weights.Weight`).
+
+        The result depends on the weight, the settings and the generator's seed alone. Raises ValueError, without the
+        layer's name, if the settings cannot work for this weight.
+        """
+        ...

@@ -1,0 +1,207 @@
+"""What is known of transformers: open an original model block by block, find its blocks and linear layers."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from cluscomp.errors import InputError
+from cluscomp.files import file_hash
+from cluscomp.weights import CompressedLinear
+
+DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+
+
+class Original:
+    """The original model in its folder, read tensor by tensor; the dense model is never in memory as a whole."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        """Read config, tokenizer and the list of tensors. Raises InputError if one of them cannot be used."""
+        self.folder, self.dtype, self.device = folder, dtype, device
+        self.config, self.tokenizer = read_config(folder), read_tokenizer(folder)
+        self._shards: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as shard:
+                    self._shards |= dict.fromkeys(shard.keys(), path)
+            except SafetensorError as error:
+                raise InputError(f"{path}: truncated, or not a safetensors file ({error})") from error
+
+    def model(self) -> PreTrainedModel:
+        """The model with everything but its blocks loaded; the blocks' parameters are on the meta device.
+
+        Raises InputError if a tensor is missing, or the model has a part that cannot be compressed.
+        """
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        prefixes = tuple(f"{name}." for name in block_names(model))
+        names = list(model.state_dict())
+        tied = set(model.all_tied_weights_keys)
+        missing = [name for name in names if name not in self._shards and name not in tied]
+        if missing:
+            raise InputError(
+                f"{self.folder}: no tensor {missing[0]} ({len(missing)} missing of {len(names)}); the file's names differ "
+                "from transformers'. Load and save the model once with transformers and give that folder"
+            )
+        self._fill(model, [name for name in names if not name.startswith(prefixes) and name in self._shards])
+        model.tie_weights()
+        check_supported(model)
+        model.requires_grad_(False)
+        for module in model.modules():
+            module._buffers = {key: b if b is None else b.to(self.device) for key, b in module._buffers.items()}
+        return model.eval()
+
+    def size(self) -> dict[str, float]:
+        """Bits per weight and bytes of the weights as they lie in the folder."""
+        bits, weights = 0, 0
+        for path in sorted(set(self._shards.values())):
+            with safe_open(path, "pt") as shard:
+                for name in shard.keys():
+                    part = shard.get_slice(name)
+                    numbers = math.prod(part.get_shape())
+                    bits, weights = bits + numbers * DTYPE_BITS[part.get_dtype()], weights + numbers
+        per_weight = bits / weights
+        return {
+            "linear_bits_per_weight": per_weight,
+            "model_bits_per_weight": per_weight,
+            "checkpoint_bytes": sum(path.stat().st_size for path in set(self._shards.values())),
+        }
+
+    @contextmanager
+    def block(self, model: PreTrainedModel, index: int) -> Iterator[nn.Module]:
+        """Block `index` of a model made by `model()`, in memory for the length of the `with` block."""
+        self.load_block(model, index)
+        block = blocks(model)[index]
+        try:
+            yield block
+        finally:
+            for name, parameter in block.named_parameters():
+                place(block, name, parameter.data.to("meta"))
+
+    def load_block(self, model: PreTrainedModel, index: int) -> None:
+        """Read the parameters of block `index` into the model."""
+        prefix = f"{block_names(model)[index]}."
+        self._fill(model, [name for name in model.state_dict() if name.startswith(prefix)])
+
+    def load_all(self) -> PreTrainedModel:
+        """The whole dense model in memory."""
+        model = self.model()
+        for index in range(len(blocks(model))):
+            self.load_block(model, index)
+        return model
+
+    def _fill(self, model: nn.Module, names: list[str]) -> None:
+        for path in sorted({self._shards[name] for name in names}):
+            with safe_open(path, "pt") as shard:
+                for name in (name for name in names if self._shards[name] == path):
+                    tensor = shard.get_tensor(name).to(self.device)
+                    place(model, name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
+
+
+def place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor where a parameter or buffer of that name is. Raises InputError if the shapes differ."""
+    parent_name, _, key = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    present = getattr(parent, key)
+    if present.shape != tensor.shape:
+        raise InputError(f"{name}: shape {tuple(tensor.shape)} in the file, {tuple(present.shape)} in the config")
+    if key in parent._parameters:
+        parent._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        parent._buffers[key] = tensor
+
+
+def read_config(folder: Path):  # type: ignore[no-untyped-def]
+    """The transformers config of a folder. Raises InputError if it is damaged or its architecture is unknown."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{folder}: {str(error).splitlines()[0]}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"{folder}: this model is already quantised; give the original in 16 or 32 bit")
+    return config
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. Raises InputError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # type: ignore[no-any-return]
+    except (ValueError, OSError) as error:
+        raise InputError(f"{folder}: no usable tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def block_names(model: PreTrainedModel) -> list[str]:
+    """Names of the decoder blocks: the module list that is as long as the config's number of layers.
+
+    Raises InputError if there is none, or more than one.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and next(module.parameters(), None) is not None
+    ]
+    if len(found) != 1:
+        listed = ", ".join(found) or "none"
+        raise InputError(f"{type(model).__name__}: need one list of {count} blocks, found {listed}")
+    return [f"{found[0]}.{index}" for index in range(count)]
+
+
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder blocks in order."""
+    return [model.get_submodule(name) for name in block_names(model)]
+
+
+def linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """The dense linear layers inside a block, by their name in the block."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def compressed(model: nn.Module) -> dict[str, CompressedLinear]:
+    """The compressed layers of a model or block, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of a model by name, tied ones once, under their first name."""
+    unique: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        unique.setdefault(id(tensor), (name, tensor))
+    return dict(unique.values())
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise InputError, by name, for a matrix inside a block that is not an `nn.Linear` (GPT-2's Conv1D, experts)."""
+    for block_name, block in zip(block_names(model), blocks(model)):
+        layers = linears(block)
+        for name, parameter in block.named_parameters():
+            layer, _, _ = name.rpartition(".")
+            if parameter.ndim >= 2 and layer not in layers:
+                kind = type(block.get_submodule(layer)).__name__
+                raise InputError(
+                    f"{block_name}.{name}: a {'x'.join(map(str, parameter.shape))} parameter of {kind}; "
+                    "only nn.Linear layers can be compressed, so this model is not supported"
+                )
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over a model folder's config, tokenizer and weights: the identity of an original model.
+
+    In Hugging Face's cache a weight file is a link to a file named by its own hash, which saves reading it.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in {".safetensors", ".json", ".model", ".jinja"}:
+            stored_name = path.resolve().name
+            content = stored_name if re.fullmatch("[0-9a-f]{64}", stored_name) else file_hash(path)
+            digest.update(f"{path.name}:{content}\n".encode())
+    return digest.hexdigest()

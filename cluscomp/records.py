@@ -1,0 +1,79 @@
+"""The record: the one JSON file a finished run leaves. Schema, write, read."""
+
+import json
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from cluscomp.errors import InputError
+from cluscomp.files import new_file
+
+SCHEMA = 1
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Score:
+    """One number with all that defines it.
+
+    `after` is "original" or the stage after which it was measured; `n` counts what the metric averages over (tokens
+    for perplexity); `stderr` is the standard error of `value`; `protocol` is what `protocol()` returns.
+    """
+
+    after: str
+    metric: str
+    dataset: str
+    value: float
+    stderr: float | None
+    n: int
+    protocol: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Record:
+    """What a run did and found.
+
+    run: name, experiment, key, date, seconds per stage, commit, dirty, status. config: the resolved settings.
+    size: `linear_bits_per_weight`, `model_bits_per_weight`, `checkpoint_bytes`, `ledger` (bits by part).
+    machine: device, versions, peak memory per stage in bytes. stages: what each stage reported.
+    """
+
+    schema: int
+    run: dict[str, Any]
+    config: dict[str, Any]
+    scores: list[Score]
+    size: dict[str, Any]
+    machine: dict[str, Any]
+    stages: dict[str, dict[str, Any]]
+
+
+def protocol(**fields: Any) -> dict[str, Any]:
+    """A score's protocol: the fields and, under "hash", a hash of them all. Equal hashes mean comparable scores."""
+    return fields | {"hash": content_key(fields)}
+
+
+def content_key(content: Any) -> str:
+    """16 hexadecimal digits that name a JSON value by its content."""
+    return sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def write(record: Record, path: Path) -> None:
+    """Write a record as JSON, whole or not at all. Raises OSError if that cannot be done."""
+    with new_file(path) as unfinished:
+        unfinished.write_text(json.dumps(asdict(record), indent=1, default=str) + "\n")
+
+
+def read(path: Path) -> Record:
+    """Read and check a record. Raises InputError, naming file and key, if it is damaged or of another schema."""
+    try:
+        values = json.loads(path.read_text())
+        record = TypeAdapter(Record).validate_python(values)
+    except (OSError, ValueError, ValidationError) as error:
+        raise InputError(f"{path}: not a record: {error}") from error
+    if record.schema != SCHEMA:
+        raise InputError(f"{path}: schema {record.schema}; this version reads {SCHEMA}")
+    return record

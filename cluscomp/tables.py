@@ -1,0 +1,84 @@
+"""Records to tables; pure."""
+
+from typing import Any
+
+import pandas as pd
+
+from cluscomp.errors import InputError
+from cluscomp.records import Record
+
+ORIGINAL = "original"
+
+
+def scores(records: list[Record]) -> pd.DataFrame:
+    """All scores of some records, one a row, with the run's key, method bits and the protocol's hash."""
+    return pd.DataFrame(
+        [
+            {
+                "run": record.run["name"],
+                "seed": record.config["seed"],
+                "after": score.after,
+                "metric": score.metric,
+                "dataset": score.dataset,
+                "value": score.value,
+                "stderr": score.stderr,
+                "n": score.n,
+                "partial": score.protocol.get("partial", False),
+                "protocol": score.protocol["hash"],
+            }
+            | sizes(record, score.after)
+            for record in records
+            for score in record.scores
+        ]
+    )
+
+
+def sizes(record: Record, after: str) -> dict[str, Any]:
+    """Bits per weight of the linears and of the model, and bytes of the weights, of the model after a stage."""
+    size = record.size["original"] if after == ORIGINAL else record.stages[after]["size"]
+    return {key: size[key] for key in ("linear_bits_per_weight", "model_bits_per_weight", "checkpoint_bytes")}
+
+
+def stage_table(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
+    """One row for each run, data set and stage: bits, bytes, score, and the score over the original's.
+
+    Raises InputError if scores of one data set were measured under different protocols, and says what differs.
+    """
+    rows = scores(records)
+    rows = rows[rows["metric"] == metric]
+    check_protocols(records, metric)
+    originals = rows[rows["after"] == ORIGINAL].set_index(["run", "dataset"])["value"]
+    ratios = [
+        value / originals.get((run, dataset), float("nan"))
+        for run, dataset, value in zip(rows["run"], rows["dataset"], rows["value"])
+    ]
+    return pd.DataFrame(
+        {
+            "run": rows["run"],
+            "after": rows["after"],
+            "bits per weight, linears": rows["linear_bits_per_weight"].map("{:.3f}".format),
+            "bits per weight, model": rows["model_bits_per_weight"].map("{:.3f}".format),
+            "weights, MB": (rows["checkpoint_bytes"] / 1e6).map("{:.1f}".format),
+            "data": rows["dataset"] + rows["partial"].map({True: " (partial)", False: ""}),
+            metric: rows["value"].map("{:.2f}".format),
+            "of the original's": [f"{ratio:.2f}x" for ratio in ratios],
+        }
+    )
+
+
+def check_protocols(records: list[Record], metric: str) -> None:
+    """Raise InputError, with the differences, if scores of one data set do not share one protocol."""
+    seen: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for score in (score for score in record.scores if score.metric == metric):
+            first = seen.setdefault(score.dataset, score.protocol)
+            if first["hash"] != score.protocol["hash"]:
+                keys = sorted((first.keys() | score.protocol.keys()) - {"hash"})
+                differences = [
+                    f"{key}: {first.get(key)} against {score.protocol.get(key)}"
+                    for key in keys
+                    if first.get(key) != score.protocol.get(key)
+                ]
+                raise InputError(
+                    f"{record.run['name']}: {score.dataset} was scored under another protocol: {'; '.join(differences)}"
+                )
