@@ -126,7 +126,8 @@ def _composition_problem(error: BaseException) -> str:
     if override:
         *parents, wrong = override[1].split(".")
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            groups = [item for item in sys.argv[1:] if re.fullmatch(r"[\w/]+=[\w/]+", item) and (CONF / item.split("=")[0]).is_dir()]
+            choices = [item for item in sys.argv[1:] if re.fullmatch(r"[\w/]+=[\w/]+", item)]
+            groups = [item for item in choices if (CONF / item.split("=")[0]).is_dir()]
             node = hydra.compose("config", overrides=groups)
         for parent in parents:
             node = node.get(parent) if isinstance(node, DictConfig) else None

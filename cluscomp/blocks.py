@@ -39,6 +39,11 @@ class Walk:
         self.model, self.blocks, self._original = model, blocks(model), original
         self._arguments: dict[torch.Size, list[Arguments]] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """Where token ids have to be."""
+        return next(self.model.get_input_embeddings().parameters()).device
+
     def __len__(self) -> int:
         return len(self.blocks)
 
@@ -63,7 +68,7 @@ class Walk:
         """Run `block` as block `index` of the model; windows of this shape must have been embedded before."""
         arguments = self._arguments[hidden_BTH.shape[:2]][index]
         output = block(hidden_BTH, *arguments.args, **arguments.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def logits(self, hidden_BTH: Float[Tensor, "B T H"], ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T vocabulary"]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cluscomp.kernels.codes import MAX_CODE_BITS, code_bits, packed_bytes
 from cluscomp.kmeans import kmeans
 from cluscomp.models import compressed, unique_tensors
-from cluscomp.weights import STORAGE_DTYPE, Axis, storage_dtype, sub_vectors
+from cluscomp.weights import STORAGE_DTYPE, Axis, lines_of, num_sub_vectors, storage_dtype, sub_vectors
 
 CODEBOOK_BITS = torch.finfo(STORAGE_DTYPE).bits
 MAX_VECTOR_DIM = 16
@@ -33,7 +33,7 @@ class Size:
 
 
 def size_of(model: nn.Module) -> Size:
-    """Count every stored bit of a model in memory; tied tensors count once. Raises ValueError if nothing is compressed."""
+    """Count every stored bit of a model in memory, tied tensors once. Raises ValueError if nothing is compressed."""
     layers = compressed(model)
     if not layers:
         raise ValueError("no layer of the model is compressed")
@@ -64,21 +64,22 @@ def stored_bits(out_features: int, in_features: int, axis: Axis, vector_dim: int
 
     (ceil(log2 K) * codes + 16 * K * D) / (O * I), the codes being those of padded lines, in whole groups of 8.
     """
-    lines, length = (in_features, out_features) if axis == "out" else (out_features, in_features)
-    codes = packed_bytes(lines * math.ceil(length / vector_dim), code_bits(codebook_size)) * 8
+    num_vectors = num_sub_vectors(out_features, in_features, vector_dim, axis)
+    codes = packed_bytes(num_vectors, code_bits(codebook_size)) * 8
     return (codes + CODEBOOK_BITS * codebook_size * vector_dim) / (out_features * in_features)
 
 
 def reachable(out_features: int, in_features: int, axis: Axis, bits: float) -> list[Shape]:
-    """For each D the largest K whose stored bits per weight stay at or under `bits`; empty if there is none.
+    """For each D the largest K whose stored bits per weight stay at or under `bits`.
 
     With D fixed more centroids never fit worse, so nothing else needs to be considered. K never exceeds the number
-    of sub-vectors or 65,536.
+    of sub-vectors or 65,536. Raises ValueError, with the bits that are within reach, if no codebook fits.
     """
-    lines, length = (in_features, out_features) if axis == "out" else (out_features, in_features)
+    _, length = lines_of(out_features, in_features, axis)
+    dims = range(1, min(MAX_VECTOR_DIM, length) + 1)
     shapes = []
-    for vector_dim in range(1, min(MAX_VECTOR_DIM, length) + 1):
-        num_vectors = lines * math.ceil(length / vector_dim)
+    for vector_dim in dims:
+        num_vectors = num_sub_vectors(out_features, in_features, vector_dim, axis)
         for width in range(MAX_CODE_BITS, 0, -1):
             budget = bits * out_features * in_features - packed_bytes(num_vectors, width) * 8
             size = min(int(budget // (CODEBOOK_BITS * vector_dim)), 1 << width, num_vectors)
@@ -86,6 +87,12 @@ def reachable(out_features: int, in_features: int, axis: Axis, bits: float) -> l
                 actual = stored_bits(out_features, in_features, axis, vector_dim, size)
                 shapes.append(Shape(vector_dim, size, actual))
                 break
+    if not shapes:
+        least, dim = min((stored_bits(out_features, in_features, axis, dim, 2), dim) for dim in dims)
+        raise ValueError(
+            f"bits={bits} is out of reach for a {out_features} x {in_features} matrix: "
+            f"the least is {least:.3f}, with vector_dim={dim} and codebook_size=2"
+        )
     return shapes
 
 
@@ -119,20 +126,10 @@ def measured_error(weight_OI: Float[Tensor, "O I"], shape: Shape, axis: Axis, ge
 def choose(weight_OI: Float[Tensor, "O I"], bits: float, axis: Axis, generator: torch.Generator) -> Shape:
     """The (D, K) of least measured error whose stored bits per weight stay at or under `bits`.
 
-    Raises ValueError, with the bits that are within reach, if no codebook fits.
+    Shapes: (O, I) finite. Raises ValueError as `reachable` does.
     """
     out_features, in_features = weight_OI.shape
     shapes = reachable(out_features, in_features, axis, bits)
-    if not shapes:
-        length = out_features if axis == "out" else in_features
-        least, dim = min(
-            (stored_bits(out_features, in_features, axis, dim, 2), dim)
-            for dim in range(1, min(MAX_VECTOR_DIM, length) + 1)
-        )
-        raise ValueError(
-            f"{bits} bits per weight are out of reach for a {out_features} x {in_features} matrix: "
-            f"the least is {least:.3f}, with vector_dim={dim} codebook_size=2"
-        )
     shortlist = sorted(shapes, key=expected_bits, reverse=True)[:SHORTLIST]
     if len(shortlist) == 1:
         return shortlist[0]

@@ -43,7 +43,7 @@ class CompressedConfig(QuantizationConfigMixin):
         """Raises ValueError for a format version this code does not know."""
         if format != FORMAT:
             raise ValueError(f"quantization_config.format {format}: this version reads {FORMAT}")
-        self.quant_method = "cluscomp"
+        self.quant_method = "cluscomp"  # type: ignore[assignment]
         self.format = format
         self.weights = weights
 
@@ -53,6 +53,7 @@ class CompressedQuantizer(HfQuantizer):
     """Builds the compressed layers on the meta device before transformers loads tensors into them."""
 
     requires_calibration = True  # a dense model cannot be compressed while loading
+    quantization_config: CompressedConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
         for name, spec in self.quantization_config.weights.items():
@@ -113,14 +114,14 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     """
     config = CompressedConfig(specs(model))
     model.config.quantization_config = config
-    model.hf_quantizer = CompressedQuantizer(config)
-    model.is_quantized = True
+    model.hf_quantizer = CompressedQuantizer(config)  # type: ignore[assignment]
+    model.is_quantized = True  # type: ignore[assignment]
     state = stored_state(model)
     with new_folder(folder) as unfinished:
         needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         free = shutil.disk_usage(unfinished).free
         if free < needed:
-            raise OSError(f"{folder}: the checkpoint needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left")
+            raise OSError(f"{folder}: the checkpoint needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f}")
         model.save_pretrained(unfinished, state_dict=state, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(unfinished)
         hashes = {path.name: file_hash(path) for path in sorted(unfinished.iterdir())}
@@ -130,8 +131,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of a model or block as they are written: tied ones once, in their storage dtype."""
     return {
-        name: tensor.detach().to(storage_dtype(tensor)).contiguous()
-        for name, tensor in unique_tensors(model).items()
+        name: tensor.detach().to(storage_dtype(tensor)).contiguous() for name, tensor in unique_tensors(model).items()
     }
 
 
@@ -141,16 +141,17 @@ def load(folder: Path, dtype: torch.dtype | None = None, device: torch.device | 
     `dtype` null takes the one it was measured in. Raises InputError if anything is wrong.
     """
     verify(folder)
-    kwargs = {} if dtype is None else {"dtype": dtype}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **kwargs
     )
+    model, info = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise InputError(f"{folder}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]} and others")
     if not compressed(model):
         raise InputError(f"{folder}: no compressed layer in this model")
-    return model if device is None else model.to(device)  # type: ignore[no-any-return, arg-type]
+    return model if device is None else model.to(device)  # type: ignore[no-any-return]
 
 
 def save_part(path: Path, block: nn.Module, numbers: dict[str, Any]) -> None:
@@ -168,7 +169,7 @@ def read_part(path: Path) -> tuple[dict[str, nn.Module], dict[str, Any]] | None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            notes, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+            notes, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         layers = {name: build(spec) for name, spec in json.loads(notes["specs"]).items()}
         for name, stored in layers.items():
             stored.load_state_dict({key: tensors[f"{name}.stored.{key}"] for key in stored.state_dict()})
@@ -206,8 +207,6 @@ def verify(folder: Path) -> dict[str, str]:
 
 def checkpoint_hash(folder: Path) -> str:
     """SHA-256 over a checkpoint's weight files: equal for bitwise equal models."""
-    import hashlib
-
     hashes = verify(folder)
     weights = {name: value for name, value in hashes.items() if name.endswith(".safetensors")}
     return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()

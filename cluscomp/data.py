@@ -168,7 +168,8 @@ def prose(text: str) -> list[str]:
     """The paragraphs of a manual that are sentences, unwrapped and without repeats; headings and code are left out."""
     unwrapped = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
     sentences = (part for part in unwrapped if re.match(r"[A-Z].{39,}[.:]$", part))
-    return list(dict.fromkeys(part for part in sentences if sum(c.isalpha() or c == " " for c in part) > 0.85 * len(part)))
+    words = (part for part in sentences if sum(c.isalpha() or c == " " for c in part) > 0.85 * len(part))
+    return list(dict.fromkeys(words))
 
 
 def tokenize(text: Text, tokenizer: Tokenizer) -> Int[np.ndarray, " tokens"]:

@@ -59,8 +59,8 @@ class Experiment:
                 raise ValueError(f"order: stage '{name}' is named twice")
             takes = self.stages[name].takes
             if takes != ("compressed" if number else "original"):
-                before = "cannot come first: it takes a compressed model" if takes == "compressed" else "must come first"
-                raise ValueError(f"order: stage '{name}' {before}")
+                why = "cannot come first: it takes a compressed model" if takes == "compressed" else "must come first"
+                raise ValueError(f"order: stage '{name}' {why}")
         unknown = [name for name in self.measured if name != "original" and name not in self.order]
         if unknown:
             raise ValueError(f"evaluate.after: '{unknown[0]}' is not 'original' or a stage in order {self.order}")
@@ -99,6 +99,7 @@ def run(experiment: Experiment) -> Outcome:
         stage = experiment.stages[name]
         keys[name] = content_key([keys[before], name, _key_settings(stage), stage.inputs()])
     evaluation = [_key_settings(experiment.evaluate), experiment.evaluate.inputs(), _versions()]
+    runner.check(keys)
     run_key = content_key([keys, evaluation, experiment.measured, experiment.name])
     run_folder = outputs / f"run-{run_key}"
     _make(run_folder, experiment.outputs)
@@ -150,6 +151,13 @@ class _Runner:
 
     def folder(self, name: str, key: str) -> Path:
         return self.outputs / f"{name}-{key}"
+
+    def check(self, keys: dict[str, str]) -> None:
+        """Ask every stage that is not finished whether it can work. Raises InputError before any long work."""
+        for name in self.experiment.order:
+            if self._finished(self.folder(name, keys[name])) is None:
+                self.experiment.stages[name].check(self.original)
+        self.experiment.evaluate.check(self.original)
 
     def stage(self, name: str, key: str, before: Path | None) -> dict[str, Any]:
         """The metrics of a stage, which leaves its model in `checkpoint` of its folder."""
@@ -295,12 +303,15 @@ def _commit() -> tuple[str | None, bool | None]:
     """Commit of the source tree and whether it differs from it; None where there is no git checkout."""
     if shutil.which("git") is None:
         return None, None
-    ask = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": False}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], **ask)  # type: ignore[call-overload]
-    if commit.returncode:
+
+    def ask(*words: str) -> str:
+        place = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=place, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return ask("rev-parse", "HEAD"), bool(ask("status", "--porcelain"))
+    except subprocess.CalledProcessError:
         return None, None
-    status = subprocess.run(["git", "status", "--porcelain"], **ask)  # type: ignore[call-overload]
-    return commit.stdout.strip(), bool(status.stdout.strip())
 
 
 def _versions() -> dict[str, str]:

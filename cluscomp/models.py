@@ -12,7 +12,14 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from cluscomp.errors import InputError
 from cluscomp.files import file_hash
@@ -42,15 +49,15 @@ class Original:
         Raises InputError if a tensor is missing, or the model has a part that cannot be compressed.
         """
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
         prefixes = tuple(f"{name}." for name in block_names(model))
         names = list(model.state_dict())
         tied = set(model.all_tied_weights_keys)
         missing = [name for name in names if name not in self._shards and name not in tied]
         if missing:
             raise InputError(
-                f"{self.folder}: no tensor {missing[0]} ({len(missing)} missing of {len(names)}); the file's names differ "
-                "from transformers'. Load and save the model once with transformers and give that folder"
+                f"{self.folder}: no tensor {missing[0]} ({len(missing)} of {len(names)} missing). If the file's names "
+                "differ from transformers', load and save the model once with transformers and give that folder"
             )
         self._fill(model, [name for name in names if not name.startswith(prefixes) and name in self._shards])
         model.tie_weights()
@@ -58,14 +65,15 @@ class Original:
         model.requires_grad_(False)
         for module in model.modules():
             module._buffers = {key: b if b is None else b.to(self.device) for key, b in module._buffers.items()}
-        return model.eval()
+        model.eval()
+        return model
 
     def size(self) -> dict[str, float]:
         """Bits per weight and bytes of the weights as they lie in the folder."""
         bits, weights = 0, 0
         for path in sorted(set(self._shards.values())):
             with safe_open(path, "pt") as shard:
-                for name in shard.keys():
+                for name in shard.keys():  # noqa: SIM118
                     part = shard.get_slice(name)
                     numbers = math.prod(part.get_shape())
                     bits, weights = bits + numbers * DTYPE_BITS[part.get_dtype()], weights + numbers
@@ -75,6 +83,12 @@ class Original:
             "model_bits_per_weight": per_weight,
             "checkpoint_bytes": sum(path.stat().st_size for path in set(self._shards.values())),
         }
+
+    def check_length(self, key: str, tokens: int) -> None:
+        """Raise InputError if a window of so many tokens is longer than the model takes; `key` is its setting."""
+        most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and tokens > most:
+            raise InputError(f"{key}={tokens} is longer than the {most} positions of {self.folder.name}")
 
     @contextmanager
     def block(self, model: PreTrainedModel, index: int) -> Iterator[nn.Module]:
@@ -120,10 +134,10 @@ def place(model: nn.Module, name: str, tensor: Tensor) -> None:
         parent._buffers[key] = tensor
 
 
-def read_config(folder: Path):  # type: ignore[no-untyped-def]
+def read_config(folder: Path) -> PreTrainedConfig:
     """The transformers config of a folder. Raises InputError if it is damaged or its architecture is unknown."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, json.JSONDecodeError) as error:
         raise InputError(f"{folder}: {str(error).splitlines()[0]}") from error
     if getattr(config, "quantization_config", None) is not None:
@@ -134,7 +148,7 @@ def read_config(folder: Path):  # type: ignore[no-untyped-def]
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder. Raises InputError if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise InputError(f"{folder}: no usable tokenizer: {str(error).splitlines()[0]}") from error
 

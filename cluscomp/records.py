@@ -77,3 +77,11 @@ def read(path: Path) -> Record:
     if record.schema != SCHEMA:
         raise InputError(f"{path}: schema {record.schema}; this version reads {SCHEMA}")
     return record
+
+
+def read_folder(folder: Path) -> list[Record]:
+    """All records of a folder, in the order of their file names. Raises InputError if there is none."""
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise InputError(f"{folder}: no records in it")
+    return [read(path) for path in paths]

@@ -32,7 +32,7 @@ def perplexity(walk: Walk, windows_WT: Int[Tensor, "W T"], *, batch_size: int, l
     The convention of GPTQ and after: no overlap between windows, the first token of a window is context only, the mean
     runs over tokens. One block is in memory at a time; the log-likelihood is taken in float32 and summed in float64.
     """
-    device = next(walk.model.get_input_embeddings().parameters()).device
+    device = walk.device
     batches = [batch_BT.to(device) for batch_BT in windows_WT.split(batch_size)]
     hidden = [walk.embed(ids_BT) for ids_BT in batches]
     for index in tqdm(range(len(walk)), desc=f"perplexity of {label}", unit="block", leave=False):
@@ -60,7 +60,7 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
     """The prompt and what the model makes of it, greedily, at most `tokens` long: to look at, not to score."""
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     end = model.generation_config.eos_token_id
-    made = model.generate(
+    made: Tensor = model.generate(  # type: ignore[operator]
         encoded.input_ids, attention_mask=encoded.attention_mask, max_new_tokens=tokens, do_sample=False,
         pad_token_id=end[0] if isinstance(end, list) else end,
     )  # fmt: skip

@@ -29,7 +29,7 @@ class HubModel:
     id: str
     revision: str | None
 
-    def folder(self, cache: Path) -> Path:
+    def folder(self, cache: Path) -> Path:  # noqa: ARG002
         """The local folder, downloaded into Hugging Face's own cache if need be.
 
         Raises InputError if the folder is missing or has no safetensors, or the id is unknown or out of reach.
@@ -52,7 +52,7 @@ class HubModel:
 
     def _download(self) -> Path:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
             patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -172,13 +172,11 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     values = read.config.to_dict()
     values.pop("quantization_config", None)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
-
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)

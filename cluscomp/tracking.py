@@ -122,4 +122,4 @@ class WandbTracker:
 
         if wandb.run is not None:
             wandb.run.summary.update(summary)
-        wandb.finish(quiet=True)
+        wandb.finish()

@@ -1,6 +1,7 @@
 """What is stored: modules that rebuild a dense weight and count their own bits, and the one layer that uses them."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -31,16 +32,29 @@ class Weight(Protocol):
         ...
 
 
+def num_sub_vectors(out_features: int, in_features: int, vector_dim: int, axis: Axis) -> int:
+    """N, the sub-vectors of a weight (O, I): lines times ceil(length / D). Raises ValueError if D exceeds a line."""
+    lines, length = lines_of(out_features, in_features, axis)
+    if not 1 <= vector_dim <= length:
+        raise ValueError(f"vector_dim {vector_dim} is outside 1 to {length}, the length of a line along axis '{axis}'")
+    return lines * math.ceil(length / vector_dim)
+
+
+def lines_of(out_features: int, in_features: int, axis: Axis) -> tuple[int, int]:
+    """Number and length of the lines of a weight (O, I) that are cut: (I, O) along "out", (O, I) along "in"."""
+    return (in_features, out_features) if axis == "out" else (out_features, in_features)
+
+
 def sub_vectors(weight_OI: Float[Tensor, "O I"], vector_dim: int, axis: Axis) -> Float[Tensor, "N D"]:
     """Cut a weight into sub-vectors: (O, I) -> (N, D), each row (column) padded with zeros to a multiple of D.
 
     With axis "out" (paper, section 3.2) a sub-vector is D neighbouring outputs of one input and N = I * ceil(O/D);
     with "in" it is D neighbouring inputs of one output and N = O * ceil(I/D). Raises ValueError if D exceeds the row.
     """
+    out_features, in_features = weight_OI.shape
+    num_vectors = num_sub_vectors(out_features, in_features, vector_dim, axis)
     rows = weight_OI.T if axis == "out" else weight_OI
-    if not 1 <= vector_dim <= rows.shape[1]:
-        raise ValueError(f"vector_dim {vector_dim} exceeds the {rows.shape[1]} entries along axis '{axis}'")
-    return F.pad(rows, (0, -rows.shape[1] % vector_dim)).reshape(-1, vector_dim)
+    return F.pad(rows, (0, -rows.shape[1] % vector_dim)).reshape(num_vectors, vector_dim)
 
 
 def storage_dtype(tensor: Tensor) -> torch.dtype:
@@ -95,8 +109,7 @@ class CodebookWeight(nn.Module):
         cls, *, out_features: int, in_features: int, axis: Axis, vector_dim: int, codebook_size: int, codebooks: int
     ) -> "CodebookWeight":
         """A module of the given shapes with undefined content, on the default device; to be loaded into."""
-        lines, length = (in_features, out_features) if axis == "out" else (out_features, in_features)
-        size = packed_bytes(lines * math.ceil(length / vector_dim), code_bits(codebook_size))
+        size = packed_bytes(num_sub_vectors(out_features, in_features, vector_dim, axis), code_bits(codebook_size))
         return cls(
             torch.empty(codebooks, size, dtype=torch.uint8),
             torch.empty(codebooks, codebook_size, vector_dim, dtype=STORAGE_DTYPE),
@@ -108,14 +121,7 @@ class CodebookWeight(nn.Module):
     @property
     def num_codes(self) -> int:
         """N, the sub-vectors (and codes) of one codebook."""
-        lines, length = self._lines
-        return lines * math.ceil(length / self.codebooks.shape[2])
-
-    @property
-    def _lines(self) -> tuple[int, int]:
-        """Number and length of the lines that are cut into sub-vectors."""
-        sizes = (self.in_features, self.out_features)
-        return sizes if self.axis == "out" else sizes[::-1]
+        return num_sub_vectors(self.out_features, self.in_features, self.codebooks.shape[2], self.axis)
 
     def unpacked(self) -> Tensor:
         """The codes as int32 (M, N)."""
@@ -124,7 +130,7 @@ class CodebookWeight(nn.Module):
 
     def forward(self, dtype: torch.dtype) -> Float[Tensor, "O I"]:
         """The dense weight in `dtype`; the codebook is cast before the gather, so training keeps float32 masters."""
-        lines, length = self._lines
+        lines, length = lines_of(self.out_features, self.in_features, self.axis)
         codebooks_MKD = self.codebooks.to(dtype)
         vectors_ND = sum(gather(book_KD, codes_N) for book_KD, codes_N in zip(codebooks_MKD, self.unpacked()))
         rows = cast(Tensor, vectors_ND).view(lines, -1)[:, :length]
@@ -177,7 +183,7 @@ class _RebuiltLinear(torch.autograd.Function):
             dense_OI = ctx.weight(x.dtype)
         grad_x = grad @ dense_OI.detach() if ctx.needs_input_grad[0] else None
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        grads = iter(())
+        grads: Iterator[Tensor] = iter(())
         if trained:
             grads = iter(torch.autograd.grad(dense_OI, trained, grad.flatten(0, -2).T @ x.flatten(0, -2)))
         return grad_x, grad_bias, None, *(next(grads) if p.requires_grad else None for p in parameters)
@@ -204,7 +210,7 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         """x W^T + b with the weight rebuilt in x's dtype: (..., I) -> (..., O)."""
-        return _RebuiltLinear.apply(x, self.bias, self.stored, *self.stored.parameters())  # type: ignore[no-any-return, no-untyped-call]
+        return _RebuiltLinear.apply(x, self.bias, self.stored, *self.stored.parameters())  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         """Shapes, for `print(model)`."""

@@ -74,4 +74,4 @@ class _Gather(torch.autograd.Function):
 
 def gather(codebook_KD: Float[Tensor, "K D"], codes_N: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
     """Centroids by their codes, differentiable in the codebook: (K, D), (N,) -> (N, D); once differentiable."""
-    return _Gather.apply(codebook_KD, codes_N)  # type: ignore[no-any-return, no-untyped-call]
+    return _Gather.apply(codebook_KD, codes_N)  # type: ignore[no-any-return]

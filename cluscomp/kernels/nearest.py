@@ -30,6 +30,4 @@ def nearest_plain(points_ND: Float[Tensor, "N D"], centroids_KD: Float[Tensor, "
     """
     half_norms_K = centroids_KD.square().sum(1) / 2
     chunk = max(1, CHUNK_ELEMENTS // len(centroids_KD))
-    return torch.cat(
-        [(half_norms_K - chunk_ND @ centroids_KD.T).argmin(1) for chunk_ND in points_ND.split(chunk)]
-    )
+    return torch.cat([(half_norms_K - chunk_ND @ centroids_KD.T).argmin(1) for chunk_ND in points_ND.split(chunk)])

@@ -8,12 +8,15 @@ if TYPE_CHECKING:
 
 
 class Method(Protocol):
-    """A way to compress one weight: a frozen settings class that sees tensors only (no model, no path, no global seed)."""
+    """A way to compress one weight: a frozen settings class that sees tensors only, no model, path or global seed."""
+
+    def check(self, out_features: int, in_features: int) -> None:
+        """Raise ValueError, without the layer's name, if the settings cannot work for a weight of this shape."""
+        ...
 
     def compress(self, weight_OI: "Tensor", generator: "torch.Generator") -> "nn.Module":
         """Turn a finite dense weight (O, I) into a stored form (see `cluscomp.weights.Weight`).
 
-        The result depends on the weight, the settings and the generator's seed alone. Raises ValueError, without the
-        layer's name, if the settings cannot work for this weight.
+        The result depends on the weight, the settings and the generator's seed alone. Raises ValueError as `check`.
         """
         ...

@@ -39,6 +39,22 @@ class ClusComp:
             )
         return self
 
+    def check(self, out_features: int, in_features: int) -> None:
+        """Whether a codebook fits a weight of this shape; see `Method.check`."""
+        from cluscomp import budget
+        from cluscomp.weights import num_sub_vectors
+
+        if self.bits is not None:
+            budget.reachable(out_features, in_features, self.axis, self.bits)
+            return
+        assert self.vector_dim is not None and self.codebook_size is not None  # _either_bits_or_shape
+        vectors = num_sub_vectors(out_features, in_features, self.vector_dim, self.axis)
+        if self.codebook_size > vectors:
+            raise ValueError(
+                f"method.codebook_size={self.codebook_size} exceeds the {vectors} sub-vectors of length "
+                f"{self.vector_dim} in a {out_features} x {in_features} matrix; take fewer, or give bits=3 instead"
+            )
+
     def compress(self, weight_OI: "Tensor", generator: "torch.Generator") -> "CodebookWeight":
         """Cluster the sub-vectors of a weight (O, I); see `Method.compress`."""
         from cluscomp import budget

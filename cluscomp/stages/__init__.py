@@ -28,6 +28,10 @@ class Stage(Protocol):
         """Hashes of what the stage reads besides model and settings (texts); part of its key."""
         ...
 
+    def check(self, original: "Original") -> None:
+        """Raise InputError for what cannot work with this model, before any long work starts."""
+        ...
+
     def run(self, model: "PreTrainedModel", job: Job) -> dict[str, Any]:
         """Change the model in place and return what happened. Raises InputError if it cannot be done."""
         ...

