@@ -5,8 +5,10 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hydra
 from hydra.errors import HydraException, InstantiationException
@@ -16,10 +18,7 @@ from pydantic import ValidationError
 
 from cluscomp import __version__
 from cluscomp.errors import InputError
-from cluscomp.experiment import Experiment
-
-if TYPE_CHECKING:
-    from cluscomp.experiment import Outcome
+from cluscomp.experiment import Experiment, Outcome, run
 
 HERE = Path(__file__).parent
 CONF = next(folder for folder in (HERE / "conf", HERE.parent / "conf") if folder.is_dir())
@@ -37,10 +36,17 @@ def main() -> None:
         return
     sys.argv[1:] = arguments
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here whole, to be told in a sentence
-    try:
+    with _told_in_a_sentence():
         _compose_and_run()
+
+
+@contextmanager
+def _told_in_a_sentence() -> Iterator[None]:
+    """Turn an exception into one sentence and an exit code, unless debug=true asks for all of it."""
+    try:
+        yield
     except (Exception, KeyboardInterrupt) as error:
-        if "debug=true" in arguments:
+        if "debug=true" in sys.argv:
             raise
         message, code = explain(error)
         print(f"cluscomp: {message}", file=sys.stderr)
@@ -49,11 +55,10 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _compose_and_run(config: DictConfig) -> None:
-    experiment = build(config)
-    _quiet_libraries()
-    from cluscomp.experiment import run
-
-    show(run(experiment))
+    with _told_in_a_sentence():  # before Hydra sees it, which would add lines of its own
+        experiment = build(config)
+        _quiet_libraries()
+        show(run(experiment))
 
 
 def build(config: DictConfig) -> Experiment:
@@ -100,7 +105,8 @@ def _told(error: ValidationError, prefix: str, raw: dict[str, Any]) -> str:
         name = taken_from[1] if taken_from else ".".join(path)
         message = problem["msg"].removeprefix("Value error, ")
         whole = problem["type"] in {"value_error", "missing"}
-        sentences.append(f"{name}: {message}" if whole else f"{name} = {problem['input']!r}: {message}")
+        value = "" if whole else f" = {problem['input']!r}"
+        sentences.append(f"{name}{value}: {message}" if name else message)
     return "; ".join(sentences)
 
 
@@ -136,6 +142,14 @@ def _composition_problem(error: BaseException) -> str:
         near = difflib.get_close_matches(wrong, keys, 1)
         hint = f"did you mean {'.'.join([*parents, near[0]])}? " if near else ""
         return f"{override[1]}: there is no such setting; {hint}allowed here: {', '.join(keys) or 'nothing'}"
+    option = re.search(
+        r"Could not find '([\w/]+)/(\w+)'\s+Available options in '[\w/]+':\s+(.*?)\s+Config search", text, re.S
+    )
+    if option:
+        names = option[3].split()
+        near = difflib.get_close_matches(option[2], names, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{option[1]}={option[2]}: there is no such choice; {hint}allowed here: {', '.join(names)}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines).replace("\t", " ")
 
@@ -150,7 +164,7 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def show(outcome: "Outcome") -> None:
+def show(outcome: Outcome) -> None:
     """Print a run's table, what the models made of the prompt, and where everything lies."""
     from cluscomp.tables import stage_table
 

@@ -147,7 +147,7 @@ class FileText:
 class PydocText:
     """The prose of the Python manual that every Python carries (`pydoc_data.topics`): real English, no download.
 
-    Whole topics go to one side: every fifth, by name, is test text. Other Python versions have other text, so
+    Whole topics go to one side: every third, by name, is test text. Other Python versions have other text, so
     scores on it compare only where the hash in the protocol agrees.
     """
 
@@ -158,8 +158,8 @@ class PydocText:
         from pydoc_data.topics import topics
 
         names = sorted(topics)
-        test = prose("\n\n".join(topics[name] for name in names[::5]))
-        others = prose("\n\n".join(topics[name] for number, name in enumerate(names) if number % 5))
+        test = prose("\n\n".join(topics[name] for name in names[::3]))
+        others = prose("\n\n".join(topics[name] for number, name in enumerate(names) if number % 3))
         rows = test if split == "test" else without_overlap(others, test)
         return Text(f"{self.name}/{split}", rows, "\n\n")
 
@@ -167,8 +167,9 @@ class PydocText:
 def prose(text: str) -> list[str]:
     """The paragraphs of a manual that are sentences, unwrapped and without repeats; headings and code are left out."""
     unwrapped = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
-    sentences = (part for part in unwrapped if re.match(r"[A-Z].{39,}[.:]$", part))
-    words = (part for part in sentences if sum(c.isalpha() or c == " " for c in part) > 0.85 * len(part))
+    unmarked = (re.sub(r"^(\*|\d+\.|\[\d+\]) ", "", part) for part in unwrapped)
+    sentences = (part for part in unmarked if re.match(r"[A-Z*].{39,}[.:]$", part) and ">>>" not in part)
+    words = (part for part in sentences if sum(c.isalpha() or c == " " for c in part) > 0.8 * len(part))
     return list(dict.fromkeys(words))
 
 

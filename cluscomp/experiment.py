@@ -7,6 +7,7 @@ share its result, changed settings never re-use old state, and two configs never
 
 import json
 import logging
+import os
 import platform
 import shutil
 import subprocess
@@ -85,12 +86,13 @@ class Outcome:
 
 def run(experiment: Experiment) -> Outcome:
     """Run the stages in order and evaluate; finished parts are re-used. Raises InputError for what cannot work."""
+    config = settings(experiment)
+    outputs = _writable(experiment.outputs)
+    folder = experiment.model.folder(Path(experiment.cache).expanduser())
+
     from cluscomp.models import Original, fingerprint
 
-    config = settings(experiment)
-    outputs = Path(experiment.outputs).expanduser().absolute()
     device, dtype = _device(experiment.device), _dtype(experiment)
-    folder = experiment.model.folder(Path(experiment.cache).expanduser())
     original = Original(folder, dtype, device)
     root = {"model": fingerprint(folder), "seed": experiment.seed, "dtype": str(dtype), "format": _format()}
     runner = _Runner(experiment, outputs, original)
@@ -102,7 +104,7 @@ def run(experiment: Experiment) -> Outcome:
     runner.check(keys)
     run_key = content_key([keys, evaluation, experiment.measured, experiment.name])
     run_folder = outputs / f"run-{run_key}"
-    _make(run_folder, experiment.outputs)
+    _log_into(run_folder)
     experiment.tracker.begin(f"{experiment.name}-{run_key}", config, run_folder)
     metrics: dict[str, dict[str, Any]] = {}
     checkpoint = None
@@ -130,16 +132,25 @@ def run(experiment: Experiment) -> Outcome:
     return Outcome(record, path, checkpoint, samples)
 
 
-def _make(folder: Path, outputs: str) -> None:
-    """Make the run's folder and log into it. Raises InputError if the outputs cannot be written."""
+def _writable(outputs: str) -> Path:
+    """The outputs folder, made if need be. Raises InputError if it cannot be written."""
+    folder = Path(outputs).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / "log.txt")
     except OSError as error:
-        raise InputError(f"outputs={outputs}: cannot be written ({error.strerror})") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        raise InputError(f"outputs={outputs}: cannot be made ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"outputs={outputs}: cannot be written")
+    return folder
+
+
+def _log_into(folder: Path) -> None:
+    """Send the project's log lines into `folder`/log.txt, too."""
+    folder.mkdir(parents=True, exist_ok=True)
     for old in [handler for handler in log.handlers if isinstance(handler, logging.FileHandler)]:
         log.removeHandler(old)
+    handler = logging.FileHandler(folder / "log.txt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
 
 

@@ -35,7 +35,7 @@ def perplexity(walk: Walk, windows_WT: Int[Tensor, "W T"], *, batch_size: int, l
     device = walk.device
     batches = [batch_BT.to(device) for batch_BT in windows_WT.split(batch_size)]
     hidden = [walk.embed(ids_BT) for ids_BT in batches]
-    for index in tqdm(range(len(walk)), desc=f"perplexity of {label}", unit="block", leave=False):
+    for index in tqdm(range(len(walk)), desc=f"perplexity of {label}", unit="block", leave=False, disable=None):
         with walk.block(index) as block:
             for number, hidden_BTH in enumerate(hidden):
                 hidden[number] = walk.apply(index, block, hidden_BTH)
