@@ -66,6 +66,10 @@ class CompressedQuantizer(HfQuantizer):
         check_codes(model)
         return model
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What `save_pretrained` writes, in storage dtypes."""
+        return stored_state(model), {}
+
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the same format again."""
         return True
@@ -116,13 +120,12 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     model.config.quantization_config = config
     model.hf_quantizer = CompressedQuantizer(config)  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]
-    state = stored_state(model)
     with new_folder(folder) as unfinished:
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        needed = sum(tensor.numel() * storage_dtype(tensor).itemsize for tensor in unique_tensors(model).values())
         free = shutil.disk_usage(unfinished).free
         if free < needed:
             raise OSError(f"{folder}: the checkpoint needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f}")
-        model.save_pretrained(unfinished, state_dict=state, max_shard_size=SHARD_SIZE)
+        model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(unfinished)
         hashes = {path.name: file_hash(path) for path in sorted(unfinished.iterdir())}
         (unfinished / MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": hashes}, indent=1) + "\n")
