@@ -55,9 +55,14 @@ class Walk:
     def embed(self, ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T H"]:
         """The hidden states that enter the first block: (B, T) token ids -> (B, T, H).
 
-        Raises InputError for a model whose blocks get arguments made from the tokens.
+        Raises InputError for a model whose blocks get arguments made from the tokens, or more than one stream.
         """
         hidden_BTH, arguments = self._capture(ids_BT)
+        if hidden_BTH.ndim != 3:
+            shape = tuple(hidden_BTH.shape)
+            raise InputError(
+                f"{type(self.model).__name__}: hidden states of shape {shape}; its blocks cannot be walked"
+            )
         known = self._arguments.setdefault(ids_BT.shape, arguments)
         for name, first, second in zip(block_names(self.model), known, arguments):
             if not _same(first, second):

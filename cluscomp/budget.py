@@ -14,9 +14,9 @@ from cluscomp.weights import STORAGE_DTYPE, Axis, lines_of, num_sub_vectors, sto
 
 CODEBOOK_BITS = torch.finfo(STORAGE_DTYPE).bits
 MAX_VECTOR_DIM = 16
-SHORTLIST = 3  # candidates whose error is measured
-SAMPLE = 65_536  # sub-vectors of a measurement, or 16 a centroid if that is more
-MEASURE_ITERATIONS = 3
+SHORTLIST = 4  # candidates whose error is measured
+SAMPLE = 32_768  # sub-vectors of a measurement, or 16 a centroid if that is more
+MEASURE_ITERATIONS = 12  # with few, small codebooks look worse than they are
 
 
 @dataclass(frozen=True)

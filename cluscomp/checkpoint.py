@@ -55,12 +55,19 @@ class CompressedQuantizer(HfQuantizer):
     requires_calibration = True  # a dense model cannot be compressed while loading
     quantization_config: CompressedConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
+    ) -> None:
         for name, spec in self.quantization_config.weights.items():
             dense = model.get_submodule(name)
             with torch.device("meta"):
                 layer = CompressedLinear(build(spec), dense.bias, torch.get_default_dtype())  # type: ignore[arg-type]
             model.set_submodule(name, layer)
+        if checkpoint_files:  # transformers fills in what is missing: never for codes and codebooks
+            expected = {f"{name}.{key}" for name, layer in compressed(model).items() for key in layer.state_dict()}
+            missing = sorted(expected.difference(*map(_tensor_names, checkpoint_files)))
+            if missing:
+                raise InputError(f"{checkpoint_files[0]}: no tensor {missing[0]} ({len(missing)} missing)")
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
         check_codes(model)
@@ -83,6 +90,11 @@ class CompressedQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Trainer may train the codebooks without adapters."""
         return True
+
+
+def _tensor_names(path: str) -> set[str]:
+    with safe_open(path, "pt") as file:
+        return set(file.keys())
 
 
 def check_codes(model: nn.Module) -> None:
@@ -145,9 +157,13 @@ def load(folder: Path, dtype: torch.dtype | None = None, device: torch.device | 
     """
     verify(folder)
     kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **kwargs
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True, **kwargs,
+        )  # fmt: skip
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: {str(error).splitlines()[0]}") from error
     model, info = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
@@ -191,7 +207,9 @@ def put_part(block: nn.Module, layers: dict[str, nn.Module]) -> None:
 
 def build(spec: dict[str, Any]) -> nn.Module:
     """A stored form with undefined content from its kind and shapes, on the default device."""
-    kind = WEIGHTS[spec["kind"]]
+    kind = WEIGHTS.get(str(spec.get("kind")))
+    if kind is None:
+        raise ValueError(f"a stored weight of kind '{spec.get('kind')}'; this version knows {', '.join(WEIGHTS)}")
     return kind.empty(**{key: value for key, value in spec.items() if key != "kind"})
 
 

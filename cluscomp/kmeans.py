@@ -10,6 +10,7 @@ from torch import Tensor
 from cluscomp.kernels.nearest import nearest
 
 SPLIT = 1 / 1024  # relative distance between the two halves of a split cluster (faiss' constant)
+LARGEST = 1e15  # of a point's entries: their squares are added in float32
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,15 @@ def kmeans(
     an empty cluster takes half of a large one. One more assignment gives the codes. Runs in float32 with sums in
     float64, and depends on the generator's seed alone, not on the number of threads.
 
-    Raises ValueError for K outside 2..N, no iteration, or points that are not finite.
+    Raises ValueError for K outside 2..N, no iteration, or points that are not finite (or above 1e15).
     """
     if not 2 <= num_centroids <= len(points_ND):
         raise ValueError(f"{num_centroids} centroids for {len(points_ND)} sub-vectors: need 2 to as many as there are")
     if iterations < 1:
         raise ValueError(f"{iterations} iterations: need at least 1")
-    if not bool(points_ND.isfinite().all()):
-        raise ValueError("NaN or infinity among the points")
-    points_ND = points_ND.float().contiguous()
+    points_ND = points_ND.detach().float().contiguous()
+    if not bool((points_ND.abs() <= LARGEST).all()):
+        raise ValueError(f"NaN, infinity or a value above {LARGEST:g} among the points")
     chosen_K = torch.randperm(len(points_ND), generator=generator)[:num_centroids]
     split_rng = np.random.default_rng(int(torch.randint(1 << 62, (), generator=generator)))
     centroids_KD = points_ND[chosen_K.to(points_ND.device)]

@@ -50,6 +50,7 @@ class Original:
         """
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        check_supported(model)
         prefixes = tuple(f"{name}." for name in block_names(model))
         names = list(model.state_dict())
         tied = set(model.all_tied_weights_keys)
@@ -61,7 +62,6 @@ class Original:
             )
         self._fill(model, [name for name in names if not name.startswith(prefixes) and name in self._shards])
         model.tie_weights()
-        check_supported(model)
         model.requires_grad_(False)
         for module in model.modules():
             module._buffers = {key: b if b is None else b.to(self.device) for key, b in module._buffers.items()}

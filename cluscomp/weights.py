@@ -182,10 +182,11 @@ class _RebuiltLinear(torch.autograd.Function):
         with torch.enable_grad():
             dense_OI = ctx.weight(x.dtype)
         grad_x = grad @ dense_OI.detach() if ctx.needs_input_grad[0] else None
-        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         grads: Iterator[Tensor] = iter(())
         if trained:
-            grads = iter(torch.autograd.grad(dense_OI, trained, grad.flatten(0, -2).T @ x.flatten(0, -2)))
+            dense_grad_OI = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+            grads = iter(torch.autograd.grad(dense_OI, trained, dense_grad_OI))
         return grad_x, grad_bias, None, *(next(grads) if p.requires_grad else None for p in parameters)
 
 

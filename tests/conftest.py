@@ -1,0 +1,91 @@
+"""Shared ground: one thread, no network, shapes checked while tests run, tiny random models of seven families."""
+
+import os
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jaxtyping
+import pytest
+
+CHECKED = ["kernels", "kmeans", "weights", "budget", "blocks", "scoring"]
+jaxtyping.install_import_hook([f"cluscomp.{name}" for name in CHECKED], "beartype.beartype")
+
+TOKENS = 12  # of a test window: longer than the sliding windows below
+ROPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+FAMILIES = {
+    "llama": ROPE,
+    "mistral": ROPE | {"sliding_window": 5},
+    "qwen3": ROPE,
+    "gemma2": ROPE | {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3_text": ROPE
+    | {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "opt": {"hidden_size": 32, "ffn_dim": 48, "num_attention_heads": 4, "word_embed_proj_dim": 32},
+    "phi": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4},
+}
+COMMON = {"num_hidden_layers": 3, "max_position_embeddings": 64, "initializer_range": 0.2}
+
+
+def redraw_vectors(folder, seed=0):
+    """Give norms and biases random values: as initialised (ones, zeros) a lost one would go unnoticed."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 1:
+            tensors[name] = tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory):
+    """Builder of model folders: families("phi") or families("gpt2", n_embd=32); made once for equal arguments."""
+    from cluscomp.sources import TinyModel
+
+    cache, made = tmp_path_factory.mktemp("models"), {}
+
+    def build(name, **config):
+        values = COMMON | FAMILIES.get(name, {}) | config
+        key = name, repr(sorted(values.items()))
+        if key not in made:
+            made[key] = TinyModel(architecture=name, config=values, seed=len(made)).folder(cache)
+            redraw_vectors(made[key])
+        return made[key]
+
+    return build
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request, families):
+    """A model folder of each family in turn. Read it only."""
+    return families(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(families):
+    """The folder of a small Llama with tied embeddings. Read it only."""
+    return families("llama", tie_word_embeddings=True)
+
+
+@pytest.fixture
+def ids():
+    """Two windows of token ids, as all tiny models take them."""
+    import torch
+
+    return torch.randint(1, 257, (2, TOKENS), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of the test material that lies beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip("the test material (../shared/data) is not beside the repository")
+    return folder

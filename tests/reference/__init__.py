@@ -1,0 +1,1 @@
+"""Plain slow versions: the truth some tests compare with."""

@@ -1,0 +1,166 @@
+"""The solver against trying every size, the ledger against files, Equation 3 against the paper's numbers."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from reference import codebook as reference
+
+from cluscomp.budget import choose, reachable, size_of, stored_bits
+from cluscomp.checkpoint import save
+from cluscomp.kmeans import kmeans
+from cluscomp.methods.cluscomp import ClusComp
+from cluscomp.models import Original, block_names, blocks, linears
+from cluscomp.stages.cluster import Cluster
+from cluscomp.weights import CodebookWeight, sub_vectors
+
+targets = st.one_of(st.sampled_from([1.0, 2.0, 3.0, 4.0, 8.0]), st.floats(0.2, 8))
+axes = st.sampled_from(["out", "in"])
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def within_reach(*args):
+    """What is reachable, which may be nothing."""
+    try:
+        return reachable(*args)
+    except ValueError as error:
+        assert "out of reach" in str(error)
+        return []
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 20),
+    st.integers(1, 20),
+    axes,
+    targets,
+)
+def test_reachable_finds_the_largest_codebook_of_each_length(out_features, in_features, axis, bits):
+    """Against a loop over all lengths and all sizes."""
+    lines, length = (in_features, out_features) if axis == "out" else (out_features, in_features)
+    expected = {}
+    for dim in range(1, min(16, length) + 1):
+        for size in range(2, lines * -(-length // dim) + 1):
+            if reference.bits(out_features, in_features, axis, dim, size) <= bits * out_features * in_features:
+                expected[dim] = size
+    found = within_reach(out_features, in_features, axis, bits)
+    assert {shape.vector_dim: shape.codebook_size for shape in found} == expected
+    assert all(shape.bits <= bits for shape in found)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 5000), axes, targets)
+def test_one_more_centroid_is_too_many(out_features, in_features, axis, bits):
+    lines, length = (in_features, out_features) if axis == "out" else (out_features, in_features)
+    for shape in within_reach(out_features, in_features, axis, bits):
+        dim, size = shape.vector_dim, shape.codebook_size
+        stored = reference.bits(out_features, in_features, axis, dim, size) / (out_features * in_features)
+        assert stored == pytest.approx(shape.bits) and shape.bits <= bits
+        if size < min(lines * -(-length // dim), 65_536):
+            assert reference.bits(out_features, in_features, axis, dim, size + 1) > bits * out_features * in_features
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), axes, st.integers(1, 9), st.integers(2, 300))
+def test_stored_bits_are_those_of_the_stored_weight(out_features, in_features, axis, dim, size):
+    assume(dim <= (out_features if axis == "out" else in_features))
+    weight = CodebookWeight.empty(
+        out_features=out_features, in_features=in_features, axis=axis, vector_dim=dim, codebook_size=size, codebooks=1
+    )
+    bits = stored_bits(out_features, in_features, axis, dim, size)
+    assert bits * out_features * in_features == pytest.approx(sum(weight.ledger().values()))
+
+
+def test_equation_3_of_the_paper():
+    assert stored_bits(4096, 4096, "out", 4, 65_500) == pytest.approx(4.25, abs=0.005)
+    llama2_7b_block = 4 * [(4096, 4096)] + 2 * [(11_008, 4096)] + [(4096, 11_008)]
+    bits = sum(stored_bits(o, i, "out", 9, 45_000) * o * i for o, i in llama2_7b_block)
+    assert bits / sum(o * i for o, i in llama2_7b_block) == pytest.approx(2.00, abs=0.01)
+
+
+def compressed_model(folder):
+    """All linear layers of a model compressed, and how many dense weights those had."""
+    original = Original(folder, torch.float32, torch.device("cpu"))
+    model = original.load_all()
+    weights = sum(layer.weight.numel() for block in blocks(model) for layer in linears(block).values())
+    cluster = Cluster(method=ClusComp(bits=None, vector_dim=3, codebook_size=11, axis="out", iterations=1))
+    for name, block in zip(block_names(model), blocks(model)):
+        cluster.compress_block(block, name, seed=0)
+    return model, original.tokenizer, weights
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_size_of_a_model_is_that_of_its_file(families, tmp_path, tied):
+    model, tokenizer, weights = compressed_model(families("llama", tie_word_embeddings=tied))
+    size = size_of(model)
+    save(model, tokenizer, tmp_path / "saved")
+    raw = (tmp_path / "saved" / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    tensors = json.loads(raw[8:start])
+    assert sum(size.ledger.values()) == 8 * (len(raw) - start)
+    on_disk = {
+        name: 8 * (entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in tensors.items()
+        if name != "__metadata__"
+    }
+    parts = {key: sum(bits for name, bits in on_disk.items() if name.endswith(key)) for key in (".codes", ".codebooks")}
+    assert size.ledger["codes"] + size.ledger["padding"] == parts[".codes"]
+    assert size.ledger["codebooks"] == parts[".codebooks"]
+    assert size.ledger["kept"] == sum(on_disk.values()) - sum(parts.values())
+    assert size.linear_bits_per_weight == sum(parts.values()) / weights
+    kept_numbers = sum(
+        torch.tensor(entry["shape"]).prod().item()
+        for name, entry in tensors.items()
+        if name != "__metadata__" and ".stored." not in name
+    )
+    assert size.model_bits_per_weight == pytest.approx(sum(on_disk.values()) / (weights + kept_numbers))
+    embeddings = 257 * 32 * (1 if tied else 2)
+    vectors = 7 * 32  # two norms a block and the last one
+    assert kept_numbers == embeddings + vectors
+
+
+def test_a_model_without_compressed_layers_has_no_size(tiny_folder):
+    with pytest.raises(ValueError, match="no layer"):
+        size_of(Original(tiny_folder, torch.float32, torch.device("cpu")).load_all())
+
+
+def heavy_tails(out_features, in_features, seed):
+    """Student's t with 3 degrees of freedom."""
+    normal = torch.randn(4, out_features, in_features, generator=generator(seed))
+    return normal[0] / normal[1:].square().mean(0).sqrt()
+
+
+WEIGHTS = {
+    "gaussian": lambda o, i, seed: torch.randn(o, i, generator=generator(seed)),
+    "heavy tails": heavy_tails,
+    "few rows matter": lambda o, i, seed: (
+        torch.randn(o, i, generator=generator(seed)) * torch.linspace(-3, 3, o).exp()[:, None]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("bits", [1.5, 3.0, 4.0])
+def test_the_choice_is_within_5_percent_of_the_best(kind, bits):
+    """Against the full clustering with every reachable shape."""
+    shape = 64, 96
+    weight = WEIGHTS[kind](*shape, 0)
+    errors = {}
+    for candidate in reachable(*shape, "out", bits):
+        points = sub_vectors(weight, candidate.vector_dim, "out")
+        errors[candidate] = kmeans(points, candidate.codebook_size, iterations=20, generator=generator()).inertia
+    chosen = choose(weight, bits, "out", generator())
+    assert errors[chosen] <= 1.05 * min(errors.values()), {
+        (s.vector_dim, s.codebook_size): e for s, e in errors.items()
+    }
+
+
+def test_bits_out_of_reach_say_what_is_within():
+    with pytest.raises(ValueError, match=r"1\.5 is out of reach for a 4 x 4 matrix: the least is 3\.000, .*=1 .*=2"):
+        choose(torch.randn(4, 4, generator=generator()), 1.5, "out", generator())
+    # by hand: 16 codes of 1 bit and two centroids of 16 bits, over 16 weights: (16 + 32) / 16

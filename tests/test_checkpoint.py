@@ -1,0 +1,314 @@
+"""Saved models against the models in memory and against dense models, for every family; and what is refused."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cluscomp import checkpoint
+from cluscomp.budget import size_of
+from cluscomp.errors import InputError
+from cluscomp.files import file_hash
+from cluscomp.methods.cluscomp import ClusComp
+from cluscomp.models import Original, block_names, blocks, compressed
+from cluscomp.stages.cluster import Cluster
+from cluscomp.weights import CompressedLinear
+
+
+def compress(folder, codebook_size=7):
+    """A model with every linear layer compressed, and its tokenizer."""
+    original = Original(folder, torch.float32, torch.device("cpu"))
+    model = original.load_all()
+    method = ClusComp(bits=None, vector_dim=2, codebook_size=codebook_size, axis="out", iterations=2)
+    for name, block in zip(block_names(model), blocks(model)):
+        Cluster(method=method).compress_block(block, name, seed=0)
+    return model, original.tokenizer
+
+
+@pytest.fixture(scope="module")
+def saved(family, tmp_path_factory):
+    """Of each family in turn: the model in memory, the folder it was saved to (read it only), the original's folder."""
+    model, tokenizer = compress(family, codebook_size=8)
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    checkpoint.save(model, tokenizer, folder)
+    return model, folder, family
+
+
+@pytest.fixture(scope="module")
+def tiny_saved(tiny_folder, tmp_path_factory):
+    model, tokenizer = compress(tiny_folder)
+    folder = tmp_path_factory.mktemp("saved") / "tiny"
+    checkpoint.save(model, tokenizer, folder)
+    return model, folder
+
+
+@pytest.fixture
+def copy(tiny_saved, tmp_path):
+    """A copy of the tiny checkpoint that may be damaged."""
+    return shutil.copytree(tiny_saved[1], tmp_path / "copy")
+
+
+def logits(model, ids, **kwargs):
+    with torch.no_grad():
+        return model.eval()(ids, **kwargs).logits
+
+
+def test_plain_transformers_gives_the_same_logits(saved, ids):
+    model, folder, _ = saved
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    assert len(compressed(again)) == len(compressed(model)) > 0
+    assert not any(parameter.is_meta for parameter in again.parameters())
+    assert torch.equal(logits(checkpoint.load(folder), ids), logits(model, ids))
+
+
+def dense_twin(model, original_folder, dtype):
+    """The original with its linear weights replaced by the rebuilt ones: what the compressed model has to compute."""
+    dense = AutoModelForCausalLM.from_pretrained(original_folder, dtype=dtype)
+    for name, layer in compressed(model).items():
+        dense.get_submodule(name).weight.data = layer.stored(torch.float32).detach().to(dtype).contiguous()
+    return dense
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_a_dense_model_with_these_weights_computes_the_same(saved, ids, dtype, tolerance):
+    """Catches a lost bias, a transposed weight, an embedding or norm that was rounded."""
+    model, folder, original_folder = saved
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert loaded.dtype == dtype
+    expected = logits(dense_twin(model, original_folder, dtype), ids).float()
+    assert (logits(loaded, ids).float() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_biases_are_kept(families, tmp_path):
+    for name in ("opt", "phi"):
+        model, tokenizer = compress(families(name))
+        checkpoint.save(model, tokenizer, tmp_path / name)
+        original = load_file(families(name) / "model.safetensors")
+        biases = {key: value for key, value in original.items() if key.endswith("bias")}
+        parameters = dict(AutoModelForCausalLM.from_pretrained(tmp_path / name).named_parameters())
+        layers = [f"{layer}.bias" for layer in compressed(model)]
+        assert layers and all(torch.equal(parameters[key], biases[key]) and biases[key].any() for key in layers)
+
+
+def test_saving_again_and_sharding_change_nothing(saved, ids, tmp_path):
+    model, folder, _ = saved
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    again.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), ids), logits(model, ids))
+
+
+def test_a_loaded_model_saves_to_the_same_bytes(tiny_saved, tmp_path):
+    folder = tiny_saved[1]
+    checkpoint.save(checkpoint.load(folder), AutoTokenizer.from_pretrained(folder), tmp_path / "again")
+    assert checkpoint.checkpoint_hash(tmp_path / "again") == checkpoint.checkpoint_hash(folder)
+
+
+def test_generation_is_greedy_search_by_hand(tiny_saved, ids):
+    model, folder = tiny_saved
+    loaded = checkpoint.load(folder)
+    sequence = ids[:1]
+    for _ in range(6):
+        sequence = torch.cat([sequence, logits(model, sequence)[:, -1].argmax(1, keepdim=True)], 1)
+    made = loaded.generate(ids[:1], max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(made, sequence)
+
+
+def test_padding_and_masks(saved, ids):
+    model, folder, _ = saved
+    mask = torch.ones_like(ids)
+    mask[1, -4:] = 0
+    loaded = checkpoint.load(folder)
+    batch = logits(loaded, ids, attention_mask=mask)
+    assert torch.equal(batch, logits(model, ids, attention_mask=mask))
+    torch.testing.assert_close(batch[1, :-4], logits(model, ids[1:, :-4])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_each_stored_tensor_takes_the_bits_of_the_ledger(saved):
+    model, folder, _ = saved
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, layer in compressed(model).items():
+        ledger = layer.stored.ledger()
+        codes, codebooks = tensors[f"{name}.stored.codes"], tensors[f"{name}.stored.codebooks"]
+        assert codes.dtype == torch.uint8 and codebooks.dtype == torch.float16
+        assert codes.numel() * 8 == ledger["codes"] + ledger["padding"]
+        assert codebooks.numel() * 16 == ledger["codebooks"]
+        sub_vectors = layer.in_features * -(-layer.out_features // 2)
+        assert ledger["codes"] == 3 * sub_vectors  # 8 centroids
+        assert tensors.get(f"{name}.weight", torch.empty(0)).numel() == 0
+    size = (folder / "model.safetensors").stat().st_size
+    raw = (folder / "model.safetensors").read_bytes()[:8]
+    header = 8 + int.from_bytes(raw, "little")
+    assert size - header == pytest.approx(sum(size_of(model).ledger.values()) / 8, rel=1e-3)
+    assert size == checkpoint.weight_bytes(folder)
+
+
+def test_a_transformers_without_cluscomp_fails_loudly(tiny_saved):
+    """In a fresh interpreter that never imports cluscomp: no model with random weights may come back."""
+    program = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1]); print(7)"
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tiny_saved[1])], capture_output=True, text=True, env=os.environ, check=False
+    )
+    assert run.returncode != 0 and "7" not in run.stdout
+    assert "Error" in run.stderr
+
+
+def resign(folder):
+    """Renew the hashes, as if the damage had been there when the folder was written."""
+    path = folder / checkpoint.MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["sha256"] = {name: file_hash(folder / name) for name in manifest["sha256"]}
+    path.write_text(json.dumps(manifest))
+
+
+def edit_tensors(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    resign(folder)
+
+
+def edit_config(folder, edit):
+    config = json.loads((folder / "config.json").read_text())
+    edit(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+    resign(folder)
+
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+def test_an_altered_byte_is_refused(copy):
+    path = copy / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=r"model\.safetensors: missing or altered"):
+        checkpoint.load(copy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", checkpoint.MANIFEST])
+def test_a_missing_file_is_refused(copy, name):
+    (copy / name).unlink()
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        checkpoint.load(copy)
+
+
+@pytest.mark.parametrize("part", [".stored.codes", ".stored.codebooks"])
+def test_a_missing_tensor_is_refused(copy, part):
+    edit_tensors(copy, lambda tensors: tensors.pop(LAYER + part))
+    with pytest.raises(InputError, match=LAYER):
+        checkpoint.load(copy)
+
+
+def test_an_unexpected_tensor_is_refused(copy):
+    edit_tensors(copy, lambda tensors: tensors.update(extra=torch.ones(3)))
+    with pytest.raises(InputError, match="unexpected keys: extra"):
+        checkpoint.load(copy)
+
+
+def test_a_code_past_the_codebook_is_refused(copy):
+    edit_tensors(copy, lambda tensors: tensors[f"{LAYER}.stored.codes"].fill_(255))
+    with pytest.raises(InputError, match=rf"{LAYER}: code 7 exceeds the codebook of 7 centroids"):
+        checkpoint.load(copy)
+    with pytest.raises(InputError, match="code 7 exceeds"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_an_unknown_format_is_refused(copy):
+    edit_config(copy, lambda config: config.update(format=99))
+    with pytest.raises((InputError, ValueError), match=r"format 99: this version reads 1"):
+        AutoModelForCausalLM.from_pretrained(copy)
+    with pytest.raises(InputError, match=r"format 99: this version reads 1"):
+        checkpoint.load(copy)
+
+
+@pytest.mark.parametrize("change", [{"codebook_size": 8}, {"vector_dim": 3}, {"kind": "no such kind"}])
+def test_a_config_that_contradicts_the_tensors_is_refused(copy, change):
+    edit_config(copy, lambda config: config["weights"][LAYER].update(change))
+    with pytest.raises(InputError):
+        checkpoint.load(copy)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tiny_folder, tmp_path):
+    for folder in (tiny_folder, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match="no checkpoint of cluscomp"):
+            checkpoint.load(folder)
+
+
+class Trap:
+    """Leaves a file behind when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_pickle_is_never_read(copy, tmp_path):
+    trap = Trap()
+    trap.path = str(tmp_path / "unpickled")
+    (copy / "pytorch_model.bin").write_bytes(pickle.dumps(trap))
+    (copy / "model.safetensors").unlink()
+    manifest = json.loads((copy / checkpoint.MANIFEST).read_text())
+    del manifest["sha256"]["model.safetensors"]
+    (copy / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises((InputError, OSError)):
+        checkpoint.load(copy)
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_a_full_disk_leaves_nothing(tiny_saved, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_saved[1])
+    with pytest.raises(OSError, match=r"needs .* GB, the disk has"):
+        checkpoint.save(tiny_saved[0], tokenizer, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_in_the_middle_leaves_what_was_there(tiny_saved, copy, tmp_path):
+    before = checkpoint.checkpoint_hash(copy)
+    with pytest.raises(AttributeError):
+        checkpoint.save(tiny_saved[0], None, copy)  # fails after the weights were written: no tokenizer
+    assert checkpoint.checkpoint_hash(copy) == before
+    assert list(tmp_path.iterdir()) == [copy]
+
+
+def test_a_place_that_cannot_be_written_is_an_os_error(tiny_saved, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError):
+        checkpoint.save(tiny_saved[0], AutoTokenizer.from_pretrained(tiny_saved[1]), tmp_path / "file" / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_part_gives_its_layers_back_and_a_damaged_one_nothing(tiny_saved, tiny_folder, ids, tmp_path):
+    model, path = tiny_saved[0], tmp_path / "block.safetensors"
+    assert checkpoint.read_part(path) is None
+    checkpoint.save_part(path, blocks(model)[1], {"loss": 0.5})
+    layers, numbers = checkpoint.read_part(path)
+    assert numbers == {"loss": 0.5}
+    block = blocks(Original(tiny_folder, torch.float32, torch.device("cpu")).load_all())[1]
+    checkpoint.put_part(block, layers)
+    for name, layer in compressed(blocks(model)[1]).items():
+        assert isinstance(block.get_submodule(name), CompressedLinear)
+        assert torch.equal(block.get_submodule(name).stored(torch.float32), layer.stored(torch.float32))
+    raw = path.read_bytes()
+    for damage in (b"", raw[:7], raw[:-5]):
+        path.write_bytes(damage)
+        assert checkpoint.read_part(path) is None
+
+
+def test_gradients_reach_the_codebooks_of_a_loaded_model(tiny_saved, ids):
+    loaded = checkpoint.load(tiny_saved[1])
+    books = [layer.stored.codebooks.requires_grad_(True) for layer in compressed(loaded).values()]
+    loaded(ids, labels=ids).loss.backward()
+    assert all(book.grad is not None and book.grad.any() for book in books)

@@ -1,0 +1,285 @@
+"""Contracts that new yaml, methods, stages, notebooks and modules meet without an edit here.
+
+Fields against yaml keys, stored bits against tensors, docstrings and re-exports by reading the source, names between
+rooms against each other.
+"""
+
+import ast
+import dataclasses
+import importlib
+import json
+import re
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+
+from cluscomp.__main__ import CONF, build
+from cluscomp.checkpoint import WEIGHTS
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "cluscomp"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+NODES = {
+    str(path.relative_to(CONF)): node
+    for path in sorted(CONF.rglob("*.yaml"))
+    if "_target_" in (node := yaml.safe_load(path.read_text()))
+}
+GROUPS = sorted({name.split("/")[0] for name in NODES})
+METHODS = [name for name in NODES if name.startswith("method/")]
+STAGES = [name for name, node in NODES.items() if node["_target_"].startswith("cluscomp.stages.")]
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+NOTEBOOKS = sorted((ROOT / "analysis").glob("*.ipynb"))
+SMALLER = {"codebook_size": 16, "bits": 3.0}  # what a method's own values become on a tiny weight
+
+
+def target(node: dict) -> type:
+    module, _, name = node["_target_"].rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def built(*overrides: str):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return build(hydra.compose("config", overrides=list(overrides)))
+
+
+# yaml
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_yaml_keys_are_the_fields_of_the_settings_class(name):
+    keys = NODES[name].keys() - {"_target_", "defaults"}
+    assert keys == {field.name for field in dataclasses.fields(target(NODES[name]))}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_settings_classes_are_strict_frozen_and_without_defaults(name):
+    """Values live in yaml, types and ranges in the class."""
+    settings = target(NODES[name])
+    config = settings.__pydantic_config__
+    assert config["extra"] == "forbid" and config["strict"] is True and settings.__dataclass_params__.frozen
+    for field in dataclasses.fields(settings):
+        default = field.default
+        required = default is dataclasses.MISSING or getattr(default, "is_required", lambda: False)()
+        assert required and field.default_factory is dataclasses.MISSING, field.name
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_every_choice_of_every_group_composes_and_builds(name):
+    group, _, option = name.removesuffix(".yaml").partition("/")
+    mandatory = [f"{group}.{key}=given" for key, value in NODES[name].items() if value == "???"]
+    bits = [] if NODES[name].get("bits", "") is None else ["bits=3"]
+    assert built(f"{group}={option}", *bits, *mandatory).order == ["cluster"]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_builds_under_its_own_name(name):
+    composed = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())
+    chosen = [group for entry in composed["defaults"] for group in entry.values()]
+    bits = [] if "bits" in composed or "cluscomp_paper" in chosen else ["bits=3"]
+    assert built(f"experiment={name}", *bits).name == name
+
+
+# methods
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    """Each method with the values of its yaml, made small enough for a tiny weight."""
+    node = OmegaConf.create({"bits": None, "method": NODES[request.param]})
+    given = OmegaConf.to_container(OmegaConf.create({"bits": 3.0, "method": node.method}), resolve=True)["method"]
+    given |= {key: value for key, value in SMALLER.items() if given.get(key) is not None}
+    return hydra.utils.instantiate(given, _convert_="all")
+
+
+def gaussian(out_features: int, in_features: int) -> torch.Tensor:
+    return torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(0))
+
+
+def compress(method, weight_OI: torch.Tensor, seed: int = 0):
+    return method.compress(weight_OI, torch.Generator().manual_seed(seed))
+
+
+SHAPES = [(32, 48), (33, 47), (64, 17)]  # the last two are no multiples of a sub-vector
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_compressed_weight_is_finite_of_its_shape_and_near_the_dense_one(method, shape):
+    weight_OI = gaussian(*shape)
+    stored = compress(method, weight_OI)
+    dense_OI = stored(torch.float32)
+    assert dense_OI.shape == weight_OI.shape and dense_OI.dtype == torch.float32
+    assert bool(dense_OI.isfinite().all())
+    assert float((dense_OI - weight_OI).square().sum()) < 0.9 * float(weight_OI.square().sum())
+    assert stored(torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_ledger_counts_every_stored_bit_and_no_other(method, shape):
+    stored = compress(method, gaussian(*shape))
+    ledger = stored.ledger()
+    assert all(type(part) is str and type(bits) is int and bits >= 0 for part, bits in ledger.items())
+    assert sum(ledger.values()) == sum(t.numel() * t.element_size() * 8 for t in stored.state_dict().values())
+    if getattr(method, "bits", None) is not None:
+        assert sum(ledger.values()) <= method.bits * shape[0] * shape[1]
+
+
+def test_compression_depends_on_weight_and_generator_alone(method):
+    weight_OI = gaussian(32, 48)
+    kept = weight_OI.clone()
+    torch.manual_seed(1)
+    first = compress(method, weight_OI).state_dict()
+    torch.manual_seed(2)
+    second = compress(method, weight_OI).state_dict()
+    assert torch.equal(weight_OI, kept)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_stored_weight_comes_back_from_its_spec_and_tensors(method):
+    stored = compress(method, gaussian(33, 47))
+    assert type(stored) in WEIGHTS.values()
+    spec = json.loads(json.dumps(stored.spec()))
+    again = type(stored).empty(**spec)
+    again.load_state_dict(stored.state_dict())
+    assert torch.equal(again(torch.float32), stored(torch.float32))
+    assert again.spec() == stored.spec() and again.ledger() == stored.ledger()
+    assert (again.out_features, again.in_features) == (33, 47)
+
+
+def test_gradients_reach_every_parameter(method):
+    stored = compress(method, gaussian(32, 48)).float()
+    stored.requires_grad_(True)
+    stored(torch.float32).square().sum().backward()
+    parameters = dict(stored.named_parameters())
+    assert parameters
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None and bool(parameter.grad.isfinite().all()) and bool(parameter.grad.any()), name
+
+
+def test_what_cannot_be_compressed_is_refused_in_words(method):
+    for weight_OI in (gaussian(1, 1), torch.full((32, 48), torch.nan), gaussian(32, 48) * 1e9):
+        with pytest.raises(ValueError, match=r"\w+ \w+"):
+            compress(method, weight_OI)
+
+
+# stages
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_keeps_the_protocol(name):
+    stage = target(NODES[name])
+    assert callable(stage.inputs)
+    if hasattr(stage, "measure"):  # evaluate measures and changes nothing
+        return
+    assert stage.takes in {"original", "compressed"}
+    assert callable(stage.run)
+
+
+# source
+
+
+def public(path: Path) -> list[tuple[str, ast.AST]]:
+    """The public classes, functions and methods of a module by their dotted name."""
+    found = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            found.append((node.name, node))
+            if isinstance(node, ast.ClassDef):
+                methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+                found += [(f"{node.name}.{part.name}", part) for part in methods if not part.name.startswith("_")]
+    return found
+
+
+PUBLIC = {
+    f"{path.relative_to(PACKAGE).with_suffix('')}:{name}": node for path in SOURCES for name, node in public(path)
+}
+JAXTYPING = re.compile(r"\b(Float|Int|UInt8|Bool)\[")
+SUFFIXED = re.compile(r"\b[a-z_]+_[BTHOINDKMWV]+\b")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_module_says_what_it_is(path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_says_what_it_does_and_in_which_shapes(name):
+    node = PUBLIC[name]
+    text = ast.get_docstring(node)
+    assert text and len(text.split()) >= 3
+    if isinstance(node, ast.FunctionDef):
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        annotations = [ast.unparse(part) for part in [*(a.annotation for a in arguments), node.returns] if part]
+        if any(map(JAXTYPING.search, annotations)) or any(SUFFIXED.search(argument.arg) for argument in arguments):
+            described = "(" in text or SUFFIXED.search(text)
+            assert described, f"takes or gives tensors of certain shapes, but says nothing of them: {text}"
+
+
+@pytest.mark.parametrize("path", PACKAGE.rglob("__init__.py"), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_init_files_define_protocols_or_a_version_and_export_nothing_else(path):
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom | ast.Import):  # for the definitions below, nothing of our own
+            assert "cluscomp" not in ast.unparse(node)
+        elif isinstance(node, ast.If):
+            assert ast.unparse(node.test) == "TYPE_CHECKING"
+        elif isinstance(node, ast.Assign):
+            assert ast.unparse(node.targets[0]) == "__version__"
+        else:
+            assert isinstance(node, ast.ClassDef) or isinstance(node.value, ast.Constant)
+
+
+def test_rooms_have_a_reason_to_exist():
+    names = {path.stem for path in SOURCES}
+    assert not names & {"utils", "util", "core", "common", "helpers", "registry", "factory", "misc", "base"}
+
+
+# names across rooms
+
+
+def stems(folder: str, pattern: str) -> list[str]:
+    """The names behind the number of a room's files: 01-demo.md -> demo."""
+    found = [path.stem for path in (ROOT / folder).glob(pattern) if path.stem != "README"]
+    assert all(re.match(r"\d\d-", stem) for stem in found), found
+    return [stem[3:] for stem in found]
+
+
+def results() -> set[str]:
+    return {path.parent.name for path in (ROOT / "results").glob("*/*.json")}
+
+
+def test_every_result_has_its_experiment_notebook_and_page():
+    assert results() <= set(EXPERIMENTS)
+    assert results() <= set(stems("analysis", "*.ipynb"))
+    assert results() <= set(stems("experiments", "*.md"))
+
+
+def test_every_notebook_and_page_has_its_experiment():
+    numbers = [path.stem for pattern in ("analysis/*.ipynb", "experiments/*-*.md") for path in ROOT.glob(pattern)]
+    assert len({stem[:2] for stem in numbers}) == len(set(numbers))  # a number means one experiment in all rooms
+    assert set(stems("analysis", "*.ipynb")) <= set(EXPERIMENTS)
+    assert set(stems("experiments", "*.md")) <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_thin_and_hold_no_outputs(path):
+    cells = json.loads(path.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(cells) <= 10 and code
+    for cell in code:
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+        for node in ast.walk(ast.parse("".join(cell["source"]))):
+            assert not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda | ast.For | ast.While)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run_on_the_records_at_hand(path):
+    if path.stem[3:] not in results():
+        pytest.skip("no records of this experiment yet")
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(path.parent)}}).execute()
+    assert any(cell.get("outputs") for cell in notebook.cells)

@@ -1,0 +1,102 @@
+"""Tables from records made by hand: every number in them computed by hand, and mixed protocols refused."""
+
+import pytest
+
+from cluscomp.errors import InputError
+from cluscomp.records import SCHEMA, Record, Score, protocol
+from cluscomp.tables import scores, sizes, stage_table
+
+
+def score(after: str, value: float, *, dataset: str = "pydoc", context: int = 512, partial: bool = False) -> Score:
+    return Score(
+        after=after, metric="perplexity", dataset=dataset, value=value, stderr=0.5, n=511,
+        protocol=protocol(context=context, dtype="float32", partial=partial),
+    )  # fmt: skip
+
+
+def size(linear: float, model: float, bytes_: int) -> dict:
+    return {"linear_bits_per_weight": linear, "model_bits_per_weight": model, "checkpoint_bytes": bytes_, "ledger": {}}
+
+
+def record(name: str = "run-a", rows: list[Score] | None = None) -> Record:
+    last = size(3.0, 8.0, 123_000_000)
+    return Record(
+        schema=SCHEMA,
+        run={"name": name},
+        config={"seed": 7},
+        scores=[score("original", 20.0), score("cluster", 30.0), score("tune", 25.0)] if rows is None else rows,
+        size=last | {"original": size(16.0, 16.0, 269_060_000)},
+        machine={},
+        stages={"cluster": {"size": size(2.9994, 8.0, 124_550_000)}, "tune": {"size": last}},
+    )
+
+
+def test_the_stage_table_by_hand():
+    table = stage_table([record()])
+    assert table.to_dict("list") == {
+        "run": ["run-a"] * 3,
+        "after": ["original", "cluster", "tune"],
+        "bits per weight, linears": ["16.000", "2.999", "3.000"],
+        "bits per weight, model": ["16.000", "8.000", "8.000"],
+        "weights, MB": ["269.1", "124.5", "123.0"],
+        "data": ["pydoc"] * 3,
+        "perplexity": ["20.00", "30.00", "25.00"],
+        "of the original's": ["1.00x", "1.50x", "1.25x"],
+    }
+
+
+def test_each_run_and_data_set_has_its_own_original():
+    first = record("run-a", [score("original", 20.0), score("cluster", 30.0)])
+    second = record(
+        "run-b",
+        [
+            score("original", 10.0),
+            score("cluster", 40.0),
+            score("original", 5.0, dataset="c4", context=99),
+            score("cluster", 5.5, dataset="c4", context=99),
+        ],
+    )
+    table = stage_table([first, second])
+    assert list(table["of the original's"]) == ["1.00x", "1.50x", "1.00x", "4.00x", "1.00x", "1.10x"]
+
+
+def test_without_an_original_the_ratio_is_left_out():
+    table = stage_table([record("run-a", [score("cluster", 30.0)])])
+    assert not {"nanx", "1.00x"} & set(table["of the original's"])
+
+
+def test_partial_scores_say_so():
+    assert list(stage_table([record(rows=[score("original", 20.0, partial=True)])])["data"]) == ["pydoc (partial)"]
+
+
+def test_scores_are_tidy():
+    table = scores([record(), record("run-b")])
+    assert len(table) == 6
+    assert table["value"].tolist() == [20.0, 30.0, 25.0] * 2
+    assert set(table["seed"]) == {7} and set(table["n"]) == {511} and set(table["stderr"]) == {0.5}
+    assert table["checkpoint_bytes"].tolist()[:2] == [269_060_000, 124_550_000]
+
+
+def test_sizes_after_each_stage():
+    assert sizes(record(), "original")["linear_bits_per_weight"] == 16.0
+    assert sizes(record(), "cluster")["checkpoint_bytes"] == 124_550_000
+
+
+def test_mixed_protocols_are_refused_with_the_key_and_both_values():
+    other = record("run-b", [score("original", 20.0, context=2048)])
+    with pytest.raises(InputError, match=r"run-b: pydoc .*context: 512 against 2048") as caught:
+        stage_table([record(), other])
+    assert "dtype" not in str(caught.value)
+
+
+def test_other_metrics_may_have_other_protocols():
+    accuracy = Score(**vars(score("original", 0.5, context=9)) | {"metric": "accuracy"})
+    table = stage_table([record(), record("run-b", [accuracy])])
+    assert list(table["run"]) == ["run-a"] * 3
+
+
+def test_no_records_give_an_input_error_or_an_empty_table():
+    try:
+        assert len(stage_table([])) == 0
+    except InputError as error:
+        assert "record" in str(error)
