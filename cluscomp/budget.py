@@ -1,14 +1,14 @@
 """Bits: the ledger of a whole model, and the choice of codebook sizes that meets a bit target."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cluscomp.kernels.codes import MAX_CODE_BITS, code_bits, packed_bytes
-from cluscomp.kmeans import kmeans
+from cluscomp.kmeans import Recipe, kmeans
 from cluscomp.models import compressed, unique_tensors
 from cluscomp.weights import STORAGE_DTYPE, Axis, lines_of, num_sub_vectors, storage_dtype, sub_vectors
 
@@ -16,7 +16,7 @@ CODEBOOK_BITS = torch.finfo(STORAGE_DTYPE).bits
 MAX_VECTOR_DIM = 16
 SHORTLIST = 4  # candidates whose error is measured
 SAMPLE = 32_768  # sub-vectors of a measurement, or 16 a centroid if that is more
-MEASURE_ITERATIONS = 12  # with few, small codebooks look worse than they are
+MEASURE_ITERATIONS = 10  # with few, small codebooks look worse than they are
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ def expected_bits(shape: Shape) -> float:
     return math.log2(shape.codebook_size) / dim - log_constant / math.log(4)
 
 
-def measured_error(weight_OI: Float[Tensor, "O I"], shape: Shape, axis: Axis, generator: torch.Generator) -> float:
+def measured_error(
+    weight_OI: Float[Tensor, "O I"], shape: Shape, axis: Axis, recipe: Recipe, generator: torch.Generator
+) -> float:
     """Squared error per weight that clustering with (D, K) will leave, from a short K-means on a sample of sub-vectors.
 
     Fewer points per centroid than the whole matrix has make the sample's own error too small; the factor
@@ -117,13 +119,16 @@ def measured_error(weight_OI: Float[Tensor, "O I"], shape: Shape, axis: Axis, ge
     sample = min(total, max(SAMPLE, 16 * shape.codebook_size))
     if sample < total:
         points_ND = points_ND[torch.randperm(total, generator=generator)[:sample].to(points_ND.device)]
-    found = kmeans(points_ND, shape.codebook_size, iterations=MEASURE_ITERATIONS, generator=generator)
+    short = replace(recipe, iterations=min(MEASURE_ITERATIONS, recipe.iterations))
+    found = kmeans(points_ND, shape.codebook_size, short, generator)
     bias = 1 - shape.codebook_size / sample
     correction = (1 - shape.codebook_size / total) / bias if bias else 1.0
     return found.inertia / points_ND.numel() * correction
 
 
-def choose(weight_OI: Float[Tensor, "O I"], bits: float, axis: Axis, generator: torch.Generator) -> Shape:
+def choose(
+    weight_OI: Float[Tensor, "O I"], bits: float, axis: Axis, recipe: Recipe, generator: torch.Generator
+) -> Shape:
     """The (D, K) of least measured error whose stored bits per weight stay at or under `bits`.
 
     Shapes: (O, I) finite. Raises ValueError as `reachable` does.
@@ -133,4 +138,4 @@ def choose(weight_OI: Float[Tensor, "O I"], bits: float, axis: Axis, generator: 
     shortlist = sorted(shapes, key=expected_bits, reverse=True)[:SHORTLIST]
     if len(shortlist) == 1:
         return shortlist[0]
-    return min(shortlist, key=lambda shape: measured_error(weight_OI, shape, axis, generator))
+    return min(shortlist, key=lambda shape: measured_error(weight_OI, shape, axis, recipe, generator))

@@ -328,7 +328,7 @@ def _commit() -> tuple[str | None, bool | None]:
 def _versions() -> dict[str, str]:
     import importlib.metadata
 
-    packages = ("torch", "transformers", "faiss-cpu", "safetensors", "datasets", "numpy")
+    packages = ("torch", "transformers", "safetensors", "datasets", "numpy")
     return {"cluscomp": __version__, "python": platform.python_version()} | {
         package: importlib.metadata.version(package) for package in packages
     }

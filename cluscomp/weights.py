@@ -10,7 +10,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from cluscomp.kernels.codes import code_bits, gather, pack, packed_bytes, unpack
+from cluscomp.kernels.codebook import rebuild
+from cluscomp.kernels.codes import code_bits, pack, packed_bytes, unpack
 
 Axis = Literal["out", "in"]
 STORAGE_DTYPE = torch.float16  # of codebooks; the paper stores 16-bit floats (section 3.2)
@@ -49,12 +50,14 @@ def sub_vectors(weight_OI: Float[Tensor, "O I"], vector_dim: int, axis: Axis) ->
     """Cut a weight into sub-vectors: (O, I) -> (N, D), each row (column) padded with zeros to a multiple of D.
 
     With axis "out" (paper, section 3.2) a sub-vector is D neighbouring outputs of one input and N = I * ceil(O/D);
-    with "in" it is D neighbouring inputs of one output and N = O * ceil(I/D). Raises ValueError if D exceeds the row.
+    with "in" it is D neighbouring inputs of one output and N = ceil(I/D) * O, outputs varying fastest. Raises
+    ValueError if D exceeds the row.
     """
     out_features, in_features = weight_OI.shape
     num_vectors = num_sub_vectors(out_features, in_features, vector_dim, axis)
     rows = weight_OI.T if axis == "out" else weight_OI
-    return F.pad(rows, (0, -rows.shape[1] % vector_dim)).reshape(num_vectors, vector_dim)
+    cut = F.pad(rows, (0, -rows.shape[1] % vector_dim)).reshape(len(rows), -1, vector_dim)
+    return (cut if axis == "out" else cut.transpose(0, 1)).reshape(num_vectors, vector_dim)
 
 
 def storage_dtype(tensor: Tensor) -> torch.dtype:
@@ -130,11 +133,16 @@ class CodebookWeight(nn.Module):
 
     def forward(self, dtype: torch.dtype) -> Float[Tensor, "O I"]:
         """The dense weight in `dtype`; the codebook is cast before the gather, so training keeps float32 masters."""
-        lines, length = lines_of(self.out_features, self.in_features, self.axis)
-        codebooks_MKD = self.codebooks.to(dtype)
-        vectors_ND = sum(gather(book_KD, codes_N) for book_KD, codes_N in zip(codebooks_MKD, self.unpacked()))
-        rows = cast(Tensor, vectors_ND).view(lines, -1)[:, :length]
-        return rows.T if self.axis == "out" else rows
+        lines, length = self.in_features, self.out_features
+        if self.axis == "in":  # the codes are (groups of inputs, outputs)
+            vector_dim = self.codebooks.shape[2]
+            lines, length = math.ceil(self.in_features / vector_dim), self.out_features * vector_dim
+        bits = code_bits(self.codebooks.shape[1])
+        books = zip(self.codebooks.to(dtype), self.codes)
+        rows = cast(Tensor, sum(rebuild(book_KD, codes, bits, lines, length) for book_KD, codes in books))
+        if self.axis == "out":
+            return rows.T
+        return rows.view(lines, self.out_features, -1).transpose(0, 1).flatten(1)[:, : self.in_features]
 
     def ledger(self) -> dict[str, int]:
         """Stored bits: codes (those of padded rows too), codebooks, and the padding of the packed stream."""

@@ -1,4 +1,4 @@
-"""Codes of a codebook: packing them into bits, and gathering centroids by them.
+"""Codes of a codebook, packed into bits.
 
 The packed form is a little-endian bit stream: code i takes the bits [i*b, (i+1)*b) of the bytes. The stream is padded
 with zeros to a multiple of 8 codes, so that 8 codes always fill b whole bytes.
@@ -6,9 +6,8 @@ with zeros to a multiple of 8 codes, so that 8 codes always fill b whole bytes.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 MAX_CODE_BITS = 16
 
@@ -52,26 +51,3 @@ def unpack(packed: UInt8[Tensor, " bytes"], bits: int, num_codes: int) -> Int[Te
         window = bytes_[:, first] | bytes_[:, first + 1] << 8 | bytes_[:, first + 2] << 16
         groups[:, position] = window >> shift & (1 << bits) - 1
     return groups.flatten()[:num_codes]
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of a codebook; the gradient is a scatter-add in float32 (autograd's own index_put is far slower)."""
-
-    @staticmethod
-    def forward(ctx, codebook_KD, codes_N):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(codes_N)
-        ctx.shape, ctx.dtype = codebook_KD.shape, codebook_KD.dtype
-        return F.embedding(codes_N, codebook_KD)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_ND):  # type: ignore[no-untyped-def]
-        (codes_N,) = ctx.saved_tensors
-        grad_KD = torch.zeros(ctx.shape, dtype=torch.float32, device=grad_ND.device)
-        grad_KD.index_add_(0, codes_N, grad_ND.float())
-        return grad_KD.to(ctx.dtype), None
-
-
-def gather(codebook_KD: Float[Tensor, "K D"], codes_N: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
-    """Centroids by their codes, differentiable in the codebook: (K, D), (N,) -> (N, D); once differentiable."""
-    return _Gather.apply(codebook_KD, codes_N)  # type: ignore[no-any-return]

@@ -18,7 +18,8 @@ class ClusComp:
 
     Either `bits` is given, the most bits per weight that may be stored (1 to 8), and the length D and number of
     centroids K are chosen for each matrix; or `vector_dim` (D) and `codebook_size` (K) are fixed by hand.
-    `axis` "out" is the paper's: a sub-vector is D neighbouring outputs of one input.
+    `axis` "out" is the paper's: a sub-vector is D neighbouring outputs of one input. The last four are the recipe of
+    K-means (`cluscomp.kmeans.Recipe`); the paper's is 20, random_points, 1 and false.
     """
 
     bits: float | None = Field(ge=1, le=8)
@@ -26,6 +27,9 @@ class ClusComp:
     codebook_size: int | None = Field(ge=2, le=65_536)
     axis: Literal["out", "in"]
     iterations: int = Field(ge=1)
+    init: Literal["random_points", "kd"]
+    over_relaxation: float = Field(gt=0, le=2)
+    move_centroids: bool
 
     @model_validator(mode="after")
     def _either_bits_or_shape(self) -> "ClusComp":
@@ -58,16 +62,17 @@ class ClusComp:
     def compress(self, weight_OI: "Tensor", generator: "torch.Generator") -> "CodebookWeight":
         """Cluster the sub-vectors of a weight (O, I); see `Method.compress`."""
         from cluscomp import budget
-        from cluscomp.kmeans import kmeans
+        from cluscomp.kmeans import Recipe, kmeans
         from cluscomp.weights import CodebookWeight, sub_vectors
 
+        recipe = Recipe(self.iterations, self.init, self.over_relaxation, self.move_centroids)
         vector_dim, codebook_size = self.vector_dim, self.codebook_size
         if self.bits is not None:
-            shape = budget.choose(weight_OI, self.bits, self.axis, generator)
+            shape = budget.choose(weight_OI, self.bits, self.axis, recipe, generator)
             vector_dim, codebook_size = shape.vector_dim, shape.codebook_size
         assert vector_dim is not None and codebook_size is not None  # _either_bits_or_shape
         points_ND = sub_vectors(weight_OI, vector_dim, self.axis)
-        found = kmeans(points_ND, codebook_size, iterations=self.iterations, generator=generator)
+        found = kmeans(points_ND, codebook_size, recipe, generator)
         out_features, in_features = weight_OI.shape
         return CodebookWeight.from_codes(
             found.codes_N[None],

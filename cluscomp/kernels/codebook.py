@@ -1,0 +1,174 @@
+"""The inner loops of codebook layers: packed codes to weights, to products, and gradients back to the codebook.
+
+Codes are packed as in codes.py. Axis "out" (the paper's): the codes are a matrix
+(I, ceil(O / D)) in rows, one code being D neighbouring outputs of one input. Axis "in": (ceil(I / D), O), one code
+being D neighbouring inputs of one output.
+
+Sums are float32 (in an order that does not depend on the number of threads). Each function has its plain torch
+version beside it, `<name>_reference`, which also serves where the kernels were not compiled.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from cluscomp.kernels.codes import packed_bytes, unpack
+from cluscomp.kernels.loading import native, number_of_threads
+
+
+class _Rebuild(torch.autograd.Function):
+    """Rows of sub-vectors from packed codes; the gradient adds up in float32 what each centroid gets."""
+
+    @staticmethod
+    def forward(ctx, centroids_KD, packed, bits, lines, length):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(packed)
+        ctx.bits, ctx.shape, ctx.dtype = bits, centroids_KD.shape, centroids_KD.dtype
+        if native is not None and centroids_KD.device.type == "cpu" and centroids_KD.dtype == torch.float32:
+            return decode(packed, bits, centroids_KD, lines, length)
+        return decode_reference(packed, bits, centroids_KD, lines, length)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (packed,) = ctx.saved_tensors
+        if native is not None and grad.device.type == "cpu":
+            grad_KD = gradient(grad, packed, ctx.bits, *ctx.shape)
+        else:
+            grad_KD = gradient_reference(grad, packed, ctx.bits, *ctx.shape)
+        return grad_KD.to(ctx.dtype), None, None, None, None
+
+
+def rebuild(centroids_KD: torch.Tensor, packed: torch.Tensor, bits: int, lines: int, length: int) -> torch.Tensor:
+    """`decode` in the centroids' own dtype and on their device, once differentiable in them: (lines, length).
+
+    Raises:
+        ValueError: sizes that do not agree.
+    """
+    return _Rebuild.apply(centroids_KD, packed, bits, lines, length)  # type: ignore[no-any-return]
+
+
+def decode(
+    packed: torch.Tensor,
+    bits: int,
+    centroids_KD: torch.Tensor,
+    I: int,
+    O: int,
+    *,
+    out: torch.Tensor | None = None,
+    threads: int | None = None,
+) -> torch.Tensor:
+    """weight_IO float32 of axis "out" (the layer's weight_OI is its transpose, at no cost).
+
+    Args:
+        out: (I, O) float32 to write to: asking the system for new memory takes longer than decoding.
+    Raises:
+        ValueError: sizes that do not agree.
+    """
+    _check_packed(packed, bits, I * -(-O // centroids_KD.shape[1]))
+    if out is not None and (out.shape != (I, O) or out.dtype != torch.float32 or not out.is_contiguous()):
+        raise ValueError(f"out is {out.dtype} of shape {tuple(out.shape)}; it must be contiguous float32 of shape {(I, O)}")
+    if native is None:
+        weight_IO = decode_reference(packed, bits, centroids_KD.float(), I, O)
+        return weight_IO if out is None else out.copy_(weight_IO)
+    weight_IO = torch.empty(I, O) if out is None else out
+    native.decode(packed.contiguous(), bits, _table(centroids_KD), weight_IO, number_of_threads(threads))
+    return weight_IO
+
+
+def multiply(
+    x_BI: torch.Tensor, packed: torch.Tensor, bits: int, centroids_KD: torch.Tensor, O: int, *, threads: int | None = None
+) -> torch.Tensor:
+    """y_BO = x_BI @ weight_IO, float32, axis "out", without building the weight. Meant for B below some 16.
+
+    A float16 codebook is read as such where possible: it is half as large, which counts at K = 65,500.
+
+    Raises:
+        ValueError: sizes that do not agree.
+    """
+    B, I = x_BI.shape
+    _check_packed(packed, bits, I * -(-O // centroids_KD.shape[1]))
+    if native is None or B == 0:
+        return multiply_reference(x_BI, packed, bits, centroids_KD, O)
+    y_BO = torch.empty(B, O)
+    halves_KD = centroids_KD.detach().contiguous().view(torch.uint16) if centroids_KD.dtype == torch.float16 else None
+    native.multiply(packed.contiguous(), bits, _table(centroids_KD), halves_KD, _table(x_BI), y_BO, number_of_threads(threads))
+    return y_BO
+
+
+def multiply_by_tables(
+    x_I: torch.Tensor, packed: torch.Tensor, centroids_KD: torch.Tensor, O: int, *, exact: bool = False, threads: int | None = None
+) -> torch.Tensor:
+    """y_O = weight_OI @ x_I, float32, axis "in" with codes of 8 bits: products are tabled once and then looked up.
+
+    Args:
+        exact: float32 tables. Else, where the machine has byte permutes (AVX-512 VBMI), tables of 16 bits with one scale:
+            some six times faster, with an error of y of about 1e-4 of its size.
+    Raises:
+        ValueError: more than 256 centroids, or sizes that do not agree.
+    """
+    K, D = centroids_KD.shape
+    if K > 256:
+        raise ValueError(f"{K} centroids; look-up tables serve up to 256")
+    _check_packed(packed, 8, -(-len(x_I) // D) * O)
+    if native is None:
+        return multiply_by_tables_reference(x_I, packed, centroids_KD, O)
+    y_O = torch.empty(O)
+    native.multiply_by_tables(packed.contiguous(), _table(centroids_KD), _table(x_I), y_O, not exact, number_of_threads(threads))
+    return y_O
+
+
+def gradient(grad_IO: torch.Tensor, packed: torch.Tensor, bits: int, K: int, D: int, *, threads: int | None = None) -> torch.Tensor:
+    """gradient_KD of the codebook, given that of the weight, axis "out": the sum over all places of each code.
+
+    Raises:
+        ValueError: sizes that do not agree.
+    """
+    I, O = grad_IO.shape
+    _check_packed(packed, bits, I * -(-O // D))
+    if native is None:
+        return gradient_reference(grad_IO, packed, bits, K, D)
+    gradient_KD = torch.empty(K, D)
+    native.gradient(packed.contiguous(), bits, _table(grad_IO), gradient_KD, number_of_threads(threads))
+    return gradient_KD
+
+
+def _table(values: torch.Tensor) -> torch.Tensor:
+    return values.detach().to(device="cpu", dtype=torch.float32).contiguous()
+
+
+def _check_packed(packed: torch.Tensor, bits: int, count: int) -> None:
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) != packed_bytes(count, bits):
+        raise ValueError(
+            f"packed codes are {packed.dtype} of shape {tuple(packed.shape)}; "
+            f"{count} codes of {bits} bits take uint8 of shape {(packed_bytes(count, bits),)}"
+        )
+
+
+# ---- the same in plain torch ----
+
+
+def decode_reference(packed: torch.Tensor, bits: int, centroids_KD: torch.Tensor, I: int, O: int) -> torch.Tensor:
+    """`decode` by indexing, in the centroids' dtype."""
+    codes_N = unpack(packed, bits, I * -(-O // centroids_KD.shape[1]))
+    return torch.nn.functional.embedding(codes_N, centroids_KD).view(I, -1)[:, :O].contiguous()
+
+
+def multiply_reference(x_BI: torch.Tensor, packed: torch.Tensor, bits: int, centroids_KD: torch.Tensor, O: int) -> torch.Tensor:
+    """`multiply` with the whole weight."""
+    return x_BI.float() @ decode_reference(packed, bits, centroids_KD.float(), x_BI.shape[1], O)
+
+
+def multiply_by_tables_reference(x_I: torch.Tensor, packed: torch.Tensor, centroids_KD: torch.Tensor, O: int) -> torch.Tensor:
+    """`multiply_by_tables` with the whole weight."""
+    D = centroids_KD.shape[1]
+    codes_GO = packed[: -(-len(x_I) // D) * O].long().view(-1, O)
+    weight_OI = centroids_KD.float()[codes_GO].permute(1, 0, 2).reshape(O, -1)[:, : len(x_I)]
+    return weight_OI @ x_I.float()
+
+
+def gradient_reference(grad_IO: torch.Tensor, packed: torch.Tensor, bits: int, K: int, D: int) -> torch.Tensor:
+    """`gradient` by index_add_."""
+    I, O = grad_IO.shape
+    G = -(-O // D)
+    padded = torch.nn.functional.pad(grad_IO.float(), (0, G * D - O)).view(I * G, D)
+    gradient_KD = torch.zeros(K, D, device=grad_IO.device)
+    return gradient_KD.index_add_(0, unpack(packed, bits, I * G), padded)

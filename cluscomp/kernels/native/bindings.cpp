@@ -1,0 +1,243 @@
+// The Python face of the kernels. Arguments arrive checked and contiguous (kmeans.py); here only sizes are compared,
+// so that no call, however wrong, can read or write outside its arrays.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+
+#include "codebook.h"
+#include "lloyd.h"
+#include "scalar.h"
+
+namespace nb = nanobind;
+using Rows = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using FloatRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using FloatVector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <typename T> using Out1 = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <typename T> using Out2 = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+static void require(bool good, const char* what) {
+  if (!good) throw std::invalid_argument(what);
+}
+
+static Kind kind_of(const Rows& a) {
+  const auto t = a.dtype();
+  if (t == nb::dtype<float>()) return Kind::float32;
+  if (t.bits == 16 && t.lanes == 1 && t.code == uint8_t(nb::dlpack::dtype_code::Float)) return Kind::float16;
+  if (t.bits == 16 && t.lanes == 1 && t.code == uint8_t(nb::dlpack::dtype_code::Bfloat)) return Kind::bfloat16;
+  throw std::invalid_argument("points must be float32, bfloat16 or float16");
+}
+
+static Search search_of(const std::string& name) {
+  if (name == "choose") return Search::choose;
+  if (name == "brute") return Search::brute;
+  if (name == "lists") return Search::lists;
+  if (name == "boxes") return Search::boxes;
+  throw std::invalid_argument("search must be choose, brute, lists or boxes, not " + name);
+}
+
+static const Tiles& tiles_of(const std::string& name) {
+  if (name.empty()) return tiles();
+  const Tiles* t = tiles_named(name.c_str());
+  if (!t) throw std::invalid_argument("this machine has no " + name);
+  return *t;
+}
+
+// Workers that stop when Python has a signal waiting (Ctrl-C); to be used with the GIL released.
+static Workers interruptible(int threads) {
+  require(threads >= 1 && threads <= 1024, "threads must be 1 to 1024");
+  Workers w;
+  w.threads = threads;
+  w.stop_asked = [] {
+    nb::gil_scoped_acquire hold;
+    return PyErr_CheckSignals() != 0;  // leaves KeyboardInterrupt set
+  };
+  return w;
+}
+
+// Runs work without the GIL; an exception set by a signal handler or callback is passed on.
+template <typename Work>
+static void without_gil(const Work& work) {
+  bool stopped = false;
+  {
+    nb::gil_scoped_release release;
+    try {
+      work();
+    } catch (const Stopped&) {
+      stopped = true;
+    }
+  }
+  if (stopped) throw nb::python_error();
+}
+
+static void check_sizes(int64_t N, int64_t D, int64_t K) {
+  require(N >= 1 && N < (int64_t(1) << 31), "the number of points must be 1 to 2^31 - 1");
+  require(D >= 1 && D <= 1024, "D must be 1 to 1024");
+  require(K >= 1 && K < (int64_t(1) << 31) - 16, "the number of centroids must be 1 to 2^31 - 17");
+}
+
+static void py_assign(Rows points, FloatRows centroids, Out1<int32_t> codes, Out1<float> distances, int threads,
+                      const std::string& search, const std::string& isa) {
+  const int64_t N = points.shape(0), D = points.shape(1), K = centroids.shape(0);
+  check_sizes(N, D, K);
+  require(int64_t(centroids.shape(1)) == D && int64_t(codes.shape(0)) == N && int64_t(distances.shape(0)) == N, "sizes differ");
+  const Kind kind = kind_of(points);
+  const Search how = search_of(search);
+  const Tiles& tile = tiles_of(isa);
+  const Workers workers = interruptible(threads);
+  without_gil([&] {
+    Cloud cloud(N, int(D), false);
+    fill(cloud.columns, points.data(), kind, nullptr, workers);
+    assign(cloud.columns, centroids.data(), int(K), how, codes.data(), distances.data(), tile, workers);
+  });
+}
+
+static std::vector<double> py_lloyd(Rows points, const FloatRows& first, std::optional<FloatVector> weights,
+                                    Out2<float> centroids, Out1<int32_t> codes, int iterations, bool kd, bool move_centroids,
+                                    float over_relaxation, uint64_t seed, int threads, const std::string& search,
+                                    const std::string& isa, std::optional<nb::callable> progress) {
+  const int64_t N = points.shape(0), D = points.shape(1), K = centroids.shape(0);
+  check_sizes(N, D, K);
+  require(K <= N && iterations >= 0, "K must be at most N, iterations at least 0");
+  require(int64_t(centroids.shape(1)) == D && int64_t(codes.shape(0)) == N, "sizes differ");
+  require(!weights || int64_t(weights->shape(0)) == N, "sizes differ");
+  require(kd || (int64_t(first.shape(0)) == K && int64_t(first.shape(1)) == D), "sizes differ");
+  const Kind kind = kind_of(points);
+  const Tiles& tile = tiles_of(isa);
+  const Workers workers = interruptible(threads);
+  LloydSettings set;
+  set.K = int(K), set.iterations = iterations, set.kd = kd, set.move_centroids = move_centroids;
+  set.over_relaxation = over_relaxation, set.seed = seed, set.search = search_of(search);
+  if (!kd) set.first.assign(first.data(), first.data() + K * D);
+  set.progress = [&](int done, double inertia) {
+    nb::gil_scoped_acquire hold;
+    if (PyErr_CheckSignals() != 0) throw Stopped{};
+    if (!progress) return;
+    PyObject* answer = PyObject_CallFunction(progress->ptr(), "id", done, inertia);
+    if (!answer) throw Stopped{};
+    Py_DECREF(answer);
+  };
+  LloydResult result;
+  without_gil([&] {
+    Cloud cloud(N, int(D), weights.has_value());
+    fill(cloud.columns, points.data(), kind, weights ? weights->data() : nullptr, workers);
+    result = lloyd(cloud, set, codes.data(), tile, workers);
+  });
+  std::copy(result.centroids.begin(), result.centroids.end(), centroids.data());
+  return result.inertia;
+}
+
+static std::vector<int32_t> py_best_groups(const std::vector<double>& values, const std::vector<double>& mass, int K) {
+  require(values.size() == mass.size() && K >= 1 && size_t(K) <= values.size(), "K must be 1 to the number of values");
+  std::vector<int32_t> groups;
+  const Workers workers = interruptible(1);
+  without_gil([&] { groups = best_groups(values, mass, K, workers); });
+  return groups;
+}
+
+// ---- codebook layers ----
+
+using Packed = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Integers = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+static const CodebookTiles& codebook_tiles_of(const std::string& name) {
+  if (name.empty()) return codebook_tiles();
+  const CodebookTiles* t = codebook_tiles_named(name.c_str());
+  if (!t) throw std::invalid_argument("this machine has no " + name);
+  return *t;
+}
+
+static Codes codes_of(const Packed& packed, int bits, int64_t count, int64_t K) {
+  require(bits >= 1 && bits <= 16, "bits must be 1 to 16");
+  require(count >= 1 && count < (int64_t(1) << 40) && int64_t(packed.shape(0)) == (count + 7) / 8 * bits, "packed has the wrong length");
+  return {packed.data(), bits, count, int(K)};
+}
+
+// Sizes of a layer whose codes are a matrix of `along` by ceil(across / D).
+static Codes layer_codes(const Packed& packed, int bits, int64_t K, int64_t D, int64_t along, int64_t across) {
+  require(K >= 1 && K <= 65536 && D >= 1 && D <= 1024, "the codebook must have 1 to 65536 centroids of length 1 to 1024");
+  require(along >= 1 && across >= 1 && along < (1 << 24) && across < (1 << 24), "the layer's sides must be 1 to 2^24 - 1");
+  return codes_of(packed, bits, along * ((across + D - 1) / D), K);
+}
+
+static void py_pack(Integers codes, int bits, Out1<uint8_t> packed) {
+  require(bits >= 1 && bits <= 16 && int64_t(packed.shape(0)) == (int64_t(codes.shape(0)) + 7) / 8 * bits, "packed has the wrong length");
+  pack(codes.data(), codes.shape(0), bits, packed.data());
+}
+
+static void py_unpack(Packed packed, int bits, Out1<int32_t> out) {
+  const Codes codes = codes_of(packed, bits, out.shape(0), 65536);
+  std::vector<uint16_t> some(4096);
+  for (int64_t i = 0; i < codes.count; i += 4096) {
+    const int64_t n = std::min<int64_t>(4096, codes.count - i);
+    codes.read(i, n, some.data());
+    std::copy_n(some.begin(), n, out.data() + i);
+  }
+}
+
+static void py_decode(Packed packed, int bits, FloatRows centroids, Out2<float> weight_IO, int threads, const std::string& isa) {
+  const int64_t I = weight_IO.shape(0), O = weight_IO.shape(1);
+  const Codes codes = layer_codes(packed, bits, centroids.shape(0), centroids.shape(1), I, O);
+  const CodebookTiles& tile = codebook_tiles_of(isa);
+  const Workers workers = interruptible(threads);
+  without_gil([&] { decode(codes, centroids.data(), int(centroids.shape(1)), I, O, weight_IO.data(), tile, workers); });
+}
+
+using HalfRows = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+static void py_multiply(Packed packed, int bits, FloatRows centroids, std::optional<HalfRows> halves, FloatRows x_BI, Out2<float> y_BO,
+                        int threads, const std::string& isa) {
+  const int64_t B = x_BI.shape(0), I = x_BI.shape(1), O = y_BO.shape(1), K = centroids.shape(0), D = centroids.shape(1);
+  require(int64_t(y_BO.shape(0)) == B, "sizes differ");
+  require(!halves || (int64_t(halves->shape(0)) == K && int64_t(halves->shape(1)) == D), "sizes differ");
+  const Codes codes = layer_codes(packed, bits, K, D, I, O);
+  const CodebookTiles& tile = codebook_tiles_of(isa);
+  const Workers workers = interruptible(threads);
+  const uint16_t* half = halves ? halves->data() : nullptr;
+  without_gil([&] { multiply(codes, centroids.data(), half, int(D), B, I, O, x_BI.data(), y_BO.data(), tile, workers); });
+}
+
+static void py_multiply_by_tables(Packed packed, FloatRows centroids, FloatVector x_I, Out1<float> y_O, bool bytes, int threads,
+                                  const std::string& isa) {
+  const int64_t I = x_I.shape(0), O = y_O.shape(0), K = centroids.shape(0), D = centroids.shape(1);
+  require(K <= 256, "tables serve up to 256 centroids");
+  require(I >= 1 && I < (1 << 24) && O >= 1 && O < (1 << 24) && D >= 1 && D <= 1024 && K >= 1, "sizes out of range");
+  const Codes codes = codes_of(packed, 8, (I + D - 1) / D * O, K);
+  const CodebookTiles& tile = codebook_tiles_of(isa);
+  const Workers workers = interruptible(threads);
+  without_gil([&] { multiply_by_tables(codes, centroids.data(), int(D), I, O, x_I.data(), bytes, y_O.data(), tile, workers); });
+}
+
+static void py_gradient(Packed packed, int bits, FloatRows grad_IO, Out2<float> gradient_KD, int threads, const std::string& isa) {
+  const int64_t I = grad_IO.shape(0), O = grad_IO.shape(1);
+  const Codes codes = layer_codes(packed, bits, gradient_KD.shape(0), gradient_KD.shape(1), I, O);
+  const CodebookTiles& tile = codebook_tiles_of(isa);
+  const Workers workers = interruptible(threads);
+  without_gil([&] {
+    gradient(codes, int(gradient_KD.shape(1)), I, O, grad_IO.data(), gradient_KD.data(), tile, workers);
+  });
+}
+
+NB_MODULE(_native, m) {
+  m.doc() = "Compiled inner loops of cluscomp.kernels; see kmeans.py and codebook.py there.";
+  m.def("instruction_set", [] { return std::string(tiles().name); });
+  m.def("assign", py_assign, nb::arg("points"), nb::arg("centroids"), nb::arg("codes"), nb::arg("distances"),
+        nb::arg("threads"), nb::arg("search") = "choose", nb::arg("isa") = "");
+  m.def("lloyd", py_lloyd, nb::arg("points"), nb::arg("first"), nb::arg("weights").none(), nb::arg("centroids"),
+        nb::arg("codes"), nb::arg("iterations"), nb::arg("kd"), nb::arg("move_centroids"), nb::arg("over_relaxation"),
+        nb::arg("seed"), nb::arg("threads"), nb::arg("search") = "choose", nb::arg("isa") = "",
+        nb::arg("progress").none() = nb::none());
+  m.def("best_groups", py_best_groups, nb::arg("values"), nb::arg("mass"), nb::arg("K"));
+  m.def("pack", py_pack, nb::arg("codes"), nb::arg("bits"), nb::arg("packed"));
+  m.def("unpack", py_unpack, nb::arg("packed"), nb::arg("bits"), nb::arg("codes"));
+  m.def("decode", py_decode, nb::arg("packed"), nb::arg("bits"), nb::arg("centroids"), nb::arg("weight"), nb::arg("threads"), nb::arg("isa") = "");
+  m.def("multiply", py_multiply, nb::arg("packed"), nb::arg("bits"), nb::arg("centroids"), nb::arg("halves").none(), nb::arg("x"), nb::arg("y"),
+        nb::arg("threads"), nb::arg("isa") = "");
+  m.def("multiply_by_tables", py_multiply_by_tables, nb::arg("packed"), nb::arg("centroids"), nb::arg("x"), nb::arg("y"), nb::arg("bytes"),
+        nb::arg("threads"), nb::arg("isa") = "");
+  m.def("gradient", py_gradient, nb::arg("packed"), nb::arg("bits"), nb::arg("grad"), nb::arg("gradient"), nb::arg("threads"),
+        nb::arg("isa") = "");
+}

@@ -1,0 +1,10 @@
+// The first codebook: space is cut in two again and again until every piece has its one centroid.
+#pragma once
+#include <vector>
+
+#include "threads.h"
+#include "tiles.h"
+
+// Leaves the points of `x` grouped by piece (`spare` is scratch of the same shape), writes each piece's mean to
+// centroids_KD and returns the pieces, run.start being the piece's centroid.
+std::vector<Run> kd_split(const Columns& x, const Columns& spare, int K, float* centroids_KD, const Tiles&, const Workers&);

@@ -1,0 +1,34 @@
+// Exact K-means: assignment of points to centroids, and Lloyd's iteration around it.
+#pragma once
+#include <functional>
+#include <vector>
+
+#include "points.h"
+#include "tree.h"
+
+enum class Search { choose, brute, lists, boxes };
+
+// The fastest search for these sizes (measured: benchmarks/kmeans.py --search). All of them are exact.
+Search fastest_search(int D, int K, bool warm);
+
+struct LloydSettings {
+  int K = 1, iterations = 20;
+  bool kd = true;             // kd split as the first codebook; else `first` holds it
+  bool move_centroids = true; // empty and cheapest centroids go to the worst clusters; else faiss' rule for empty ones
+  float over_relaxation = 1;  // new = old + over_relaxation * (mean - old); 1 in the last three iterations
+  uint64_t seed = 0;
+  Search search = Search::choose;
+  std::vector<float> first;   // (K, D), where kd is false
+  std::function<void(int, double)> progress;  // (assignments done, inertia)
+};
+
+struct LloydResult {
+  std::vector<float> centroids;  // (K, D), in spatial order
+  std::vector<double> inertia;   // sum of weight * squared distance at each assignment; iterations + 1 of them
+};
+
+// Clusters the points held by `cloud`; codes_N is indexed by the caller's numbering. The points are reordered.
+LloydResult lloyd(const Cloud& cloud, const LloydSettings&, int32_t* codes_N, const Tiles&, const Workers&);
+
+// Nearest centroid of every point (not reordered); the lowest number wins a tie.
+void assign(const Columns&, const float* centroids_KD, int K, Search, int32_t* codes_N, float* distances_N, const Tiles&, const Workers&);
