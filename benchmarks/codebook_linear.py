@@ -1,6 +1,6 @@
 """The codebook layer's inner loops beside dense layers and the gather-then-matmul way, in one run.
 
-    python benchmarks/codebook_linear.py [--size 4096] [--threads 1] [--repeats 7] [--output results/bench/codebook_linear.json]
+    python benchmarks/codebook_linear.py [--size 4096] [--threads 1] [--repeats 7] [--output FILE]
 
 Times are process CPU milliseconds (medians of paired rounds: every contender once per round, in turn).
 """
@@ -28,7 +28,9 @@ def paired(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[st
             if r > 0:
                 cpu[name].append(1000 * (time.process_time() - c))
                 wall[name].append(1000 * (time.perf_counter() - w))
-    return {name: {"cpu_ms": statistics.median(cpu[name]), "wall_ms": statistics.median(wall[name])} for name in contenders}
+    return {
+        name: {"cpu_ms": statistics.median(cpu[name]), "wall_ms": statistics.median(wall[name])} for name in contenders
+    }
 
 
 def measure(size: int, K: int, D: int, threads: int, repeats: int) -> dict[str, dict[str, float]]:
@@ -49,13 +51,17 @@ def measure(size: int, K: int, D: int, threads: int, repeats: int) -> dict[str, 
         "dense bfloat16 (torch)": lambda: torch.nn.functional.linear(x_BI.bfloat16(), dense16),
         "multiply": lambda: codebook.multiply(x_BI, packed, bits, centroids_KD, size, threads=threads),
         "multiply, float16 codebook": lambda: codebook.multiply(x_BI, packed, bits, half_KD, size, threads=threads),
-        "decode (into memory at hand)": lambda: codebook.decode(packed, bits, centroids_KD, size, size, out=out_IO, threads=threads),
+        "decode (into memory at hand)": lambda: codebook.decode(
+            packed, bits, centroids_KD, size, size, out=out_IO, threads=threads
+        ),
         "index_add_ (torch)": lambda: torch.zeros(K, D).index_add_(0, long_codes, grad_IO.view(-1, D)),
         "gradient": lambda: codebook.gradient(grad_IO, packed, bits, K, D, threads=threads),
     }
     if K <= 256:
         packed_in = pack(codes.t().flatten(), 8)  # the same codes as (I / D, O)
-        contenders["tables, 16 bits (axis in)"] = lambda: codebook.multiply_by_tables(x_BI[0], packed_in, centroids_KD, size, threads=threads)
+        contenders["tables, 16 bits (axis in)"] = lambda: codebook.multiply_by_tables(
+            x_BI[0], packed_in, centroids_KD, size, threads=threads
+        )
         contenders["tables, exact (axis in)"] = lambda: codebook.multiply_by_tables(
             x_BI[0], packed_in, centroids_KD, size, exact=True, threads=threads
         )
@@ -82,20 +88,41 @@ def main() -> None:
         ms = {name: r["cpu_ms"] for name, r in rows.items()}
         if D == 4 and K == 65500:
             goals += [
-                ("multiply against gather-then-matmul, K=65,500", ms["gather, then matmul (torch)"] / ms["multiply, float16 codebook"], 15),
-                ("multiply against dense bfloat16, K=65,500", ms["dense bfloat16 (torch)"] / ms["multiply, float16 codebook"], 0.9),
+                (
+                    "multiply against gather-then-matmul, K=65,500",
+                    ms["gather, then matmul (torch)"] / ms["multiply, float16 codebook"],
+                    15,
+                ),
+                (
+                    "multiply against dense bfloat16, K=65,500",
+                    ms["dense bfloat16 (torch)"] / ms["multiply, float16 codebook"],
+                    0.9,
+                ),
                 ("codebook gradient against index_add_, K=65,500", ms["index_add_ (torch)"] / ms["gradient"], 3.5),
             ]
         if D == 4 and K == 256:
             goals += [
-                ("tables against gather-then-matmul, K=256", ms["gather, then matmul (torch)"] / ms["tables, 16 bits (axis in)"], 100),
-                ("tables against dense bfloat16, K=256", ms["dense bfloat16 (torch)"] / ms["tables, 16 bits (axis in)"], 5),
+                (
+                    "tables against gather-then-matmul, K=256",
+                    ms["gather, then matmul (torch)"] / ms["tables, 16 bits (axis in)"],
+                    100,
+                ),
+                (
+                    "tables against dense bfloat16, K=256",
+                    ms["dense bfloat16 (torch)"] / ms["tables, 16 bits (axis in)"],
+                    5,
+                ),
             ]
     print(f"\n{'goal':50s} {'at least':>9s} {'measured':>9s}")
     for what, ratio, least in goals:
         print(f"{what:50s} {least:8.1f}x {ratio:8.1f}x {'met' if ratio >= least else 'MISSED'}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    report = {"threads": options.threads, "torch": torch.__version__, "results": results, "goals": [dict(zip(("what", "ratio", "at_least"), g, strict=True)) for g in goals]}
+    report = {
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "results": results,
+        "goals": [dict(zip(("what", "ratio", "at_least"), g, strict=True)) for g in goals],
+    }
     options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -1,6 +1,6 @@
 """K-means beside faiss-cpu, scikit-learn and torch, in one run, with the inertia beside every time.
 
-    python benchmarks/kmeans.py [--size 4096] [--repeats 5] [--smollm WHEEL] [--peers] [--output results/bench/kmeans.json]
+    python benchmarks/kmeans.py [--size 4096] [--repeats 5] [--smollm WHEEL] [--peers] [--output FILE]
 
 Times are process CPU seconds and wall seconds. faiss is timed on train() alone; ours include the final codes.
 Inertia is computed the same way for all, after the clock has stopped: exact nearest centroid, float64 sum, relative
@@ -60,7 +60,9 @@ def faiss_kmeans(points_ND: torch.Tensor, K: int, iterations: int, threads: int)
 
     faiss.omp_set_num_threads(threads)
     array = points_ND.numpy()
-    clustering = faiss.Kmeans(array.shape[1], K, niter=iterations, max_points_per_centroid=len(array), min_points_per_centroid=1, seed=0)
+    clustering = faiss.Kmeans(
+        array.shape[1], K, niter=iterations, max_points_per_centroid=len(array), min_points_per_centroid=1, seed=0
+    )
     _, cpu, wall = timed(lambda: clustering.train(array))
     return torch.from_numpy(np.array(clustering.centroids)), cpu, wall
 
@@ -77,7 +79,11 @@ def torch_kmeans(points_ND: torch.Tensor, K: int, iterations: int) -> torch.Tens
 def sklearn_kmeans(points_ND: torch.Tensor, K: int, iterations: int) -> torch.Tensor:
     from sklearn.cluster import KMeans
 
-    return torch.from_numpy(KMeans(K, init="random", n_init=1, max_iter=iterations, tol=0, random_state=0).fit(points_ND.numpy()).cluster_centers_).float()
+    return torch.from_numpy(
+        KMeans(K, init="random", n_init=1, max_iter=iterations, tol=0, random_state=0)
+        .fit(points_ND.numpy())
+        .cluster_centers_
+    ).float()
 
 
 def case(name: str, x: torch.Tensor, K: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -94,11 +100,11 @@ def case(name: str, x: torch.Tensor, K: int, options: argparse.Namespace) -> dic
 
     recipes = {
         "ours, reference, 20 it": REFERENCE,
-        "ours, kd, 20 it": dict(iterations=20, init="kd"),
+        "ours, kd, 20 it": {"iterations": 20, "init": "kd"},
         "ours, best, 20 it": BEST,
         "ours, best, 10 it": {**BEST, "iterations": 10},
-        "ours, kd, 1 it": dict(iterations=1, init="kd"),
-        "ours, kd, 6 it": dict(iterations=6, init="kd"),
+        "ours, kd, 1 it": {"iterations": 1, "init": "kd"},
+        "ours, kd, 6 it": {"iterations": 6, "init": "kd"},
     }
     for r in range(repeats):
         if large:
@@ -120,11 +126,17 @@ def case(name: str, x: torch.Tensor, K: int, options: argparse.Namespace) -> dic
     if large:
         rows["faiss"]["inertia"] = rows["ours, reference, 20 it"]["inertia"]
     result = {who: {k: statistics.median(v) for k, v in row.items() if v} for who, row in rows.items()}
-    print(f"\n{name}: {len(x):,} points, D={x.shape[1]}, K={K:,}" + (f" (faiss scaled from {options.faiss_iterations} iterations)" if large else ""))
+    print(
+        f"\n{name}: {len(x):,} points, D={x.shape[1]}, K={K:,}"
+        + (f" (faiss scaled from {options.faiss_iterations} iterations)" if large else "")
+    )
     base = result["faiss"]
     for who, r in result.items():
         inertia = f"{r['inertia']:.5f} ({100 * (r['inertia'] / base['inertia'] - 1):+.1f} %)" if "inertia" in r else ""
-        print(f"  {who:32s} {r['cpu']:9.3f} s CPU {r['wall']:9.3f} s wall {base['cpu'] / r['cpu']:8.1f}x  {inertia}", flush=True)
+        print(
+            f"  {who:32s} {r['cpu']:9.3f} s CPU {r['wall']:9.3f} s wall {base['cpu'] / r['cpu']:8.1f}x  {inertia}",
+            flush=True,
+        )
     return result
 
 
@@ -138,8 +150,14 @@ def goal_table(results: dict[str, dict[str, dict[str, float]]]) -> list[dict[str
         faiss = rows["faiss"]
         goals.append((what + ": same 20 iterations", same, faiss["cpu"] / rows["ours, kd, 20 it"]["cpu"]))
         if equal is not None:
-            below = [r["cpu"] for who, r in rows.items() if who.startswith("ours") and r.get("inertia", np.inf) <= faiss["inertia"]]
-            goals.append((what + ": time to equal or lower inertia", equal, faiss["cpu"] / min(below) if below else 0.0))
+            below = [
+                r["cpu"]
+                for who, r in rows.items()
+                if who.startswith("ours") and r.get("inertia", np.inf) <= faiss["inertia"]
+            ]
+            goals.append(
+                (what + ": time to equal or lower inertia", equal, faiss["cpu"] / min(below) if below else 0.0)
+            )
 
     add("synthetic, D=4, K=65,500", "synthetic D=4 K=65500", 100, 250)
     add("synthetic, D=6, K=65,500", "synthetic D=6 K=65500", 18, 35)
@@ -157,7 +175,8 @@ def goal_table(results: dict[str, dict[str, dict[str, float]]]) -> list[dict[str
     for name, rows in results.items():
         change = 100 * (rows["ours, best, 20 it"]["inertia"] / rows["faiss"]["inertia"] - 1)
         most = -5.0 if "D=4" in name and "K=256" not in name else 0.5
-        print(f"{name + ': inertia after 20 iterations, best':60s} {most:+8.1f}% {change:+8.1f}% {'met' if change <= most else 'MISSED'}")
+        verdict = "met" if change <= most else "MISSED"
+        print(f"{name + ': inertia after 20 iterations, best':60s} {most:+8.1f}% {change:+8.1f}% {verdict}")
         goals.append((f"{name}: inertia, percent", most, change))
     return [dict(zip(("what", "goal", "measured"), g, strict=True)) for g in goals]
 

@@ -46,7 +46,7 @@ def _told_in_a_sentence() -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if "debug=true" in sys.argv:
+        if "debug=true" in map(str.lower, sys.argv):
             raise
         message, code = explain(error)
         print(f"cluscomp: {message}", file=sys.stderr)
@@ -118,6 +118,9 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(error), 2
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _composition_problem(error), 2
+    if str(error).startswith("Config group override must be"):
+        empty = [item for item in sys.argv[1:] if (CONF / item.partition("=")[0]).is_dir()]
+        return f"{', '.join(empty)}: a group needs a name; the choices are in --help", 2
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         return f"failed: {place}{error.strerror or error}", 1

@@ -70,14 +70,14 @@ class Walk:
         return hidden_BTH
 
     def apply(self, index: int, block: nn.Module, hidden_BTH: Float[Tensor, "B T H"]) -> Float[Tensor, "B T H"]:
-        """Run `block` as block `index` of the model; windows of this shape must have been embedded before."""
+        """Run `block` as block `index`: (B, T, H) -> (B, T, H); windows of this shape were embedded before."""
         arguments = self._arguments[hidden_BTH.shape[:2]][index]
         output = block(hidden_BTH, *arguments.args, **arguments.kwargs)
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def logits(self, hidden_BTH: Float[Tensor, "B T H"], ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T vocabulary"]:
-        """What the model makes of the last block's output: final norm, head and anything beside them."""
+        """What the model makes of the last block's output (B, T, H), by its final norm and head: (B, T, vocabulary)."""
 
         def replace(_module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> Tensor:
             return hidden_BTH

@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from cluscomp.errors import InputError
 from cluscomp.files import file_hash, new_file, new_folder
 from cluscomp.models import compressed, unique_tensors
+from cluscomp.records import to_json
 from cluscomp.weights import CodebookWeight, CompressedLinear, storage_dtype
 
 log = logging.getLogger(__name__)
@@ -177,25 +178,49 @@ def save_part(path: Path, block: nn.Module, numbers: dict[str, Any]) -> None:
     """Write the compressed layers of one block, and plain numbers beside them: what survives a killed stage."""
     inside = tuple(f"{name}." for name in compressed(block))
     tensors = {name: tensor for name, tensor in stored_state(block).items() if name.startswith(inside)}
-    notes = {"specs": json.dumps(specs(block)), "numbers": json.dumps(numbers)}
-    with new_file(path) as unfinished:
-        save_file(tensors, unfinished, metadata=notes)
+    write_tensors(path, tensors, {"specs": specs(block), "numbers": numbers})
 
 
 def read_part(path: Path) -> tuple[dict[str, nn.Module], dict[str, Any]] | None:
     """The stored weights by layer and the numbers of `save_part`, or None if there is no whole file."""
+    found = read_tensors(path)
+    if found is None:
+        return None
+    tensors, notes = found
+    layers = {name: build(spec) for name, spec in notes["specs"].items()}
+    for name, stored in layers.items():
+        stored.load_state_dict({key: tensors[f"{name}.stored.{key}"] for key in stored.state_dict()})
+    return layers, notes["numbers"]
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> None:
+    """Write tensors and plain values as one safetensors file with a hash of both, whole or not at all."""
+    text = to_json(notes)
+    with new_file(path) as unfinished:
+        save_file(tensors, unfinished, metadata={"notes": text, "sha256": _digest(tensors, text)})
+
+
+def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """What `write_tensors` wrote, or None, with a line in the log, if it is damaged or altered."""
     if not path.is_file():
         return None
     try:
-        with safe_open(path, "pt") as file:
-            notes, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        layers = {name: build(spec) for name, spec in json.loads(notes["specs"]).items()}
-        for name, stored in layers.items():
-            stored.load_state_dict({key: tensors[f"{name}.stored.{key}"] for key in stored.state_dict()})
-        return layers, json.loads(notes["numbers"])
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        with safe_open(path, "pt", device=device) as file:
+            metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata["sha256"] != _digest(tensors, metadata["notes"]):
+            raise ValueError("its hash is wrong")
+        return tensors, json.loads(metadata["notes"])
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
         log.warning("%s is damaged (%s): it is made anew", path, error)
         return None
+
+
+def _digest(tensors: dict[str, torch.Tensor], notes: str) -> str:
+    digest = hashlib.sha256(notes.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def put_part(block: nn.Module, layers: dict[str, nn.Module]) -> None:

@@ -8,7 +8,7 @@ import random
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -20,6 +20,7 @@ from cluscomp.errors import InputError
 SETTINGS = ConfigDict(extra="forbid", strict=True)
 Split = Literal["calibration", "test"]
 WINDOWS_FROM_DOCUMENTS, DOCUMENT_SEED = 256, 0  # the literature's C4 test set: 256 random windows, seed 0
+SPECIAL_TOKENS = 8  # at most so many are added to a document
 SAME_ROW = 80  # characters from which an equal row in both texts counts as overlap
 
 
@@ -49,6 +50,7 @@ class Text:
         return {"text": self.name, "rows": len(self.rows), "sha256": self.sha256}
 
 
+@runtime_checkable
 class Source(Protocol):
     """A data set with a calibration and a test text."""
 
@@ -126,20 +128,21 @@ class FileText:
 
     def text(self, split: Split) -> Text:
         """One split's paragraphs; the calibration text leaves out what also stands in the test text."""
-        rows = self._paragraphs(self.file)
+        calibration = self._paragraphs("file", self.file)
         if self.test_file is None:
-            border = len(rows) * 4 // 5
-            calibration, test = rows[:border], rows[border:]
+            border = len(calibration) * 4 // 5
+            calibration, test = calibration[:border], calibration[border:]
         else:
-            calibration, test = rows, self._paragraphs(self.test_file)
-        chosen = test if split == "test" else without_overlap(calibration, test)
-        return Text(f"{Path(self.file).name}/{split}", chosen, "\n\n")
+            test = self._paragraphs("test_file", self.test_file)
+        if split == "test":
+            return Text(f"{Path(self.test_file or self.file).name}/test", test, "\n\n")
+        return Text(f"{Path(self.file).name}/calibration", without_overlap(calibration, test), "\n\n")
 
-    def _paragraphs(self, file: str) -> list[str]:
+    def _paragraphs(self, key: str, file: str) -> list[str]:
         try:
             content = Path(file).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"data.file={file}: {error}") from error
+            raise InputError(f"data.{key}={file}: {error}") from error
         return [part.strip() for part in re.split(r"\n\s*\n", content) if part.strip()]
 
 
@@ -160,7 +163,7 @@ class PydocText:
         names = sorted(topics)
         test = prose("\n\n".join(topics[name] for name in names[::3]))
         others = prose("\n\n".join(topics[name] for number, name in enumerate(names) if number % 3))
-        rows = test if split == "test" else without_overlap(others, test)
+        rows = test if split == "test" else [row for row in others if row not in set(test)]
         return Text(f"{self.name}/{split}", rows, "\n\n")
 
 
@@ -174,7 +177,7 @@ def prose(text: str) -> list[str]:
 
 
 def tokenize(text: Text, tokenizer: Tokenizer) -> Int[np.ndarray, " tokens"]:
-    """Token ids of the joined rows; special tokens as the tokenizer adds them, once at the start."""
+    """Token ids of the joined rows, (tokens,) int64; special tokens as the tokenizer adds them, once at the start."""
     joined = (text.separator or "").join(text.rows)
     return np.asarray(tokenizer(joined, verbose=False).input_ids, dtype=np.int64)
 
@@ -209,16 +212,16 @@ def test_windows(text: Text, tokenizer: Tokenizer, *, length: int, limit: int | 
 def windows_from_documents(
     text: Text, tokenizer: Tokenizer, count: int, length: int, rng: random.Random
 ) -> Int[np.ndarray, "W T"]:
-    """Random windows of random documents that are longer than a window. Raises InputError if there is none."""
-    longest, tokens = 0, {}
+    """Random windows, (W, T) int64, of random documents longer than a window. Raises InputError if there is none."""
+    tokens = {}
     for number, row in enumerate(text.rows):
-        if len(row) > length:  # a token has at least one character
+        if len(row.encode()) + SPECIAL_TOKENS > length:  # else it cannot have so many tokens
             ids = tokenizer(row, verbose=False).input_ids
-            longest = max(longest, len(ids))
             if len(ids) > length:
                 tokens[number] = ids
     if not tokens:
-        _check_length(text, longest, length + 1)
+        longest = max(text.rows, key=lambda row: len(row.encode()), default="")
+        _check_length(text, len(tokenizer(longest, verbose=False).input_ids), length + 1)
     windows: list[list[int]] = []
     while len(windows) < count:
         ids = tokens.get(rng.randint(0, len(text.rows) - 1))

@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass
 from cluscomp import __version__
 from cluscomp.errors import InputError
 from cluscomp.files import new_file
-from cluscomp.records import SCHEMA, Record, Score, content_key, write
+from cluscomp.records import SCHEMA, Record, Score, content_key, to_json, write
 
 if TYPE_CHECKING:
     import torch
@@ -87,22 +87,23 @@ class Outcome:
 def run(experiment: Experiment) -> Outcome:
     """Run the stages in order and evaluate; finished parts are re-used. Raises InputError for what cannot work."""
     config = settings(experiment)
-    outputs = _writable(experiment.outputs)
-    folder = experiment.model.folder(Path(experiment.cache).expanduser())
+    outputs, cache = _writable("outputs", experiment.outputs), _writable("cache", experiment.cache)
+    if experiment.publish is not None:
+        _writable("publish", experiment.publish)
+    folder = experiment.model.folder(cache)
 
     from cluscomp.models import Original, fingerprint
 
     device, dtype = _device(experiment.device), _dtype(experiment)
     original = Original(folder, dtype, device)
-    root = {"model": fingerprint(folder), "seed": experiment.seed, "dtype": str(dtype), "format": _format()}
+    root = {"model": fingerprint(folder), "dtype": str(dtype), "format": _format()}
     runner = _Runner(experiment, outputs, original)
     keys = {"original": content_key(root)}
     for before, name in zip(["original", *experiment.order], experiment.order):
         stage = experiment.stages[name]
-        keys[name] = content_key([keys[before], name, _key_settings(stage), stage.inputs()])
-    evaluation = [_key_settings(experiment.evaluate), experiment.evaluate.inputs(), _versions()]
+        keys[name] = content_key([keys[before], name, experiment.seed, _key_settings(stage), stage.inputs()])
     runner.check(keys)
-    run_key = content_key([keys, evaluation, experiment.measured, experiment.name])
+    run_key = content_key([keys, runner.evaluation, experiment.measured, experiment.name])
     run_folder = outputs / f"run-{run_key}"
     _log_into(run_folder)
     experiment.tracker.begin(f"{experiment.name}-{run_key}", config, run_folder)
@@ -132,15 +133,15 @@ def run(experiment: Experiment) -> Outcome:
     return Outcome(record, path, checkpoint, samples)
 
 
-def _writable(outputs: str) -> Path:
-    """The outputs folder, made if need be. Raises InputError if it cannot be written."""
-    folder = Path(outputs).expanduser().absolute()
+def _writable(key: str, value: str) -> Path:
+    """A folder that a setting names, made if need be. Raises InputError if it cannot be written."""
+    folder = Path(value).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"outputs={outputs}: cannot be made ({error.strerror})") from error
+        raise InputError(f"{key}={value}: cannot be made ({error.strerror})") from error
     if not os.access(folder, os.W_OK):
-        raise InputError(f"outputs={outputs}: cannot be written")
+        raise InputError(f"{key}={value}: cannot be written")
     return folder
 
 
@@ -159,6 +160,8 @@ class _Runner:
 
     def __init__(self, experiment: Experiment, outputs: Path, original: "Original") -> None:
         self.experiment, self.outputs, self.original = experiment, outputs, original
+        evaluate = experiment.evaluate
+        self.evaluation = [_key_settings(evaluate), evaluate.inputs(), original.device.type, _versions()]
 
     def folder(self, name: str, key: str) -> Path:
         return self.outputs / f"{name}-{key}"
@@ -202,7 +205,7 @@ class _Runner:
     def evaluate(self, name: str, key: str, checkpoint: Path | None) -> dict[str, Any]:
         """Scores of the model after stage `name`, and its continuation of the prompt."""
         evaluate = self.experiment.evaluate
-        folder = self.folder("evaluate", content_key([key, _key_settings(evaluate), evaluate.inputs(), _versions()]))
+        folder = self.folder("evaluate", content_key([key, *self.evaluation]))
         finished = self._finished(folder)
         if finished is not None:
             # The same model may have been reached under another name.
@@ -268,7 +271,7 @@ def _key_settings(stage: Any) -> dict[str, Any]:
 
 def _write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     with new_file(folder / "metrics.json") as unfinished:
-        unfinished.write_text(json.dumps(metrics, indent=1) + "\n")
+        unfinished.write_text(to_json(metrics) + "\n")
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from cluscomp.kernels.lloyd import lloyd
 class Recipe:
     """How K-means is run: `iterations` rounds of Lloyd's algorithm from `init`.
 
-    The paper's (section 3.2, faiss' defaults) is random points, over_relaxation 1 (centroids move to their means) and no
+    The paper's (section 3.2, faiss' defaults) is random points, over_relaxation 1 (centroids move to their means), no
     moves but into empty clusters. See `cluscomp.kernels.lloyd.lloyd` for what the others do.
     """
 

@@ -1,6 +1,7 @@
 """The record: the one JSON file a finished run leaves. Schema, write, read."""
 
 import json
+import math
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -61,22 +62,34 @@ def content_key(content: Any) -> str:
     return sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def to_json(value: Any) -> str:
+    """JSON of a value; numbers that are not finite become the strings "nan" and "inf", which `read` takes back."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {str(key): plain(item) for key, item in part.items()}
+        if isinstance(part, list | tuple):
+            return [plain(item) for item in part]
+        return str(part) if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(plain(value), indent=1, default=str, allow_nan=False)
+
+
 def write(record: Record, path: Path) -> None:
     """Write a record as JSON, whole or not at all. Raises OSError if that cannot be done."""
     with new_file(path) as unfinished:
-        unfinished.write_text(json.dumps(asdict(record), indent=1, default=str) + "\n")
+        unfinished.write_text(to_json(asdict(record)) + "\n")
 
 
 def read(path: Path) -> Record:
     """Read and check a record. Raises InputError, naming file and key, if it is damaged or of another schema."""
     try:
         values = json.loads(path.read_text())
-        record = TypeAdapter(Record).validate_python(values)
+        if isinstance(values, dict) and values.get("schema", SCHEMA) != SCHEMA:
+            raise InputError(f"{path}: schema {values['schema']}; this version reads {SCHEMA}")
+        return TypeAdapter(Record).validate_python(values)
     except (OSError, ValueError, ValidationError) as error:
         raise InputError(f"{path}: not a record: {error}") from error
-    if record.schema != SCHEMA:
-        raise InputError(f"{path}: schema {record.schema}; this version reads {SCHEMA}")
-    return record
 
 
 def read_folder(folder: Path) -> list[Record]:

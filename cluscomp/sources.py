@@ -4,6 +4,7 @@ Settings classes, one for each kind of yaml in conf/model. Heavy libraries are i
 settings are checked before torch is loaded.
 """
 
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -80,10 +81,17 @@ class GgufModel:
     def folder(self, cache: Path) -> Path:
         """The converted folder. Raises InputError if the package or file is missing, truncated or no GGUF."""
         path = self._path()
-        try:
-            quantised = _quantised_types(path)
-        except (ValueError, IndexError, KeyError, OverflowError) as error:
-            raise InputError(f"model.file={path}: truncated, or not a GGUF file ({error})") from error
+        target = cache / f"gguf-{file_hash(path)[:16]}"
+        if not (target / "config.json").is_file():
+            try:
+                quantised = _quantised_types(path)
+            except (ValueError, IndexError, KeyError, OverflowError) as error:
+                raise InputError(f"model.file={path}: truncated, or not a GGUF file ({error})") from error
+            log.info("converting %s into %s", path.name, target)
+            with new_folder(target) as unfinished:
+                _convert_gguf(path, unfinished)
+                (unfinished / "gguf.json").write_text(json.dumps({"quantised": quantised}) + "\n")
+        quantised = json.loads((target / "gguf.json").read_text())["quantised"]
         if quantised:
             log.warning(
                 "%s: its weights are already quantised (%s): they lie on that grid, so scores at a similar number "
@@ -91,18 +99,16 @@ class GgufModel:
                 path.name,
                 ", ".join(quantised),
             )
-        target = cache / f"gguf-{file_hash(path)[:16]}"
-        if not (target / "config.json").is_file():
-            log.info("converting %s into %s", path.name, target)
-            with new_folder(target) as unfinished:
-                _convert_gguf(path, unfinished)
         return target
 
     def _path(self) -> Path:
         if self.package is None:
             path = Path(self.file).expanduser()
         else:
-            spec = importlib.util.find_spec(self.package)
+            try:
+                spec = importlib.util.find_spec(self.package)
+            except ModuleNotFoundError:  # of a parent package
+                spec = None
             if spec is None or spec.origin is None:
                 raise InputError(
                     f"model.package={self.package} is not installed: "
@@ -137,7 +143,7 @@ class TinyModel:
     def _make(self, folder: Path) -> None:
         import torch
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-        from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+        from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         tokenizer = Tokenizer(models.BPE(vocab={"<eos>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
@@ -145,13 +151,20 @@ class TinyModel:
         tokenizer.decoder = decoders.ByteLevel()
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
         fixed = {"vocab_size": len(fast), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+        known = list(CONFIG_MAPPING)
+        if self.architecture not in known:
+            near = ", ".join(difflib.get_close_matches(self.architecture, known)) or "llama, opt, ..."
+            raise InputError(
+                f"model.architecture={self.architecture}: transformers has no such model type; near: {near}"
+            )
         try:
             config = AutoConfig.for_model(self.architecture, **fixed | self.config)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        except ValueError as error:
-            raise InputError(f"model.architecture={self.architecture}: {error}") from error
+        except Exception as error:  # whatever a model class makes of values it cannot use
+            reason = (str(error).splitlines() or [""])[0][:200]
+            raise InputError(f"model.architecture={self.architecture}: not with this model.config: {reason}") from error
         model.save_pretrained(folder)
         fast.save_pretrained(folder)
 

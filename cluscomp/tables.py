@@ -1,5 +1,6 @@
 """Records to tables; pure."""
 
+import math
 from typing import Any
 
 import pandas as pd
@@ -44,6 +45,8 @@ def stage_table(records: list[Record], metric: str = "perplexity") -> pd.DataFra
 
     Raises InputError if scores of one data set were measured under different protocols, and says what differs.
     """
+    if not records:
+        raise InputError("no records to make a table of")
     rows = scores(records)
     rows = rows[rows["metric"] == metric]
     check_protocols(records, metric)
@@ -61,7 +64,7 @@ def stage_table(records: list[Record], metric: str = "perplexity") -> pd.DataFra
             "weights, MB": (rows["checkpoint_bytes"] / 1e6).map("{:.1f}".format),
             "data": rows["dataset"] + rows["partial"].map({True: " (partial)", False: ""}),
             metric: rows["value"].map("{:.2f}".format),
-            "of the original's": [f"{ratio:.2f}x" for ratio in ratios],
+            "of the original's": [f"{ratio:.2f}x" if math.isfinite(ratio) else "-" for ratio in ratios],
         }
     )
 

@@ -132,7 +132,7 @@ class CodebookWeight(nn.Module):
         return torch.stack([unpack(codes, bits, self.num_codes) for codes in self.codes])
 
     def forward(self, dtype: torch.dtype) -> Float[Tensor, "O I"]:
-        """The dense weight in `dtype`; the codebook is cast before the gather, so training keeps float32 masters."""
+        """The dense weight (O, I) in `dtype`; codebooks are cast before the gather: training keeps float32 masters."""
         lines, length = self.in_features, self.out_features
         if self.axis == "in":  # the codes are (groups of inputs, outputs)
             vector_dim = self.codebooks.shape[2]

@@ -12,7 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import jaxtyping
 import pytest
 
-CHECKED = ["kernels", "kmeans", "weights", "budget", "blocks", "scoring"]
+CHECKED = ["kernels.codes", "kmeans", "weights", "budget", "blocks", "scoring"]
 jaxtyping.install_import_hook([f"cluscomp.{name}" for name in CHECKED], "beartype.beartype")
 
 TOKENS = 12  # of a test window: longer than the sliding windows below

@@ -7,10 +7,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import codebook as reference
+from reference.recipe import PAPER
 
 from cluscomp.budget import choose, reachable, size_of, stored_bits
 from cluscomp.checkpoint import save
-from cluscomp.kmeans import kmeans
+from cluscomp.kmeans import Recipe, kmeans
 from cluscomp.methods.cluscomp import ClusComp
 from cluscomp.models import Original, block_names, blocks, linears
 from cluscomp.stages.cluster import Cluster
@@ -88,7 +89,7 @@ def compressed_model(folder):
     original = Original(folder, torch.float32, torch.device("cpu"))
     model = original.load_all()
     weights = sum(layer.weight.numel() for block in blocks(model) for layer in linears(block).values())
-    cluster = Cluster(method=ClusComp(bits=None, vector_dim=3, codebook_size=11, axis="out", iterations=1))
+    cluster = Cluster(method=ClusComp(bits=None, vector_dim=3, codebook_size=11, axis="out", iterations=1, **PAPER))
     for name, block in zip(block_names(model), blocks(model)):
         cluster.compress_block(block, name, seed=0)
     return model, original.tokenizer, weights
@@ -135,6 +136,7 @@ def heavy_tails(out_features, in_features, seed):
     return normal[0] / normal[1:].square().mean(0).sqrt()
 
 
+RECIPE = Recipe(20, **PAPER)
 WEIGHTS = {
     "gaussian": lambda o, i, seed: torch.randn(o, i, generator=generator(seed)),
     "heavy tails": heavy_tails,
@@ -153,8 +155,8 @@ def test_the_choice_is_within_5_percent_of_the_best(kind, bits):
     errors = {}
     for candidate in reachable(*shape, "out", bits):
         points = sub_vectors(weight, candidate.vector_dim, "out")
-        errors[candidate] = kmeans(points, candidate.codebook_size, iterations=20, generator=generator()).inertia
-    chosen = choose(weight, bits, "out", generator())
+        errors[candidate] = kmeans(points, candidate.codebook_size, RECIPE, generator()).inertia
+    chosen = choose(weight, bits, "out", RECIPE, generator())
     assert errors[chosen] <= 1.05 * min(errors.values()), {
         (s.vector_dim, s.codebook_size): e for s, e in errors.items()
     }
@@ -162,5 +164,5 @@ def test_the_choice_is_within_5_percent_of_the_best(kind, bits):
 
 def test_bits_out_of_reach_say_what_is_within():
     with pytest.raises(ValueError, match=r"1\.5 is out of reach for a 4 x 4 matrix: the least is 3\.000, .*=1 .*=2"):
-        choose(torch.randn(4, 4, generator=generator()), 1.5, "out", generator())
+        choose(torch.randn(4, 4, generator=generator()), 1.5, "out", RECIPE, generator())
     # by hand: 16 codes of 1 bit and two centroids of 16 bits, over 16 weights: (16 + 32) / 16

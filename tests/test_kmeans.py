@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference.lloyd import distances, lloyd
 from sklearn.cluster import KMeans
 
-from cluscomp.kmeans import kmeans, means, split_empty
+from cluscomp.kmeans import Recipe, kmeans
 
 
 def seeded(seed):
@@ -19,12 +19,17 @@ def seeded(seed):
 
 
 def cluster(points, num_centroids, iterations, seed=0):
-    return kmeans(torch.from_numpy(points), num_centroids, iterations=iterations, generator=seeded(seed))
+    return kmeans(torch.from_numpy(points), num_centroids, paper(iterations), seeded(seed))
+
+
+def paper(iterations):
+    return Recipe(iterations, "random_points", over_relaxation=1.0, move_centroids=False)
 
 
 def start(points, num_centroids, seed=0):
     """The distinct points a clustering of this seed starts from."""
-    return points[torch.randperm(len(points), generator=seeded(seed))[:num_centroids].numpy()]
+    drawn = int(torch.randint(1 << 62, (), generator=seeded(seed)))
+    return points[np.random.default_rng(drawn).choice(len(points), num_centroids, replace=False, shuffle=False)]
 
 
 def gaussian(num_points, dim, seed=0):
@@ -93,9 +98,8 @@ def test_as_many_centroids_as_distinct_points_leave_no_error(num_points, dim, se
 
 def test_four_points_by_hand():
     points = np.float32([[0, 0], [0, 2], [10, 0], [10, 2]])
-    start_points = start(points, 2, seed=1)
-    assert set(start_points[:, 0]) == {0, 10}, "this seed starts with one point on either side"
-    found = cluster(points, 2, 1, seed=1)
+    seed = next(seed for seed in range(99) if set(start(points, 2, seed)[:, 0]) == {0, 10})  # one point on either side
+    found = cluster(points, 2, 1, seed)
     assert sorted(found.centroids_KD.tolist()) == [[0, 1], [10, 1]]
     assert found.inertia == 4
     assert found.codes_N[0] == found.codes_N[1] != found.codes_N[2] == found.codes_N[3]
@@ -117,7 +121,8 @@ def test_as_good_as_scikit_learn_from_the_same_start(iterations):
     found = cluster(points, 32, iterations)
     assert found.inertia == pytest.approx(theirs.inertia_, rel=1e-3)
     if iterations == 1:  # before a point on a border can have moved anything
-        np.testing.assert_allclose(found.centroids_KD.numpy(), theirs.cluster_centers_, atol=1e-4)
+        ours, expected = (rows[np.lexsort(rows.T)] for rows in (found.centroids_KD.numpy(), theirs.cluster_centers_))
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 def test_the_seed_decides_and_nothing_else():
@@ -159,29 +164,11 @@ def test_empty_clusters_are_filled():
     assert len(found.codes_N.unique()) > len(np.unique(start(repeated, 40), axis=0))
 
 
-def test_splitting_follows_faiss_rule():
-    centroids = torch.tensor([[4.0, 8.0, 2.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
-    counts = np.array([7, 0, 1])  # only the first has points to spare
-    split_empty(centroids, counts, np.random.default_rng(0))
-    more, less = 1 + 1 / 1024, 1 - 1 / 1024
-    assert centroids[1].tolist() == [4 * more, 8 * less, 2 * more]
-    assert centroids[0].tolist() == [4 * less, 8 * more, 2 * less]
-    assert centroids[2].tolist() == [1, 1, 1]
-    assert counts.tolist() == [4, 3, 1]
-
-
-def test_means_are_float64_sums_in_the_order_of_the_points():
-    points = torch.tensor([[1e8], [1.0], [-1e8], [3.0]])  # float32 sums would lose the 1
-    found, counts = means(points, torch.tensor([1, 1, 1, 2]), 4)
-    assert found[:, 0].tolist() == [0, pytest.approx(1 / 3), 3, 0]
-    assert counts.tolist() == [0, 3, 1, 0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_points_of_any_float_type_are_clustered_in_float32(dtype):
     points = torch.from_numpy(gaussian(50, 2)).to(dtype)
-    found = kmeans(points, 5, iterations=2, generator=seeded(0))
-    expected = kmeans(points.float(), 5, iterations=2, generator=seeded(0))
+    found = kmeans(points, 5, paper(2), seeded(0))
+    expected = kmeans(points.float(), 5, paper(2), seeded(0))
     assert found.centroids_KD.dtype == torch.float32
     assert torch.equal(found.centroids_KD, expected.centroids_KD)
 
@@ -191,9 +178,8 @@ def test_points_of_any_float_type_are_clustered_in_float32(dtype):
     [
         (None, 11, 1, "11 centroids for 10 sub-vectors"),
         (None, 1, 1, "1 centroids for 10 sub-vectors"),
-        (None, 2, 0, "0 iterations"),
-        (float("nan"), 2, 1, "NaN, infinity"),
-        (float("inf"), 2, 1, "NaN, infinity"),
+        (float("nan"), 2, 1, "must be finite"),
+        (float("inf"), 2, 1, "must be finite"),
         (3e38, 2, 1, "."),  # finite, but its square is not
     ],
 )

@@ -20,7 +20,18 @@ from cluscomp.kernels.lloyd import BEST, REFERENCE, assign, assign_reference, ll
 from cluscomp.kernels.loading import native
 
 compiled = pytest.mark.skipif(native is None, reason="needs the compiled kernels")
-SHAPES = [(1, 1, 1), (2, 2, 1), (17, 16, 2), (3000, 1, 4), (3000, 17, 3), (3000, 256, 4), (4000, 700, 6), (3000, 300, 9), (2000, 65, 16), (1500, 40, 23)]
+SHAPES = [
+    (1, 1, 1),
+    (2, 2, 1),
+    (17, 16, 2),
+    (3000, 1, 4),
+    (3000, 17, 3),
+    (3000, 256, 4),
+    (4000, 700, 6),
+    (3000, 300, 9),
+    (2000, 65, 16),
+    (1500, 40, 23),
+]
 
 
 def points(N: int, D: int, seed: int = 0) -> torch.Tensor:
@@ -56,7 +67,9 @@ def run_assign(points_ND: torch.Tensor, centroids_KD: torch.Tensor, search: str,
 def run_lloyd(points_ND: torch.Tensor, K: int, search: str, isa: str, threads: int = 1, iterations: int = 8):
     centroids_KD, codes_N = torch.empty(K, points_ND.shape[1]), torch.empty(len(points_ND), dtype=torch.int32)
     nothing = torch.empty(0, points_ND.shape[1])
-    inertia = native.lloyd(points_ND, nothing, None, centroids_KD, codes_N, iterations, True, True, 1.9, 0, threads, search, isa, None)
+    inertia = native.lloyd(
+        points_ND, nothing, None, centroids_KD, codes_N, iterations, True, True, 1.9, 0, threads, search, isa, None
+    )
     return kmeans.Clustering(centroids_KD, codes_N, inertia)
 
 
@@ -306,7 +319,9 @@ def test_control_c_stops_a_long_assignment():
         "import torch; from cluscomp.kernels.lloyd import assign; print('go', flush=True);"
         "assign(torch.randn(400_000, 32), torch.randn(20_000, 32), threads=2)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
         run.stdout.readline()
         time.sleep(0.5)
         run.send_signal(signal.SIGINT)
@@ -319,7 +334,10 @@ def test_control_c_stops_a_long_assignment():
 def test_calls_from_several_threads_do_not_disturb_each_other():
     x = points(20_000, 4)
     expected, found = digest(lloyd(x, 100, **BEST).codes_N), []
-    others = [threading.Thread(target=lambda: found.append(digest(lloyd(x, 100, **BEST, threads=2).codes_N))) for _ in range(3)]
+    others = [
+        threading.Thread(target=lambda: found.append(digest(lloyd(x, 100, **BEST, threads=2).codes_N)))
+        for _ in range(3)
+    ]
     for t in others:
         t.start()
     for t in others:
@@ -377,7 +395,7 @@ def test_no_call_of_the_compiled_code_can_crash(arguments, threads):
 def test_without_the_compiled_kernels_everything_still_works():
     code = (
         "import sys; sys.modules['cluscomp.kernels._native'] = None\n"
-        "import torch; from cluscomp.kernels import kmeans as k; assert k.native is None\n"
+        "import torch; from cluscomp.kernels import lloyd as k; assert k.native is None\n"
         "x = torch.randn(400, 3)\n"
         "for how in (k.REFERENCE, k.BEST):\n"
         "    found = k.lloyd(x, 20, **how); assert torch.equal(found.codes_N, k.assign(x, found.centroids_KD)[0])\n"

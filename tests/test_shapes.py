@@ -3,17 +3,18 @@
 import jaxtyping
 import pytest
 import torch
+from reference.recipe import PAPER
 
 from cluscomp import blocks, budget, kmeans, weights
-from cluscomp.kernels import codes, nearest
+from cluscomp.kernels import codes
 from cluscomp.models import Original
 
+RECIPE = kmeans.Recipe(20, **PAPER)
 CALLS = {
-    "nearest": lambda: nearest.nearest_plain(torch.zeros(4, 3), torch.zeros(3)),
-    "gather": lambda: codes.gather(torch.zeros(4), torch.zeros(5, dtype=torch.long)),
-    "means": lambda: kmeans.means(torch.zeros(4, 3), torch.zeros(5, dtype=torch.long), 2),
+    "pack": lambda: codes.pack(torch.zeros(4, 3, dtype=torch.long), 2),
+    "kmeans": lambda: kmeans.kmeans(torch.zeros(4), 2, RECIPE, torch.Generator()),
     "sub_vectors": lambda: weights.sub_vectors(torch.zeros(2, 3, 4), 2, "out"),
-    "choose": lambda: budget.choose(torch.zeros(16), 3.0, "out", torch.Generator()),
+    "choose": lambda: budget.choose(torch.zeros(16), 3.0, "out", RECIPE, torch.Generator()),
 }
 
 

@@ -78,7 +78,7 @@ def test_a_module_made_from_the_spec_takes_the_stored_tensors(
     "axis, expected",
     [
         ("out", [[1, 4], [7, 0], [2, 5], [8, 0], [3, 6], [9, 0]]),
-        ("in", [[1, 2], [3, 0], [4, 5], [6, 0], [7, 8], [9, 0]]),
+        ("in", [[1, 2], [4, 5], [7, 8], [3, 0], [6, 0], [9, 0]]),
     ],
 )
 def test_sub_vectors_by_hand(axis, expected):

@@ -60,12 +60,15 @@ def decode(
 
     Args:
         out: (I, O) float32 to write to: asking the system for new memory takes longer than decoding.
+
     Raises:
         ValueError: sizes that do not agree.
     """
     _check_packed(packed, bits, I * -(-O // centroids_KD.shape[1]))
     if out is not None and (out.shape != (I, O) or out.dtype != torch.float32 or not out.is_contiguous()):
-        raise ValueError(f"out is {out.dtype} of shape {tuple(out.shape)}; it must be contiguous float32 of shape {(I, O)}")
+        raise ValueError(
+            f"out is {out.dtype} of shape {tuple(out.shape)}; it must be contiguous float32 of shape {(I, O)}"
+        )
     if native is None:
         weight_IO = decode_reference(packed, bits, centroids_KD.float(), I, O)
         return weight_IO if out is None else out.copy_(weight_IO)
@@ -75,7 +78,13 @@ def decode(
 
 
 def multiply(
-    x_BI: torch.Tensor, packed: torch.Tensor, bits: int, centroids_KD: torch.Tensor, O: int, *, threads: int | None = None
+    x_BI: torch.Tensor,
+    packed: torch.Tensor,
+    bits: int,
+    centroids_KD: torch.Tensor,
+    O: int,
+    *,
+    threads: int | None = None,
 ) -> torch.Tensor:
     """y_BO = x_BI @ weight_IO, float32, axis "out", without building the weight. Meant for B below some 16.
 
@@ -90,18 +99,27 @@ def multiply(
         return multiply_reference(x_BI, packed, bits, centroids_KD, O)
     y_BO = torch.empty(B, O)
     halves_KD = centroids_KD.detach().contiguous().view(torch.uint16) if centroids_KD.dtype == torch.float16 else None
-    native.multiply(packed.contiguous(), bits, _table(centroids_KD), halves_KD, _table(x_BI), y_BO, number_of_threads(threads))
+    native.multiply(
+        packed.contiguous(), bits, _table(centroids_KD), halves_KD, _table(x_BI), y_BO, number_of_threads(threads)
+    )
     return y_BO
 
 
 def multiply_by_tables(
-    x_I: torch.Tensor, packed: torch.Tensor, centroids_KD: torch.Tensor, O: int, *, exact: bool = False, threads: int | None = None
+    x_I: torch.Tensor,
+    packed: torch.Tensor,
+    centroids_KD: torch.Tensor,
+    O: int,
+    *,
+    exact: bool = False,
+    threads: int | None = None,
 ) -> torch.Tensor:
     """y_O = weight_OI @ x_I, float32, axis "in" with codes of 8 bits: products are tabled once and then looked up.
 
     Args:
-        exact: float32 tables. Else, where the machine has byte permutes (AVX-512 VBMI), tables of 16 bits with one scale:
-            some six times faster, with an error of y of about 1e-4 of its size.
+        exact: float32 tables. Else, where the machine has byte permutes (AVX-512 VBMI), tables of 16 bits with one
+            scale: some six times faster, with an error of y of about 1e-4 of its size.
+
     Raises:
         ValueError: more than 256 centroids, or sizes that do not agree.
     """
@@ -112,11 +130,15 @@ def multiply_by_tables(
     if native is None:
         return multiply_by_tables_reference(x_I, packed, centroids_KD, O)
     y_O = torch.empty(O)
-    native.multiply_by_tables(packed.contiguous(), _table(centroids_KD), _table(x_I), y_O, not exact, number_of_threads(threads))
+    native.multiply_by_tables(
+        packed.contiguous(), _table(centroids_KD), _table(x_I), y_O, not exact, number_of_threads(threads)
+    )
     return y_O
 
 
-def gradient(grad_IO: torch.Tensor, packed: torch.Tensor, bits: int, K: int, D: int, *, threads: int | None = None) -> torch.Tensor:
+def gradient(
+    grad_IO: torch.Tensor, packed: torch.Tensor, bits: int, K: int, D: int, *, threads: int | None = None
+) -> torch.Tensor:
     """gradient_KD of the codebook, given that of the weight, axis "out": the sum over all places of each code.
 
     Raises:
@@ -147,18 +169,22 @@ def _check_packed(packed: torch.Tensor, bits: int, count: int) -> None:
 
 
 def decode_reference(packed: torch.Tensor, bits: int, centroids_KD: torch.Tensor, I: int, O: int) -> torch.Tensor:
-    """`decode` by indexing, in the centroids' dtype."""
+    """`decode` by indexing, (I, O) in the centroids' dtype."""
     codes_N = unpack(packed, bits, I * -(-O // centroids_KD.shape[1]))
     return torch.nn.functional.embedding(codes_N, centroids_KD).view(I, -1)[:, :O].contiguous()
 
 
-def multiply_reference(x_BI: torch.Tensor, packed: torch.Tensor, bits: int, centroids_KD: torch.Tensor, O: int) -> torch.Tensor:
-    """`multiply` with the whole weight."""
+def multiply_reference(
+    x_BI: torch.Tensor, packed: torch.Tensor, bits: int, centroids_KD: torch.Tensor, O: int
+) -> torch.Tensor:
+    """`multiply` with the whole weight: (B, O)."""
     return x_BI.float() @ decode_reference(packed, bits, centroids_KD.float(), x_BI.shape[1], O)
 
 
-def multiply_by_tables_reference(x_I: torch.Tensor, packed: torch.Tensor, centroids_KD: torch.Tensor, O: int) -> torch.Tensor:
-    """`multiply_by_tables` with the whole weight."""
+def multiply_by_tables_reference(
+    x_I: torch.Tensor, packed: torch.Tensor, centroids_KD: torch.Tensor, O: int
+) -> torch.Tensor:
+    """`multiply_by_tables` with the whole weight: (O,)."""
     D = centroids_KD.shape[1]
     codes_GO = packed[: -(-len(x_I) // D) * O].long().view(-1, O)
     weight_OI = centroids_KD.float()[codes_GO].permute(1, 0, 2).reshape(O, -1)[:, : len(x_I)]
@@ -166,7 +192,7 @@ def multiply_by_tables_reference(x_I: torch.Tensor, packed: torch.Tensor, centro
 
 
 def gradient_reference(grad_IO: torch.Tensor, packed: torch.Tensor, bits: int, K: int, D: int) -> torch.Tensor:
-    """`gradient` by index_add_."""
+    """`gradient` by index_add_: (K, D)."""
     I, O = grad_IO.shape
     G = -(-O // D)
     padded = torch.nn.functional.pad(grad_IO.float(), (0, G * D - O)).view(I * G, D)

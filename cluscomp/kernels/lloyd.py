@@ -17,8 +17,8 @@ VALUES_AT_MOST = 2**20  # distinct numbers that are clustered exactly
 LARGEST = 1e15  # of points; up to 1024 squares of differences are added in float32
 
 # The paper's recipe (faiss.Kmeans with 20 iterations), and ours; keyword arguments of `lloyd`.
-REFERENCE = dict(iterations=20, init="random_points", over_relaxation=1.0, move_centroids=False)
-BEST = dict(iterations=20, init="kd", over_relaxation=1.9, move_centroids=True)
+REFERENCE = {"iterations": 20, "init": "random_points", "over_relaxation": 1.0, "move_centroids": False}
+BEST = {"iterations": 20, "init": "kd", "over_relaxation": 1.9, "move_centroids": True}
 
 Progress = Callable[[int, float], None]
 
@@ -41,14 +41,18 @@ def assign(
         centroids_KD: (K, D) of the same kinds; compared in float32.
         threads: as many as torch uses, where None. The result does not depend on it.
         search: "choose", or for measurements "brute" or "boxes".
+
     Returns:
         codes_N int32 and distances_N float32.
+
     Raises:
         ValueError, TypeError: what is wrong, in a sentence.
     """
     points_ND, centroids_KD = _checked(points_ND, "points"), _checked(centroids_KD, "centroids").float()
     if points_ND.shape[1] != centroids_KD.shape[1]:
-        raise ValueError(f"points have D = {points_ND.shape[1]}, centroids D = {centroids_KD.shape[1]}; they must agree")
+        raise ValueError(
+            f"points have D = {points_ND.shape[1]}, centroids D = {centroids_KD.shape[1]}; they must agree"
+        )
     _refuse_not_finite(centroids_KD, "centroids")
     threads = number_of_threads(threads)
     if native is None:
@@ -60,7 +64,7 @@ def assign(
     return codes_N, distances_N
 
 
-def lloyd(
+def lloyd(  # noqa: PLR0912
     points_ND: torch.Tensor,
     num_centroids: int,
     *,
@@ -92,6 +96,7 @@ def lloyd(
         weights_N: (N,) float32, not negative: importance of each point in the means and in the inertia.
         progress: called as progress(round, inertia) after each assignment; what it raises stops the work, as
             Ctrl-C does.
+
     Raises:
         ValueError, TypeError: what is wrong, in a sentence.
 
@@ -133,7 +138,15 @@ def lloyd(
     if native is None:
         _refuse_not_finite(points_ND, "points")
         return lloyd_reference(
-            points_ND, K, None if kd else first_KD, iterations, over_relaxation, move_centroids, seed, weights_N, progress
+            points_ND,
+            K,
+            None if kd else first_KD,
+            iterations,
+            over_relaxation,
+            move_centroids,
+            seed,
+            weights_N,
+            progress,
         )
     centroids_KD = torch.empty(K, D)
     codes_N = torch.empty(N, dtype=torch.int32)
@@ -155,13 +168,16 @@ def scalar(
     """K-means of numbers, solved exactly by dynamic programming over the distinct values.
 
     16-bit weights have few distinct values, so this takes milliseconds. Where there are more than 2^26 / K (or
-    2^20) of them, neighbours are first merged into bins (each the same part of mass^(1/3) gap^(2/3)), the optimum for the bins is taken and
-    improved by Lloyd's iteration on all values until it stands still: then a very good optimum, not the proven one.
+    2^20) of them, neighbours are first merged into bins (each the same part of mass^(1/3) gap^(2/3)), the optimum
+    for the bins is taken and improved by Lloyd's iteration on all values until it stands still: then a very good
+    optimum, not the proven one.
     """
     values_N = points_N1.reshape(-1).float()
     _refuse_not_finite(values_N[:, None], "points")
     values_M, codes_N = torch.unique(values_N, return_inverse=True)
-    mass_M = np.bincount(codes_N.numpy(), None if weights_N is None else weights_N.numpy(), len(values_M)).astype(np.float64)
+    mass_M = np.bincount(codes_N.numpy(), None if weights_N is None else weights_N.numpy(), len(values_M)).astype(
+        np.float64
+    )
     values_M = values_M.double().numpy()
     values_M, mass_M = values_M[mass_M > 0], mass_M[mass_M > 0]
     K, M = num_centroids, len(values_M)
@@ -169,7 +185,7 @@ def scalar(
         centroids_K = np.concatenate([values_M, np.full(K - M, values_M[-1])])
     else:
         most = max(K, min(VALUES_AT_MOST, 2**26 // K) if native else min(VALUES_AT_MOST, 4096))
-        if M <= most:
+        if most >= M:
             starts_K = _best_groups(values_M, mass_M, K)
         else:
             part_M = np.cbrt(mass_M * np.gradient(values_M) ** 2)
@@ -191,7 +207,7 @@ def scalar(
 
 
 def _best_groups(values_M: np.ndarray, mass_M: np.ndarray, K: int) -> np.ndarray:
-    if K >= len(values_M):
+    if len(values_M) <= K:
         return np.arange(len(values_M))
     if native is None:
         return best_groups_reference(values_M, mass_M, K)
@@ -251,14 +267,16 @@ def _refuse_not_finite(rows: torch.Tensor, name: str) -> None:
         wrong = ~(rows[at : at + (1 << 20)].float().abs() <= largest)
         if wrong.any():
             i, d = wrong.nonzero()[0].tolist()
-            raise ValueError(f"{name}[{at + i}, {d}] is {rows[at + i, d]}; every coordinate must be finite and within {largest:g}")
+            raise ValueError(
+                f"{name}[{at + i}, {d}] is {rows[at + i, d]}; every coordinate must be finite and within {largest:g}"
+            )
 
 
 # ---- the same in plain torch and numpy: what the compiled code is compared with, and replaced by where missing ----
 
 
 def assign_plain(points_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`assign` by faiss' exact flat search where that is installed: some 20 times faster than torch."""
+    """`assign` by faiss' exact flat search where that is installed, some 20 times faster than torch: (N,), (N,)."""
     try:
         import faiss
     except ImportError:
@@ -271,7 +289,7 @@ def assign_plain(points_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[t
 
 
 def assign_reference(points_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`assign` by all distances, in pieces of at most 2^22 distances."""
+    """`assign` by all distances, in pieces of at most 2^22 distances: (N,) int32, (N,) float32."""
     piece = max(1, 2**22 // len(centroids_KD))
     codes, distances = [], []
     for some_PD in points_ND.split(piece):
@@ -287,13 +305,13 @@ def assign_reference(points_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tup
 
 
 def best_groups_reference(values_M: np.ndarray, mass_M: np.ndarray, K: int) -> np.ndarray:
-    """First value of each of the K groups of least error, by dynamic programming in K M^2 steps."""
+    """First value of each of the K groups of least error, by dynamic programming in K M^2 steps: (M,), (M,) -> (K,)."""
     M = len(values_M)
     v = values_M - np.average(values_M, weights=mass_M)
     W, S, Q = (np.concatenate([[0.0], np.cumsum(mass_M * v**p)]) for p in (0, 1, 2))
 
     def error(i: np.ndarray, j: int) -> np.ndarray:
-        return np.maximum(Q[j] - Q[i] - (S[j] - S[i]) ** 2 / (W[j] - W[i]), 0)
+        return np.maximum(Q[j] - Q[i] - (S[j] - S[i]) ** 2 / (W[j] - W[i]), 0)  # type: ignore[no-any-return]
 
     least = np.array([np.inf] + [error(np.array([0]), j)[0] for j in range(1, M + 1)])
     cuts = np.zeros((K, M + 1), dtype=np.int64)
@@ -326,7 +344,7 @@ def kd_reference(points_ND: torch.Tensor, K: int, weights_N: torch.Tensor | None
         return mass, mean_D, ((w[:, None] * x * x).sum(0) / mass - mean_D**2).clamp(min=0)
 
     def share(mass: float, variance_D: torch.Tensor) -> float:
-        return (mass * float(variance_D.sum())) ** (D / (D + 2))
+        return float((mass * float(variance_D.sum())) ** (D / (D + 2)))
 
     rows_N = torch.arange(len(points_ND))
     open_pieces, centroids = [(rows_N, K, *measure(rows_N))], []
@@ -382,10 +400,15 @@ def lloyd_reference(
         index_N = codes_N.long()
         count_K = torch.bincount(index_N, minlength=K)
         mass_K = torch.zeros(K, dtype=torch.float64).index_add_(0, index_N, weight_N)
-        sums = [torch.zeros(K, D, dtype=torch.float64).index_add_(0, index_N, weight_N[:, None] * points_ND.double() ** p) for p in (1, 2)]
+        sums = [
+            torch.zeros(K, D, dtype=torch.float64).index_add_(0, index_N, weight_N[:, None] * points_ND.double() ** p)
+            for p in (1, 2)
+        ]
         full_K = mass_K > 0
         mean_KD = sums[0] / mass_K.clamp(min=1e-300)[:, None]
-        variance_KD = torch.where(full_K[:, None], sums[1] / mass_K.clamp(min=1e-300)[:, None] - mean_KD**2, 0.0).clamp(min=0)
+        variance_KD = torch.where(full_K[:, None], sums[1] / mass_K.clamp(min=1e-300)[:, None] - mean_KD**2, 0.0).clamp(
+            min=0
+        )
         step = 1.0 if rose or done >= iterations - 3 else over_relaxation
         c_KD[full_K] += step * (mean_KD[full_K] - c_KD[full_K].double()).float()
         if not move_centroids:

@@ -11,11 +11,11 @@ log = logging.getLogger(__name__)
 def load() -> ModuleType | None:
     """The extension module, or None (said once, in the log) where it was not built."""
     try:
-        from cluscomp.kernels import _native
+        from cluscomp.kernels import _native  # type: ignore[attr-defined]
     except ImportError as error:
         log.warning("compiled kernels not available (%s); using the slower torch versions", error)
         return None
-    return _native
+    return _native  # type: ignore[no-any-return]
 
 
 native = load()

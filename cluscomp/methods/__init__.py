@@ -1,12 +1,13 @@
 """HOW a weight is compressed: the Method protocol. One file a method; methods do not import each other."""
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
 
+@runtime_checkable
 class Method(Protocol):
     """A way to compress one weight: a frozen settings class that sees tensors only, no model, path or global seed."""
 

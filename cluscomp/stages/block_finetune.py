@@ -1,11 +1,12 @@
 """Stage block_finetune: the codebooks of each block learn to reproduce the original block (paper, section 3.3)."""
 
-import json
 import logging
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, InstanceOf
 from pydantic.dataclasses import dataclass
+
+from cluscomp.data import Source, calibration_windows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +31,7 @@ class BlockFinetune:
     """
 
     takes: ClassVar[str] = "compressed"
-    data: Any
+    data: InstanceOf[Source]
     samples: int = Field(ge=1)
     length: int = Field(ge=2)
     target: Literal["fp_stream", "same_input"]
@@ -50,8 +51,6 @@ class BlockFinetune:
         self._windows(original, seed=0)
 
     def _windows(self, original: "Original", seed: int) -> "np.ndarray":
-        from cluscomp.data import calibration_windows
-
         text = self.data.text("calibration")
         return calibration_windows(text, original.tokenizer, samples=self.samples, length=self.length, seed=seed)
 
@@ -145,10 +144,7 @@ class BlockFinetune:
         self, folder: "Path", index: int, block: "nn.Module", done: list[dict[str, Any]], *streams: "list[Tensor]"
     ) -> None:
         """Write the block and then, as the mark that it is done, both streams exactly as they are."""
-        from safetensors.torch import save_file
-
         from cluscomp import checkpoint
-        from cluscomp.files import new_file
 
         checkpoint.save_part(folder / f"block-{index:03}.safetensors", block, {})
         tensors = {
@@ -156,33 +152,28 @@ class BlockFinetune:
             for name, stream in zip(("student", "original"), streams)
             for number, hidden_BTH in enumerate(stream)
         }
-        with new_file(folder / "streams.safetensors") as unfinished:
-            save_file(tensors, unfinished, metadata={"done": json.dumps(done)})
+        checkpoint.write_tensors(folder / "streams.safetensors", tensors, {"done": done})
 
     def _resume(
         self, folder: "Path", walk: "Walk", embedded: "list[Tensor]"
     ) -> "tuple[int, list[dict[str, Any]], list[Tensor], list[Tensor]]":
         """First block to do, losses so far, and both streams: from the files of a killed run if they are whole."""
-        from safetensors import SafetensorError, safe_open
-
         from cluscomp import checkpoint
 
-        path = folder / "streams.safetensors"
-        try:
-            with safe_open(path, "pt", device=str(embedded[0].device)) as file:
-                done = json.loads(file.metadata()["done"])
-                student, original = (
-                    [file.get_tensor(f"{name}-{number}") for number in range(len(embedded))]
-                    for name in ("student", "original")
-                )
-        except FileNotFoundError:
-            return 0, [], list(embedded), list(embedded)
-        except (SafetensorError, KeyError, ValueError) as error:
-            log.warning("%s is damaged (%s): the stage starts anew", path, error)
-            return 0, [], list(embedded), list(embedded)
+        anew = 0, list[dict[str, Any]](), list(embedded), list(embedded)
+        saved = checkpoint.read_tensors(folder / "streams.safetensors", str(embedded[0].device))
+        if saved is None:
+            return anew
+        tensors, notes = saved
+        done: list[dict[str, Any]] = notes["done"]
         parts = [checkpoint.read_part(folder / f"block-{index:03}.safetensors") for index in range(len(done))]
-        if None in parts:
-            return 0, [], list(embedded), list(embedded)
-        for block, part in zip(walk.blocks, parts):
-            checkpoint.put_part(block, part[0])  # type: ignore[index]
+        whole = [part for part in parts if part is not None]
+        if len(whole) < len(parts):
+            log.warning("%s: a finished block is missing: the stage starts anew", folder)
+            return anew
+        for block, (layers, _) in zip(walk.blocks, whole):
+            checkpoint.put_part(block, layers)
+        student, original = (
+            [tensors[f"{name}-{number}"] for number in range(len(embedded))] for name in ("student", "original")
+        )
         return len(done), done, student, original

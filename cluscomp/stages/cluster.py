@@ -3,10 +3,11 @@
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, InstanceOf
 from pydantic.dataclasses import dataclass
 
 from cluscomp.errors import InputError
+from cluscomp.methods import Method
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +22,7 @@ class Cluster:
     """Compress block after block. Embeddings, head, norms and biases stay as they are."""
 
     takes: ClassVar[str] = "original"
-    method: Any
+    method: InstanceOf[Method]
 
     def inputs(self) -> dict[str, str]:
         """Nothing is read but the model."""

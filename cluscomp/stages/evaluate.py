@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, InstanceOf
 from pydantic.dataclasses import dataclass
+
+from cluscomp.data import Source, test_windows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +24,7 @@ class Evaluate:
     be looked at.
     """
 
-    data: Any
+    data: InstanceOf[Source]
     after: list[str] | None
     context: int | None = Field(ge=2)
     limit: int | None = Field(ge=1)
@@ -40,8 +42,6 @@ class Evaluate:
         self._windows(original)
 
     def _windows(self, original: "Original") -> "np.ndarray":
-        from cluscomp.data import test_windows
-
         text = self.data.text("test")
         return test_windows(text, original.tokenizer, length=self._context(original), limit=self.limit)
 

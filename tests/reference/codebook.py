@@ -15,7 +15,8 @@ def dense(codes, codebooks, out_features, in_features, axis):
         for i in range(in_features):
             line, position = (i, o) if axis == "out" else (o, i)
             for m in range(num_codebooks):
-                code = codes[m][line * per_line + position // dim]
+                group = position // dim
+                code = codes[m][line * per_line + group if axis == "out" else group * out_features + line]
                 weight[o, i] += codebooks[m][code][position % dim]
     return weight
 
