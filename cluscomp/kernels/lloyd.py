@@ -91,8 +91,8 @@ def lloyd(  # noqa: PLR0912
             p^(D/(D+2))), or the first centroids themselves, (K, D).
         over_relaxation: a centroid moves this many times the way to its mean, but for the last three rounds (1 to
             2; above 1 may overshoot: then the next step is 1, and the best codebook seen is what is returned).
-        move_centroids: empty clusters and the cheapest 2 % give their centroid to the worst ones every second
-            round; else only empty ones are refilled, by faiss' rule.
+        move_centroids: empty clusters give their centroid to the worst ones, which are cut in two (not in the last
+            three rounds); else they are refilled by faiss' rule.
         weights_N: (N,) float32, not negative: importance of each point in the means and in the inertia.
         progress: called as progress(round, inertia) after each assignment; what it raises stops the work, as
             Ctrl-C does.
@@ -413,7 +413,7 @@ def lloyd_reference(
         c_KD[full_K] += step * (mean_KD[full_K] - c_KD[full_K].double()).float()
         if not move_centroids:
             _refill_as_faiss(c_KD, count_K, random)
-        elif done % 2 == 1 and done < iterations - 3:
+        elif done < iterations - 3:
             _move_to_worst(c_KD, count_K, mass_K, variance_KD)
     assert best_N is not None
     return Clustering(best_KD, best_N, inertia)
@@ -431,15 +431,13 @@ def _refill_as_faiss(c_KD: torch.Tensor, count_K: torch.Tensor, random: np.rando
 
 
 def _move_to_worst(c_KD: torch.Tensor, count_K: torch.Tensor, mass_K: torch.Tensor, variance_KD: torch.Tensor) -> None:
-    K, D = c_KD.shape
-    cost_K = torch.where(count_K == 0, -1.0, mass_K * variance_KD.sum(1))
-    order = cost_K.argsort(stable=True).tolist()
-    for i in range(min(K // 2, int((count_K == 0).sum()) + K // 50)):
-        cheap, worst = order[i], order[K - 1 - i]
-        if cost_K[worst] <= 0 or cost_K[cheap].clamp(min=0) * 3 > cost_K[worst] * (1 - 2 ** (-2 / D)):
+    cost_K = mass_K * variance_KD.sum(1)
+    empty = (count_K == 0).nonzero().flatten().tolist()[: len(c_KD) // 2]
+    for k, worst in zip(empty, cost_K.argsort(descending=True, stable=True).tolist(), strict=False):
+        if cost_K[worst] <= 0:
             return
         axis = int(variance_KD[worst].argmax())
         shift = 0.8 * float(variance_KD[worst, axis]) ** 0.5
-        c_KD[cheap] = c_KD[worst]
-        c_KD[cheap, axis] += shift
+        c_KD[k] = c_KD[worst]
+        c_KD[k, axis] += shift
         c_KD[worst, axis] -= shift

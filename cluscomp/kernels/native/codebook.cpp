@@ -34,7 +34,7 @@ void Codes::read(int64_t begin, int64_t n, uint16_t* out) const {
 }
 
 void pack(const int32_t* codes, int64_t n, int bits, uint8_t* packed) {
-  std::memset(packed, 0, (n + 7) / 8 * bits);
+  std::fill_n(packed, (n + 7) / 8 * bits, uint8_t(0));
   for (int64_t i = 0; i < n; i++) {
     if (codes[i] < 0 || codes[i] >= 1 << bits)
       throw std::invalid_argument("codes[" + std::to_string(i) + "] is " + std::to_string(codes[i]) + "; it must be 0 to 2^" +
@@ -99,7 +99,11 @@ void multiply(const Codes& codes, const float* table_KD, const uint16_t* halves_
 void multiply_by_tables(const Codes& codes, const float* table_KD, int D, int64_t I, int64_t O, const float* x_I, bool bytes,
                         float* y_O, const CodebookTiles& tile, const Workers& workers) {
   const int64_t G = (I + D - 1) / D, even = (G + 1) / 2 * 2, wide = 2048;
-  std::vector<float> products(even * 256, 0);  // an odd last row is paired with a table of zeros
+  // Kept between calls: fresh memory from the system would cost more than the work.
+  static thread_local std::vector<float> products;
+  static thread_local std::vector<uint8_t> low;
+  static thread_local std::vector<int8_t> high;
+  products.assign(even * 256, 0);  // an odd last row is paired with a table of zeros
   std::vector<float> by_axis(int64_t(D) * 256, 0), x(G * D, 0);
   std::copy_n(x_I, I, x.begin());
   for (int k = 0; k < codes.K; k++)
@@ -107,42 +111,46 @@ void multiply_by_tables(const Codes& codes, const float* table_KD, int D, int64_
   for (int64_t g = 0; g < G; g++)
     for (int d = 0; d < D; d++) tile.add_multiple(x[g * D + d], &by_axis[d * 256], &products[g * 256], 256);
   bytes = bytes && tile.look_up_bytes;
-  std::vector<uint8_t> low(bytes ? even * 256 : 0);
-  std::vector<int8_t> high(low.size());
+  low.resize(bytes ? even * 256 : 0), high.resize(low.size());
   const float scale = bytes ? tile.to_bytes(products.data(), even * 256, low.data(), high.data()) : 0;
+  const float* tables = products.data();  // (thread_local: the workers must not look for their own)
+  const uint8_t* low_bytes = low.data();
+  const int8_t* high_bytes = high.data();
   std::fill_n(y_O, O, 0.f);
   workers.run((O + wide - 1) / wide, [&](int64_t task, int) {
     const int64_t o = task * wide, n = std::min(wide, O - o), whole = bytes ? n / 64 * 64 : 0;
     const uint8_t* code = codes.packed + o;
-    if (whole > 0) tile.look_up_bytes(code, O, whole, G / 2, low.data(), high.data(), scale, y_O + o);
+    if (whole > 0) tile.look_up_bytes(code, O, whole, G / 2, low_bytes, high_bytes, scale, y_O + o);
     for (int64_t g = 0; g < G; g += 2) {
       const int64_t from = g + 1 < G ? whole : 0;  // of the last row of an odd number, nothing is done yet
-      tile.look_up(code + g * O + from, g + 1 < G ? O : 0, n - from, &products[g * 256], y_O + o + from);
+      tile.look_up(code + g * O + from, g + 1 < G ? O : 0, n - from, tables + g * 256, y_O + o + from);
     }
   });
 }
 
 void gradient(const Codes& codes, int D, int64_t I, int64_t O, const float* grad_IO, float* gradient_KD, const CodebookTiles& tile,
               const Workers& workers) {
-  // Rows are cut in parts, by sizes alone; each part has its own copy of the codebook, and these are added in order.
-  const int64_t G = (O + D - 1) / D, all = int64_t(codes.K) * D;
+  // Rows are cut in parts, by sizes alone; each part is summed by itself and the sums are added in order: the same for
+  // any number of threads. A thread has one codebook of its own, which is small enough to stay near it.
+  const int64_t G = (O + D - 1) / D, all = int64_t(codes.K) * D, threads = workers.threads, chunk = 16384;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({8, I, I * G / (8 * int64_t(codes.K))}));
-  std::vector<std::vector<float>> sums(parts);
-  workers.run(parts, [&](int64_t p, int) {
-    sums[p].assign(all, 0);
-    std::vector<uint16_t> code(G);
-    std::vector<float> last(D);
-    for (int64_t i = I * p / parts; i < I * (p + 1) / parts; i++) {
-      codes.read(i * G, G, code.data());
-      const float* row = grad_IO + i * O;
-      tile.scatter(code.data(), O / D, row, D, sums[p].data());
-      for (int64_t o = O / D * D; o < O; o++) sums[p][int64_t(code[G - 1]) * D + o % D] += row[o];
-    }
-  });
-  const int64_t chunk = 16384;
-  workers.run((all + chunk - 1) / chunk, [&](int64_t c, int) {
-    const int64_t end = std::min(all, (c + 1) * chunk);
-    for (int64_t i = c * chunk; i < end; i++) gradient_KD[i] = sums[0][i];
-    for (int64_t p = 1; p < parts; p++) tile.add_multiple(1.f, &sums[p][c * chunk], gradient_KD + c * chunk, end - c * chunk);
-  });
+  std::vector<std::vector<float>> sums(std::min(parts, threads), std::vector<float>(all));
+  std::fill_n(gradient_KD, all, 0.f);
+  for (int64_t first = 0; first < parts; first += threads) {
+    const int64_t now = std::min(threads, parts - first);
+    workers.run(now, [&](int64_t s, int) {
+      std::fill(sums[s].begin(), sums[s].end(), 0.f);
+      std::vector<uint16_t> code(G);
+      for (int64_t i = I * (first + s) / parts; i < I * (first + s + 1) / parts; i++) {
+        codes.read(i * G, G, code.data());
+        const float* row = grad_IO + i * O;
+        tile.scatter(code.data(), O / D, row, D, sums[s].data());
+        for (int64_t o = O / D * D; o < O; o++) sums[s][int64_t(code[G - 1]) * D + o % D] += row[o];
+      }
+    });
+    workers.run((all + chunk - 1) / chunk, [&](int64_t c, int) {
+      for (int64_t s = 0; s < now; s++)
+        tile.add_multiple(1.f, &sums[s][c * chunk], gradient_KD + c * chunk, std::min(chunk, all - c * chunk));
+    });
+  }
 }

@@ -14,7 +14,7 @@ Search fastest_search(int D, int K, bool warm);
 struct LloydSettings {
   int K = 1, iterations = 20;
   bool kd = true;             // kd split as the first codebook; else `first` holds it
-  bool move_centroids = true; // empty and cheapest centroids go to the worst clusters; else faiss' rule for empty ones
+  bool move_centroids = true; // centroids of empty clusters go to the worst ones; else faiss' rule
   float over_relaxation = 1;  // new = old + over_relaxation * (mean - old); 1 in the last three iterations
   uint64_t seed = 0;
   Search search = Search::choose;

@@ -12,6 +12,13 @@ if(NOT (Threads_FOUND AND Python_FOUND AND nanobind_FOUND))
   return()
 endif()
 
+# For tests: run Python with libasan and libubsan preloaded.
+option(CLUSCOMP_SANITIZE "build with AddressSanitizer and UndefinedBehaviorSanitizer" OFF)
+if(CLUSCOMP_SANITIZE)
+  add_compile_options(-fsanitize=address,undefined -fno-sanitize-recover=undefined -g)
+  add_link_options(-fsanitize=address,undefined)
+endif()
+
 set(native ${CMAKE_CURRENT_LIST_DIR})
 nanobind_add_module(_native NB_STATIC
   ${native}/bindings.cpp ${native}/lloyd.cpp ${native}/kd.cpp ${native}/tree.cpp ${native}/points.cpp ${native}/scalar.cpp ${native}/codebook.cpp ${native}/tiles_choice.cpp)
