@@ -10,10 +10,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from cluscomp.kernels.codebook import rebuild
+from cluscomp.kernels.codebook import multiply, multiply_by_tables, rebuild
 from cluscomp.kernels.codes import code_bits, pack, packed_bytes, unpack
 
 Axis = Literal["out", "in"]
+FEW_TOKENS = 8  # up to so many a product is made straight from the codes
 STORAGE_DTYPE = torch.float16  # of codebooks; the paper stores 16-bit floats (section 3.2)
 
 
@@ -22,6 +23,10 @@ class Weight(Protocol):
 
     def __call__(self, dtype: torch.dtype) -> Float[Tensor, "O I"]:
         """The dense weight (out features, in features) in `dtype`, differentiable in the module's parameters."""
+        ...
+
+    def product(self, x_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B O"] | None:
+        """x W^T for a few tokens without the dense weight, (B, I) -> (B, O), or None where there is no faster way."""
         ...
 
     def ledger(self) -> dict[str, int]:
@@ -144,6 +149,20 @@ class CodebookWeight(nn.Module):
             return rows.T
         return rows.view(lines, self.out_features, -1).transpose(0, 1).flatten(1)[:, : self.in_features]
 
+    def product(self, x_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B O"] | None:
+        """x W^T of a few tokens without building W: (B, I) -> (B, O); None where rebuilding W is the faster way."""
+        size = self.codebooks.shape[1]
+        if x_BI.device.type != "cpu" or x_BI.dtype != torch.float32 or len(x_BI) > FEW_TOKENS:
+            return None
+        books = zip(self.codebooks, self.codes)
+        if self.axis == "out":
+            bits = code_bits(size)
+            return cast(Tensor, sum(multiply(x_BI, codes, bits, book, self.out_features) for book, codes in books))
+        if code_bits(size) != 8 or len(x_BI) > 1:
+            return None
+        tables = (multiply_by_tables(x_BI[0], codes, book, self.out_features, exact=True) for book, codes in books)
+        return cast(Tensor, sum(tables))[None]
+
     def ledger(self) -> dict[str, int]:
         """Stored bits: codes (those of padded rows too), codebooks, and the padding of the packed stream."""
         codes = self.codebooks.shape[0] * self.num_codes * code_bits(self.codebooks.shape[1])
@@ -219,6 +238,10 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         """x W^T + b with the weight rebuilt in x's dtype: (..., I) -> (..., O)."""
+        if not torch.is_grad_enabled():
+            product_BO = self.stored.product(x.reshape(-1, self.in_features))  # type: ignore[operator]
+            if product_BO is not None:
+                return (product_BO if self.bias is None else product_BO + self.bias).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
         return _RebuiltLinear.apply(x, self.bias, self.stored, *self.stored.parameters())  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:

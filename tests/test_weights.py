@@ -225,3 +225,23 @@ def test_the_storage_type_of_what_is_not_a_float_is_its_own():
     assert storage_dtype(torch.tensor([1.5], dtype=torch.bfloat16)) == torch.bfloat16
     assert storage_dtype(torch.tensor([2.0**100], dtype=torch.bfloat16)) == torch.bfloat16
     assert storage_dtype(torch.tensor([math.nan])) == torch.float32
+
+
+@pytest.mark.parametrize("axis, codebook_size", [("out", 5), ("out", 200), ("in", 200), ("in", 5)])
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+def test_few_tokens_take_a_short_cut_to_the_same_product(axis, codebook_size, tokens):
+    """Without gradients products of few tokens are made straight from the codes; with them from the dense weight."""
+    generator = torch.Generator().manual_seed(tokens)
+    vectors = 40 * 16 if axis == "out" else 14 * 48  # ceil(48 / 3) a line, ceil(40 / 3) groups
+    codes = torch.randint(0, codebook_size, (2, vectors), generator=generator)
+    books = torch.randn(2, codebook_size, 3, generator=generator)
+    stored = CodebookWeight.from_codes(codes, books, out_features=48, in_features=40, axis=axis)
+    layer = CompressedLinear(stored, torch.randn(48, generator=generator), torch.float32)
+    x = torch.randn(tokens, 40, generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x[None])[0], layer(x))
+        expected = torch.nn.functional.linear(x, stored(torch.float32), layer.bias)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(x), expected)
+    short = (stored.product(x) is not None, (tokens <= 8 and axis == "out") or (tokens == 1 and codebook_size == 200))
+    assert short[0] == short[1]

@@ -88,7 +88,7 @@ def lloyd(  # noqa: PLR0912
         num_centroids: K, 1 to N.
         init: "random_points" (different points, drawn with the seed), "kd" (cuts space in two at the mean of the
             widest axis; each half gets its share of centroids by the density a fine quantiser wants,
-            p^(D/(D+2))), or the first centroids themselves, (K, D).
+            p^(D/(D+2)); the seed moves the cuts a little), or the first centroids themselves, (K, D).
         over_relaxation: a centroid moves this many times the way to its mean, but for the last three rounds (1 to
             2; above 1 may overshoot: then the next step is 1, and the best codebook seen is what is returned).
         move_centroids: empty clusters give their centroid to the worst ones, which are cut in two (not in the last
@@ -330,7 +330,7 @@ def best_groups_reference(values_M: np.ndarray, mass_M: np.ndarray, K: int) -> n
     return np.array(starts[::-1])
 
 
-def kd_reference(points_ND: torch.Tensor, K: int, weights_N: torch.Tensor | None = None) -> torch.Tensor:
+def kd_reference(points_ND: torch.Tensor, K: int, weights_N: torch.Tensor | None = None, seed: int = 0) -> torch.Tensor:
     """The means of a kd split with the density-optimal share of centroids (native/kd.cpp says why), one per piece."""
     D = points_ND.shape[1]
     weights_N = torch.ones(len(points_ND)) if weights_N is None else weights_N
@@ -346,12 +346,22 @@ def kd_reference(points_ND: torch.Tensor, K: int, weights_N: torch.Tensor | None
     def share(mass: float, variance_D: torch.Tensor) -> float:
         return float((mass * float(variance_D.sum())) ** (D / (D + 2)))
 
+    def draw(first: int, budget: int) -> float:
+        z = (seed + 0x9E3779B97F4A7C15 * (first * 65537 + budget)) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        z ^= z >> 31
+        return float((z - 2**64 if z >= 2**63 else z) >> 11) * 2.0**-52
+
     rows_N = torch.arange(len(points_ND))
     open_pieces, centroids = [(rows_N, K, *measure(rows_N))], []
     while open_pieces:
         rows_n, budget, mass, mean_D, variance_D = open_pieces.pop()
         axis = int(variance_D.argmax())
-        low_n = points_ND[rows_n, axis].float() <= mean_D[axis].float()
+        moved = mean_D[axis] + 0.05 * draw(len(centroids), budget) * variance_D[axis].sqrt()
+        low_n = points_ND[rows_n, axis].float() <= moved.float()
+        if low_n.all() or not low_n.any():
+            low_n = points_ND[rows_n, axis].float() <= mean_D[axis].float()
         if budget < 2 or mass <= 0 or low_n.all() or not low_n.any():
             centroids += [mean_D.float()] * budget
             continue
@@ -382,7 +392,7 @@ def lloyd_reference(
     D = points_ND.shape[1]
     points_ND = points_ND.float()
     weight_N = torch.ones(len(points_ND), dtype=torch.float64) if weights_N is None else weights_N.double()
-    c_KD = kd_reference(points_ND, K, weights_N) if first_KD is None else first_KD.clone()
+    c_KD = kd_reference(points_ND, K, weights_N, seed) if first_KD is None else first_KD.clone()
     random = np.random.default_rng(seed)
     inertia: list[float] = []
     best, best_KD, best_N = np.inf, c_KD, None

@@ -1,4 +1,5 @@
-// Each piece is cut at the mean of its axis of largest variance, and its budget of centroids is shared between
+// Each piece is cut at the mean of its axis of largest variance (give or take a twentieth of the deviation, drawn with the
+// seed: other seeds find other optima of about the same worth), and its budget of centroids is shared between
 // the two halves as the optimal density of a fine quantiser asks: centroids lie as p^(D/(D+2)) where points lie
 // as p (Zador). For a piece of mass m and variance v on all axes the integral of that is (m * v)^(D/(D+2)) up to a factor.
 // Where variances differ theory asks for their geometric mean; their sum gave the same inertia and bears flat axes.
@@ -10,6 +11,7 @@
 
 namespace {
 
+constexpr double DITHER = 0.05;
 constexpr int64_t CHUNK = 65536;  // sums are formed per chunk, then chunk by chunk: the same for any number of threads
 
 struct Piece {
@@ -24,6 +26,7 @@ struct Splitter {
   const Columns& spare;
   const int K;
   float* const centroids;
+  const uint64_t seed;
   const Tiles& tile;
   const int D = x.D;
 
@@ -38,6 +41,14 @@ struct Splitter {
     double sum = 0;
     for (int d = 0; d < D; d++) sum += variance(p, d);
     return std::pow(p.moments[0] * sum, double(D) / (D + 2));
+  }
+
+  // Uniform in [-1, 1), by the seed and the piece's centroids: splitmix64's mixing of both.
+  double draw(const Piece& p) const {
+    uint64_t z = seed + 0x9e3779b97f4a7c15u * (uint64_t(p.first) * 65537 + uint64_t(p.budget));
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return double(int64_t(z ^ (z >> 31)) >> 11) * 0x1p-52;
   }
 
   void measure(Piece& p, const Workers& workers) const {
@@ -60,7 +71,12 @@ struct Splitter {
     int axis = 0;
     for (int d = 1; d < D; d++)
       if (variance(p, d) > variance(p, axis)) axis = d;
-    const float threshold = float(p.moments[1 + axis] / p.moments[0]);
+    const double mean = p.moments[1 + axis] / p.moments[0], moved = mean + DITHER * draw(p) * std::sqrt(variance(p, axis));
+    return cut(p, a, b, axis, float(moved), workers) || cut(p, a, b, axis, float(mean), workers);
+  }
+
+  // Splits p at a threshold; false where one side would be empty.
+  bool cut(const Piece& p, Piece& a, Piece& b, int axis, float threshold, const Workers& workers) const {
     const Columns &from = p.spare ? spare : x, &to = p.spare ? x : spare;
     const int64_t chunks = (p.end - p.begin + CHUNK - 1) / CHUNK;
     std::vector<int64_t> low(chunks + 1, 0);
@@ -114,8 +130,9 @@ struct Splitter {
 
 }  // namespace
 
-std::vector<Run> kd_split(const Columns& x, const Columns& spare, int K, float* centroids_KD, const Tiles& tile, const Workers& workers) {
-  const Splitter splitter{x, spare, K, centroids_KD, tile};
+std::vector<Run> kd_split(const Columns& x, const Columns& spare, int K, float* centroids_KD, uint64_t seed, const Tiles& tile,
+                          const Workers& workers) {
+  const Splitter splitter{x, spare, K, centroids_KD, seed, tile};
   Piece all{0, x.n, 0, K, false, {}};
   splitter.measure(all, workers);
   std::vector<Piece> large{all}, small;

@@ -6,5 +6,6 @@
 #include "tiles.h"
 
 // Leaves the points of `x` grouped by piece (`spare` is scratch of the same shape), writes each piece's mean to
-// centroids_KD and returns the pieces, run.start being the piece's centroid.
-std::vector<Run> kd_split(const Columns& x, const Columns& spare, int K, float* centroids_KD, const Tiles&, const Workers&);
+// centroids_KD and returns the pieces, run.start being the piece's centroid. The seed moves each cut a little.
+std::vector<Run> kd_split(const Columns& x, const Columns& spare, int K, float* centroids_KD, uint64_t seed, const Tiles&,
+                          const Workers&);

@@ -204,7 +204,7 @@ LloydResult lloyd(const Cloud& cloud, const LloydSettings& set, int32_t* codes_N
   double best = std::numeric_limits<double>::infinity();
   bool disturbed = true;
 
-  if (set.kd) runs = kd_split(x, spare, K, c.data(), tile, workers);
+  if (set.kd) runs = kd_split(x, spare, K, c.data(), set.seed, tile, workers);
   else c = set.first;
 
   for (int done = 0;; done++) {
