@@ -354,7 +354,7 @@ def kd_reference(points_ND: torch.Tensor, K: int, weights_N: torch.Tensor | None
         return float((z - 2**64 if z >= 2**63 else z) >> 11) * 2.0**-52
 
     rows_N = torch.arange(len(points_ND))
-    open_pieces, centroids = [(rows_N, K, *measure(rows_N))], []
+    open_pieces, centroids = [(rows_N, K, *measure(rows_N))], list[torch.Tensor]()
     while open_pieces:
         rows_n, budget, mass, mean_D, variance_D = open_pieces.pop()
         axis = int(variance_D.argmax())
