@@ -69,6 +69,24 @@ def stage_table(records: list[Record], metric: str = "perplexity") -> pd.DataFra
     )
 
 
+def cost_table(records: list[Record]) -> pd.DataFrame:
+    """One row for each run and stage: the K-means start, relative squared error of weights, seconds, peak memory."""
+    return pd.DataFrame(
+        [
+            {
+                "run": record.run["name"],
+                "start": record.config["stages"]["cluster"]["method"].get("init"),
+                "stage": stage,
+                "relative error": record.stages.get(stage, {}).get("found", {}).get("relative_error"),
+                "seconds": round(seconds, 1),
+                "peak RAM, GiB": round(record.machine["peak_ram"][stage] / 2**30, 2),
+            }
+            for record in records
+            for stage, seconds in record.run["seconds"].items()
+        ]
+    )
+
+
 def check_protocols(records: list[Record], metric: str) -> None:
     """Raise InputError, with the differences, if scores of one data set do not share one protocol."""
     seen: dict[str, dict[str, Any]] = {}
