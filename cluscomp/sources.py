@@ -82,7 +82,7 @@ class GgufModel:
         """The converted folder. Raises InputError if the package or file is missing, truncated or no GGUF."""
         path = self._path()
         target = cache / f"gguf-{file_hash(path)[:16]}"
-        if not (target / "config.json").is_file():
+        if not (target / "gguf.json").is_file():
             try:
                 quantised = _quantised_types(path)
             except (ValueError, IndexError, KeyError, OverflowError) as error:
