@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from cluscomp.models import Original
 
 log = logging.getLogger("cluscomp")
+PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -259,8 +260,14 @@ class _measured:
 
 
 def settings(experiment: Experiment) -> dict[str, Any]:
-    """The resolved settings as plain values, as they stand in the record."""
-    return dict(json.loads(json.dumps(asdict(experiment), default=str)))
+    """The resolved settings as plain values, as they stand in the record: all but where things lie on this machine."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items() if key not in PLACES}
+        return value
+
+    return dict(plain(json.loads(json.dumps(asdict(experiment), default=str))))
 
 
 def _key_settings(stage: Any) -> dict[str, Any]:
