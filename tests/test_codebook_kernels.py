@@ -158,3 +158,11 @@ def test_rebuilding_and_its_gradient_are_those_of_plain_indexing(dtype, toleranc
     expected.backward(upstream)
     torch.testing.assert_close(ours.grad, plain.grad, rtol=tolerance, atol=tolerance)
     assert not ours.grad[3].any()
+
+
+def test_the_plain_gradient_takes_a_transposed_weight_gradient():
+    """As backward hands it over where the kernels are not compiled, or on a GPU."""
+    codes, _, bits, packed = layer(6, 8, 5, 4)
+    grad_OI = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    expected = torch.zeros(5, 4).index_add_(0, codes.flatten(), grad_OI.T.contiguous().view(-1, 4))
+    torch.testing.assert_close(codebook.gradient_reference(grad_OI.T, packed, bits, 5, 4), expected)

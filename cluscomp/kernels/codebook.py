@@ -195,6 +195,6 @@ def gradient_reference(grad_IO: torch.Tensor, packed: torch.Tensor, bits: int, K
     """`gradient` by index_add_: (K, D)."""
     I, O = grad_IO.shape
     G = -(-O // D)
-    padded = torch.nn.functional.pad(grad_IO.float(), (0, G * D - O)).view(I * G, D)
+    padded = torch.nn.functional.pad(grad_IO.float(), (0, G * D - O)).reshape(I * G, D)
     gradient_KD = torch.zeros(K, D, device=grad_IO.device)
     return gradient_KD.index_add_(0, unpack(packed, bits, I * G), padded)
