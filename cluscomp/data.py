@@ -163,7 +163,8 @@ class PydocText:
         names = sorted(topics)
         test = prose("\n\n".join(topics[name] for name in names[::3]))
         others = prose("\n\n".join(topics[name] for number, name in enumerate(names) if number % 3))
-        rows = test if split == "test" else [row for row in others if row not in set(test)]
+        seen = set(test)
+        rows = test if split == "test" else [row for row in others if row not in seen]
         return Text(f"{self.name}/{split}", rows, "\n\n")
 
 

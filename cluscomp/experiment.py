@@ -89,8 +89,7 @@ def run(experiment: Experiment) -> Outcome:
     """Run the stages in order and evaluate; finished parts are re-used. Raises InputError for what cannot work."""
     config = settings(experiment)
     outputs, cache = _writable("outputs", experiment.outputs), _writable("cache", experiment.cache)
-    if experiment.publish is not None:
-        _writable("publish", experiment.publish)
+    publish = None if experiment.publish is None else _writable("publish", experiment.publish)
     folder = experiment.model.folder(cache)
 
     from cluscomp.models import Original, fingerprint
@@ -123,8 +122,8 @@ def run(experiment: Experiment) -> Outcome:
     record = _record(experiment, config, run_key, metrics, original)
     path = run_folder / "record.json"
     write(record, path)
-    if experiment.publish is not None:
-        write(record, Path(experiment.publish).expanduser() / experiment.name / f"{run_key}.json")
+    if publish is not None:
+        write(record, publish / experiment.name / f"{run_key}.json")
     experiment.tracker.end({f"{score.after}/{score.metric}": score.value for score in record.scores} | record.size)
     samples = {
         name: metrics[f"evaluate {name}"]["sample"]
