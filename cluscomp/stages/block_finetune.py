@@ -45,6 +45,10 @@ class BlockFinetune:
         """The hash of the calibration text."""
         return {"calibration": self.data.text("calibration").sha256}
 
+    def idle(self) -> set[str]:
+        """Every setting counts."""
+        return set()
+
     def check(self, original: "Original") -> None:
         """Cut the windows. Raises InputError if the text is too short or a window longer than the model takes."""
         original.check_length("block_finetune.length", self.length)
@@ -101,11 +105,11 @@ class BlockFinetune:
 
         from cluscomp.models import compressed
         from cluscomp.training import fit
-        from cluscomp.weights import STORAGE_DTYPE
 
         block = walk.blocks[index]
-        codebooks = [parameter for layer in compressed(block).values() for parameter in layer.stored.parameters()]
-        initial = [codebook.data for codebook in codebooks]
+        stored = [layer.stored for layer in compressed(block).values()]
+        codebooks = [parameter for weight in stored for parameter in weight.parameters()]
+        initial = [weight.state_dict() for weight in stored]
 
         def forward() -> "tuple[list[Tensor], float]":
             with torch.no_grad():
@@ -114,9 +118,8 @@ class BlockFinetune:
             return outputs, sum(losses) / len(losses)
 
         outputs, before = forward()
-        for codebook in codebooks:
-            codebook.data = codebook.data.float()
-            codebook.requires_grad_(True)
+        for weight in stored:
+            weight.loosen()  # type: ignore[operator]
         finite = fit(
             codebooks,
             lambda batch: F.mse_loss(walk.apply(index, block, entering[batch]), targets[batch]),
@@ -126,16 +129,17 @@ class BlockFinetune:
             weight_decay=self.weight_decay,
             schedule=self.schedule,
         )
-        for codebook in codebooks:
-            codebook.requires_grad_(False)
-            codebook.grad = None
-            codebook.data = codebook.data.to(STORAGE_DTYPE)
+        for weight, state in zip(stored, initial):
+            if finite:
+                weight.settle()  # type: ignore[operator]
+            else:
+                weight.restore(state)  # type: ignore[operator]
         trained, after = forward()
         better = finite and after < before  # False for NaN, too
         if not better:
             log.warning("block %d: loss %.3e -> %.3e; it keeps the codebooks it had", index, before, after)
-            for codebook, data in zip(codebooks, initial):
-                codebook.data = data
+            for weight, state in zip(stored, initial):
+                weight.restore(state)  # type: ignore[operator]
         return (trained, {"before": before, "after": after, "kept": False}) if better else (
             outputs, {"before": before, "after": before, "kept": True}
         )  # fmt: skip
