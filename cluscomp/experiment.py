@@ -22,8 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from cluscomp import __version__
 from cluscomp.errors import InputError
-from cluscomp.files import new_file
-from cluscomp.records import SCHEMA, Record, Score, content_key, to_json, write
+from cluscomp.records import SCHEMA, Record, Score, content_key, read_sealed, write, write_sealed
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cluscomp")
 PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
+HOW = ("after", "streams")  # settings of stages that say when and in which way, and change no result
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -197,9 +197,8 @@ class _Runner:
         size = asdict(budget.size_of(model)) | {"checkpoint_bytes": checkpoint.weight_bytes(folder / "checkpoint")}
         hash_ = checkpoint.checkpoint_hash(folder / "checkpoint")
         metrics = cost | {"found": found, "size": size, "checkpoint_hash": hash_}
-        _write_metrics(folder, metrics)
-        for part in folder.glob("*.safetensors"):
-            part.unlink()
+        write_sealed(folder / "metrics.json", metrics)
+        _keep_alone(folder, "checkpoint", "metrics.json")
         return metrics
 
     def evaluate(self, name: str, key: str, checkpoint: Path | None) -> dict[str, Any]:
@@ -217,7 +216,7 @@ class _Runner:
         metrics = cost | {"scores": scores, "sample": sample}
         for row in scores:
             log.info("evaluate  %s after %s: %.3f on %s", row["metric"], name, row["value"], row["dataset"])
-        _write_metrics(folder, metrics)
+        write_sealed(folder / "metrics.json", metrics)
         return metrics
 
     def _load(self, folder: Path | None) -> "PreTrainedModel":
@@ -228,13 +227,7 @@ class _Runner:
         return checkpoint.load(folder, self.original.dtype, self.original.device)
 
     def _finished(self, folder: Path) -> dict[str, Any] | None:
-        try:
-            return dict(json.loads((folder / "metrics.json").read_text()))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            log.warning("%s: metrics.json is damaged (%s); it is made anew", folder, error)
-            return None
+        return read_sealed(folder / "metrics.json")
 
 
 class _measured:
@@ -271,13 +264,18 @@ def settings(experiment: Experiment) -> dict[str, Any]:
 
 def _key_settings(stage: Any) -> dict[str, Any]:
     """What of a stage's settings decides its result: a text counts by its hash (`inputs()`), not by where it lies."""
-    values = {key: value for key, value in asdict(stage).items() if key != "after"}
+    values = {key: value for key, value in asdict(stage).items() if key not in HOW}
     return values | ({"data": values["data"]["name"]} if "data" in values else {})
 
 
-def _write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    with new_file(folder / "metrics.json") as unfinished:
-        unfinished.write_text(to_json(metrics) + "\n")
+def _keep_alone(folder: Path, *names: str) -> None:
+    """Remove all else from a folder: what let a killed stage go on, and what killed processes left half-written."""
+    for path in folder.iterdir():
+        if path.name not in names:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
