@@ -232,7 +232,7 @@ class BlockFinetune:
     def _resume(
         self, folder: "Path", walk: "Walk", streams: "Streams"
     ) -> "tuple[list[dict[str, Any]], Tensor, Tensor] | None":
-        """Losses so far and both streams, after putting the finished blocks in place; None unless all of it is whole."""
+        """Losses so far and both streams, after putting the finished blocks in place; None unless all is whole."""
         from cluscomp import checkpoint
 
         notes = read_sealed(folder / "streams.json")
