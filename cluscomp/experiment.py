@@ -2,7 +2,8 @@
 
 A stage's folder is named by its content: a hash of the key before it, its settings, the model, the texts, the seed and
 the format version. It is finished when `metrics.json` is there, which is written last. So runs that share a beginning
-share its result, changed settings never re-use old state, and two configs never overwrite each other.
+share its result, changed settings never re-use old state, and two configs never overwrite each other. A process that
+comes to a folder where another one works waits, and re-uses what that one leaves.
 """
 
 import json
@@ -22,6 +23,7 @@ from pydantic.dataclasses import dataclass
 
 from cluscomp import __version__
 from cluscomp.errors import InputError
+from cluscomp.files import held_alone
 from cluscomp.records import SCHEMA, Record, Score, content_key, read_sealed, write, write_sealed
 
 if TYPE_CHECKING:
@@ -90,7 +92,8 @@ def run(experiment: Experiment) -> Outcome:
     config = settings(experiment)
     outputs, cache = _writable("outputs", experiment.outputs), _writable("cache", experiment.cache)
     publish = None if experiment.publish is None else _writable("publish", experiment.publish)
-    folder = experiment.model.folder(cache)
+    with held_alone(cache, "model"):
+        folder = experiment.model.folder(cache)
 
     from cluscomp.models import Original, fingerprint
 
@@ -175,10 +178,16 @@ class _Runner:
 
     def stage(self, name: str, key: str, before: Path | None) -> dict[str, Any]:
         """The metrics of a stage, which leaves its model in `checkpoint` of its folder."""
+        folder = self.folder(name, key)
+        with held_alone(folder, name):
+            metrics = self._stage(name, folder, before)
+            _keep_alone(folder, "checkpoint", "metrics.json", "lock")
+        return metrics
+
+    def _stage(self, name: str, folder: Path, before: Path | None) -> dict[str, Any]:
         from cluscomp import budget, checkpoint
         from cluscomp.stages import Job
 
-        folder = self.folder(name, key)
         finished = self._finished(folder)
         if finished is not None:
             try:
@@ -189,7 +198,6 @@ class _Runner:
                 log.info("%s  finished before, %s", name, folder)
                 return finished
         with _measured() as cost:
-            folder.mkdir(parents=True, exist_ok=True)
             model = self._load(before)
             job = Job(folder, self.experiment.seed, self.original)
             found = self.experiment.stages[name].run(model, job)
@@ -198,13 +206,18 @@ class _Runner:
         hash_ = checkpoint.checkpoint_hash(folder / "checkpoint")
         metrics = cost | {"found": found, "size": size, "checkpoint_hash": hash_}
         write_sealed(folder / "metrics.json", metrics)
-        _keep_alone(folder, "checkpoint", "metrics.json")
         return metrics
 
     def evaluate(self, name: str, key: str, checkpoint: Path | None) -> dict[str, Any]:
         """Scores of the model after stage `name`, and its continuation of the prompt."""
-        evaluate = self.experiment.evaluate
         folder = self.folder("evaluate", content_key([key, *self.evaluation]))
+        with held_alone(folder, f"evaluate {name}"):
+            metrics = self._evaluate(name, folder, checkpoint)
+            _keep_alone(folder, "metrics.json", "lock")
+        return metrics
+
+    def _evaluate(self, name: str, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
+        evaluate = self.experiment.evaluate
         finished = self._finished(folder)
         if finished is not None:
             # The same model may have been reached under another name.
