@@ -101,10 +101,7 @@ def run(experiment: Experiment) -> Outcome:
     original = Original(folder, dtype, device)
     root = {"model": fingerprint(folder), "dtype": str(dtype), "format": _format()}
     runner = _Runner(experiment, outputs, original)
-    keys = {"original": content_key(root)}
-    for before, name in zip(["original", *experiment.order], experiment.order):
-        stage = experiment.stages[name]
-        keys[name] = content_key([keys[before], name, experiment.seed, _key_settings(stage), stage.inputs()])
+    keys = stage_keys(experiment, root)
     runner.check(keys)
     run_key = content_key([keys, runner.evaluation, experiment.measured, experiment.name])
     run_folder = outputs / f"run-{run_key}"
@@ -134,6 +131,15 @@ def run(experiment: Experiment) -> Outcome:
         if metrics[f"evaluate {name}"]["sample"] is not None
     }
     return Outcome(record, path, checkpoint, samples)
+
+
+def stage_keys(experiment: Experiment, root: dict[str, Any]) -> dict[str, str]:
+    """The key of the original, whose identity is `root`, and of each stage: a hash of all that decides its result."""
+    keys = {"original": content_key(root)}
+    for before, name in zip(["original", *experiment.order], experiment.order):
+        stage = experiment.stages[name]
+        keys[name] = content_key([keys[before], name, experiment.seed, _key_settings(stage), stage.inputs()])
+    return keys
 
 
 def _writable(key: str, value: str) -> Path:
