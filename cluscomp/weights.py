@@ -21,7 +21,15 @@ LARGEST = {"float8": 448.0, "int8": 127.0}  # kinds of 8 bits have a scale of 32
 
 
 class Weight(Protocol):
-    """A stored form of a weight. The constructor takes exactly what is stored, so loading is `Class(**stored)`."""
+    """A stored form of a weight, a module. The constructor takes what is stored, so loading is `Class(**stored)`."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What can be trained."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is stored, by name."""
+        ...
 
     def __call__(self, dtype: torch.dtype) -> Float[Tensor, "O I"]:
         """The dense weight (out features, in features) in `dtype`, differentiable in the module's parameters."""

@@ -98,8 +98,8 @@ class Cluster:
                 found = self.compress_block(block, name, job.seed, statistics)
                 checkpoint.save_part(parts[index], block, found)
             else:
-                layers, found = part
-                checkpoint.put_part(block, layers)
+                checkpoint.put_part(block, part)
+                found = part.numbers
             if index < last and self.prefix == "compressed":
                 stream, _ = self.observe(walk, index, entering, count=False)
             squares |= {f"{name}.{layer}": numbers for layer, numbers in found.items()}
