@@ -52,28 +52,43 @@ void decode(const Codes& codes, const float* table_KD, int D, int64_t I, int64_t
   });
 }
 
+// A table of float or uint16_t with its last entry repeated up to 2^16: any code of 16 bits may be looked up.
+template <typename T>
+static const T* lengthened(const T* table, int K, int D) {
+  static thread_local std::vector<T> kept;  // fresh memory from the system would cost more than the work
+  kept.resize(int64_t(D) << 16);
+  std::copy_n(table, int64_t(K) * D, kept.begin());
+  for (int64_t k = K; k < 1 << 16; k++) std::copy_n(table + int64_t(K - 1) * D, D, kept.begin() + k * D);
+  return kept.data();
+}
+
 void multiply(const Codes& codes, const float* table_KD, const uint16_t* halves_KD, int D, int64_t B, int64_t I, int64_t O,
               const float* x_BI, float* y_BO, const CodebookTiles& tile, const Workers& workers) {
-  const int64_t G = (O + D - 1) / D, rows = 16;
+  const int64_t G = (O + D - 1) / D, rows = 8;
   const bool fours = D == 4 && B == 1 && O % 4 == 0;
+  const bool in_place = fours && codes.bits == 16 && reinterpret_cast<uintptr_t>(codes.packed) % 2 == 0;
   const std::vector<float> table = fours ? std::vector<float>() : padded(table_KD, codes.K, D);
+  if (in_place && halves_KD) halves_KD = lengthened(halves_KD, codes.K, D);
+  else if (in_place) table_KD = lengthened(table_KD, codes.K, D);
   std::fill_n(y_BO, B * O, 0.f);
   // A task owns some outputs, few enough for their sums to stay in the nearest cache, and goes through all inputs in
   // order: the same sums however they are shared out.
-  const int64_t wide = std::clamp<int64_t>((G + workers.threads - 1) / workers.threads, 64, 512);
+  const int64_t wide = std::clamp<int64_t>((G + workers.threads - 1) / workers.threads, 64, 1024);
   workers.run((G + wide - 1) / wide, [&](int64_t task, int) {
     const int64_t g = task * wide, n = std::min(wide, G - g), first = g * D, outputs = std::min(n * D, O - first);
-    std::vector<uint16_t> code(rows * n);
+    std::vector<uint16_t> some_codes(in_place ? 0 : rows * n);
     std::vector<float> some(fours ? 0 : rows * n * D + 16);
     for (int64_t i = 0; i < I; i += rows) {
-      const int64_t now = std::min(rows, I - i);
-      for (int64_t r = 0; r < now; r++) codes.read(tile, (i + r) * G + g, n, &code[r * n]);
+      const int64_t now = std::min(rows, I - i), stride = in_place ? G : n;
+      const uint16_t* code = some_codes.data();
+      if (in_place) code = reinterpret_cast<const uint16_t*>(codes.packed) + i * G + g;
+      for (int64_t r = 0; r < now && !in_place; r++) codes.read(tile, (i + r) * G + g, n, &some_codes[r * n]);
       if (halves_KD) {
-        tile.add_halves(x_BI + i, now, code.data(), n, halves_KD, y_BO + first);
+        tile.add_halves(x_BI + i, now, code, stride, n, halves_KD, y_BO + first);
       } else if (fours) {
-        tile.add_fours(x_BI + i, now, code.data(), n, table_KD, y_BO + first);
+        tile.add_fours(x_BI + i, now, code, stride, n, table_KD, y_BO + first);
       } else {
-        tile.expand(code.data(), now * n, table.data(), D, some.data());
+        tile.expand(code, now * n, table.data(), D, some.data());
         for (int64_t b = 0; b < B; b++) tile.add_rows(x_BI + b * I + i, now, some.data(), n * D, y_BO + b * O + first, outputs);
       }
     }
@@ -94,7 +109,7 @@ void multiply_by_tables(const Codes& codes, const float* table_KD, int D, int64_
   float scale = 0;
   if (shorts) scale = tile.tabulate_short(by_axis.data(), x.data(), G, D, tables);
   else tile.tabulate(by_axis.data(), x.data(), G, D, tables);
-  const int64_t wide = 1024;
+  const int64_t wide = std::clamp<int64_t>((O + 64 * workers.threads - 1) / (64 * workers.threads) * 64, 1024, 4096);
   workers.run((O + wide - 1) / wide, [&](int64_t task, int) {
     const int64_t o = task * wide, n = std::min(wide, O - o);
     if (shorts) tile.look_up_short(codes.packed + o, O, n, G, tables, scale, y_O + o);

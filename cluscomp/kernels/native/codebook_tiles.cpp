@@ -58,8 +58,9 @@ void read(const uint8_t* packed, int64_t bytes, int bits, int64_t begin, int64_t
     memcpy(&window, packed + byte, bytes - byte < 4 ? bytes - byte : 4);
     out[i] = uint16_t(window >> (bit & 7) & mask);
   }
-  if (last < int(mask))
-    for (i = 0; i < n; i++) out[i] = out[i] < last ? out[i] : uint16_t(last);
+  const uint16_t most = uint16_t(last);
+  if (most < mask)
+    for (i = 0; i < n; i++) out[i] = out[i] < most ? out[i] : most;
 }
 
 // D floats at a time; D is known when compiling where it is 2, 4, 8 or 16, else rounded up to sixteen lanes.
@@ -114,31 +115,31 @@ INLINE float widened(uint16_t v) {
 }
 
 template <int ROWS, typename T>
-INLINE void add_entries(const float* a, const uint16_t* code, int64_t n, const T* table, float* y) {
+INLINE void add_entries(const float* a, const uint16_t* code, int64_t stride, int64_t n, const T* table, float* y) {
   int64_t g = 0;
 #if defined(__AVX512F__)
   for (; g + 4 <= n; g += 4) {
     __m512 sum = _mm512_loadu_ps(y + 4 * g);
-    for (int r = 0; r < ROWS; r++) sum = _mm512_fmadd_ps(_mm512_set1_ps(a[r]), four_entries(code + r * n + g, table), sum);
+    for (int r = 0; r < ROWS; r++) sum = _mm512_fmadd_ps(_mm512_set1_ps(a[r]), four_entries(code + r * stride + g, table), sum);
     _mm512_storeu_ps(y + 4 * g, sum);
   }
 #endif
   for (; g < n; g++)
     for (int r = 0; r < ROWS; r++)
-      for (int d = 0; d < 4; d++) y[4 * g + d] = fma(a[r], widened(table[4 * int64_t(code[r * n + g]) + d]), y[4 * g + d]);
+      for (int d = 0; d < 4; d++) y[4 * g + d] = fma(a[r], widened(table[4 * int64_t(code[r * stride + g]) + d]), y[4 * g + d]);
 }
 template <typename T>
-INLINE void add_all_entries(const float* a, int64_t rows, const uint16_t* code, int64_t n, const T* table, float* y) {
+INLINE void add_all_entries(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const T* table, float* y) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) add_entries<4>(a + r, code + r * n, n, table, y);  // y is loaded and stored less often
-  for (; r < rows; r++) add_entries<1>(a + r, code + r * n, n, table, y);
+  for (; r + 8 <= rows; r += 8) add_entries<8>(a + r, code + r * stride, stride, n, table, y);  // y is loaded and stored less often
+  for (; r < rows; r++) add_entries<1>(a + r, code + r * stride, stride, n, table, y);
 }
-void add_fours(const float* a, int64_t rows, const uint16_t* code, int64_t n, const float* table, float* y) {
-  add_all_entries(a, rows, code, n, table, y);
+void add_fours(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const float* table, float* y) {
+  add_all_entries(a, rows, code, stride, n, table, y);
 }
 #if defined(__AVX512F__)
-void add_halves(const float* a, int64_t rows, const uint16_t* code, int64_t n, const uint16_t* table, float* y) {
-  add_all_entries(a, rows, code, n, table, y);
+void add_halves(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const uint16_t* table, float* y) {
+  add_all_entries(a, rows, code, stride, n, table, y);
 }
 #else
 constexpr auto add_halves = nullptr;
@@ -210,10 +211,11 @@ INLINE __m512i look_up_64(__m512i code, const uint8_t* table) {
   return _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), first, second);
 }
 
-constexpr int BLOCK = 1024;  // outputs at a time: their sums stay in the nearest cache
+constexpr int BLOCK = 4096;  // outputs at a time: their sums stay in the nearest cache
 
-// The codes of outputs i ... i + 63 of `width`; 0 beyond.
-INLINE __m512i codes_64(const uint8_t* code, int64_t i, int64_t width) {
+// The codes of outputs i ... i + 63 of `width`; 0 beyond. Those of a later row are asked for meanwhile.
+INLINE __m512i codes_64(const uint8_t* code, int64_t i, int64_t width, int64_t later) {
+  __builtin_prefetch(code + i + later);
   const __mmask64 there = width - i < 64 ? (uint64_t(1) << (width - i)) - 1 : ~uint64_t(0);
   return _mm512_maskz_loadu_epi8(there, code + i);
 }
@@ -240,7 +242,7 @@ void look_up(const uint8_t* code, int64_t stride, int64_t n, int64_t G, const ui
     memset(sums, 0, sizeof sums);
     for (int64_t g = 0; g < G; g++)
       for (int64_t i = 0; i < width; i += 64) {
-        const __m512i c = codes_64(code + g * stride + o, i, width);
+        const __m512i c = codes_64(code + g * stride + o, i, width, 2 * stride);
         const uint8_t* t = tables + 1024 * g;
         const __m512i b0 = look_up_64(c, t), b1 = look_up_64(c, t + 256), b2 = look_up_64(c, t + 512), b3 = look_up_64(c, t + 768);
         const __m512i low[2] = {_mm512_unpacklo_epi8(b0, b1), _mm512_unpackhi_epi8(b0, b1)};
@@ -295,7 +297,7 @@ void look_up_short(const uint8_t* code, int64_t stride, int64_t n, int64_t G, co
       for (int64_t g = start; g < end; g += 2) {
         const uint8_t *a = code + g * stride + o, *b = g + 1 < G ? a + stride : a, *t = tables + 512 * g;
         for (int64_t i = 0; i < width; i += 64) {
-          const __m512i ca = codes_64(a, i, width), cb = codes_64(b, i, width);
+          const __m512i ca = codes_64(a, i, width, 2 * stride), cb = codes_64(b, i, width, 2 * stride);
           const __m512i la = look_up_64(ca, t), lb = look_up_64(cb, t + 512);
           const __m512i ha = look_up_64(ca, t + 256), hb = look_up_64(cb, t + 768);
           const __m512i part[2][2] = {{_mm512_maddubs_epi16(_mm512_unpacklo_epi8(la, lb), ones),

@@ -11,11 +11,12 @@ struct CodebookTiles {
   void (*expand)(const uint16_t* code, int64_t n, const float* table, int D, float* out);
   // y[i] += a[0] * x[i] + a[1] * x[stride + i] + ... of some rows of n floats, one row after the other.
   void (*add_rows)(const float* a, int64_t rows, const float* x, int64_t stride, float* y, int64_t n);
-  // y[4 g + d] += a[0] * table[4 * code[g] + d] + a[1] * table[4 * code[n + g] + d] + ... of some rows of n codes; and
-  // the same from a table of float16 bits (null where the machine lacks AVX-512), which is half as large and so nearer
+  // y[4 g + d] += a[0] * table[4 * code[g] + d] + a[1] * table[4 * code[stride + g] + d] + ... of some rows of n codes;
+  // and the same from a table of float16 bits (null where the machine lacks AVX-512), which is half as large and so nearer
   // to the processor.
-  void (*add_fours)(const float* a, int64_t rows, const uint16_t* code, int64_t n, const float* table, float* y);
-  void (*add_halves)(const float* a, int64_t rows, const uint16_t* code, int64_t n, const uint16_t* table, float* y);
+  void (*add_fours)(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const float* table, float* y);
+  void (*add_halves)(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const uint16_t* table,
+                     float* y);
   // sum[code[g] * D + d] += x[g * D + d] for n codes.
   void (*scatter)(const uint16_t* code, int64_t n, const float* x, int D, float* sum);
   // The products of each of G rows of x_GD with 256 centroids (by_axis: D rows of 256), as `look_up` wants them: 1024
