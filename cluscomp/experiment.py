@@ -200,6 +200,7 @@ class _Runner:
         _write_metrics(folder, metrics)
         for part in folder.glob("*.safetensors"):
             part.unlink()
+        shutil.rmtree(folder / "training", ignore_errors=True)
         return metrics
 
     def evaluate(self, name: str, key: str, checkpoint: Path | None) -> dict[str, Any]:
