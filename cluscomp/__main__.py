@@ -171,8 +171,9 @@ def show(outcome: Outcome) -> None:
     """Print a run's table, what the models made of the prompt, and where everything lies."""
     from cluscomp.tables import stage_table
 
-    table = stage_table([outcome.record]).drop(columns="run")
-    print(f"\n{table.to_markdown(index=False, disable_numparse=True)}\n")
+    if outcome.record.scores:
+        table = stage_table([outcome.record]).drop(columns="run")
+        print(f"\n{table.to_markdown(index=False, disable_numparse=True)}\n")
     for name, sample in outcome.samples.items():
         print(f"{name}: {sample!r}")
     print(f"checkpoint  {outcome.checkpoint}\nrecord      {outcome.path}")

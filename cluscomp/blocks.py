@@ -69,7 +69,9 @@ class Walk:
                 raise InputError(f"{name}: its arguments depend on the tokens, so blocks cannot be walked one by one")
         return hidden_BTH
 
-    def apply(self, index: int, block: nn.Module, hidden_BTH: Float[Tensor, "B T H"]) -> Float[Tensor, "B T H"]:
+    def apply(
+        self, index: int, block: Callable[..., Any], hidden_BTH: Float[Tensor, "B T H"]
+    ) -> Float[Tensor, "B T H"]:
         """Run `block` as block `index`: (B, T, H) -> (B, T, H); windows of this shape were embedded before."""
         arguments = self._arguments[hidden_BTH.shape[:2]][index]
         output = block(hidden_BTH, *arguments.args, **arguments.kwargs)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cluscomp.errors import InputError
 from cluscomp.files import file_hash, new_file, new_folder
-from cluscomp.models import compressed, unique_tensors
+from cluscomp.models import compressed, place, unique_tensors
 from cluscomp.records import to_json
 from cluscomp.weights import CodebookWeight, CompressedLinear, storage_dtype
 
@@ -174,15 +175,22 @@ def load(folder: Path, dtype: torch.dtype | None = None, device: torch.device | 
     return model if device is None else model.to(device)  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class Part:
+    """What `save_part` wrote of a block: its compressed layers, its other tensors, and plain numbers."""
+
+    layers: dict[str, nn.Module]
+    others: dict[str, torch.Tensor]
+    numbers: dict[str, Any]
+
+
 def save_part(path: Path, block: nn.Module, numbers: dict[str, Any]) -> None:
-    """Write the compressed layers of one block, and plain numbers beside them: what survives a killed stage."""
-    inside = tuple(f"{name}." for name in compressed(block))
-    tensors = {name: tensor for name, tensor in stored_state(block).items() if name.startswith(inside)}
-    write_tensors(path, tensors, {"specs": specs(block), "numbers": numbers})
+    """Write one block, and plain numbers beside it: what survives a killed stage."""
+    write_tensors(path, stored_state(block), {"specs": specs(block), "numbers": numbers})
 
 
-def read_part(path: Path) -> tuple[dict[str, nn.Module], dict[str, Any]] | None:
-    """The stored weights by layer and the numbers of `save_part`, or None if there is no whole file."""
+def read_part(path: Path) -> Part | None:
+    """The block and the numbers of `save_part`, or None if there is no whole file."""
     found = read_tensors(path)
     if found is None:
         return None
@@ -190,7 +198,9 @@ def read_part(path: Path) -> tuple[dict[str, nn.Module], dict[str, Any]] | None:
     layers = {name: build(spec) for name, spec in notes["specs"].items()}
     for name, stored in layers.items():
         stored.load_state_dict({key: tensors[f"{name}.stored.{key}"] for key in stored.state_dict()})
-    return layers, notes["numbers"]
+    inside = tuple(f"{name}." for name in layers)
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(inside)}
+    return Part(layers, others, notes["numbers"])
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> None:
@@ -223,11 +233,14 @@ def _digest(tensors: dict[str, torch.Tensor], notes: str) -> str:
     return digest.hexdigest()
 
 
-def put_part(block: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Replace layers of a block by stored weights that `read_part` gave."""
-    device = next(block.parameters()).device
-    for name, stored in layers.items():
+def put_part(block: nn.Module, part: Part) -> None:
+    """Make a block what it was when `save_part` wrote it; biases of its linear layers are those it has."""
+    tensors = dict(block.named_parameters()) | dict(block.named_buffers())
+    device = next(iter(tensors.values())).device
+    for name, stored in part.layers.items():
         replace(block, name, stored.to(device))
+    for name, tensor in part.others.items():
+        place(block, name, tensor.to(device, tensors[name].dtype))
 
 
 def build(spec: dict[str, Any]) -> nn.Module:

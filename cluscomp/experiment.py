@@ -2,7 +2,8 @@
 
 A stage's folder is named by its content: a hash of the key before it, its settings, the model, the texts, the seed and
 the format version. It is finished when `metrics.json` is there, which is written last. So runs that share a beginning
-share its result, changed settings never re-use old state, and two configs never overwrite each other.
+share its result, changed settings never re-use old state, and two configs never overwrite each other. A process that
+comes to a folder where another one works waits, and re-uses what that one leaves.
 """
 
 import json
@@ -22,8 +23,8 @@ from pydantic.dataclasses import dataclass
 
 from cluscomp import __version__
 from cluscomp.errors import InputError
-from cluscomp.files import new_file
-from cluscomp.records import SCHEMA, Record, Score, content_key, to_json, write
+from cluscomp.files import held_alone
+from cluscomp.records import SCHEMA, Record, Score, content_key, read_sealed, write, write_sealed
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cluscomp")
 PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
+HOW = ("after", "streams", "save_every")  # settings of stages that say when and in which way, and change no result
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -90,7 +92,8 @@ def run(experiment: Experiment) -> Outcome:
     config = settings(experiment)
     outputs, cache = _writable("outputs", experiment.outputs), _writable("cache", experiment.cache)
     publish = None if experiment.publish is None else _writable("publish", experiment.publish)
-    folder = experiment.model.folder(cache)
+    with held_alone(cache, "model"):
+        folder = experiment.model.folder(cache)
 
     from cluscomp.models import Original, fingerprint
 
@@ -175,10 +178,16 @@ class _Runner:
 
     def stage(self, name: str, key: str, before: Path | None) -> dict[str, Any]:
         """The metrics of a stage, which leaves its model in `checkpoint` of its folder."""
+        folder = self.folder(name, key)
+        with held_alone(folder, name):
+            metrics = self._stage(name, folder, before)
+            _keep_alone(folder, "checkpoint", "metrics.json", "lock")
+        return metrics
+
+    def _stage(self, name: str, folder: Path, before: Path | None) -> dict[str, Any]:
         from cluscomp import budget, checkpoint
         from cluscomp.stages import Job
 
-        folder = self.folder(name, key)
         finished = self._finished(folder)
         if finished is not None:
             try:
@@ -189,7 +198,6 @@ class _Runner:
                 log.info("%s  finished before, %s", name, folder)
                 return finished
         with _measured() as cost:
-            folder.mkdir(parents=True, exist_ok=True)
             model = self._load(before)
             job = Job(folder, self.experiment.seed, self.original)
             found = self.experiment.stages[name].run(model, job)
@@ -197,16 +205,19 @@ class _Runner:
         size = asdict(budget.size_of(model)) | {"checkpoint_bytes": checkpoint.weight_bytes(folder / "checkpoint")}
         hash_ = checkpoint.checkpoint_hash(folder / "checkpoint")
         metrics = cost | {"found": found, "size": size, "checkpoint_hash": hash_}
-        _write_metrics(folder, metrics)
-        for part in folder.glob("*.safetensors"):
-            part.unlink()
-        shutil.rmtree(folder / "training", ignore_errors=True)
+        write_sealed(folder / "metrics.json", metrics)
         return metrics
 
     def evaluate(self, name: str, key: str, checkpoint: Path | None) -> dict[str, Any]:
         """Scores of the model after stage `name`, and its continuation of the prompt."""
-        evaluate = self.experiment.evaluate
         folder = self.folder("evaluate", content_key([key, *self.evaluation]))
+        with held_alone(folder, f"evaluate {name}"):
+            metrics = self._evaluate(name, folder, checkpoint)
+            _keep_alone(folder, "metrics.json", "lock")
+        return metrics
+
+    def _evaluate(self, name: str, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
+        evaluate = self.experiment.evaluate
         finished = self._finished(folder)
         if finished is not None:
             # The same model may have been reached under another name.
@@ -218,7 +229,7 @@ class _Runner:
         metrics = cost | {"scores": scores, "sample": sample}
         for row in scores:
             log.info("evaluate  %s after %s: %.3f on %s", row["metric"], name, row["value"], row["dataset"])
-        _write_metrics(folder, metrics)
+        write_sealed(folder / "metrics.json", metrics)
         return metrics
 
     def _load(self, folder: Path | None) -> "PreTrainedModel":
@@ -229,13 +240,7 @@ class _Runner:
         return checkpoint.load(folder, self.original.dtype, self.original.device)
 
     def _finished(self, folder: Path) -> dict[str, Any] | None:
-        try:
-            return dict(json.loads((folder / "metrics.json").read_text()))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            log.warning("%s: metrics.json is damaged (%s); it is made anew", folder, error)
-            return None
+        return read_sealed(folder / "metrics.json")
 
 
 class _measured:
@@ -272,13 +277,18 @@ def settings(experiment: Experiment) -> dict[str, Any]:
 
 def _key_settings(stage: Any) -> dict[str, Any]:
     """What of a stage's settings decides its result: a text counts by its hash (`inputs()`), not by where it lies."""
-    values = {key: value for key, value in asdict(stage).items() if key != "after"}
+    values = {key: value for key, value in asdict(stage).items() if key not in HOW}
     return values | ({"data": values["data"]["name"]} if "data" in values else {})
 
 
-def _write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    with new_file(folder / "metrics.json") as unfinished:
-        unfinished.write_text(to_json(metrics) + "\n")
+def _keep_alone(folder: Path, *names: str) -> None:
+    """Remove all else from a folder: what let a killed stage go on, and what killed processes left half-written."""
+    for path in folder.iterdir():
+        if path.name not in names:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

@@ -295,10 +295,10 @@ def test_a_part_gives_its_layers_back_and_a_damaged_one_nothing(tiny_saved, tiny
     model, path = tiny_saved[0], tmp_path / "block.safetensors"
     assert checkpoint.read_part(path) is None
     checkpoint.save_part(path, blocks(model)[1], {"loss": 0.5})
-    layers, numbers = checkpoint.read_part(path)
-    assert numbers == {"loss": 0.5}
+    part = checkpoint.read_part(path)
+    assert part.numbers == {"loss": 0.5}
     block = blocks(Original(tiny_folder, torch.float32, torch.device("cpu")).load_all())[1]
-    checkpoint.put_part(block, layers)
+    checkpoint.put_part(block, part)
     for name, layer in compressed(blocks(model)[1]).items():
         assert isinstance(block.get_submodule(name), CompressedLinear)
         assert torch.equal(block.get_submodule(name).stored(torch.float32), layer.stored(torch.float32))

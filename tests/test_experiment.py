@@ -219,12 +219,12 @@ def test_a_killed_run_ends_with_the_same_bits_and_damaged_parts_are_made_again(g
     (part,) = tmp_path.glob("altered/cluster-*/block-000.safetensors")
     flip(part)
 
-    kill_at(ground, killed, "block_finetune-*/streams.safetensors", *long)
+    kill_at(ground, killed, "block_finetune-*/streams.json", *long)
     assert not list(killed.glob("block_finetune-*/metrics.json")), "too late: the stage had ended"
-    for name in ("streams", "block-000"):
+    for name in ("streams.json", "student", "block-000"):
         shutil.copytree(killed, tmp_path / name)
-        (part,) = tmp_path.glob(f"{name}/block_finetune-*/{name}.safetensors")
-        flip(part)
+        (part,) = tmp_path.glob(f"{name}/block_finetune-*/{name}*")
+        flip(part, 40)
 
     caplog.set_level(logging.INFO, "cluscomp")
     resumed = pipeline(ground, killed, *long)
@@ -233,9 +233,10 @@ def test_a_killed_run_ends_with_the_same_bits_and_damaged_parts_are_made_again(g
     assert {stage: stage_hash(resumed, stage) for stage in hashes} == hashes
     assert resumed.record.scores == whole.record.scores
     assert resumed.record.stages["block_finetune"]["found"] == whole.record.stages["block_finetune"]["found"]
-    assert not list(killed.glob("*/*.safetensors"))  # the parts are gone
+    left = {path.name for stage in hashes for path in killed.glob(f"{stage}-*/*")}
+    assert left == {"checkpoint", "metrics.json"}  # the parts are gone
     unnoticed = []
-    for name in ("altered", "streams", "block-000"):
+    for name in ("altered", "streams.json", "student", "block-000"):
         again = pipeline(ground, tmp_path / name, *long)
         if {stage: stage_hash(again, stage) for stage in hashes} != hashes:
             unnoticed.append(name)

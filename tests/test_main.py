@@ -276,6 +276,11 @@ def test_the_word_run_may_be_left_out_and_a_second_run_does_nothing_again(cli, p
     assert {path.name for path in place.iterdir()} == {"text.txt", "outputs"}  # no litter of Hydra's
 
 
+def test_a_run_may_measure_nothing(cli):
+    done = cli(*TINY, "evaluate.after=[]")
+    assert done.code == 0 and done.out.startswith("checkpoint  ") and "record.json" in done.out
+
+
 def test_a_sweep_leaves_a_record_each_and_measures_the_original_once(cli, place):
     done = cli("-m", *TINY, "method.codebook_size=8,16")
     assert done.code == 0

@@ -60,8 +60,8 @@ class Cluster:
                 found = self.compress_block(block, name, job.seed)
                 checkpoint.save_part(part, block, found)
             else:
-                layers, found = saved
-                checkpoint.put_part(block, layers)
+                checkpoint.put_part(block, saved)
+                found = saved.numbers
             squares |= {f"{name}.{layer}": numbers for layer, numbers in found.items()}
             progress.step(f"relative error {_ratio(found):.4f}")
         by_layer = {layer: error / size if size else 0.0 for layer, (error, size) in squares.items()}
