@@ -4,7 +4,6 @@ The order of the examples is the dataset's own and every step is a whole batch, 
 from Trainer's last whole checkpoint ends with the same bits.
 """
 
-import json
 import logging
 import math
 import shutil
@@ -24,12 +23,12 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint as rematerialised
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from cluscomp.files import file_hash, new_file
+from cluscomp.files import file_hash
 from cluscomp.models import compressed
-from cluscomp.records import to_json
+from cluscomp.records import read_sealed, write_sealed
 from cluscomp.steps import Steps
 from cluscomp.teacher import divergence
-from cluscomp.weights import storage_dtype
+from cluscomp.weights import STORAGE_DTYPE
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3  # the learning rate as given, halved, halved again
@@ -178,9 +177,9 @@ def train_whole(
     device = model.device
     PartialState(cpu=device.type == "cpu")
     initial = {key: parameter.data for key, parameter in trained.items()}
-    stored_as = {key: data.dtype if data.itemsize == 2 else storage_dtype(data) for key, data in initial.items()}
+    stored_as = {key: data.dtype if data.itemsize == 2 else STORAGE_DTYPE for key, data in initial.items()}
     before = held_out_loss(objective, held_out, settings.batch_size, device)
-    attempts = _read(folder / "attempts.json")
+    attempts = (read_sealed(folder / "attempts.json") or {"attempts": []})["attempts"]
     while len(attempts) < ATTEMPTS and not (attempts and attempts[-1]["kept"]):
         lr = settings.lr / 2 ** len(attempts)
         place = folder / f"attempt-{len(attempts)}"
@@ -216,8 +215,7 @@ def train_whole(
             for key, parameter in trained.items():
                 parameter.data = initial[key]
             if PartialState().is_main_process:
-                with new_file(folder / "attempts.json") as unfinished:
-                    unfinished.write_text(to_json(attempts))
+                write_sealed(folder / "attempts.json", {"attempts": attempts})
     last = attempts[-1]
     if not last["kept"]:
         log.warning("%s  no learning rate helped: the model stays as it was", name)
@@ -329,15 +327,14 @@ class _Watch(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             hashes = {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.name != WHOLE}
-            with new_file(folder / WHOLE) as unfinished:
-                unfinished.write_text(to_json(hashes))
+            write_sealed(folder / WHOLE, hashes)
 
 
 def _last_whole(folder: Path) -> Path | None:
     """The newest Trainer checkpoint with all its files as they were written; others are left out and told."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for path in found:
-        hashes = _read(path / WHOLE)
+        hashes = read_sealed(path / WHOLE)
         try:
             if hashes and all(file_hash(path / name) == expected for name, expected in hashes.items()):
                 return path
@@ -347,14 +344,6 @@ def _last_whole(folder: Path) -> Path | None:
         if PartialState().is_main_process:
             shutil.rmtree(path, ignore_errors=True)
     return None
-
-
-def _read(path: Path) -> Any:
-    """The JSON value of a file, or an empty list if there is none that can be read."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return []
 
 
 @contextmanager

@@ -22,6 +22,7 @@ class Cluster:
     """Compress block after block. Embeddings, head, norms and biases stay as they are."""
 
     takes: ClassVar[str] = "original"
+    distributed: ClassVar[bool] = False
     method: InstanceOf[Method]
 
     def inputs(self) -> dict[str, str]:
