@@ -166,12 +166,14 @@ def train_whole(
     name: str,
     folder: Path,
     seed: int,
+    masters: bool = True,
 ) -> dict[str, Any]:
     """Minimise the objective over `trained` with AdamW; `train` holds the examples of all steps in their order.
 
-    Vectors (norms) are not decayed. What is trained is rounded to what it is stored in before the held-out loss is
-    taken. If a loss is not finite, or the held-out loss ends no lower than it began, all goes back to the start and the
-    learning rate is halved, at most twice; then the start is kept. Returns losses, steps and what was decided.
+    With `masters` what is trained is float32 meanwhile, without it keeps its dtype. Vectors (norms) are not decayed.
+    What is trained is rounded to what it is stored in (16 bits) before the held-out loss is taken. If a loss is not
+    finite, or the held-out loss ends no lower than it began, all goes back to the start and the learning rate is
+    halved, at most twice; then the start is kept. Returns losses, steps and what was decided.
     """
     steps = len(train) // settings.of_a_step
     device = model.device
@@ -183,7 +185,7 @@ def train_whole(
     while len(attempts) < ATTEMPTS and not (attempts and attempts[-1]["kept"]):
         lr = settings.lr / 2 ** len(attempts)
         place = folder / f"attempt-{len(attempts)}"
-        with _masters(model, trained):
+        with _trainable(model, trained, masters=masters):
             watch = _Watch(name, tokens / steps)
             losses = _fit(
                 model, trained, objective, train, settings, watch, steps=steps, lr=lr, folder=place, seed=seed
@@ -347,15 +349,18 @@ def _last_whole(folder: Path) -> Path | None:
 
 
 @contextmanager
-def _masters(model: nn.Module, trained: dict[str, Parameter]) -> Iterator[None]:
-    """Train in float32 what is stored in 16 bits; codebooks cast themselves, other parameters by parametrisation."""
+def _trainable(model: nn.Module, trained: dict[str, Parameter], *, masters: bool) -> Iterator[None]:
+    """Let copies of the parameters' data train, float32 ones with `masters`.
+
+    Stored weights cast their masters to what they compute in by themselves, other modules by parametrisation.
+    """
     dtypes = {key: parameter.dtype for key, parameter in trained.items()}
-    cast = [key for key in trained if ".stored." not in key and dtypes[key] != torch.float32]
+    cast = [key for key in trained if masters and ".stored." not in key and dtypes[key] != torch.float32]
     for key in cast:
         place, _, attribute = key.rpartition(".")
         parametrize.register_parametrization(model.get_submodule(place), attribute, _Cast(dtypes[key]), unsafe=True)
     for parameter in trained.values():
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(torch.float32 if masters else parameter.dtype, copy=True)
         parameter.requires_grad_(True)
     try:
         yield
