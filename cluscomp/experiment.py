@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cluscomp")
 PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
-HOW = ("after", "streams")  # settings of stages that say when and in which way, and change no result
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -283,7 +282,7 @@ def settings(experiment: Experiment) -> dict[str, Any]:
 
 def _key_settings(stage: Any) -> dict[str, Any]:
     """What of a stage's settings decides its result: a text counts by its hash (`inputs()`), not by where it lies."""
-    values = {key: value for key, value in asdict(stage).items() if key not in HOW}
+    values = {key: value for key, value in asdict(stage).items() if key not in stage.idle()}
     return values | ({"data": values["data"]["name"]} if "data" in values else {})
 
 
