@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("cluscomp")
 PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
 POLL = 0.2  # seconds between two looks for what the first process writes
-HOW = ("after", "streams", "save_every")  # settings of stages that say when and in which way, and change no result
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -107,10 +106,7 @@ def run(experiment: Experiment) -> Outcome:
     root = {"model": fingerprint(folder), "dtype": str(dtype), "format": _format()}
     runner = (_Runner if first else _Follower)(experiment, outputs, original)
     tracker = experiment.tracker if first else NoTracker()
-    keys = {"original": content_key(root)}
-    for before, name in zip(["original", *experiment.order], experiment.order):
-        stage = experiment.stages[name]
-        keys[name] = content_key([keys[before], name, experiment.seed, _key_settings(stage), stage.inputs()])
+    keys = stage_keys(experiment, root)
     runner.check(keys)
     run_key = content_key([keys, runner.evaluation, experiment.measured, experiment.name])
     run_folder = outputs / f"run-{run_key}"
@@ -142,6 +138,15 @@ def run(experiment: Experiment) -> Outcome:
         if metrics[f"evaluate {name}"]["sample"] is not None
     }
     return Outcome(record, path, checkpoint, samples)
+
+
+def stage_keys(experiment: Experiment, root: dict[str, Any]) -> dict[str, str]:
+    """The key of the original, whose identity is `root`, and of each stage: a hash of all that decides its result."""
+    keys = {"original": content_key(root)}
+    for before, name in zip(["original", *experiment.order], experiment.order):
+        stage = experiment.stages[name]
+        keys[name] = content_key([keys[before], name, experiment.seed, _key_settings(stage), stage.inputs()])
+    return keys
 
 
 def _writable(key: str, value: str) -> Path:
@@ -316,7 +321,7 @@ def settings(experiment: Experiment) -> dict[str, Any]:
 
 def _key_settings(stage: Any) -> dict[str, Any]:
     """What of a stage's settings decides its result: a text counts by its hash (`inputs()`), not by where it lies."""
-    values = {key: value for key, value in asdict(stage).items() if key not in HOW}
+    values = {key: value for key, value in asdict(stage).items() if key not in stage.idle()}
     return values | {part: values[part]["name"] for part in ("data", "instructions") if part in values}
 
 

@@ -166,7 +166,8 @@ def _read_json(path: Path, place: str) -> list[dict[str, Any]]:
     """Rows of a JSON list, or of a file with one JSON object a line."""
     try:
         content = path.read_text(encoding="utf-8")
-        rows = json.loads(content) if content.lstrip().startswith("[") else list(map(json.loads, content.splitlines()))
+        whole = content.lstrip().startswith("[")
+        rows = json.loads(content) if whole else [json.loads(line) for line in content.splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise InputError(f"{place}: {error}") from error
     if not rows:

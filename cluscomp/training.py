@@ -2,21 +2,21 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from cluscomp.models import compressed
-from cluscomp.weights import STORAGE_DTYPE
+from cluscomp.weights import Weight
 
 Batch = TypeVar("Batch")
 Schedule = Literal["constant", "cosine"]
 
 
 class Masters:
-    """A block whose codebooks, and with `norms` its other parameters, train as float32 copies.
+    """A block whose stored weights, and with `norms` its other parameters, train as float32 copies.
 
     Called, it runs the block on the copies while there are some (between `start` and `finish`), else as it is stored.
     """
@@ -26,48 +26,49 @@ class Masters:
         inside = tuple(f"{name}." for name in layers)
         others = {name: vector for name, vector in block.named_parameters() if not name.startswith(inside)}
         self.block = block
-        self.codebooks = [parameter for layer in layers.values() for parameter in layer.stored.parameters()]
+        self.weights = [cast(Weight, layer.stored) for layer in layers.values()]
         self.norms = others if norms else {}
-        self._stored = [parameter.data for parameter in [*self.codebooks, *self.norms.values()]]
+        self._stored = [weight.state_dict() for weight in self.weights]
+        self._vectors = [norm.data for norm in self.norms.values()]
         self._copies: dict[str, Tensor] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output; copies of norms are cast to the dtype the block computes in."""
         if not self._copies:
             return self.block(*args, **kwargs)
-        cast = {name: copy.to(self.norms[name].dtype) for name, copy in self._copies.items()}
-        return functional_call(self.block, cast, args, kwargs)
+        cast_ = {name: copy.to(self.norms[name].dtype) for name, copy in self._copies.items()}
+        return functional_call(self.block, cast_, args, kwargs)
 
     def start(self) -> list[Tensor]:
         """Make the copies of what is stored, and return them: what an optimiser works on."""
-        for codebook in self.codebooks:
-            codebook.data = codebook.data.to(torch.float32, copy=True)
-            codebook.requires_grad_(True)
+        for weight in self.weights:
+            weight.loosen()
         self._copies = {
             name: norm.detach().to(torch.float32, copy=True).requires_grad_(True) for name, norm in self.norms.items()
         }
-        return [*self.codebooks, *self._copies.values()]
+        return [*(parameter for weight in self.weights for parameter in weight.parameters()), *self._copies.values()]
 
     def finish(self) -> None:
         """Put the copies into the block, rounded as they will be stored: what is measured next is what is stored.
 
-        A codebook takes its own dtype again. A norm takes the block's, or, in a block that computes in 32 bits, the
-        16-bit floats of codebooks.
+        A norm takes the block's dtype or, in a block that computes in 32 bits, 16-bit floats. Raises ValueError for
+        copies that are not finite or do not fit.
         """
-        for codebook, stored in zip(self.codebooks, self._stored):
-            codebook.requires_grad_(False)
-            codebook.grad = None
-            codebook.data = codebook.data.to(stored.dtype)
+        for weight in self.weights:
+            weight.settle()
         for name, copy in self._copies.items():
             norm = self.norms[name]
-            narrow = norm.dtype if norm.dtype.itemsize == 2 else STORAGE_DTYPE
+            narrow = norm.dtype if norm.dtype.itemsize == 2 else torch.float16
             norm.data = copy.detach().to(narrow).to(norm.dtype)
         self._copies = {}
 
     def restore(self) -> None:
         """Put back what the block had at first, exactly."""
-        for parameter, stored in zip([*self.codebooks, *self.norms.values()], self._stored):
-            parameter.data = stored
+        self._copies = {}
+        for weight, state in zip(self.weights, self._stored):
+            weight.restore(state)
+        for norm, vector in zip(self.norms.values(), self._vectors):
+            norm.data = vector
 
 
 def fit(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference.recipe import IDLE, NO_DATA, STORED
 from transformers import AutoModelForCausalLM
 
 from cluscomp import checkpoint
@@ -23,8 +24,8 @@ from cluscomp.weights import storage_dtype
 CPU = torch.device("cpu")
 SAMPLES, LENGTH = 6, 12
 METHOD = ClusComp(
-    bits=None, vector_dim=4, codebook_size=16, axis="out", iterations=5, init="kd", over_relaxation=1.0,
-    move_centroids=True,
+    bits=None, vector_dim=4, codebook_size=16, iterations=5, init="kd", over_relaxation=1.0, move_centroids=True,
+    **STORED, **NO_DATA,
 )  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def clustered(families, tmp_path_factory):
             original = Original(families(family), dtype, CPU)
             model = original.model()
             folder = tmp_path_factory.mktemp("clustered")
-            Cluster(method=METHOD).run(model, Job(folder / "parts", 0, original))
+            Cluster(method=METHOD, **IDLE).run(model, Job(folder / "parts", 0, original))
             checkpoint.save(model, original.tokenizer, folder / "checkpoint")
             made[family, dtype] = original, folder / "checkpoint"
         original, folder = made[family, dtype]

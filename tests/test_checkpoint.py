@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from reference.recipe import PAPER
+from reference.recipe import IDLE, NO_DATA, PAPER, STORED
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,9 +28,9 @@ def compress(folder, codebook_size=7):
     """A model with every linear layer compressed, and its tokenizer."""
     original = Original(folder, torch.float32, torch.device("cpu"))
     model = original.load_all()
-    method = ClusComp(bits=None, vector_dim=2, codebook_size=codebook_size, axis="out", iterations=2, **PAPER)
+    method = ClusComp(bits=None, vector_dim=2, codebook_size=codebook_size, iterations=2, **PAPER, **STORED, **NO_DATA)
     for name, block in zip(block_names(model), blocks(model)):
-        Cluster(method=method).compress_block(block, name, seed=0)
+        Cluster(method=method, **IDLE).compress_block(block, name, seed=0, statistics={})
     return model, original.tokenizer
 
 

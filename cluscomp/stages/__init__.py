@@ -29,6 +29,10 @@ class Stage(Protocol):
         """Hashes of what the stage reads besides model and settings (texts); part of its key."""
         ...
 
+    def idle(self) -> set[str]:
+        """Names of settings that do not decide the result as things stand, and so are no part of the stage's key."""
+        ...
+
     def check(self, original: "Original") -> None:
         """Raise InputError for what cannot work with this model, before any long work starts."""
         ...

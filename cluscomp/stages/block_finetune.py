@@ -62,6 +62,10 @@ class BlockFinetune:
         """The hash of the calibration text."""
         return {"calibration": self.data.text("calibration").sha256}
 
+    def idle(self) -> set[str]:
+        """Where the streams lie changes no result."""
+        return {"streams"}
+
     def check(self, original: "Original") -> None:
         """Cut the windows. Raises InputError if the text is too short or a window longer than the model takes."""
         original.check_length("block_finetune.length", self.length)
@@ -176,7 +180,11 @@ class BlockFinetune:
                 clip=self.clip,
                 half=leaving_WTH.dtype == torch.float16,
             )
-            masters.finish()
+            if problem is None:
+                try:
+                    masters.finish()
+                except ValueError as error:
+                    problem = str(error)
             after = math.nan if problem else measure()
             if after < found["before"]:
                 return found | {

@@ -12,9 +12,9 @@ from cluscomp.steps import Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Parameter
     from transformers import PreTrainedModel
 
+    from cluscomp.end_to_end import Trained
     from cluscomp.models import Original
     from cluscomp.stages import Job
 
@@ -59,9 +59,7 @@ class _Task(Steps):
         order = [one for _ in range(self.epochs) for one in rng.sample(train, len(train))]
         return encoded, order[: steps * self.of_a_step], held_out
 
-    def _train(
-        self, model: "PreTrainedModel", job: "Job", trained: "dict[str, Parameter]", *, masters: bool
-    ) -> dict[str, Any]:
+    def _train(self, model: "PreTrainedModel", job: "Job", trained: "Trained") -> dict[str, Any]:
         from cluscomp.budget import size_of
         from cluscomp.end_to_end import Objective, train_whole
 
@@ -70,7 +68,7 @@ class _Task(Steps):
         found = train_whole(
             model,
             trained,
-            Objective(model, trained.values(), cross_entropy=1, kl=0, ids_BT=first),
+            Objective(model, trained.parameters, cross_entropy=1, kl=0, ids_BT=first),
             _Answers(train),
             _Answers(held_out),
             self,
@@ -78,7 +76,6 @@ class _Task(Steps):
             name="finetune",
             folder=job.folder / "training",
             seed=job.seed,
-            masters=masters,
         )
         return {
             "instructions": self.instructions.name,
@@ -104,17 +101,20 @@ class Finetune(_Task):
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0)
 
+    def idle(self) -> set[str]:
+        """How often the state is written; and without adapters, their settings."""
+        return super().idle() | (set() if self.trainable == "lora" else {"rank", "alpha"})
+
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Train codebooks or adapters in place; returns losses, counts and deployed bytes."""
         from cluscomp import adapters
-        from cluscomp.end_to_end import codebooks, norms
+        from cluscomp.end_to_end import Trained, norms
 
+        others = norms(model) if self.norms else {}
         if self.trainable == "lora":
             adapters.add(model, rank=self.rank, alpha=self.alpha, seed=job.seed)
-            trained = adapters.parameters(model)
-        else:
-            trained = codebooks(model)
-        return self._train(model, job, trained | (norms(model) if self.norms else {}), masters=True)
+            others |= adapters.parameters(model)
+        return self._train(model, job, Trained(model, codebooks=self.trainable == "codebooks", others=others))
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -125,11 +125,13 @@ class FullFinetune(_Task):
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Load all blocks and train every parameter in place; returns losses, counts and deployed bytes."""
+        from cluscomp.end_to_end import Trained
         from cluscomp.models import blocks
 
         for index in range(len(blocks(model))):
             job.original.load_block(model, index)
-        return self._train(model, job, dict(model.named_parameters()), masters=False)
+        others = dict(model.named_parameters())
+        return self._train(model, job, Trained(model, codebooks=False, others=others, masters=False))
 
 
 class _Answers:

@@ -173,7 +173,7 @@ static void py_unpack(Packed packed, int bits, Out1<int32_t> out) {
   std::vector<uint16_t> some(4096);
   for (int64_t i = 0; i < codes.count; i += 4096) {
     const int64_t n = std::min<int64_t>(4096, codes.count - i);
-    codes.read(i, n, some.data());
+    codes.read(codebook_tiles(), i, n, some.data());
     std::copy_n(some.begin(), n, out.data() + i);
   }
 }
@@ -188,19 +188,22 @@ static void py_decode(Packed packed, int bits, FloatRows centroids, Out2<float> 
 
 using HalfRows = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-static void py_multiply(Packed packed, int bits, FloatRows centroids, std::optional<HalfRows> halves, FloatRows x_BI, Out2<float> y_BO,
-                        int threads, const std::string& isa) {
-  const int64_t B = x_BI.shape(0), I = x_BI.shape(1), O = y_BO.shape(1), K = centroids.shape(0), D = centroids.shape(1);
+static void py_multiply(Packed packed, int bits, std::optional<FloatRows> centroids, std::optional<HalfRows> halves, FloatRows x_BI,
+                        Out2<float> y_BO, int threads, const std::string& isa) {
+  require(centroids.has_value() != halves.has_value(), "centroids are given as float32 or as halves");
+  const int64_t K = halves ? halves->shape(0) : centroids->shape(0), D = halves ? halves->shape(1) : centroids->shape(1);
+  const int64_t B = x_BI.shape(0), I = x_BI.shape(1), O = y_BO.shape(1);
   require(int64_t(y_BO.shape(0)) == B, "sizes differ");
-  require(!halves || (int64_t(halves->shape(0)) == K && int64_t(halves->shape(1)) == D), "sizes differ");
   const Codes codes = layer_codes(packed, bits, K, D, I, O);
   const CodebookTiles& tile = codebook_tiles_of(isa);
+  require(!halves || takes_halves(D, B, O, tile), "halves are not taken for these sizes");
   const Workers workers = interruptible(threads);
+  const float* table = centroids ? centroids->data() : nullptr;
   const uint16_t* half = halves ? halves->data() : nullptr;
-  without_gil([&] { multiply(codes, centroids.data(), half, int(D), B, I, O, x_BI.data(), y_BO.data(), tile, workers); });
+  without_gil([&] { multiply(codes, table, half, int(D), B, I, O, x_BI.data(), y_BO.data(), tile, workers); });
 }
 
-static void py_multiply_by_tables(Packed packed, FloatRows centroids, FloatVector x_I, Out1<float> y_O, bool bytes, int threads,
+static void py_multiply_by_tables(Packed packed, FloatRows centroids, FloatVector x_I, Out1<float> y_O, bool shorts, int threads,
                                   const std::string& isa) {
   const int64_t I = x_I.shape(0), O = y_O.shape(0), K = centroids.shape(0), D = centroids.shape(1);
   require(K <= 256, "tables serve up to 256 centroids");
@@ -208,7 +211,7 @@ static void py_multiply_by_tables(Packed packed, FloatRows centroids, FloatVecto
   const Codes codes = codes_of(packed, 8, (I + D - 1) / D * O, K);
   const CodebookTiles& tile = codebook_tiles_of(isa);
   const Workers workers = interruptible(threads);
-  without_gil([&] { multiply_by_tables(codes, centroids.data(), int(D), I, O, x_I.data(), bytes, y_O.data(), tile, workers); });
+  without_gil([&] { multiply_by_tables(codes, centroids.data(), int(D), I, O, x_I.data(), shorts, y_O.data(), tile, workers); });
 }
 
 static void py_gradient(Packed packed, int bits, FloatRows grad_IO, Out2<float> gradient_KD, int threads, const std::string& isa) {
@@ -234,9 +237,10 @@ NB_MODULE(_native, m) {
   m.def("pack", py_pack, nb::arg("codes"), nb::arg("bits"), nb::arg("packed"));
   m.def("unpack", py_unpack, nb::arg("packed"), nb::arg("bits"), nb::arg("codes"));
   m.def("decode", py_decode, nb::arg("packed"), nb::arg("bits"), nb::arg("centroids"), nb::arg("weight"), nb::arg("threads"), nb::arg("isa") = "");
-  m.def("multiply", py_multiply, nb::arg("packed"), nb::arg("bits"), nb::arg("centroids"), nb::arg("halves").none(), nb::arg("x"), nb::arg("y"),
-        nb::arg("threads"), nb::arg("isa") = "");
-  m.def("multiply_by_tables", py_multiply_by_tables, nb::arg("packed"), nb::arg("centroids"), nb::arg("x"), nb::arg("y"), nb::arg("bytes"),
+  m.def("takes_halves", [](int64_t D, int64_t B, int64_t O) { return takes_halves(D, B, O, codebook_tiles()); });
+  m.def("multiply", py_multiply, nb::arg("packed"), nb::arg("bits"), nb::arg("centroids").none(), nb::arg("halves").none(), nb::arg("x"),
+        nb::arg("y"), nb::arg("threads"), nb::arg("isa") = "");
+  m.def("multiply_by_tables", py_multiply_by_tables, nb::arg("packed"), nb::arg("centroids"), nb::arg("x"), nb::arg("y"), nb::arg("shorts"),
         nb::arg("threads"), nb::arg("isa") = "");
   m.def("gradient", py_gradient, nb::arg("packed"), nb::arg("bits"), nb::arg("grad"), nb::arg("gradient"), nb::arg("threads"),
         nb::arg("isa") = "");

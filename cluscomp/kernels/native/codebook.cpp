@@ -5,34 +5,6 @@
 #include <cstring>
 #include <string>
 
-void Codes::read(int64_t begin, int64_t n, uint16_t* out) const {
-  const uint64_t mask = (uint64_t(1) << bits) - 1;
-  const int64_t bytes = (count + 7) / 8 * bits;
-  int64_t i = 0;
-  if (bits == 8) {
-    for (; i < n; i++) out[i] = packed[begin + i];
-  } else if (bits == 16) {
-    for (; i < n; i++) std::memcpy(out + i, packed + 2 * (begin + i), 2);
-  }
-  // Otherwise four codes at a time out of 64 bits, as long as eight bytes may be read, and then one by one.
-  for (; i + 4 <= n; i += 4) {
-    const int64_t bit = (begin + i) * bits, byte = bit >> 3;
-    if (bits > 14 || byte + 8 > bytes) break;  // 4 * 14 + 7 = 63 bits
-    uint64_t window;
-    std::memcpy(&window, packed + byte, 8);
-    window >>= bit & 7;
-    for (int j = 0; j < 4; j++) out[i + j] = uint16_t(window >> j * bits & mask);
-  }
-  for (; i < n; i++) {
-    const int64_t bit = (begin + i) * bits, byte = bit >> 3;
-    uint32_t window = 0;
-    std::memcpy(&window, packed + byte, std::min<int64_t>(4, bytes - byte));
-    out[i] = uint16_t(window >> (bit & 7) & mask);
-  }
-  const uint16_t last = uint16_t(K - 1);
-  for (i = 0; i < n; i++) out[i] = std::min(out[i], last);
-}
-
 void pack(const int32_t* codes, int64_t n, int bits, uint8_t* packed) {
   std::fill_n(packed, (n + 7) / 8 * bits, uint8_t(0));
   for (int64_t i = 0; i < n; i++) {
@@ -47,6 +19,12 @@ void pack(const int32_t* codes, int64_t n, int bits, uint8_t* packed) {
   }
 }
 
+static bool all_finite(const std::vector<float>& values) {
+  return std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); });
+}
+
+bool takes_halves(int64_t D, int64_t B, int64_t O, const CodebookTiles& tile) { return D == 4 && B == 1 && O % 4 == 0 && tile.add_halves; }
+
 // The table with the slack that tile.expand needs.
 static std::vector<float> padded(const float* table_KD, int K, int D) {
   std::vector<float> t(int64_t(K) * D + 16, 0);
@@ -57,74 +35,85 @@ static std::vector<float> padded(const float* table_KD, int K, int D) {
 void decode(const Codes& codes, const float* table_KD, int D, int64_t I, int64_t O, float* weight_IO, const CodebookTiles& tile,
             const Workers& workers) {
   const int64_t G = (O + D - 1) / D, rows = 16;
-  const std::vector<float> table = padded(table_KD, codes.K, D);
+  const bool exact = G * D == O && (D == 2 || D == 4 || D == 8);  // tile.expand writes nothing beyond a row's end
+  const std::vector<float> table = exact ? std::vector<float>() : padded(table_KD, codes.K, D);
   workers.run((I + rows - 1) / rows, [&](int64_t block, int) {
     std::vector<uint16_t> code(G);
-    std::vector<float> row(G * D + 16);
+    std::vector<float> row(exact ? 0 : G * D + 16);
     for (int64_t i = block * rows; i < std::min(I, (block + 1) * rows); i++) {
-      codes.read(i * G, G, code.data());
-      tile.expand(code.data(), G, table.data(), D, row.data());
-      std::memcpy(weight_IO + i * O, row.data(), O * 4);
-    }
-  });
-}
-
-void multiply(const Codes& codes, const float* table_KD, const uint16_t* halves_KD, int D, int64_t B, int64_t I, int64_t O,
-              const float* x_BI, float* y_BO, const CodebookTiles& tile, const Workers& workers) {
-  const int64_t G = (O + D - 1) / D;
-  const bool fours = D == 4 && B == 1 && O % 4 == 0;
-  const bool halves = fours && halves_KD && tile.add_halves;
-  const std::vector<float> table = fours ? std::vector<float>() : padded(table_KD, codes.K, D);
-  std::fill_n(y_BO, B * O, 0.f);
-  // A task owns some outputs and goes through all inputs in order: the same sums however they are shared out.
-  const int64_t wide = std::max<int64_t>(std::min<int64_t>(G, 64), (G + workers.threads - 1) / workers.threads);
-  workers.run((G + wide - 1) / wide, [&](int64_t task, int) {
-    const int64_t g = task * wide, n = std::min(wide, G - g), first = g * D, outputs = std::min(n * D, O - first);
-    std::vector<uint16_t> code(n);
-    std::vector<float> row(n * D + 16);
-    for (int64_t i = 0; i < I; i++) {
-      codes.read(i * G + g, n, code.data());
-      if (halves) {
-        tile.add_halves(x_BI[i], code.data(), n, halves_KD, y_BO + first);
-      } else if (fours) {
-        tile.add_fours(x_BI[i], code.data(), n, table_KD, y_BO + first);
+      codes.read(tile, i * G, G, code.data());
+      if (exact) {
+        tile.expand(code.data(), G, table_KD, D, weight_IO + i * O);
       } else {
-        tile.expand(code.data(), n, table.data(), D, row.data());
-        for (int64_t b = 0; b < B; b++) tile.add_multiple(x_BI[b * I + i], row.data(), y_BO + b * O + first, outputs);
+        tile.expand(code.data(), G, table.data(), D, row.data());
+        std::memcpy(weight_IO + i * O, row.data(), O * 4);
       }
     }
   });
 }
 
-void multiply_by_tables(const Codes& codes, const float* table_KD, int D, int64_t I, int64_t O, const float* x_I, bool bytes,
+// A table of float or uint16_t with its last entry repeated up to 2^16: any code of 16 bits may be looked up.
+template <typename T>
+static const T* lengthened(const T* table, int K, int D) {
+  static thread_local std::vector<T> kept;  // fresh memory from the system would cost more than the work
+  kept.resize(int64_t(D) << 16);
+  std::copy_n(table, int64_t(K) * D, kept.begin());
+  for (int64_t k = K; k < 1 << 16; k++) std::copy_n(table + int64_t(K - 1) * D, D, kept.begin() + k * D);
+  return kept.data();
+}
+
+void multiply(const Codes& codes, const float* table_KD, const uint16_t* halves_KD, int D, int64_t B, int64_t I, int64_t O,
+              const float* x_BI, float* y_BO, const CodebookTiles& tile, const Workers& workers) {
+  const int64_t G = (O + D - 1) / D, rows = 8;
+  const bool fours = D == 4 && B == 1 && O % 4 == 0;
+  const bool in_place = fours && codes.bits == 16 && reinterpret_cast<uintptr_t>(codes.packed) % 2 == 0;
+  const std::vector<float> table = fours ? std::vector<float>() : padded(table_KD, codes.K, D);
+  if (in_place && halves_KD) halves_KD = lengthened(halves_KD, codes.K, D);
+  else if (in_place) table_KD = lengthened(table_KD, codes.K, D);
+  std::fill_n(y_BO, B * O, 0.f);
+  // A task owns some outputs, few enough for their sums to stay in the nearest cache, and goes through all inputs in
+  // order: the same sums however they are shared out.
+  const int64_t wide = std::clamp<int64_t>((G + workers.threads - 1) / workers.threads, 64, 1024);
+  workers.run((G + wide - 1) / wide, [&](int64_t task, int) {
+    const int64_t g = task * wide, n = std::min(wide, G - g), first = g * D, outputs = std::min(n * D, O - first);
+    std::vector<uint16_t> some_codes(in_place ? 0 : rows * n);
+    std::vector<float> some(fours ? 0 : rows * n * D + 16);
+    for (int64_t i = 0; i < I; i += rows) {
+      const int64_t now = std::min(rows, I - i), stride = in_place ? G : n;
+      const uint16_t* code = some_codes.data();
+      if (in_place) code = reinterpret_cast<const uint16_t*>(codes.packed) + i * G + g;
+      for (int64_t r = 0; r < now && !in_place; r++) codes.read(tile, (i + r) * G + g, n, &some_codes[r * n]);
+      if (halves_KD) {
+        tile.add_halves(x_BI + i, now, code, stride, n, halves_KD, y_BO + first);
+      } else if (fours) {
+        tile.add_fours(x_BI + i, now, code, stride, n, table_KD, y_BO + first);
+      } else {
+        tile.expand(code, now * n, table.data(), D, some.data());
+        for (int64_t b = 0; b < B; b++) tile.add_rows(x_BI + b * I + i, now, some.data(), n * D, y_BO + b * O + first, outputs);
+      }
+    }
+  });
+}
+
+void multiply_by_tables(const Codes& codes, const float* table_KD, int D, int64_t I, int64_t O, const float* x_I, bool shorts,
                         float* y_O, const CodebookTiles& tile, const Workers& workers) {
-  const int64_t G = (I + D - 1) / D, even = (G + 1) / 2 * 2, wide = 2048;
-  // Kept between calls: fresh memory from the system would cost more than the work.
-  static thread_local std::vector<float> products;
-  static thread_local std::vector<uint8_t> low;
-  static thread_local std::vector<int8_t> high;
-  products.assign(even * 256, 0);  // an odd last row is paired with a table of zeros
+  const int64_t G = (I + D - 1) / D;
   std::vector<float> by_axis(int64_t(D) * 256, 0), x(G * D, 0);
   std::copy_n(x_I, I, x.begin());
   for (int k = 0; k < codes.K; k++)
     for (int d = 0; d < D; d++) by_axis[d * 256 + k] = table_KD[int64_t(k) * D + d];
-  for (int64_t g = 0; g < G; g++)
-    for (int d = 0; d < D; d++) tile.add_multiple(x[g * D + d], &by_axis[d * 256], &products[g * 256], 256);
-  bytes = bytes && tile.look_up_bytes;
-  low.resize(bytes ? even * 256 : 0), high.resize(low.size());
-  const float scale = bytes ? tile.to_bytes(products.data(), even * 256, low.data(), high.data()) : 0;
-  const float* tables = products.data();  // (thread_local: the workers must not look for their own)
-  const uint8_t* low_bytes = low.data();
-  const int8_t* high_bytes = high.data();
-  std::fill_n(y_O, O, 0.f);
+  static thread_local std::vector<uint8_t> kept;  // fresh memory from the system would cost more than the work
+  shorts = shorts && tile.look_up_short && all_finite(x) && all_finite(by_axis);
+  kept.resize(std::max<size_t>(kept.size(), shorts ? (G + 1) / 2 * 1024 : G * 1024));
+  uint8_t* tables = kept.data();  // (thread_local: the workers must not look for their own)
+  float scale = 0;
+  if (shorts) scale = tile.tabulate_short(by_axis.data(), x.data(), G, D, tables);
+  else tile.tabulate(by_axis.data(), x.data(), G, D, tables);
+  const int64_t wide = std::clamp<int64_t>((O + 64 * workers.threads - 1) / (64 * workers.threads) * 64, 1024, 4096);
   workers.run((O + wide - 1) / wide, [&](int64_t task, int) {
-    const int64_t o = task * wide, n = std::min(wide, O - o), whole = bytes ? n / 64 * 64 : 0;
-    const uint8_t* code = codes.packed + o;
-    if (whole > 0) tile.look_up_bytes(code, O, whole, G / 2, low_bytes, high_bytes, scale, y_O + o);
-    for (int64_t g = 0; g < G; g += 2) {
-      const int64_t from = g + 1 < G ? whole : 0;  // of the last row of an odd number, nothing is done yet
-      tile.look_up(code + g * O + from, g + 1 < G ? O : 0, n - from, tables + g * 256, y_O + o + from);
-    }
+    const int64_t o = task * wide, n = std::min(wide, O - o);
+    if (shorts) tile.look_up_short(codes.packed + o, O, n, G, tables, scale, y_O + o);
+    else tile.look_up(codes.packed + o, O, n, G, tables, y_O + o);
   });
 }
 
@@ -142,15 +131,16 @@ void gradient(const Codes& codes, int D, int64_t I, int64_t O, const float* grad
       std::fill(sums[s].begin(), sums[s].end(), 0.f);
       std::vector<uint16_t> code(G);
       for (int64_t i = I * (first + s) / parts; i < I * (first + s + 1) / parts; i++) {
-        codes.read(i * G, G, code.data());
+        codes.read(tile, i * G, G, code.data());
         const float* row = grad_IO + i * O;
         tile.scatter(code.data(), O / D, row, D, sums[s].data());
         for (int64_t o = O / D * D; o < O; o++) sums[s][int64_t(code[G - 1]) * D + o % D] += row[o];
       }
     });
     workers.run((all + chunk - 1) / chunk, [&](int64_t c, int) {
+      const float one = 1;
       for (int64_t s = 0; s < now; s++)
-        tile.add_multiple(1.f, &sums[s][c * chunk], gradient_KD + c * chunk, std::min(chunk, all - c * chunk));
+        tile.add_rows(&one, 1, &sums[s][c * chunk], 0, gradient_KD + c * chunk, std::min(chunk, all - c * chunk));
     });
   }
 }

@@ -8,6 +8,61 @@
 
 namespace CLUSCOMP_ISA {
 
+#if defined(__AVX512VBMI__)
+// Sixteen codes at a time out of 64 bytes: bytes to lanes, each shifted to its own start.
+INLINE int64_t read_sixteens(const uint8_t* packed, int64_t bytes, int bits, int64_t begin, int64_t n, int last, uint16_t* out) {
+  const int skip = int(begin * bits & 7);
+  alignas(64) uint8_t from[64];
+  alignas(64) int32_t shift[16];
+  for (int j = 0; j < 16; j++) {
+    for (int i = 0; i < 4; i++) from[4 * j + i] = uint8_t(((skip + j * bits) >> 3) + i);
+    shift[j] = (skip + j * bits) & 7;
+  }
+  const __m512i order = _mm512_load_si512(from), shifts = _mm512_load_si512(shift);
+  const __m512i mask = _mm512_set1_epi32((1 << bits) - 1), most = _mm512_set1_epi32(last);
+  int64_t i = 0;
+  for (int64_t byte = begin * bits >> 3; i + 16 <= n && byte + 64 <= bytes; i += 16, byte += 2 * bits) {
+    const __m512i window = _mm512_srlv_epi32(_mm512_permutexvar_epi8(order, _mm512_loadu_si512(packed + byte)), shifts);
+    const __m512i code = _mm512_min_epi32(_mm512_and_si512(window, mask), most);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtepi32_epi16(code));
+  }
+  return i;
+}
+#else
+INLINE int64_t read_sixteens(const uint8_t*, int64_t, int, int64_t, int64_t, int, uint16_t*) { return 0; }
+#endif
+
+void read(const uint8_t* packed, int64_t bytes, int bits, int64_t begin, int64_t n, int last, uint16_t* out) {
+  const uint64_t mask = (uint64_t(1) << bits) - 1;
+  int64_t i = 0;
+  if (bits == 8) {
+    for (; i < n; i++) out[i] = packed[begin + i];
+  } else if (bits == 16) {
+    memcpy(out, packed + 2 * begin, 2 * n);
+    i = n;
+  } else {
+    i = read_sixteens(packed, bytes, bits, begin, n, last, out);
+  }
+  // What is left: four codes at a time out of 64 bits, as long as eight bytes may be read, and then one by one.
+  for (; i + 4 <= n; i += 4) {
+    const int64_t bit = (begin + i) * bits, byte = bit >> 3;
+    if (bits > 14 || byte + 8 > bytes) break;  // 4 * 14 + 7 = 63 bits
+    uint64_t window;
+    memcpy(&window, packed + byte, 8);
+    window >>= bit & 7;
+    for (int j = 0; j < 4; j++) out[i + j] = uint16_t(window >> j * bits & mask);
+  }
+  for (; i < n; i++) {
+    const int64_t bit = (begin + i) * bits, byte = bit >> 3;
+    uint32_t window = 0;
+    memcpy(&window, packed + byte, bytes - byte < 4 ? bytes - byte : 4);
+    out[i] = uint16_t(window >> (bit & 7) & mask);
+  }
+  const uint16_t most = uint16_t(last);
+  if (most < mask)
+    for (i = 0; i < n; i++) out[i] = out[i] < most ? out[i] : most;
+}
+
 // D floats at a time; D is known when compiling where it is 2, 4, 8 or 16, else rounded up to sixteen lanes.
 template <int D>
 struct Entry {
@@ -33,9 +88,12 @@ INLINE __m512 four_entries(const uint16_t* code, const float* table) {
   return _mm512_insertf32x8(_mm512_castps256_ps512(a), b, 1);
 }
 INLINE __m512 four_entries(const uint16_t* code, const uint16_t* table) {
-  uint64_t e[4];
-  for (int i = 0; i < 4; i++) memcpy(e + i, table + 4 * int64_t(code[i]), 8);
-  return _mm512_cvtph_ps(_mm256_setr_epi64x(e[0], e[1], e[2], e[3]));
+  auto pair = [&](int i) {
+    double first, second;
+    memcpy(&first, table + 4 * int64_t(code[i]), 8), memcpy(&second, table + 4 * int64_t(code[i + 1]), 8);
+    return _mm_setr_pd(first, second);
+  };
+  return _mm512_cvtph_ps(_mm256_castpd_si256(_mm256_set_m128d(pair(2), pair(0))));
 }
 #endif
 
@@ -56,19 +114,33 @@ INLINE float widened(uint16_t v) {
 #endif
 }
 
-template <typename T>
-INLINE void add_entries(float a, const uint16_t* code, int64_t n, const T* table, float* y) {
+template <int ROWS, typename T>
+INLINE void add_entries(const float* a, const uint16_t* code, int64_t stride, int64_t n, const T* table, float* y) {
   int64_t g = 0;
 #if defined(__AVX512F__)
-  for (; g + 4 <= n; g += 4)
-    _mm512_storeu_ps(y + 4 * g, _mm512_fmadd_ps(_mm512_set1_ps(a), four_entries(code + g, table), _mm512_loadu_ps(y + 4 * g)));
+  for (; g + 4 <= n; g += 4) {
+    __m512 sum = _mm512_loadu_ps(y + 4 * g);
+    for (int r = 0; r < ROWS; r++) sum = _mm512_fmadd_ps(_mm512_set1_ps(a[r]), four_entries(code + r * stride + g, table), sum);
+    _mm512_storeu_ps(y + 4 * g, sum);
+  }
 #endif
   for (; g < n; g++)
-    for (int d = 0; d < 4; d++) y[4 * g + d] = fma(a, widened(table[4 * int64_t(code[g]) + d]), y[4 * g + d]);
+    for (int r = 0; r < ROWS; r++)
+      for (int d = 0; d < 4; d++) y[4 * g + d] = fma(a[r], widened(table[4 * int64_t(code[r * stride + g]) + d]), y[4 * g + d]);
 }
-void add_fours(float a, const uint16_t* code, int64_t n, const float* table, float* y) { add_entries(a, code, n, table, y); }
+template <typename T>
+INLINE void add_all_entries(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const T* table, float* y) {
+  int64_t r = 0;
+  for (; r + 8 <= rows; r += 8) add_entries<8>(a + r, code + r * stride, stride, n, table, y);  // y is loaded and stored less often
+  for (; r < rows; r++) add_entries<1>(a + r, code + r * stride, stride, n, table, y);
+}
+void add_fours(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const float* table, float* y) {
+  add_all_entries(a, rows, code, stride, n, table, y);
+}
 #if defined(__AVX512F__)
-void add_halves(float a, const uint16_t* code, int64_t n, const uint16_t* table, float* y) { add_entries(a, code, n, table, y); }
+void add_halves(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const uint16_t* table, float* y) {
+  add_all_entries(a, rows, code, stride, n, table, y);
+}
 #else
 constexpr auto add_halves = nullptr;
 #endif
@@ -83,11 +155,22 @@ void expand(const uint16_t* code, int64_t n, const float* table, int D, float* o
     for (int d = 0; d < D; d += 16) store(out + g * D + d, load(table + int64_t(code[g]) * D + d));
 }
 
-void add_multiple(float a, const float* x, float* y, int64_t n) {
-  const F factor = all(a);
+template <int ROWS>
+INLINE void add_some_rows(const float* a, const float* x, int64_t stride, float* y, int64_t n) {
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store(y + i, fma(factor, load(x + i), load(y + i)));
-  for (; i < n; i++) y[i] = fma(a, x[i], y[i]);
+  for (; i + 16 <= n; i += 16) {
+    F sum = load(y + i);
+    for (int r = 0; r < ROWS; r++) sum = fma(all(a[r]), load(x + r * stride + i), sum);
+    store(y + i, sum);
+  }
+  for (; i < n; i++)
+    for (int r = 0; r < ROWS; r++) y[i] = fma(a[r], x[r * stride + i], y[i]);
+}
+
+void add_rows(const float* a, int64_t rows, const float* x, int64_t stride, float* y, int64_t n) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) add_some_rows<4>(a + r, x + r * stride, stride, y, n);
+  for (; r < rows; r++) add_some_rows<1>(a + r, x + r * stride, stride, y, n);
 }
 
 template <int D>
@@ -112,40 +195,111 @@ void scatter(const uint16_t* code, int64_t n, const float* x, int D, float* sum)
     for (int d = 0; d < D; d++) sum[int64_t(code[g]) * D + d] += x[g * D + d];
 }
 
-void look_up(const uint8_t* code, int64_t stride, int64_t n, const float* tables, float* y) {
-  for (int64_t o = 0; o < n; o++) y[o] += tables[code[o]] + tables[256 + code[stride + o]];
+// The products of one row of x with 16 centroids.
+INLINE F sixteen_products(const float* by_axis, const float* x, int D) {
+  F sum = all(x[0]) * load(by_axis);
+  for (int d = 1; d < D; d++) sum = fma(all(x[d]), load(by_axis + 256 * d), sum);
+  return sum;
 }
 
 #if defined(__AVX512VBMI__)
 // 64 look-ups in a table of 256 bytes: two permutes of 128 entries each, chosen by the code's top bit.
-INLINE __m512i look_up_64(__m512i code, const void* table) {
-  const __m512i* t = static_cast<const __m512i*>(table);
+INLINE __m512i look_up_64(__m512i code, const uint8_t* table) {
+  const __m512i* t = reinterpret_cast<const __m512i*>(table);
   __m512i first = _mm512_permutex2var_epi8(_mm512_loadu_si512(t), code, _mm512_loadu_si512(t + 1));
   __m512i second = _mm512_permutex2var_epi8(_mm512_loadu_si512(t + 2), code, _mm512_loadu_si512(t + 3));
   return _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), first, second);
 }
 
+constexpr int BLOCK = 4096;  // outputs at a time: their sums stay in the nearest cache
+
+// The codes of outputs i ... i + 63 of `width`; 0 beyond. Those of a later row are asked for meanwhile.
+INLINE __m512i codes_64(const uint8_t* code, int64_t i, int64_t width, int64_t later) {
+  __builtin_prefetch(code + i + later);
+  const __mmask64 there = width - i < 64 ? (uint64_t(1) << (width - i)) - 1 : ~uint64_t(0);
+  return _mm512_maskz_loadu_epi8(there, code + i);
+}
+
+// The floats' first bytes, second bytes, third and fourth: four tables of 256 bytes.
+void tabulate(const float* by_axis, const float* x_GD, int64_t G, int D, uint8_t* tables) {
+  const __m512i by_byte = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+  const __m512i together = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (int64_t g = 0; g < G; g++)
+    for (int k = 0; k < 256; k += 16) {
+      const __m512i product = (__m512i)sixteen_products(by_axis + k, x_GD + g * D, D).p[0];
+      const __m512i bytes = _mm512_permutexvar_epi32(together, _mm512_shuffle_epi8(product, by_byte));
+      alignas(64) uint8_t apart[4][16];
+      _mm512_store_si512(apart, bytes);
+      for (int b = 0; b < 4; b++) memcpy(tables + 1024 * g + 256 * b + k, apart[b], 16);
+    }
+}
+
+// Interleaving the four bytes again permutes the outputs within each 64: `place` says where each ends up.
+void look_up(const uint8_t* code, int64_t stride, int64_t n, int64_t G, const uint8_t* tables, float* y) {
+  for (int64_t o = 0; o < n; o += BLOCK) {
+    const int64_t width = n - o < BLOCK ? n - o : BLOCK;
+    alignas(64) float sums[BLOCK];
+    memset(sums, 0, sizeof sums);
+    for (int64_t g = 0; g < G; g++)
+      for (int64_t i = 0; i < width; i += 64) {
+        const __m512i c = codes_64(code + g * stride + o, i, width, 2 * stride);
+        const uint8_t* t = tables + 1024 * g;
+        const __m512i b0 = look_up_64(c, t), b1 = look_up_64(c, t + 256), b2 = look_up_64(c, t + 512), b3 = look_up_64(c, t + 768);
+        const __m512i low[2] = {_mm512_unpacklo_epi8(b0, b1), _mm512_unpackhi_epi8(b0, b1)};
+        const __m512i high[2] = {_mm512_unpacklo_epi8(b2, b3), _mm512_unpackhi_epi8(b2, b3)};
+        for (int half = 0; half < 2; half++) {
+          float* s = sums + i + 32 * half;
+          const __m512 first = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low[half], high[half]));
+          const __m512 second = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low[half], high[half]));
+          _mm512_store_ps(s, _mm512_add_ps(_mm512_load_ps(s), first));
+          _mm512_store_ps(s + 16, _mm512_add_ps(_mm512_load_ps(s + 16), second));
+        }
+      }
+    for (int64_t i = 0; i < width; i++) {
+      const int64_t place = i / 64 * 64 + i % 16 / 4 * 16 + i % 64 / 16 * 4 + i % 4;
+      y[o + i] = sums[place];
+    }
+  }
+}
+
+float tabulate_short(const float* by_axis, const float* x_GD, int64_t G, int D, uint8_t* tables) {
+  __m512 largest = _mm512_setzero_ps();
+  for (int64_t g = 0; g < G; g++)
+    for (int k = 0; k < 256; k += 16)
+      largest = _mm512_max_ps(largest, _mm512_abs_ps((__m512)sixteen_products(by_axis + k, x_GD + g * D, D).p[0]));
+  const float top = _mm512_reduce_max_ps(largest), scale = top > 1e-30f ? top / 32000 : 1;
+  const __m512 factor = _mm512_set1_ps(1 / scale);
+  for (int64_t g = 0; g < G; g++)  // low bytes, then high bytes
+    for (int k = 0; k < 256; k += 16) {
+      const F product = sixteen_products(by_axis + k, x_GD + g * D, D);
+      const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps((__m512)product.p[0], factor));
+      uint8_t* t = tables + 512 * g + k;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(t), _mm512_cvtepi32_epi8(whole));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(t + 256), _mm512_cvtepi32_epi8(_mm512_srai_epi32(whole, 8)));
+    }
+  if (G % 2) memset(tables + 512 * G, 0, 512);
+  return scale;
+}
+
 // Low bytes (0..255) and high bytes (-128..127) are summed apart, two rows at a time: after interleaving the rows,
 // one multiply-add by ones gives 16-bit sums of both. At most 64 pairs fit before those are added up in 32 bits.
 // Interleaving permutes the outputs within each 16: `place` says where each ends up.
-void look_up_bytes(const uint8_t* code, int64_t stride, int64_t n, int64_t pairs, const uint8_t* low, const int8_t* high,
-                   float scale, float* y) {
+void look_up_short(const uint8_t* code, int64_t stride, int64_t n, int64_t G, const uint8_t* tables, float scale, float* y) {
   const __m512i ones = _mm512_set1_epi8(1);
-  constexpr int BLOCK = 1024;  // outputs at a time: their sums stay in the nearest cache
   for (int64_t o = 0; o < n; o += BLOCK) {
     const int64_t width = n - o < BLOCK ? n - o : BLOCK;
     alignas(64) int16_t sums[2][2][BLOCK / 2];
     alignas(64) int32_t totals[2][BLOCK / 2];
     memset(totals, 0, sizeof totals);
-    for (int64_t start = 0; start < pairs; start += 64) {
-      const int64_t end = start + 64 < pairs ? start + 64 : pairs;
+    for (int64_t start = 0; start < G; start += 128) {
+      const int64_t end = start + 128 < G ? start + 128 : G;
       memset(sums, 0, sizeof sums);
-      for (int64_t p = start; p < end; p++) {
-        const uint8_t *a = code + 2 * p * stride + o, *b = a + stride;
+      for (int64_t g = start; g < end; g += 2) {
+        const uint8_t *a = code + g * stride + o, *b = g + 1 < G ? a + stride : a, *t = tables + 512 * g;
         for (int64_t i = 0; i < width; i += 64) {
-          const __m512i ca = _mm512_loadu_si512(a + i), cb = _mm512_loadu_si512(b + i);
-          const __m512i la = look_up_64(ca, low + 512 * p), lb = look_up_64(cb, low + 512 * p + 256);
-          const __m512i ha = look_up_64(ca, high + 512 * p), hb = look_up_64(cb, high + 512 * p + 256);
+          const __m512i ca = codes_64(a, i, width, 2 * stride), cb = codes_64(b, i, width, 2 * stride);
+          const __m512i la = look_up_64(ca, t), lb = look_up_64(cb, t + 512);
+          const __m512i ha = look_up_64(ca, t + 256), hb = look_up_64(cb, t + 768);
           const __m512i part[2][2] = {{_mm512_maddubs_epi16(_mm512_unpacklo_epi8(la, lb), ones),
                                        _mm512_maddubs_epi16(_mm512_unpackhi_epi8(la, lb), ones)},
                                       {_mm512_maddubs_epi16(ones, _mm512_unpacklo_epi8(ha, hb)),
@@ -163,29 +317,34 @@ void look_up_bytes(const uint8_t* code, int64_t stride, int64_t n, int64_t pairs
     for (int64_t i = 0; i < width; i++) {
       const int half = i % 16 / 8;
       const int64_t place = i / 64 * 32 + i % 64 / 16 * 8 + i % 8;
-      y[o + i] += scale * float(totals[half][place]);
+      y[o + i] = scale * float(totals[half][place]);
     }
   }
 }
-
-float to_bytes(const float* x, int64_t n, uint8_t* low, int8_t* high) {
-  __m512 largest = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
-  const float top = _mm512_reduce_max_ps(largest), scale = top > 1e-30f ? top / 32000 : 1;
-  const __m512 factor = _mm512_set1_ps(1 / scale);
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), factor));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i), _mm512_cvtepi32_epi8(whole));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i), _mm512_cvtepi32_epi8(_mm512_srai_epi32(whole, 8)));
-  }
-  return scale;
-}
 #else
-constexpr auto look_up_bytes = nullptr;
-constexpr auto to_bytes = nullptr;
+void tabulate(const float* by_axis, const float* x_GD, int64_t G, int D, uint8_t* tables) {
+  for (int64_t g = 0; g < G; g++)
+    for (int k = 0; k < 256; k += 16) {
+      const F product = sixteen_products(by_axis + k, x_GD + g * D, D);
+      memcpy(tables + 1024 * g + 4 * k, &product, 64);
+    }
+}
+
+void look_up(const uint8_t* code, int64_t stride, int64_t n, int64_t G, const uint8_t* tables, float* y) {
+  memset(y, 0, 4 * n);
+  for (int64_t g = 0; g < G; g++)
+    for (int64_t o = 0; o < n; o++) {
+      float product;
+      memcpy(&product, tables + 1024 * g + 4 * int64_t(code[g * stride + o]), 4);
+      y[o] += product;
+    }
+}
+constexpr auto tabulate_short = nullptr;
+constexpr auto look_up_short = nullptr;
 #endif
 
 extern const CodebookTiles codebook_table;
-const CodebookTiles codebook_table = {NAME(CLUSCOMP_ISA), expand, add_multiple, add_fours, add_halves, scatter, look_up, look_up_bytes, to_bytes};
+const CodebookTiles codebook_table = {NAME(CLUSCOMP_ISA), read, expand, add_rows, add_fours, add_halves, scatter,
+                                      tabulate, look_up, tabulate_short, look_up_short};
 
 }  // namespace CLUSCOMP_ISA

@@ -4,25 +4,31 @@
 
 struct CodebookTiles {
   const char* name;
-  // out[g * D + d] = table[code[g] * D + d] for n codes. Reads up to 16 floats from every entry and writes up to 16
-  // floats beyond the end: table and out need that slack.
+  // Codes begin ... begin + n - 1 of a packed stream of `bytes` bytes; a code beyond `last` is read as `last`.
+  void (*read)(const uint8_t* packed, int64_t bytes, int bits, int64_t begin, int64_t n, int last, uint16_t* out);
+  // out[g * D + d] = table[code[g] * D + d] for n codes. Unless D is 2, 4 or 8 it reads up to 16 floats from every
+  // entry and writes up to 16 floats beyond the end: table and out need that slack.
   void (*expand)(const uint16_t* code, int64_t n, const float* table, int D, float* out);
-  // y[i] += a * x[i] for n floats.
-  void (*add_multiple)(float a, const float* x, float* y, int64_t n);
-  // y[4 g + d] += a * table[4 * code[g] + d] for n codes; and the same from a table of float16 bits (null where the
-  // machine lacks AVX-512), which is half as large and so nearer to the processor.
-  void (*add_fours)(float a, const uint16_t* code, int64_t n, const float* table, float* y);
-  void (*add_halves)(float a, const uint16_t* code, int64_t n, const uint16_t* table, float* y);
+  // y[i] += a[0] * x[i] + a[1] * x[stride + i] + ... of some rows of n floats, one row after the other.
+  void (*add_rows)(const float* a, int64_t rows, const float* x, int64_t stride, float* y, int64_t n);
+  // y[4 g + d] += a[0] * table[4 * code[g] + d] + a[1] * table[4 * code[stride + g] + d] + ... of some rows of n codes;
+  // and the same from a table of float16 bits (null where the machine lacks AVX-512), which is half as large and so nearer
+  // to the processor.
+  void (*add_fours)(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const float* table, float* y);
+  void (*add_halves)(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const uint16_t* table,
+                     float* y);
   // sum[code[g] * D + d] += x[g * D + d] for n codes.
   void (*scatter)(const uint16_t* code, int64_t n, const float* x, int D, float* sum);
-  // y[o] += table[0][code[o]] + ... for two rows of n byte codes (stride apart) and two tables of 256 floats.
-  void (*look_up)(const uint8_t* code, int64_t stride, int64_t n, const float* tables, float* y);
-  // The same in whole numbers of 16 bits, for `pairs` pairs of rows, adding scale * sum to y; null where the machine
-  // lacks byte permutes (AVX-512 VBMI). low, high: the bytes of the tables, 256 each per row. n a multiple of 64.
-  void (*look_up_bytes)(const uint8_t* code, int64_t stride, int64_t n, int64_t pairs, const uint8_t* low, const int8_t* high,
-                        float scale, float* y);
-  // x[i] = scale * (low[i] + 256 * high[i]), rounded, for n floats (a multiple of 16); returns the scale. Or null.
-  float (*to_bytes)(const float* x, int64_t n, uint8_t* low, int8_t* high);
+  // The products of each of G rows of x_GD with 256 centroids (by_axis: D rows of 256), as `look_up` wants them: 1024
+  // bytes a row.
+  void (*tabulate)(const float* by_axis, const float* x_GD, int64_t G, int D, uint8_t* tables);
+  // y[o] = the sum over G rows of the row's product with centroid code[g * stride + o], for n outputs.
+  void (*look_up)(const uint8_t* code, int64_t stride, int64_t n, int64_t G, const uint8_t* tables, float* y);
+  // The same with products rounded to whole numbers of 16 bits: 512 bytes a row of an even number of rows (one of zeros
+  // may have to be added); `tabulate_short` returns what they are to be multiplied with. Null where the machine lacks
+  // byte permutes (AVX-512 VBMI).
+  float (*tabulate_short)(const float* by_axis, const float* x_GD, int64_t G, int D, uint8_t* tables);
+  void (*look_up_short)(const uint8_t* code, int64_t stride, int64_t n, int64_t G, const uint8_t* tables, float scale, float* y);
 };
 
 const CodebookTiles& codebook_tiles();
