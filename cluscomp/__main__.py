@@ -24,7 +24,7 @@ from cluscomp.steps import rank
 HERE = Path(__file__).parent
 CONF = next(folder for folder in (HERE / "conf", HERE.parent / "conf") if folder.is_dir())
 STAGES = "cluscomp.stages."  # nodes whose _target_ is here are stages
-SHARED = ("method", "data", "bits", "data_root", "debug")  # used by other settings, not by the run itself
+SHARED = ("method", "data", "instructions", "bits", "data_root", "debug")  # used by settings, not by the run itself
 
 
 def main() -> None:
@@ -171,7 +171,7 @@ def _quiet_libraries() -> None:
 
 
 def show(outcome: Outcome) -> None:
-    """Print a run's table, if anything was measured, what the models made of the prompt, and where everything lies."""
+    """Print a run's table, if something was measured, what models made of the prompt, and where everything lies."""
     from cluscomp.tables import stage_table
 
     if outcome.record.scores:

@@ -8,7 +8,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -49,15 +49,6 @@ class Examples(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-def codebooks(model: nn.Module) -> dict[str, Parameter]:
-    """The parameters of the stored weights by name: codebooks, never codes."""
-    return {
-        f"{name}.stored.{key}": parameter
-        for name, layer in compressed(model).items()
-        for key, parameter in layer.stored.named_parameters()
-    }
-
-
 def norms(model: nn.Module) -> dict[str, Parameter]:
     """The weights of norms by name: what is called `weight` and is a vector."""
     return {
@@ -65,6 +56,85 @@ def norms(model: nn.Module) -> dict[str, Parameter]:
         for name, parameter in model.named_parameters()
         if parameter.ndim == 1 and name.endswith(".weight")
     }
+
+
+class Trained:
+    """What is trained of a model: the codebooks of stored weights, and other parameters by their name in the model.
+
+    Between `start` and `finish` they are copies that may change, float32 ones with `masters`: stored weights cast
+    theirs to what they compute in by themselves, other modules by parametrisation. `restore` puts all back.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, codebooks: bool, others: dict[str, Parameter], masters: bool = True
+    ) -> None:
+        self._model, self._others, self._masters = model, others, masters
+        self._weights = [cast(Weight, layer.stored) for layer in compressed(model).values()] if codebooks else []
+        self._states = [weight.state_dict() for weight in self._weights]
+        self._data = {name: parameter.data for name, parameter in others.items()}
+        self._cast = [name for name, data in self._data.items() if masters and data.dtype != torch.float32]
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """All that is trained: the same objects before, during and after."""
+        return [*(part for weight in self._weights for part in weight.parameters()), *self._others.values()]
+
+    def start(self) -> None:
+        """Make the copies."""
+        for weight in self._weights:
+            weight.loosen()
+        for name in self._cast:
+            module, attribute = self._place(name)
+            parametrize.register_parametrization(module, attribute, _Cast(self._data[name].dtype), unsafe=True)
+        for name, parameter in self._others.items():
+            data = self._data[name]
+            parameter.data = data.to(torch.float32 if self._masters else data.dtype, copy=True)
+            parameter.requires_grad_(True)
+
+    def finish(self) -> str | None:
+        """Round what was trained to what it is stored in, 16 bits or a codebook's own storage.
+
+        Returns what is wrong, if a number is not finite or does not fit; then `restore` must follow.
+        """
+        self._end()
+        for name, parameter in self._others.items():
+            dtype = self._data[name].dtype
+            parameter.data = parameter.data.to(dtype if dtype.itemsize == 2 else torch.float16).to(dtype)
+        try:
+            for weight in self._weights:
+                weight.settle()
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def restore(self) -> None:
+        """Put back what was there at first."""
+        for weight, state in zip(self._weights, self._states):
+            weight.restore(state)
+        for name, parameter in self._others.items():
+            parameter.data = self._data[name]
+
+    def _end(self) -> None:
+        for name, parameter in self._others.items():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            if name in self._cast:
+                module, attribute = self._place(name)
+                parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+                module._parameters[attribute] = parameter
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        place, _, attribute = name.rpartition(".")
+        return self._model.get_submodule(place), attribute
+
+
+class _Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, master: Tensor) -> Tensor:
+        return master.to(self.dtype)
 
 
 class Objective(nn.Module):
@@ -77,7 +147,7 @@ class Objective(nn.Module):
     accepts_loss_kwargs = True  # Trainer hands over `num_items_in_batch`, the labels of a whole step
 
     def __init__(
-        self, model: PreTrainedModel, trained: Iterable[Parameter], *, cross_entropy: float, kl: float, ids_BT: Tensor
+        self, model: PreTrainedModel, trained: list[Parameter], *, cross_entropy: float, kl: float, ids_BT: Tensor
     ) -> None:
         super().__init__()
         self.trained = nn.ParameterList(trained)
@@ -157,7 +227,7 @@ def held_out_loss(objective: Objective, examples: Examples, batch_size: int, dev
 
 def train_whole(
     model: PreTrainedModel,
-    trained: dict[str, Parameter],
+    trained: Trained,
     objective: Objective,
     train: Examples,
     held_out: Examples,
@@ -168,31 +238,30 @@ def train_whole(
     folder: Path,
     seed: int,
 ) -> dict[str, Any]:
-    """Minimise the objective over `trained` with AdamW; `train` holds the examples of all steps in their order.
+    """Minimise the objective with AdamW; `train` holds the examples of all steps in their order, `tokens` in all.
 
-    Vectors (norms) are not decayed. What is trained is rounded to what it is stored in before the held-out loss is
-    taken. If a loss is not finite, or the held-out loss ends no lower than it began, all goes back to the start and the
-    learning rate is halved, at most twice; then the start is kept. Returns losses, steps and what was decided.
+    Vectors (norms) are not decayed. The held-out loss is taken before and after, then of what is stored. If a loss is
+    not finite, or the held-out loss ends no lower than it began, all goes back to the start and the learning rate is
+    halved, at most twice; then the start is kept. Returns losses, steps and what was decided.
     """
     steps = len(train) // settings.of_a_step
     device = model.device
     PartialState(cpu=device.type == "cpu")
-    stored = _Stored(model, trained)
     before = held_out_loss(objective, held_out, settings.batch_size, device)
     attempts = (read_sealed(folder / "attempts.json") or {"attempts": []})["attempts"]
     while len(attempts) < ATTEMPTS and not (attempts and attempts[-1]["kept"]):
         lr = settings.lr / 2 ** len(attempts)
         place = folder / f"attempt-{len(attempts)}"
-        with _masters(model, trained):
-            watch = _Watch(name, tokens / steps)
-            losses = _fit(
-                model, trained, objective, train, settings, watch, steps=steps, lr=lr, folder=place, seed=seed
-            )
-        finite = math.isfinite(losses[-1])
-        reason = stored.settle() if finite else f"the loss of step {len(losses)} was not finite"
-        after = math.nan if reason else held_out_loss(objective, held_out, settings.batch_size, device)
-        if reason is None and not after < before:
-            reason = f"the held-out loss ended at {after:.4f}"
+        watch = _Watch(name, tokens / steps)
+        trained.start()
+        losses = _fit(model, trained, objective, train, settings, watch, steps=steps, lr=lr, folder=place, seed=seed)
+        reason, after = trained.finish(), math.nan
+        if not math.isfinite(losses[-1]):
+            reason = f"the loss of step {len(losses)} was not finite"
+        elif reason is None:
+            after = held_out_loss(objective, held_out, settings.batch_size, device)
+            if not after < before:
+                reason = f"the held-out loss ended at {after:.4f}"
         curve = [loss if math.isfinite(loss) else None for loss in losses]
         attempts.append(
             {
@@ -208,7 +277,7 @@ def train_whole(
         )
         if reason is not None:
             log.warning("%s  lr %.2e: %s, it began at %.4f; back to the start", name, lr, reason, before)
-            stored.restore()
+            trained.restore()
             if PartialState().is_main_process:
                 write_sealed(folder / "attempts.json", {"attempts": attempts})
     last = attempts[-1]
@@ -216,7 +285,7 @@ def train_whole(
         log.warning("%s  no learning rate helped: the model stays as it was", name)
     return {
         "steps": steps,
-        "trained_parameters": sum(parameter.numel() for parameter in trained.values()),
+        "trained_parameters": sum(parameter.numel() for parameter in trained.parameters),
         "loss_first": last["loss_first"],
         "loss_last": last["loss_last"],
         "held_out_before": before,
@@ -228,7 +297,7 @@ def train_whole(
 
 def _fit(
     model: PreTrainedModel,
-    trained: dict[str, Parameter],
+    trained: Trained,
     objective: Objective,
     train: Examples,
     settings: Steps,
@@ -264,8 +333,8 @@ def _fit(
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # never nn.DataParallel
     groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in trained.values() if parameter.ndim > 1]},
-        {"params": [parameter for parameter in trained.values() if parameter.ndim <= 1], "weight_decay": 0.0},
+        {"params": [parameter for parameter in trained.parameters if parameter.ndim > 1]},
+        {"params": [parameter for parameter in trained.parameters if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=lr, weight_decay=settings.weight_decay
@@ -374,43 +443,6 @@ class _Stored:
             weight.restore(state)
         for parameter, first in zip(self.vectors, self.initial):
             parameter.data = first
-
-
-@contextmanager
-def _masters(model: nn.Module, trained: dict[str, Parameter]) -> Iterator[None]:
-    """Train in float32 what is stored in fewer bits; stored weights cast themselves, the rest by parametrisation."""
-    vectors = {key: parameter for key, parameter in trained.items() if STORED not in key}
-    dtypes = {key: parameter.dtype for key, parameter in vectors.items()}
-    casts = [key for key, dtype in dtypes.items() if dtype != torch.float32]
-    for weight in _weights(model, trained):
-        weight.loosen()
-    for key in casts:
-        place, _, attribute = key.rpartition(".")
-        parametrize.register_parametrization(model.get_submodule(place), attribute, _Cast(dtypes[key]), unsafe=True)
-    for parameter in vectors.values():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in trained.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        for key in casts:
-            place, _, attribute = key.rpartition(".")
-            module = model.get_submodule(place)
-            master = module.parametrizations[attribute].original  # type: ignore[index, union-attr]
-            parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
-            module._parameters[attribute] = master
-
-
-class _Cast(nn.Module):
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, master: Tensor) -> Tensor:
-        return master.to(self.dtype)
 
 
 @contextmanager

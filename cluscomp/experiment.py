@@ -322,7 +322,7 @@ def settings(experiment: Experiment) -> dict[str, Any]:
 def _key_settings(stage: Any) -> dict[str, Any]:
     """What of a stage's settings decides its result: a text counts by its hash (`inputs()`), not by where it lies."""
     values = {key: value for key, value in asdict(stage).items() if key not in stage.idle()}
-    return values | ({"data": values["data"]["name"]} if "data" in values else {})
+    return values | {part: values[part]["name"] for part in ("data", "instructions") if part in values}
 
 
 def _keep_alone(folder: Path, *names: str) -> None:

@@ -32,6 +32,10 @@ class Steps:
         """Examples of one step."""
         return self.batch_size * self.accumulation
 
+    def idle(self) -> set[str]:
+        """How often the state is written changes no result."""
+        return {"save_every"}
+
     def check_processes(self, stage: str) -> None:
         """Raise InputError if a batch cannot be shared out evenly among the processes."""
         if self.batch_size % processes():

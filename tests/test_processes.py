@@ -51,6 +51,10 @@ TUNED = [
 ORDERS = {  # stages, and what makes them take some tenths of a second a block
     "cluster,block_finetune": [*TUNED, "block_finetune.epochs=8"],
 }
+PARTS = {  # what a killed stage keeps as it goes, and how many of these a whole one makes
+    "cluster": ("block-*", BLOCKS),
+    "block_finetune": ("block-*", BLOCKS),
+}
 # of the settings that touch what is kept for a killed run
 VARIANTS = [
     [],
@@ -72,6 +76,7 @@ class Forks:
         return int(self.process.stdout.readline())
 
     def start(self, log: Path, *arguments: str) -> int:
+        log.touch()
         return self._ask(log=str(log), arguments=list(arguments))
 
     def wait(self, pid: int) -> int:
@@ -87,7 +92,7 @@ class Forks:
 def forks():
     found = Forks()
     yield found
-    found.process.stdin.close()
+    found.process.kill()
     found.process.wait()
 
 
@@ -151,23 +156,24 @@ def test_two_processes_at_once_do_the_work_once(forks, arguments, undisturbed, t
 
 
 def test_who_waits_takes_over_when_the_holder_is_killed(forks, arguments, undisturbed, tmp_path):
-    order, outputs = "cluster,block_finetune", tmp_path / "outputs"
-    holder = forks.start(tmp_path / "first", *arguments(outputs, order))
+    order, outputs, slow = "cluster,block_finetune", tmp_path / "outputs", "block_finetune.epochs=20"
+    holder = forks.start(tmp_path / "first", *arguments(outputs, order, slow))
     until(lambda: bool(list(outputs.glob("block_finetune-*/streams.json"))))
-    waiting = forks.start(tmp_path / "second", *arguments(outputs, order))
+    waiting = forks.start(tmp_path / "second", *arguments(outputs, order, slow))
     until(lambda: f"block_finetune  waits for process {holder} on " in (tmp_path / "second").read_text())
     forks.kill(holder)
     assert forks.wait(waiting) == 0, (tmp_path / "second").read_text()
     assert "blocks were done before" in (tmp_path / "second").read_text()
-    assert hashes(outputs) == undisturbed(order)
+    assert hashes(outputs) == undisturbed(order, slow)
 
 
-def blocks_done(outputs: Path, stages: list[str]) -> int:
-    """Blocks of all stages that a run would not do again."""
+def parts_done(outputs: Path, stages: list[str]) -> int:
+    """Parts of all stages that a run would not do again."""
     done = 0
     for stage in stages:
+        pattern, parts = PARTS[stage]
         finished = list(outputs.glob(f"{stage}-*/metrics.json"))
-        done += BLOCKS if finished else len(list(outputs.glob(f"{stage}-*/block-*")))
+        done += parts if finished else len(list(outputs.glob(f"{stage}-*/{pattern}")))
     return done
 
 
@@ -175,18 +181,18 @@ def blocks_done(outputs: Path, stages: list[str]) -> int:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("more", VARIANTS, ids=["plain", "all"])
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(forks, arguments, undisturbed, tmp_path, order, more):
-    """Each kill comes within a block's time (0.1 to 0.3 seconds) after some block is done or the work began."""
+    """Each kill comes within a block's time (0.1 to 0.3 seconds) after some part is done or the work began."""
     outputs, log, rng = tmp_path / "outputs", tmp_path / "log", random.Random(f"{order} {more}")
     stages, places = order.split(","), set()
-    total = BLOCKS * len(stages)
+    total = sum(PARTS[stage][1] for stage in stages)
     for target in sorted(rng.randrange(total - 1) for _ in range(KILLS)):
         pid = forks.start(log, *arguments(outputs, order, *more))
         until(lambda: bool(list(outputs.glob("*/lock"))))
-        until(partial(lambda least: blocks_done(outputs, stages) >= least, target))
+        until(partial(lambda least: parts_done(outputs, stages) >= least, target))
         time.sleep(rng.uniform(0, rng.choice([0.02, 0.1, 0.3])))
         forks.kill(pid)
-        places.add(blocks_done(outputs, stages))
-    assert len(places) > 2 and min(places) < BLOCKS < max(places)  # in both stages
+        places.add(parts_done(outputs, stages))
+    assert len(places) > 2 and min(places) < PARTS[stages[0]][1] < max(places)  # in the first stage and later
     assert forks.wait(forks.start(log, *arguments(outputs, order, *more))) == 0, log.read_text()
     assert hashes(outputs) == undisturbed(order, *more)
     assert not [

@@ -22,7 +22,7 @@ from cluscomp import checkpoint, data
 from cluscomp.__main__ import CONF, build
 from cluscomp.blocks import Walk
 from cluscomp.data import Text, split
-from cluscomp.end_to_end import IGNORED, Objective, _rematerialised_blocks, codebooks, padded, train_whole
+from cluscomp.end_to_end import IGNORED, Objective, Trained, _rematerialised_blocks, padded, train_whole
 from cluscomp.errors import InputError
 from cluscomp.experiment import Outcome, run
 from cluscomp.models import Original, block_names, blocks, compressed, linears
@@ -253,11 +253,10 @@ def test_the_loss_and_its_gradient_are_those_of_transformers(family, ids, monkey
     """Also where logits are more than the head (Gemma 2), with the tokens cut into small parts, and rematerialised."""
     monkeypatch.setattr("cluscomp.end_to_end.LOGITS", 257 * 5)
     model = with_codebooks(family)
-    books = codebooks(model)
-    for parameter in books.values():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-    objective = Objective(model, books.values(), cross_entropy=1, kl=0, ids_BT=ids)
+    trained = Trained(model, codebooks=True, others={})
+    trained.start()
+    books = {name: layer.stored.codebooks for name, layer in compressed(model).items()}
+    objective = Objective(model, trained.parameters, cross_entropy=1, kl=0, ids_BT=ids)
     assert len(books) == len(list(objective.parameters())) == len(compressed(model))
     assert bool(objective._head) != ("gemma2" in model.config.model_type)
     model(ids, labels=ids).loss.backward()
@@ -281,12 +280,10 @@ def test_the_loss_and_its_gradient_are_those_of_transformers(family, ids, monkey
 def test_only_the_inputs_of_blocks_are_kept_for_the_backward_pass(families):
     """Of a model whose dense weights are far larger than its activations."""
     model = with_codebooks(families("llama", hidden_size=128, intermediate_size=256, tie_word_embeddings=True))
-    books = codebooks(model)
-    for parameter in books.values():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
+    trained = Trained(model, codebooks=True, others={})
+    trained.start()
     ids_BT = torch.randint(1, 257, (1, 8), generator=torch.Generator().manual_seed(1))
-    objective = Objective(model, books.values(), cross_entropy=1, kl=0, ids_BT=ids_BT)
+    objective = Objective(model, trained.parameters, cross_entropy=1, kl=0, ids_BT=ids_BT)
     own = {tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
 
@@ -329,7 +326,7 @@ def test_a_learning_rate_that_diverges_is_halved_twice_and_then_the_start_is_kep
 
 
 class Hill(torch.nn.Module):
-    """(x - 1)^2: the first step of Adam is as long as the learning rate."""
+    """Mean (x - 1)^2: the first step of Adam is as long as the learning rate."""
 
     accepts_loss_kwargs = True
 
@@ -338,23 +335,25 @@ class Hill(torch.nn.Module):
         self.x = x
 
     def forward(self, input_ids, labels, num_items_in_batch):
-        return {"loss": (self.x - 1).square().sum() * (labels != IGNORED).sum() / num_items_in_batch}
+        return {"loss": (self.x - 1).square().mean() * (labels != IGNORED).sum() / num_items_in_batch}
 
 
 def test_a_halved_learning_rate_may_succeed(ground, tiny_folder, tmp_path):
     """From 0 a step of 2.5 ends further from 1 than it began, one of 1.25 nearer."""
-    x = torch.nn.Parameter(torch.zeros(1, 1, dtype=torch.float16), requires_grad=False)
+    model = with_codebooks(tiny_folder)
+    x = model.model.norm.weight
+    x.data.zero_()
     examples = [{key: value[0] for key, value in example(torch.ones(1, 4, dtype=torch.long)).items()}] * 8
     settings = built(ground, "recover.lr=2.5", "recover.warmup=0", "recover.schedule=constant").stages["recover"]
+    trained = Trained(model, codebooks=False, others={"model.norm.weight": x})
     numbers = train_whole(
-        with_codebooks(tiny_folder), {"hill.stored.x": x}, Hill(x), examples, examples[:1], settings,
-        tokens=32, name="hill", folder=tmp_path, seed=0,
-    )  # fmt: skip
+        model, trained, Hill(x), examples, examples[:1], settings, tokens=32, name="hill", folder=tmp_path, seed=0
+    )
     assert [attempt["lr"] for attempt in numbers["attempts"]] == [2.5, 1.25]
     assert [attempt["kept"] for attempt in numbers["attempts"]] == [False, True]
     assert numbers["attempts"][0]["held_out"] == pytest.approx(1.5**2)
     assert numbers["held_out_before"] == 1 and numbers["held_out_after"] == pytest.approx(0.25**2)
-    assert x.dtype == torch.float16 and float(x) == pytest.approx(1.25) and not x.requires_grad
+    assert model.model.norm.weight is x and x.tolist() == pytest.approx([1.25] * len(x)) and not x.requires_grad
 
 
 def test_what_cannot_work_is_refused(ground, monkeypatch):

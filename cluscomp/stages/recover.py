@@ -57,8 +57,8 @@ class Recover(Steps):
         return {"calibration": self.data.text("calibration").sha256}
 
     def idle(self) -> set[str]:
-        """How often the state is written changes no result."""
-        return {"save_every"}
+        """How often the state is written, and how much is kept of a teacher that is not asked."""
+        return {"save_every"} if "kl" in self.loss else {"save_every", "teacher_top"}
 
     def check(self, original: "Original") -> None:
         """Cut the windows. Raises InputError if the text is too short or a window longer than the model takes."""
@@ -82,13 +82,13 @@ class Recover(Steps):
         """
         import torch
 
-        from cluscomp.end_to_end import Objective, codebooks, norms, train_whole
+        from cluscomp.end_to_end import Objective, Trained, norms, train_whole
 
         train, held_out = self._windows(job.original, job.seed)
         teacher = self._teacher(job, torch.cat([train, held_out])) if "kl" in self.loss else None
-        trained = codebooks(model) | (norms(model) if self.norms else {})
+        trained = Trained(model, codebooks=True, others=norms(model) if self.norms else {})
         objective = Objective(
-            model, trained.values(), cross_entropy="ce" in self.loss, kl="kl" in self.loss, ids_BT=held_out[:1]
+            model, trained.parameters, cross_entropy="ce" in self.loss, kl="kl" in self.loss, ids_BT=held_out[:1]
         )
         found = train_whole(
             model,
