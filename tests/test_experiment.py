@@ -81,17 +81,17 @@ def settings_of(*overrides: str) -> Experiment:
 
 
 TINY_TUNED = ["model=tiny", *TUNED, "method.vector_dim=4", "method.codebook_size=32"]
-STAGES = settings_of(*TINY_TUNED).stages
+EXPERIMENT = settings_of(*TINY_TUNED)
 FIELDS = [
-    *(("cluster", "method", field.name) for field in fields(STAGES["cluster"].method)),
-    *(("block_finetune", None, field.name) for field in fields(STAGES["block_finetune"])),
+    *(("cluster", "method", field.name) for field in fields(EXPERIMENT.stages["cluster"].method)),
+    *(("block_finetune", None, field.name) for field in fields(EXPERIMENT.stages["block_finetune"])),
 ]
 
 
 @pytest.mark.parametrize(("stage", "part", "field"), FIELDS)
 def test_every_setting_that_decides_the_result_makes_another_key(stage, part, field):
     """So no state of other settings is ever used again. Where streams lie decides nothing."""
-    experiment = settings_of(*TINY_TUNED)
+    experiment = EXPERIMENT
     settings = experiment.stages[stage] if part is None else getattr(experiment.stages[stage], part)
     if field == "data":
         changes = {"data": settings_of(*TINY_TUNED, "data=text", f"data.file={__file__}").stages[stage].data}
