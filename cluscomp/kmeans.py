@@ -38,13 +38,13 @@ def kmeans(
 ) -> Clustering:
     """Cluster points: (N, D) float32, bfloat16 or float16 -> centroids (K, D), codes (N,).
 
-    Works on the CPU's cores, whichever device the points are on, and gives the centroids and codes back on it. Depends
-    on points, recipe and the generator's seed alone, not on the number of threads. Raises ValueError for K outside
-    2..N and for points that are not finite.
+    Works on the points' device where that is the CPU or CUDA, else on the CPU's cores, and gives the centroids and
+    codes back on it. Depends on points, recipe, the generator's seed and the kind of device alone, not on the number
+    of threads. Raises ValueError for K outside 2..N and for points that are not finite.
     """
     if not 2 <= num_centroids <= len(points_ND):
         raise ValueError(f"{num_centroids} centroids for {len(points_ND)} sub-vectors: need 2 to as many as there are")
     seed = int(torch.randint(1 << 62, (), generator=generator))
-    found = lloyd(points_ND.cpu(), num_centroids, seed=seed, **asdict(recipe))
+    found = lloyd(points_ND if points_ND.is_cuda else points_ND.cpu(), num_centroids, seed=seed, **asdict(recipe))
     device = points_ND.device
     return Clustering(found.centroids_KD.to(device), found.codes_N.to(device), found.inertia[-1])

@@ -326,9 +326,9 @@ def assign_reference(points_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tup
         for d in range(1, points_ND.shape[1]):
             torch.sub(some_PD[:, d : d + 1].float(), centroids_KD[:, d], out=difference_PK)
             distance_PK.addcmul_(difference_PK, difference_PK)
-        least_P, code_P = distance_PK.min(dim=1)
-        codes.append(code_P.int())
-        distances.append(least_P)
+        code_P1 = distance_PK.argmin(1, keepdim=True)  # on every device the first of equals
+        codes.append(code_P1[:, 0].int())
+        distances.append(distance_PK.gather(1, code_P1)[:, 0])
     return torch.cat(codes), torch.cat(distances)
 
 
@@ -458,6 +458,7 @@ def lloyd_reference(
 
 
 def refill_as_faiss(c_KD: torch.Tensor, count_K: torch.Tensor, random: np.random.Generator) -> None:
+    """Gives each empty cluster, in place, over half of one drawn with probability ~ its points less one."""
     chance_K = (count_K - 1).clamp(min=0).double().numpy()
     up_D = 1 + (1 - 2 * (torch.arange(c_KD.shape[1]) % 2)) / 1024
     for k in (count_K == 0).nonzero().flatten().tolist():
@@ -469,6 +470,7 @@ def refill_as_faiss(c_KD: torch.Tensor, count_K: torch.Tensor, random: np.random
 
 
 def move_to_worst(c_KD: torch.Tensor, count_K: torch.Tensor, mass_K: torch.Tensor, variance_KD: torch.Tensor) -> None:
+    """Gives the centroids of empty clusters, in place, to the worst ones, which are cut in two (native/lloyd.cpp)."""
     cost_K = mass_K * variance_KD.sum(1)
     empty = (count_K == 0).nonzero().flatten().tolist()[: len(c_KD) // 2]
     for k, worst in zip(empty, cost_K.argsort(descending=True, stable=True).tolist(), strict=False):

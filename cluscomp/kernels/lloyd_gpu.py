@@ -1,9 +1,9 @@
 """K-means on a GPU: the loop and the start of native/lloyd.cpp and native/kd.cpp in torch, many clusters at a time.
 
-Works on any device: on CUDA by the kernels of lloyd_triton.py (torch for CUDA on Linux brings Triton along), elsewhere
-and for D above theirs by plain torch in pieces. Points are kept sorted by cluster, and sums are float64 in a fixed order,
-so the same machine gives the same bits every time; another device may round sums differently. Arguments are those of
-`kernels.lloyd.lloyd`, already checked.
+Works on any device: on CUDA by the kernels of lloyd_triton.py (torch for CUDA on Linux brings Triton along),
+elsewhere, and for D above theirs, by plain torch in pieces. Points are kept sorted by cluster, and sums are float64 in
+a fixed order, so the same machine gives the same bits every time; another device may round sums differently.
+Arguments are those of `kernels.lloyd.lloyd`, already checked.
 """
 
 import math

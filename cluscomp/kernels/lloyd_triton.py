@@ -1,13 +1,12 @@
 """Exact nearest centroids and sums of clusters on a GPU, in Triton.
 
-A distance here is what it is everywhere in these kernels: the float32 sum of squared differences, coordinate by
-coordinate, and the lowest number wins a tie. Four kernels look at fewer distances, or at cheaper ones:
+A distance here is the float32 sum of squared differences, added coordinate by coordinate with fused multiply-adds (the
+same bits in every kernel below), and the lowest number wins a tie. Of the kernels that search
 
 * `_screen` ranks all centroids by one tensor core product, in tiles, keeps the best tile of each point and says
-  whether that tile is proven to hold the nearest centroid (below it is shown why); there remains one maximum an
-  element, which is what such a search costs on a GPU.
-* `_least_tile` finds that tile by all distances: for few centroids, and for the points `_screen` is not sure of.
-* `_within_tile` takes the nearest centroid of the tile found, by distances.
+  whether that tile is proven to hold the nearest centroid (shown below); what remains is one maximum an element;
+* `_least_tile` finds that tile by all distances: for few centroids, and for the points `_screen` is not sure of;
+* `_within_tile` takes the nearest centroid of the tile found, by distances;
 * `_by_boxes` starts from the present centroid of each point and leaves out every tile whose bounding box lies farther
   from the box of the points at hand than all of these points' best distances. Few tiles remain where D is small, the
   points lie sorted by cluster and the centroids in spatial order. (A list of sorted neighbours for each centroid
@@ -27,12 +26,14 @@ alpha = (D + 4) 2^-11.
 Let j have the largest computed score, M, and k be the nearest centroid by float32 distances, which are off by a part
 gamma <= (D + 2) 2^-24 < eta / 12. Then d_k^2 <= (1 + 3 gamma) d_j^2 in real numbers, so s_k >= s_j - 1.5 gamma d_j^2,
 and the computed score of k is at least M - eta (B_k + B_j) - 2 alpha - 1.5 gamma d_j^2. As |c| <= |x| + d,
-B <= 2.5 |x|^2 + 1.5 d^2; and d_j^2 <= q = |x|^2 (1 + 6 eta) - 2 M + 2 alpha, up to a part 4 eta. So k's tile has a score
-of at least M - delta, delta = eta (5 |x|^2 + 4 q) + 2 alpha. Where only one tile has such a score, it is k's.
+B <= 2.5 |x|^2 + 1.5 d^2; and d_j^2 <= q = |x|^2 (1 + 6 eta) - 2 M + 2 alpha, up to a part 4 eta. So k's tile has a
+score of at least M - delta, delta = eta (5 |x|^2 + 4 q) + 2 alpha. Where only one tile has such a score, it is k's.
 
 Why `_by_boxes` is exact: the squared distance of two boxes is no larger than that of any point of the one to any of the
 other; both are off by less than a part 1e-5 in float32, so a tile at more than 1.0001 of the best distance is out.
 """
+
+import math
 
 import torch
 import triton
@@ -52,7 +53,7 @@ def _squares(points, row_N, inside_N, centroids, at, columns, D: tl.constexpr, B
     for d in tl.static_range(D):
         x_N = tl.load(points + row_N * D + d, mask=inside_N, other=0).to(tl.float32)
         difference = x_N[:, None] - tl.load(centroids + d * columns + at)
-        total += difference * difference
+        total = tl.fma(difference, difference, total)
     return total
 
 
@@ -122,7 +123,9 @@ def _screen(
 @triton.jit
 def _gap(lower, upper, low_D, high_D, d, D: tl.constexpr):
     """Squared distance of a box in memory to the one at hand."""
-    apart_D = tl.maximum(tl.load(lower + d, mask=d < D, other=0) - high_D, low_D - tl.load(upper + d, mask=d < D, other=0))
+    apart_D = tl.maximum(
+        tl.load(lower + d, mask=d < D, other=0) - high_D, low_D - tl.load(upper + d, mask=d < D, other=0)
+    )
     apart_D = tl.where(d < D, tl.maximum(apart_D, 0.0), 0.0)
     return tl.sum(apart_D * apart_D)
 
@@ -140,7 +143,7 @@ def _by_boxes(
     for i in tl.static_range(D):
         x_N = tl.load(points + row_N * D + i, mask=inside_N, other=0).to(tl.float32)
         difference_N = x_N - tl.load(centroids + i * columns + code_N)
-        best_N += difference_N * difference_N
+        best_N = tl.fma(difference_N, difference_N, best_N)
     worst = tl.max(tl.where(inside_N, best_N, 0.0)) * 1.0001
     d = tl.arange(0, WIDTH)
     within = inside_N[:, None] & (d < D)[None, :]
@@ -199,9 +202,10 @@ def assign(points_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[torch.T
         if len(doubtful_n):
             tile_N[doubtful_n] = _least_tiles(points_ND[doubtful_n], table_DK)
     codes_N, distances_N = _results(points_ND)
-    _within_tile[(triton.cdiv(N, 32),)](
-        points_ND, N, table_DK, table_DK.shape[1], tile_N, codes_N, distances_N, points_ND.shape[1], 32, TILE
-    )
+    with torch.cuda.device_of(points_ND):
+        _within_tile[(triton.cdiv(N, 32),)](
+            points_ND, N, table_DK, table_DK.shape[1], tile_N, codes_N, distances_N, points_ND.shape[1], 32, TILE
+        )
     return codes_N, distances_N
 
 
@@ -215,10 +219,11 @@ def assign_near(
     filled_KD = centroids_KD[torch.arange(table_DK.shape[1], device=centroids_KD.device).clamp(max=K - 1)]
     leaves, groups = filled_KD.view(-1, LEAF, D), filled_KD.view(-1, LEAF * LEAF, D)
     codes_N, distances_N = _results(points_ND)
-    _by_boxes[(triton.cdiv(N, 32),)](
-        points_ND, present_N, N, table_DK, table_DK.shape[1], leaves.amin(1), leaves.amax(1), groups.amin(1),
-        groups.amax(1), codes_N, distances_N, D, triton.next_power_of_2(D), 32, LEAF, num_warps=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(points_ND):
+        _by_boxes[(triton.cdiv(N, 32),)](
+            points_ND, present_N, N, table_DK, table_DK.shape[1], leaves.amin(1), leaves.amax(1), groups.amin(1),
+            groups.amax(1), codes_N, distances_N, D, triton.next_power_of_2(D), 32, LEAF, num_warps=1,
+        )  # fmt: skip
     return codes_N, distances_N
 
 
@@ -229,7 +234,8 @@ def moments(sorted_ND: torch.Tensor, weights_N: torch.Tensor | None, begin_K: to
     """
     K, D = len(begin_K) - 1, sorted_ND.shape[1]
     out = torch.empty(K, 1 + 2 * D, dtype=torch.float64, device=sorted_ND.device)
-    _moments[(K, D)](sorted_ND, weights_N, begin_K, out, D, weights_N is not None, 128, num_warps=1)
+    with torch.cuda.device_of(sorted_ND):
+        _moments[(K, D)](sorted_ND, weights_N, begin_K, out, D, weights_N is not None, 128, num_warps=1)
     return out
 
 
@@ -237,9 +243,10 @@ def screen(points_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[torch.T
     """The likely tile of each point's nearest centroid (int32), and 1 where it is proven (int8); see above."""
     (N, D), device = points_ND.shape, points_ND.device
     S = triton.next_power_of_2(max(3 * D + 3, 16))
-    largest = max(float(t.aminmax()[i].abs()) for t in (points_ND, centroids_KD) for i in (0, 1))
-    exponent = int(torch.frexp(torch.tensor(largest, dtype=torch.float64)).exponent)  # largest < 2^exponent
-    scale = 2.0 ** min(12 - exponent, 50)  # at most 2^50: so squares too small for float32 stay below alpha
+    largest = max(float(torch.linalg.vector_norm(rows, math.inf)) for rows in (points_ND, centroids_KD))
+    scale = 2.0 ** min(
+        12 - math.frexp(largest)[1], 50
+    )  # at most 2^50: so squares too small for float32 stay below alpha
     c_KD = centroids_KD * scale
     high_KD = c_KD.half()
     rest_K = c_KD.double().square().sum(1) / 2**14
@@ -253,14 +260,18 @@ def screen(points_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[torch.T
     rows_KS[: len(c_KD), 3 * D : 3 * D + 3] = -torch.stack(halves, dim=1)
     tile_N = torch.empty(N, dtype=torch.int32, device=device)
     sure_N = torch.empty(N, dtype=torch.int8, device=device)
-    _screen[(triton.cdiv(N, 128),)](points_ND, N, scale, rows_KS, len(rows_KS) // TILE, tile_N, sure_N, D, S, 128, TILE)
+    with torch.cuda.device_of(points_ND):
+        _screen[(triton.cdiv(N, 128),)](
+            points_ND, N, scale, rows_KS, len(rows_KS) // TILE, tile_N, sure_N, D, S, 128, TILE
+        )
     return tile_N, sure_N
 
 
 def _least_tiles(points_ND: torch.Tensor, table_DK: torch.Tensor) -> torch.Tensor:
     N, D = points_ND.shape
     tile_N = torch.empty(N, dtype=torch.int32, device=points_ND.device)
-    _least_tile[(triton.cdiv(N, 64),)](points_ND, N, table_DK, table_DK.shape[1], tile_N, D, 64, TILE)
+    with torch.cuda.device_of(points_ND):
+        _least_tile[(triton.cdiv(N, 64),)](points_ND, N, table_DK, table_DK.shape[1], tile_N, D, 64, TILE)
     return tile_N
 
 
