@@ -1,4 +1,4 @@
-"""K-means and codebook kernels of GPUs: on one where there is one, else in Triton's interpreter, on the CPU (conftest)."""
+"""The kernels for GPUs: on one where there is one, else on the CPU in Triton's interpreter (set up in conftest)."""
 
 import os
 import subprocess
@@ -11,8 +11,9 @@ from reference.lloyd import distances
 from test_codebook_kernels import LAYERS, layer
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from cluscomp.kernels import codebook, codebook_triton, lloyd_gpu, lloyd_triton
-from cluscomp.kernels.lloyd import BEST, REFERENCE, assign_reference, kd_reference, lloyd, lloyd_reference
+from cluscomp.kernels import codebook_triton, lloyd_gpu, lloyd_triton
+from cluscomp.kernels.lloyd import BEST, REFERENCE, assign, assign_reference, kd_reference, lloyd, lloyd_reference
+from cluscomp.kernels.loading import runs_triton
 from cluscomp.kmeans import Recipe, kmeans
 from cluscomp.weights import CodebookWeight, CompressedLinear
 
@@ -63,35 +64,34 @@ def way(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("D", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16])
-@pytest.mark.parametrize("K", [2, 65, 300])
+@pytest.mark.parametrize("K,D", [(2, 1), (65, 1), (2, 4), (65, 9)] + [(300, D) for D in (*range(1, 10), 16)])
 def test_every_point_gets_its_nearest_centroid(K, D):
-    x = points(129, D)
+    x = points(33, D)
     c = points(K, D, seed=1)
     c = c[lloyd_gpu.spatial_order(c)]
     assert_nearest(x, c, *lloyd_triton.assign(x, c))
     assert_nearest(x, c, *near(x, c))
 
 
-@pytest.mark.parametrize("D", [1, 4, 9, 32])
+@pytest.mark.parametrize("D", [1, 4, 17])
 def test_ties_go_to_the_lowest_number(D):
-    x, c = grid(100, D, 2), grid(700, D, 2, seed=1)
-    c = torch.cat([c, c[:333]])  # equal ones in other tiles
+    x, c = grid(40, D, 2), grid(200, D, 2, seed=1)
+    c = torch.cat([c, c[:99]])  # equal ones in other tiles
     expected = first_nearest(x, c)
     np.testing.assert_array_equal(lloyd_triton.assign(x, c)[0].cpu(), expected)
-    np.testing.assert_array_equal(near(x[:40], c, sort=False)[0].cpu(), expected[:40])
+    np.testing.assert_array_equal(near(x[:20], c, sort=False)[0].cpu(), expected[:20])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_points_are_as_their_float32_values(dtype):
-    x, c = points(70, 3).to(dtype), points(1100, 3, seed=1)
-    for search in (lloyd_triton.assign, near):
-        assert all(torch.equal(*pair) for pair in zip(search(x, c), search(x.float(), c)))
+    x, c = points(20, 3).to(dtype), points(1030, 3, seed=1)
+    for search, few in ((lloyd_triton.assign, c), (near, c[:200])):
+        assert all(torch.equal(*pair) for pair in zip(search(x, few), search(x.float(), few)))
 
 
 def hard(kind, D=4):
     """Points and centroids that halves cannot tell apart, or cannot hold."""
-    x, c = points(130, D), points(1100, D, seed=1)
+    x, c = points(130, D), points(1030, D, seed=1)
     if kind == "far from zero":
         return x / 64 + 1000, c / 64 + 1000
     if kind == "huge and tiny":
@@ -119,7 +119,7 @@ def test_the_screen_claims_no_more_than_it_knows(kind):
         assert not codes.any()
 
 
-@pytest.mark.parametrize("D", [1, 2, 4, 9, 20])
+@pytest.mark.parametrize("D", [2, 4, 9, 20])
 def test_the_screen_is_sure_of_ordinary_points(D):
     x, c = points(256, D), points(4096 if D == 4 else 1500, D, seed=1)
     expected, _ = assign_reference(x, c)
@@ -130,8 +130,8 @@ def test_the_screen_is_sure_of_ordinary_points(D):
 
 @pytest.mark.parametrize("shift", [0.0, 100.0])
 def test_boxes_are_exact_from_any_start(shift):
-    x, c = points(70, 3) + shift, points(600, 3, seed=1) + shift
-    anything = torch.randint(0, 600, (70,), generator=torch.Generator().manual_seed(0), dtype=torch.int32).to(DEVICE)
+    x, c = points(33, 3) + shift, points(300, 3, seed=1) + shift
+    anything = torch.randint(0, 300, (33,), generator=torch.Generator().manual_seed(0), dtype=torch.int32).to(DEVICE)
     codes, found = lloyd_triton.assign_near(x, c, anything)
     assert_nearest(x, c, codes, found)
 
@@ -160,13 +160,13 @@ def test_spatial_order_is_an_order_and_spatial(K):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("N,K,D", [(3, 3, 2), (400, 37, 3), (900, 20, 9), (300, 290, 2)])
+@pytest.mark.parametrize("N,K,D", [(3, 3, 2), (150, 11, 3), (900, 50, 9), (300, 290, 2)])
 def test_kd_is_the_plain_one(N, K, D, weighted, way):
-    if way == "triton" and K > 40:
+    if way == "triton" and K > 11:
         pytest.skip("slow in the interpreter")
     x = points(N, D)
     w = points(N, 1, seed=2).abs().flatten() if weighted else None
-    for seed in (0, 2**64 - 1):
+    for seed in (2**64 - 1,) if way == "triton" else (0, 1, 2**64 - 1):
         c, codes, rows = lloyd_gpu.kd(x, K, w, seed)
         expected = kd_reference(x.cpu(), K, None if w is None else w.cpu(), seed)
         torch.testing.assert_close(c.cpu(), expected, rtol=1e-6, atol=1e-6)
@@ -189,12 +189,13 @@ def test_kd_gives_equal_points_and_points_without_weight_to_one_piece(way):
         assert len(codes.unique()) == 3
 
 
-CASES = [(600, 40, 4, False), (500, 30, 2, True), (300, 17, 9, False)]
-
-
 @pytest.mark.parametrize("recipe", ["best", "reference", "given"])
-@pytest.mark.parametrize("N,K,D,weighted", CASES)
+@pytest.mark.parametrize(
+    "N,K,D,weighted", [(90, 6, 3, False), (90, 7, 2, True), (600, 40, 4, True), (500, 30, 9, False)]
+)
 def test_the_loop_follows_the_plain_one(N, K, D, weighted, recipe, way):
+    if way == "triton" and K > 10:
+        pytest.skip("slow in the interpreter")
     x = points(N, D)
     w = points(N, 1, seed=2).abs().flatten() if weighted else None
     kw = {"best": BEST, "reference": REFERENCE, "given": {"over_relaxation": 1.5, "move_centroids": False}}[recipe]
@@ -214,40 +215,38 @@ def test_the_loop_follows_the_plain_one(N, K, D, weighted, recipe, way):
 
 def test_the_loop_takes_the_boxes_and_stays_exact(way, monkeypatch):
     monkeypatch.setattr(lloyd_gpu, "NEAR_K", 20)
-    x = points(500, 3).bfloat16()
+    x = points(90, 2).bfloat16()
     seen = []
-    found = [lloyd_gpu.lloyd(x, 60, None, 5, 1.9, True, 0, None, lambda *a: seen.append(a)) for _ in range(2)]
-    assert torch.equal(found[0].codes_N, found[1].codes_N)
-    assert torch.equal(found[0].centroids_KD, found[1].centroids_KD) and found[0].inertia == found[1].inertia
-    assert seen == 2 * list(enumerate(found[0].inertia))
-    expected = lloyd_reference(x.cpu(), 60, None, 5, 1.9, True, 0, None)
-    assert found[0].inertia[-1] == pytest.approx(expected.inertia[-1], rel=1e-2)
-    np.testing.assert_array_equal(found[0].codes_N.cpu(), assign_reference(x, found[0].centroids_KD)[0].cpu())
+    found = lloyd_gpu.lloyd(x, 20, x[:20].float(), 3, 1.9, True, 0, None, lambda *told: seen.append(told))
+    assert seen == list(enumerate(found.inertia))
+    expected = lloyd_reference(x.cpu(), 20, x[:20].float().cpu(), 3, 1.9, True, 0, None)
+    assert found.inertia == pytest.approx(expected.inertia, rel=1e-3)
+    np.testing.assert_array_equal(found.codes_N.cpu(), assign_reference(x, found.centroids_KD)[0].cpu())
 
 
 @pytest.mark.parametrize("recipe", [BEST, REFERENCE], ids=["best", "reference"])
 def test_fewer_distinct_points_than_centroids_leave_no_error(recipe, way):
-    x = points(7, 3).repeat(30, 1)
-    rest = (8, recipe["over_relaxation"], recipe["move_centroids"], 0, None, None)
-    first = None if recipe is BEST else x[:20].clone()  # some are equal: their clusters are empty
-    found = lloyd_gpu.lloyd(x, 20, first, *rest)
+    x = points(7, 2).repeat(9, 1)
+    rest = (6, recipe["over_relaxation"], recipe["move_centroids"], 0, None, None)
+    first = None if recipe is BEST else x[:12].clone()  # some are equal: their clusters are empty
+    found = lloyd_gpu.lloyd(x, 12, first, *rest)
     assert found.inertia[-1] < 1e-8 * float(x.square().sum())
     assert torch.isfinite(found.centroids_KD).all()
 
 
 def test_empty_clusters_are_filled(way):
-    x = points(400, 2)
-    first = torch.cat([x[:5], torch.full((15, 2), 1e6, device=DEVICE)])
+    x = points(100, 2)
+    first = torch.cat([x[:3], torch.full((5, 2), 1e6, device=DEVICE)])
     for moves in (False, True):
-        found = lloyd_gpu.lloyd(x, 20, first, 12, 1.0, moves, 0, None, None)
-        assert len(found.codes_N.unique()) == 20
+        found = lloyd_gpu.lloyd(x, 8, first, 8, 1.0, moves, 0, None, None)
+        assert len(found.codes_N.unique()) == 8
         assert found.inertia[-1] < 0.5 * found.inertia[0]
 
 
 # ---- codebook layers ----
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("I,O,K,D", LAYERS)
 def test_decode_is_indexing(I, O, K, D, dtype):
     codes, centroids, bits, packed = layer(I, O, K, D)
@@ -256,7 +255,10 @@ def test_decode_is_indexing(I, O, K, D, dtype):
     assert found.dtype == dtype and torch.equal(found.cpu(), expected)
 
 
-@pytest.mark.parametrize("B,dtype", [(1, torch.float32), (7, torch.float32), (3, torch.float16), (16, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "B,dtype",
+    [(1, torch.float32), (16, torch.float16), pytest.param(7, torch.bfloat16, marks=on_a_gpu)],  # no interpreted dot
+)
 @pytest.mark.parametrize("I,O,K,D", [*LAYERS, (300, 66, 17, 5)])
 def test_multiply_is_the_matrix_product(I, O, K, D, B, dtype):
     codes, centroids, bits, packed = layer(I, O, K, D)
@@ -273,7 +275,7 @@ def test_gradient_is_the_sum_over_all_places(I, O, K, D, dtype):
     grad = torch.randn(I, O, generator=torch.Generator().manual_seed(I)).to(dtype)
     padded = torch.nn.functional.pad(grad.double(), (0, codes.shape[1] * D - O)).reshape(-1, D)
     expected = torch.zeros(K, D, dtype=torch.float64).index_add_(0, codes.flatten(), padded)
-    for given in (grad, grad.T.contiguous().T):
+    for given in (grad, grad.T.contiguous().T):  # as backward hands it over, the weight being a transpose
         found = codebook_triton.gradient(given.to(DEVICE), packed.to(DEVICE), bits, K, D)
         torch.testing.assert_close(found.cpu(), expected.float(), rtol=2e-6, atol=1e-7)
 
@@ -310,18 +312,18 @@ TYPES = dict(
     out="*bf16", x="*bf16", parts="*fp32", grad="*bf16", sums="*i64", leaf_low="*fp32", leaf_high="*fp32",
     group_low="*fp32", group_high="*fp32",
 )
-SIZES = dict(D=3, S=16, WIDTH=4, LEAF=16, WEIGHTED=True, BATCH=16, ROWS=32, COLUMNS=64, BLOCK=32, TILE=64)
+SIZES = dict(D=2, S=16, WIDTH=2, LEAF=16, WEIGHTED=True, BATCH=16, ROWS=32, COLUMNS=64, BLOCK=32, TILE=64)
 for module in (lloyd_triton, codebook_triton):
-    for name in ("_least_tile", "_within_tile", "_screen", "_by_boxes", "_moments", "_decode", "_multiply", "_gradient"):
-        if not hasattr(module, name):
+    kernels = {name: kernel for name, kernel in vars(module).items() if isinstance(kernel, triton.JITFunction)}
+    for name, kernel in kernels.items():
+        if name in ("_squares", "_gap", "_entries"):  # called by the others
             continue
-        kernel = getattr(module, name)
         sizes = {n: SIZES[n] for n in kernel.arg_names if n in SIZES}
         types = TYPES | ({"scale": "*fp64"} if name == "_gradient" else {})
         signature = {n: "constexpr" if n in sizes else types.get(n, "i32") for n in kernel.arg_names}
         constants = {(kernel.arg_names.index(n),): value for n, value in sizes.items()}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
+        assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
         print(name)
 """
 
@@ -356,10 +358,7 @@ def test_bad_points_on_a_gpu_are_refused_in_a_sentence():
     with pytest.raises(ValueError, match=r"\[31, 2\]"):
         lloyd(x, 5)
     with pytest.raises(ValueError, match="must agree"):
-        codebook_free = points(4, 3).cpu()
-        from cluscomp.kernels.lloyd import assign
-
-        assign(x, codebook_free)
+        assign(points(9, 3), points(4, 3).cpu())
 
 
 @on_a_gpu
@@ -380,4 +379,4 @@ def test_a_compressed_layer_on_a_gpu_is_that_on_the_cpu(axis, dtype):
         results.append([t.float().cpu() for t in (y, few, one.stored.codebooks.grad)])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * float(a.abs().max()))
-    assert codebook.runs_triton(x)
+    assert runs_triton(x)
