@@ -15,7 +15,7 @@ from cluscomp.kernels.lloyd import Clustering, Progress, assign_reference, move_
 from cluscomp.kernels.loading import runs_triton
 
 LEAF = 16  # centroids whose order does not matter
-NEAR_D, NEAR_K = 6, 512  # up to this D and from this K on, boxes leave out most centroids; to be measured
+NEAR_K = {1: 4096, 2: 4096, 3: 4096, 4: 4096, 5: 32768, 6: 32768}  # from these on boxes pay; by counting operations
 DITHER = 0.05  # of a cut, in standard deviations (native/kd.cpp)
 
 
@@ -169,7 +169,7 @@ def _assign_near(
     points_ND: torch.Tensor, c_KD: torch.Tensor, code_N: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`assign`, from the present codes of sorted points where there are any and where that is faster."""
-    if code_N is not None and points_ND.shape[1] <= NEAR_D and len(c_KD) >= NEAR_K and _by_triton(points_ND):
+    if code_N is not None and len(c_KD) >= NEAR_K.get(points_ND.shape[1], math.inf) and _by_triton(points_ND):
         from cluscomp.kernels import lloyd_triton
 
         return lloyd_triton.assign_near(points_ND, c_KD, code_N)
