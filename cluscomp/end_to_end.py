@@ -35,7 +35,6 @@ ATTEMPTS = 3  # the learning rate as given, halved, halved again
 LINES = 50  # of progress in the log
 WHOLE = "whole.json"  # hashes of a Trainer checkpoint's files, written last
 LOGITS = 2**24  # numbers in the logits that are in memory at once
-STORED = ".stored."  # in the name of a stored weight's parameter
 IGNORED = -100  # label of a token whose prediction does not count
 
 Example = dict[str, Tensor]  # input_ids (T,), labels (T,): the next token or -100, and top, top_log (T, K) of a teacher
@@ -408,41 +407,6 @@ def _last_whole(folder: Path) -> Path | None:
         if PartialState().is_main_process:
             shutil.rmtree(path, ignore_errors=True)
     return None
-
-
-def _weights(model: nn.Module, trained: Iterable[str]) -> list[Weight]:
-    """The stored weights that parameters of these names belong to."""
-    owners = {key.partition(STORED)[0] for key in trained if STORED in key}
-    return [cast(Weight, layer.stored) for name, layer in compressed(model).items() if name in owners]
-
-
-class _Stored:
-    """What is trained, as it was stored at the start, and the way back to that or to what training made of it."""
-
-    def __init__(self, model: nn.Module, trained: dict[str, Parameter]) -> None:
-        self.weights = _weights(model, trained)
-        self.states = [weight.state_dict() for weight in self.weights]
-        self.vectors = [parameter for key, parameter in trained.items() if STORED not in key]
-        self.initial = [parameter.data for parameter in self.vectors]
-
-    def settle(self) -> str | None:
-        """Round everything to what it is stored in; why that cannot be, or None."""
-        try:
-            for weight in self.weights:
-                weight.settle()
-        except ValueError as error:
-            return str(error)
-        for parameter, first in zip(self.vectors, self.initial):
-            narrow = first.dtype if first.itemsize == 2 else torch.float16
-            parameter.data = parameter.data.to(narrow).to(first.dtype)
-        return None
-
-    def restore(self) -> None:
-        """Go back to the start."""
-        for weight, state in zip(self.weights, self.states):
-            weight.restore(state)
-        for parameter, first in zip(self.vectors, self.initial):
-            parameter.data = first
 
 
 @contextmanager
