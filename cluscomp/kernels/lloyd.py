@@ -458,7 +458,7 @@ def lloyd_reference(
 
 
 def refill_as_faiss(c_KD: torch.Tensor, count_K: torch.Tensor, random: np.random.Generator) -> None:
-    """Gives each empty cluster, in place, over half of one drawn with probability ~ its points less one."""
+    """Gives each empty cluster, in c_KD itself, half of one drawn with probability ~ count_K - 1."""
     chance_K = (count_K - 1).clamp(min=0).double().numpy()
     up_D = 1 + (1 - 2 * (torch.arange(c_KD.shape[1]) % 2)) / 1024
     for k in (count_K == 0).nonzero().flatten().tolist():
@@ -470,7 +470,7 @@ def refill_as_faiss(c_KD: torch.Tensor, count_K: torch.Tensor, random: np.random
 
 
 def move_to_worst(c_KD: torch.Tensor, count_K: torch.Tensor, mass_K: torch.Tensor, variance_KD: torch.Tensor) -> None:
-    """Gives the centroids of empty clusters, in place, to the worst ones, which are cut in two (native/lloyd.cpp)."""
+    """Gives the centroids of empty clusters, in c_KD itself, to the worst ones, cut in two as in native/lloyd.cpp."""
     cost_K = mass_K * variance_KD.sum(1)
     empty = (count_K == 0).nonzero().flatten().tolist()[: len(c_KD) // 2]
     for k, worst in zip(empty, cost_K.argsort(descending=True, stable=True).tolist(), strict=False):

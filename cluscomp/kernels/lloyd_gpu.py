@@ -122,7 +122,7 @@ def kd(
         if not bool(cut_P.any()):
             break
         low_N |= ~cut_P[piece_N]
-        order_N = (2 * piece_N + ~low_N).argsort(stable=True)
+        order_N = (2 * piece_N + ~low_N).int().argsort(stable=True)
         points_ND, row_N = points_ND[order_N], row_N[order_N]
         weights_N = None if weights_N is None else weights_N[order_N]
         low_P = _count(low_N, begin_P)
