@@ -69,11 +69,33 @@ class Walk:
                 raise InputError(f"{name}: its arguments depend on the tokens, so blocks cannot be walked one by one")
         return hidden_BTH
 
-    def apply(self, index: int, block: nn.Module, hidden_BTH: Float[Tensor, "B T H"]) -> Float[Tensor, "B T H"]:
+    def apply(
+        self, index: int, block: Callable[..., Any], hidden_BTH: Float[Tensor, "B T H"]
+    ) -> Float[Tensor, "B T H"]:
         """Run `block` as block `index`: (B, T, H) -> (B, T, H); windows of this shape were embedded before."""
         arguments = self._arguments[hidden_BTH.shape[:2]][index]
         output = block(hidden_BTH, *arguments.args, **arguments.kwargs)
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def observe(
+        self, index: int, block: nn.Module, hidden_BTH: Float[Tensor, "B T H"], layers: list[str]
+    ) -> tuple[Float[Tensor, "B T H"], dict[str, Tensor]]:
+        """`apply`, and what enters the named layers of the block: (B, T, H) and (..., I) by name.
+
+        Layers with one input (query, key, value) get the same tensor.
+        """
+        entering: dict[str, Tensor] = {}
+
+        def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda _module, args: entering.update({name: args[0]})
+
+        handles = [block.get_submodule(name).register_forward_pre_hook(note(name)) for name in layers]
+        try:
+            return self.apply(index, block, hidden_BTH), entering
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @torch.no_grad()
     def logits(self, hidden_BTH: Float[Tensor, "B T H"], ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T vocabulary"]:

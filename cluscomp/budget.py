@@ -1,18 +1,19 @@
 """Bits: the ledger of a whole model, and the choice of codebook sizes that meets a bit target."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cluscomp import adapters
 from cluscomp.kernels.codes import MAX_CODE_BITS, code_bits, packed_bytes
 from cluscomp.kmeans import Recipe, kmeans
 from cluscomp.models import compressed, unique_tensors
-from cluscomp.weights import STORAGE_DTYPE, Axis, lines_of, num_sub_vectors, storage_dtype, sub_vectors
+from cluscomp.weights import Axis, Storage, codebook_bits, lines_of, num_sub_vectors, storage_dtype, sub_vectors
 
-CODEBOOK_BITS = torch.finfo(STORAGE_DTYPE).bits
 MAX_VECTOR_DIM = 16
 SHORTLIST = 4  # candidates whose error is measured
 SAMPLE = 32_768  # sub-vectors of a measurement, or 16 a centroid if that is more
@@ -24,7 +25,8 @@ class Size:
     """Bits of a model as stored. Per-weight figures divide by the number of dense weights they cover.
 
     `linear_bits_per_weight` covers the compressed matrices alone (what papers quote; paper Equation 3),
-    `model_bits_per_weight` every parameter of the model. `ledger` holds bits by part; `kept` is what is not compressed.
+    `model_bits_per_weight` every parameter of the model (of adapters the bits, not the number). `ledger` holds bits by
+    part: `kept` is what is not compressed, `adapters` what LoRA adds.
     """
 
     linear_bits_per_weight: float
@@ -33,10 +35,8 @@ class Size:
 
 
 def size_of(model: nn.Module) -> Size:
-    """Count every stored bit of a model in memory, tied tensors once. Raises ValueError if nothing is compressed."""
+    """Count every stored bit of a model in memory, tied tensors once; both figures agree if nothing is compressed."""
     layers = compressed(model)
-    if not layers:
-        raise ValueError("no layer of the model is compressed")
     ledger: dict[str, int] = {}
     for layer in layers.values():
         for part, bits in layer.stored.ledger().items():  # type: ignore[operator]
@@ -44,10 +44,14 @@ def size_of(model: nn.Module) -> Size:
     weights = sum(layer.out_features * layer.in_features for layer in layers.values())
     linear_bits = sum(ledger.values())
     inside = tuple(f"{name}.stored." for name in layers)
-    kept = [tensor for name, tensor in unique_tensors(model).items() if not name.startswith(inside)]
+    others = {name: tensor for name, tensor in unique_tensors(model).items() if not name.startswith(inside)}
+    kept = [tensor for name, tensor in others.items() if adapters.MARK not in name]
+    added = [tensor for name, tensor in others.items() if adapters.MARK in name]
     ledger["kept"] = sum(tensor.numel() * storage_dtype(tensor).itemsize * 8 for tensor in kept)
-    total = weights + sum(tensor.numel() for tensor in kept)
-    return Size(linear_bits / weights, sum(ledger.values()) / total, ledger)
+    if added:
+        ledger["adapters"] = sum(tensor.numel() * storage_dtype(tensor).itemsize * 8 for tensor in added)
+    per_weight = sum(ledger.values()) / (weights + sum(tensor.numel() for tensor in kept))
+    return Size(linear_bits / weights if layers else per_weight, per_weight, ledger)
 
 
 @dataclass(frozen=True)
@@ -59,36 +63,42 @@ class Shape:
     bits: float
 
 
-def stored_bits(out_features: int, in_features: int, axis: Axis, vector_dim: int, codebook_size: int) -> float:
+def stored_bits(
+    out_features: int, in_features: int, axis: Axis, vector_dim: int, codebook_size: int, storage: Storage = "float16"
+) -> float:
     """Stored bits per weight of one matrix with one codebook: paper Equation 3 with packed codes and padding.
 
-    (ceil(log2 K) * codes + 16 * K * D) / (O * I), the codes being those of padded lines, in whole groups of 8.
+    (ceil(log2 K) * codes + 16 * K * D) / (O * I), the codes being those of padded lines, in whole groups of 8; with a
+    codebook of 8 bits 8 * K * D + 32 in the place of 16 * K * D.
     """
     num_vectors = num_sub_vectors(out_features, in_features, vector_dim, axis)
     codes = packed_bytes(num_vectors, code_bits(codebook_size)) * 8
-    return (codes + CODEBOOK_BITS * codebook_size * vector_dim) / (out_features * in_features)
+    return (codes + codebook_bits(codebook_size, vector_dim, storage)) / (out_features * in_features)
 
 
-def reachable(out_features: int, in_features: int, axis: Axis, bits: float) -> list[Shape]:
+def reachable(
+    out_features: int, in_features: int, axis: Axis, bits: float, storage: Storage = "float16"
+) -> list[Shape]:
     """For each D the largest K whose stored bits per weight stay at or under `bits`.
 
     With D fixed more centroids never fit worse, so nothing else needs to be considered. K never exceeds the number
     of sub-vectors or 65,536. Raises ValueError, with the bits that are within reach, if no codebook fits.
     """
     _, length = lines_of(out_features, in_features, axis)
+    fixed, each = codebook_bits(0, 1, storage), codebook_bits(1, 1, storage) - codebook_bits(0, 1, storage)
     dims = range(1, min(MAX_VECTOR_DIM, length) + 1)
     shapes = []
     for vector_dim in dims:
         num_vectors = num_sub_vectors(out_features, in_features, vector_dim, axis)
         for width in range(MAX_CODE_BITS, 0, -1):
-            budget = bits * out_features * in_features - packed_bytes(num_vectors, width) * 8
-            size = min(int(budget // (CODEBOOK_BITS * vector_dim)), 1 << width, num_vectors)
+            budget = bits * out_features * in_features - packed_bytes(num_vectors, width) * 8 - fixed
+            size = min(int(budget // (each * vector_dim)), 1 << width, num_vectors)
             if size >= 2 and code_bits(size) == width:
-                actual = stored_bits(out_features, in_features, axis, vector_dim, size)
+                actual = stored_bits(out_features, in_features, axis, vector_dim, size, storage)
                 shapes.append(Shape(vector_dim, size, actual))
                 break
     if not shapes:
-        least, dim = min((stored_bits(out_features, in_features, axis, dim, 2), dim) for dim in dims)
+        least, dim = min((stored_bits(out_features, in_features, axis, dim, 2, storage), dim) for dim in dims)
         raise ValueError(
             f"bits={bits} is out of reach for a {out_features} x {in_features} matrix: "
             f"the least is {least:.3f}, with vector_dim={dim} and codebook_size=2"
@@ -107,35 +117,47 @@ def expected_bits(shape: Shape) -> float:
 
 
 def measured_error(
-    weight_OI: Float[Tensor, "O I"], shape: Shape, axis: Axis, recipe: Recipe, generator: torch.Generator
+    weight_OI: Float[Tensor, "O I"],
+    shape: Shape,
+    axis: Axis,
+    recipe: Recipe,
+    generator: torch.Generator,
+    weights_N: Callable[[int], Float[Tensor, " N"] | None] = lambda _dim: None,
 ) -> float:
     """Squared error per weight that clustering with (D, K) will leave, from a short K-means on a sample of sub-vectors.
 
     Fewer points per centroid than the whole matrix has make the sample's own error too small; the factor
     (1 - K/N) / (1 - K/n) corrects that to first order. A test compares the outcome with full clustering.
+    `weights_N(D)` gives the importance of each sub-vector of that length, (N,); then the error is weighted by it.
     """
     points_ND = sub_vectors(weight_OI, shape.vector_dim, axis)
+    importance_N = weights_N(shape.vector_dim)
     total = len(points_ND)
     sample = min(total, max(SAMPLE, 16 * shape.codebook_size))
     if sample < total:
-        points_ND = points_ND[torch.randperm(total, generator=generator)[:sample].to(points_ND.device)]
+        rows_n = torch.randperm(total, generator=generator)[:sample].to(points_ND.device)
+        points_ND = points_ND[rows_n]
+        importance_N = None if importance_N is None else importance_N[rows_n]
     short = replace(recipe, iterations=min(MEASURE_ITERATIONS, recipe.iterations))
-    found = kmeans(points_ND, shape.codebook_size, short, generator)
+    found = kmeans(points_ND, shape.codebook_size, short, generator, importance_N)
     bias = 1 - shape.codebook_size / sample
     correction = (1 - shape.codebook_size / total) / bias if bias else 1.0
     return found.inertia / points_ND.numel() * correction
 
 
 def choose(
-    weight_OI: Float[Tensor, "O I"], bits: float, axis: Axis, recipe: Recipe, generator: torch.Generator
+    weight_OI: Float[Tensor, "O I"],
+    shapes: list[Shape],
+    axis: Axis,
+    recipe: Recipe,
+    generator: torch.Generator,
+    weights_N: Callable[[int], Float[Tensor, " N"] | None] = lambda _dim: None,
 ) -> Shape:
-    """The (D, K) of least measured error whose stored bits per weight stay at or under `bits`.
+    """The (D, K) of least measured error (see `measured_error`) among the best by `expected_bits`.
 
-    Shapes: (O, I) finite. Raises ValueError as `reachable` does.
+    Shapes: (O, I) finite; `shapes` as `reachable` gives them.
     """
-    out_features, in_features = weight_OI.shape
-    shapes = reachable(out_features, in_features, axis, bits)
     shortlist = sorted(shapes, key=expected_bits, reverse=True)[:SHORTLIST]
     if len(shortlist) == 1:
         return shortlist[0]
-    return min(shortlist, key=lambda shape: measured_error(weight_OI, shape, axis, recipe, generator))
+    return min(shortlist, key=lambda shape: measured_error(weight_OI, shape, axis, recipe, generator, weights_N))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from cluscomp import adapters
 from cluscomp.errors import InputError
 from cluscomp.files import file_hash, new_file, new_folder
-from cluscomp.models import compressed, unique_tensors
+from cluscomp.models import compressed, place, unique_tensors
 from cluscomp.records import to_json
 from cluscomp.weights import CodebookWeight, CompressedLinear, storage_dtype
 
@@ -38,15 +40,21 @@ WEIGHTS = {"codebook": CodebookWeight}  # the stored forms by their name in conf
 
 @register_quantization_config("cluscomp")
 class CompressedConfig(QuantizationConfigMixin):
-    """The `quantization_config` of config.json: for each compressed layer the kind and shapes of its stored weight."""
+    """The `quantization_config` of config.json: for each compressed layer the kind and shapes of its stored weight.
 
-    def __init__(self, weights: dict[str, dict[str, Any]], format: int = FORMAT, **_unused: Any) -> None:
+    `adapter` says that LoRA adapters lie in that folder inside the checkpoint.
+    """
+
+    def __init__(
+        self, weights: dict[str, dict[str, Any]], format: int = FORMAT, adapter: str | None = None, **_unused: Any
+    ) -> None:
         """Raises ValueError for a format version this code does not know."""
         if format != FORMAT:
             raise ValueError(f"quantization_config.format {format}: this version reads {FORMAT}")
         self.quant_method = "cluscomp"  # type: ignore[assignment]
         self.format = format
         self.weights = weights
+        self.adapter = adapter
 
 
 @register_quantizer("cluscomp")
@@ -64,6 +72,7 @@ class CompressedQuantizer(HfQuantizer):
             with torch.device("meta"):
                 layer = CompressedLinear(build(spec), dense.bias, torch.get_default_dtype())  # type: ignore[arg-type]
             model.set_submodule(name, layer)
+        self.folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         if checkpoint_files:  # transformers fills in what is missing: never for codes and codebooks
             expected = {f"{name}.{key}" for name, layer in compressed(model).items() for key in layer.state_dict()}
             missing = sorted(expected.difference(*map(_tensor_names, checkpoint_files)))
@@ -72,6 +81,8 @@ class CompressedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
         check_codes(model)
+        if self.quantization_config.adapter is not None and self.folder is not None:
+            adapters.read(model, self.folder / self.quantization_config.adapter)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -117,7 +128,7 @@ def specs(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Kind and shapes of every stored weight of a model by layer name, as config.json holds them."""
     names = {kind: name for name, kind in WEIGHTS.items()}
     return {
-        name: {"kind": names[type(layer.stored)]} | layer.stored.spec()  # type: ignore[index, operator]
+        name.removesuffix(adapters.BASE): {"kind": names[type(layer.stored)]} | layer.stored.spec()  # type: ignore[index, operator]
         for name, layer in compressed(model).items()
     }
 
@@ -129,7 +140,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     keeps the dtype the model computes in: loading it back gives the same logits, bit by bit. Raises OSError if the
     disk is full or the place cannot be written.
     """
-    config = CompressedConfig(specs(model))
+    adapted = bool(adapters.parameters(model))
+    config = CompressedConfig(specs(model), adapter=adapters.FOLDER if adapted else None)
     model.config.quantization_config = config
     model.hf_quantizer = CompressedQuantizer(config)  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]
@@ -140,14 +152,19 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
             raise OSError(f"{folder}: the checkpoint needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f}")
         model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(unfinished)
-        hashes = {path.name: file_hash(path) for path in sorted(unfinished.iterdir())}
+        if adapted:
+            adapters.write(model, unfinished / adapters.FOLDER)
+        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+        hashes = {path.relative_to(unfinished).as_posix(): file_hash(path) for path in files}
         (unfinished / MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": hashes}, indent=1) + "\n")
 
 
 def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a model or block as they are written: tied ones once, in their storage dtype."""
+    """The tensors of a model or block as they are written: tied ones once, in their storage dtype, without adapters."""
     return {
-        name: tensor.detach().to(storage_dtype(tensor)).contiguous() for name, tensor in unique_tensors(model).items()
+        name.replace(f"{adapters.BASE}.", "."): tensor.detach().to(storage_dtype(tensor)).contiguous()
+        for name, tensor in unique_tensors(model).items()
+        if adapters.MARK not in name
     }
 
 
@@ -169,20 +186,27 @@ def load(folder: Path, dtype: torch.dtype | None = None, device: torch.device | 
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise InputError(f"{folder}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]} and others")
-    if not compressed(model):
-        raise InputError(f"{folder}: no compressed layer in this model")
+    if not isinstance(getattr(model.config, "quantization_config", None), CompressedConfig):
+        raise InputError(f"{folder}: this is no model of cluscomp")
     return model if device is None else model.to(device)  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class Part:
+    """What `save_part` wrote of a block: its compressed layers, its other tensors, and plain numbers."""
+
+    layers: dict[str, nn.Module]
+    others: dict[str, torch.Tensor]
+    numbers: dict[str, Any]
+
+
 def save_part(path: Path, block: nn.Module, numbers: dict[str, Any]) -> None:
-    """Write the compressed layers of one block, and plain numbers beside them: what survives a killed stage."""
-    inside = tuple(f"{name}." for name in compressed(block))
-    tensors = {name: tensor for name, tensor in stored_state(block).items() if name.startswith(inside)}
-    write_tensors(path, tensors, {"specs": specs(block), "numbers": numbers})
+    """Write one block, and plain numbers beside it: what survives a killed stage."""
+    write_tensors(path, stored_state(block), {"specs": specs(block), "numbers": numbers})
 
 
-def read_part(path: Path) -> tuple[dict[str, nn.Module], dict[str, Any]] | None:
-    """The stored weights by layer and the numbers of `save_part`, or None if there is no whole file."""
+def read_part(path: Path) -> Part | None:
+    """The block and the numbers of `save_part`, or None if there is no whole file."""
     found = read_tensors(path)
     if found is None:
         return None
@@ -190,7 +214,9 @@ def read_part(path: Path) -> tuple[dict[str, nn.Module], dict[str, Any]] | None:
     layers = {name: build(spec) for name, spec in notes["specs"].items()}
     for name, stored in layers.items():
         stored.load_state_dict({key: tensors[f"{name}.stored.{key}"] for key in stored.state_dict()})
-    return layers, notes["numbers"]
+    inside = tuple(f"{name}." for name in layers)
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(inside)}
+    return Part(layers, others, notes["numbers"])
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> None:
@@ -223,11 +249,14 @@ def _digest(tensors: dict[str, torch.Tensor], notes: str) -> str:
     return digest.hexdigest()
 
 
-def put_part(block: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Replace layers of a block by stored weights that `read_part` gave."""
-    device = next(block.parameters()).device
-    for name, stored in layers.items():
+def put_part(block: nn.Module, part: Part) -> None:
+    """Make a block what it was when `save_part` wrote it; biases of its linear layers are those it has."""
+    tensors = dict(block.named_parameters()) | dict(block.named_buffers())
+    device = next(iter(tensors.values())).device
+    for name, stored in part.layers.items():
         replace(block, name, stored.to(device))
+    for name, tensor in part.others.items():
+        place(block, name, tensor.to(device, tensors[name].dtype))
 
 
 def build(spec: dict[str, Any]) -> nn.Module:
@@ -259,5 +288,5 @@ def checkpoint_hash(folder: Path) -> str:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of a checkpoint's safetensors files, headers included."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Bytes of a checkpoint's safetensors files, headers and adapters included."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))

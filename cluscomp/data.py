@@ -6,7 +6,8 @@ Every source has two texts that never overlap: "calibration" (what a method may 
 import hashlib
 import random
 import re
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -31,10 +32,15 @@ class Tokenizer(Protocol):
         """An object with `input_ids`."""
         ...
 
+    def __hash__(self) -> int: ...
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Text:
-    """Rows of text. With a separator they are joined into one stream; without, windows come from single rows."""
+    """Rows of text. With a separator they are joined into one stream; without, windows come from single rows.
+
+    Each object equals itself alone, so that its tokens can be cached; `sha256` compares contents.
+    """
 
     name: str
     rows: list[str]
@@ -61,10 +67,45 @@ class Source(Protocol):
         ...
 
 
+_READ: dict[str, Text] = {}
+
+
+def read_once(key: Any, read: Callable[[], Text]) -> Text:
+    """The text that `read` gives; a process reads it once for each key (a value whose `repr` is its content)."""
+    name = repr(key)
+    if name not in _READ:
+        _READ[name] = read()
+    return _READ[name]
+
+
+def _version(file: str | None) -> Any:
+    """What changes when a file or folder becomes another."""
+    path = Path(file or "").expanduser().absolute()
+    status = path.stat() if file and path.exists() else None
+    return str(path), status and (status.st_mtime_ns, status.st_size)
+
+
 def without_overlap(calibration: list[str], test: list[str]) -> list[str]:
     """The calibration rows that do not also stand in the test text (rows of 80 characters and more)."""
     seen = {row for row in test if len(row) >= SAME_ROW}
     return [row for row in calibration if row not in seen]
+
+
+def split(text: Text, share: float) -> tuple[Text, Text]:
+    """The text without its last rows, and these last rows: about `share` of the characters, a row at least.
+
+    Raises InputError if the text has a single row.
+    """
+    if len(text.rows) < 2:
+        raise InputError(f"{text.name}: one row of text cannot be split into two parts")
+    border, left = len(text.rows) - 1, share * sum(map(len, text.rows)) - len(text.rows[-1])
+    while border > 1 and left > 0:
+        border -= 1
+        left -= len(text.rows[border])
+    first, last = text.rows[:border], text.rows[border:]
+    return Text(text.name, without_overlap(first, last), text.separator), Text(
+        f"{text.name}/held out", last, text.separator
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=SETTINGS)
@@ -92,6 +133,9 @@ class HubText:
 
     def text(self, split: Split) -> Text:
         """One split's rows; the calibration text leaves out what also stands in the test text."""
+        return read_once((self, split, _version(self.data_root)), lambda: self._read(split))
+
+    def _read(self, split: Split) -> Text:
         test = self._rows(self.test)
         rows = test if split == "test" else without_overlap(self._rows(self.calibration), test)
         return Text(f"{self.id}/{getattr(self, split)}", rows, self.separator)
@@ -128,6 +172,10 @@ class FileText:
 
     def text(self, split: Split) -> Text:
         """One split's paragraphs; the calibration text leaves out what also stands in the test text."""
+        versions = [_version(self.file), _version(self.test_file)]
+        return read_once((self, split, versions), lambda: self._read(split))
+
+    def _read(self, split: Split) -> Text:
         calibration = self._paragraphs("file", self.file)
         if self.test_file is None:
             border = len(calibration) * 4 // 5
@@ -158,6 +206,9 @@ class PydocText:
 
     def text(self, split: Split) -> Text:
         """The prose paragraphs of the split's topics."""
+        return read_once((self, split), lambda: self._read(split))
+
+    def _read(self, split: Split) -> Text:
         from pydoc_data.topics import topics
 
         names = sorted(topics)
@@ -177,10 +228,16 @@ def prose(text: str) -> list[str]:
     return list(dict.fromkeys(words))
 
 
+@lru_cache(maxsize=4)
 def tokenize(text: Text, tokenizer: Tokenizer) -> Int[np.ndarray, " tokens"]:
-    """Token ids of the joined rows, (tokens,) int64; special tokens as the tokenizer adds them, once at the start."""
+    """Token ids of the joined rows, (tokens,) int64; special tokens as the tokenizer adds them, once at the start.
+
+    The same array each time for one text and tokenizer: it cannot be written to.
+    """
     joined = (text.separator or "").join(text.rows)
-    return np.asarray(tokenizer(joined, verbose=False).input_ids, dtype=np.int64)
+    ids = np.asarray(tokenizer(joined, verbose=False).input_ids, dtype=np.int64)
+    ids.flags.writeable = False
+    return ids
 
 
 def calibration_windows(
@@ -207,28 +264,32 @@ def test_windows(text: Text, tokenizer: Tokenizer, *, length: int, limit: int | 
         return windows_from_documents(text, tokenizer, WINDOWS_FROM_DOCUMENTS, length, rng)[:limit]
     ids = tokenize(text, tokenizer)
     _check_length(text, len(ids), length)
-    return ids[: len(ids) // length * length].reshape(-1, length)[:limit]
+    return ids[: len(ids) // length * length].reshape(-1, length)[:limit].copy()
 
 
 def windows_from_documents(
     text: Text, tokenizer: Tokenizer, count: int, length: int, rng: random.Random
 ) -> Int[np.ndarray, "W T"]:
     """Random windows, (W, T) int64, of random documents longer than a window. Raises InputError if there is none."""
-    tokens = {}
-    for number, row in enumerate(text.rows):
-        if len(row.encode()) + SPECIAL_TOKENS > length:  # else it cannot have so many tokens
-            ids = tokenizer(row, verbose=False).input_ids
-            if len(ids) > length:
-                tokens[number] = ids
-    if not tokens:
-        longest = max(text.rows, key=lambda row: len(row.encode()), default="")
+    tokens: dict[int, list[int]] = {}
+
+    def long_enough(number: int) -> bool:
+        row = text.rows[number]
+        if number not in tokens:  # a token is a byte at least
+            few = len(row.encode()) + SPECIAL_TOKENS <= length
+            tokens[number] = [] if few else tokenizer(row, verbose=False).input_ids
+        return len(tokens[number]) > length
+
+    by_length = sorted(range(len(text.rows)), key=lambda number: -len(text.rows[number].encode()))
+    if not any(map(long_enough, by_length)):
+        longest = text.rows[by_length[0]] if by_length else ""
         _check_length(text, len(tokenizer(longest, verbose=False).input_ids), length + 1)
     windows: list[list[int]] = []
     while len(windows) < count:
-        ids = tokens.get(rng.randint(0, len(text.rows) - 1))
-        if ids is not None:
-            start = rng.randint(0, len(ids) - length - 1)
-            windows.append(ids[start : start + length])
+        number = rng.randint(0, len(text.rows) - 1)
+        if long_enough(number):
+            start = rng.randint(0, len(tokens[number]) - length - 1)
+            windows.append(tokens[number][start : start + length])
     return np.asarray(windows, dtype=np.int64)
 
 

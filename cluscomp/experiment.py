@@ -2,7 +2,9 @@
 
 A stage's folder is named by its content: a hash of the key before it, its settings, the model, the texts, the seed and
 the format version. It is finished when `metrics.json` is there, which is written last. So runs that share a beginning
-share its result, changed settings never re-use old state, and two configs never overwrite each other.
+share its result, changed settings never re-use old state, and two configs never overwrite each other. A process that
+comes to a folder where another one works waits, and re-uses what that one leaves. Of the processes of one run
+(torchrun) the first does and writes everything; the others train with it where a stage is `distributed`.
 """
 
 import json
@@ -22,8 +24,9 @@ from pydantic.dataclasses import dataclass
 
 from cluscomp import __version__
 from cluscomp.errors import InputError
-from cluscomp.files import new_file
-from cluscomp.records import SCHEMA, Record, Score, content_key, to_json, write
+from cluscomp.files import held_alone
+from cluscomp.records import SCHEMA, Record, Score, content_key, read_sealed, write, write_sealed
+from cluscomp.steps import rank
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cluscomp")
 PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
+POLL = 0.2  # seconds between two looks for what the first process writes
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -89,48 +93,60 @@ def run(experiment: Experiment) -> Outcome:
     """Run the stages in order and evaluate; finished parts are re-used. Raises InputError for what cannot work."""
     config = settings(experiment)
     outputs, cache = _writable("outputs", experiment.outputs), _writable("cache", experiment.cache)
-    publish = None if experiment.publish is None else _writable("publish", experiment.publish)
-    folder = experiment.model.folder(cache)
+    first = rank() == 0
+    publish = None if experiment.publish is None or not first else _writable("publish", experiment.publish)
+    with held_alone(cache, "model"):
+        folder = experiment.model.folder(cache)
 
     from cluscomp.models import Original, fingerprint
+    from cluscomp.tracking import NoTracker
 
     device, dtype = _device(experiment.device), _dtype(experiment)
     original = Original(folder, dtype, device)
-    root = {"model": fingerprint(folder), "dtype": str(dtype), "format": _format()}
-    runner = _Runner(experiment, outputs, original)
-    keys = {"original": content_key(root)}
-    for before, name in zip(["original", *experiment.order], experiment.order):
-        stage = experiment.stages[name]
-        keys[name] = content_key([keys[before], name, experiment.seed, _key_settings(stage), stage.inputs()])
+    root = {"model": fingerprint(folder), "dtype": str(dtype), "device": device.type, "format": _format()}
+    runner = (_Runner if first else _Follower)(experiment, outputs, original)
+    tracker = experiment.tracker if first else NoTracker()
+    keys = stage_keys(experiment, root)
     runner.check(keys)
     run_key = content_key([keys, runner.evaluation, experiment.measured, experiment.name])
     run_folder = outputs / f"run-{run_key}"
-    _log_into(run_folder)
-    experiment.tracker.begin(f"{experiment.name}-{run_key}", config, run_folder)
+    if first:
+        _log_into(run_folder)
+    tracker.begin(f"{experiment.name}-{run_key}", config, run_folder)
     metrics: dict[str, dict[str, Any]] = {}
     checkpoint = None
     for name in ["original", *experiment.order]:
         if name != "original":
             metrics[name] = runner.stage(name, keys[name], checkpoint)
             checkpoint = runner.folder(name, keys[name]) / "checkpoint"
-            experiment.tracker.log(name, _numbers(metrics[name]))
+            tracker.log(name, _numbers(metrics[name]))
         if name in experiment.measured:
             label = f"evaluate {name}"
             metrics[label] = runner.evaluate(name, keys[name], checkpoint)
-            experiment.tracker.log(label, {row["metric"]: row["value"] for row in metrics[label]["scores"]})
+            tracker.log(label, {row["metric"]: row["value"] for row in metrics[label]["scores"]})
     assert checkpoint is not None  # order has at least one stage
     record = _record(experiment, config, run_key, metrics, original)
     path = run_folder / "record.json"
-    write(record, path)
+    if first:
+        write(record, path)
     if publish is not None:
         write(record, publish / experiment.name / f"{run_key}.json")
-    experiment.tracker.end({f"{score.after}/{score.metric}": score.value for score in record.scores} | record.size)
+    tracker.end({f"{score.after}/{score.metric}": score.value for score in record.scores} | record.size)
     samples = {
         name: metrics[f"evaluate {name}"]["sample"]
         for name in experiment.measured
         if metrics[f"evaluate {name}"]["sample"] is not None
     }
     return Outcome(record, path, checkpoint, samples)
+
+
+def stage_keys(experiment: Experiment, root: dict[str, Any]) -> dict[str, str]:
+    """The key of the original, whose identity is `root`, and of each stage: a hash of all that decides its result."""
+    keys = {"original": content_key(root)}
+    for before, name in zip(["original", *experiment.order], experiment.order):
+        stage = experiment.stages[name]
+        keys[name] = content_key([keys[before], name, experiment.seed, _key_settings(stage), stage.inputs()])
+    return keys
 
 
 def _writable(key: str, value: str) -> Path:
@@ -175,10 +191,16 @@ class _Runner:
 
     def stage(self, name: str, key: str, before: Path | None) -> dict[str, Any]:
         """The metrics of a stage, which leaves its model in `checkpoint` of its folder."""
+        folder = self.folder(name, key)
+        with held_alone(folder, name):
+            metrics = self._stage(name, folder, before)
+            _keep_alone(folder, "checkpoint", "metrics.json", "lock")
+        return metrics
+
+    def _stage(self, name: str, folder: Path, before: Path | None) -> dict[str, Any]:
         from cluscomp import budget, checkpoint
         from cluscomp.stages import Job
 
-        folder = self.folder(name, key)
         finished = self._finished(folder)
         if finished is not None:
             try:
@@ -189,7 +211,6 @@ class _Runner:
                 log.info("%s  finished before, %s", name, folder)
                 return finished
         with _measured() as cost:
-            folder.mkdir(parents=True, exist_ok=True)
             model = self._load(before)
             job = Job(folder, self.experiment.seed, self.original)
             found = self.experiment.stages[name].run(model, job)
@@ -197,15 +218,19 @@ class _Runner:
         size = asdict(budget.size_of(model)) | {"checkpoint_bytes": checkpoint.weight_bytes(folder / "checkpoint")}
         hash_ = checkpoint.checkpoint_hash(folder / "checkpoint")
         metrics = cost | {"found": found, "size": size, "checkpoint_hash": hash_}
-        _write_metrics(folder, metrics)
-        for part in folder.glob("*.safetensors"):
-            part.unlink()
+        write_sealed(folder / "metrics.json", metrics)
         return metrics
 
     def evaluate(self, name: str, key: str, checkpoint: Path | None) -> dict[str, Any]:
         """Scores of the model after stage `name`, and its continuation of the prompt."""
-        evaluate = self.experiment.evaluate
         folder = self.folder("evaluate", content_key([key, *self.evaluation]))
+        with held_alone(folder, f"evaluate {name}"):
+            metrics = self._evaluate(name, folder, checkpoint)
+            _keep_alone(folder, "metrics.json", "lock")
+        return metrics
+
+    def _evaluate(self, name: str, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
+        evaluate = self.experiment.evaluate
         finished = self._finished(folder)
         if finished is not None:
             # The same model may have been reached under another name.
@@ -217,7 +242,7 @@ class _Runner:
         metrics = cost | {"scores": scores, "sample": sample}
         for row in scores:
             log.info("evaluate  %s after %s: %.3f on %s", row["metric"], name, row["value"], row["dataset"])
-        _write_metrics(folder, metrics)
+        write_sealed(folder / "metrics.json", metrics)
         return metrics
 
     def _load(self, folder: Path | None) -> "PreTrainedModel":
@@ -228,13 +253,38 @@ class _Runner:
         return checkpoint.load(folder, self.original.dtype, self.original.device)
 
     def _finished(self, folder: Path) -> dict[str, Any] | None:
+        return read_sealed(folder / "metrics.json")
+
+
+class _Follower(_Runner):
+    """What the other processes of a run do: train with the first where a stage is `distributed`, else wait for it."""
+
+    def stage(self, name: str, key: str, before: Path | None) -> dict[str, Any]:
+        """The metrics of a stage once the first process has written them."""
+        from cluscomp.stages import Job
+
+        folder, stage = self.folder(name, key), self.experiment.stages[name]
+        if stage.distributed and not self._whole(folder):
+            stage.run(self._load(before), Job(folder, self.experiment.seed, self.original))
+        while not self._whole(folder):
+            time.sleep(POLL)
+        return dict(read_sealed(folder / "metrics.json") or {})
+
+    def evaluate(self, name: str, key: str, checkpoint: Path | None) -> dict[str, Any]:  # noqa: ARG002
+        """The scores once the first process has written them."""
+        folder = self.folder("evaluate", content_key([key, *self.evaluation]))
+        while (finished := read_sealed(folder / "metrics.json")) is None:
+            time.sleep(POLL)
+        return finished
+
+    def _whole(self, folder: Path) -> bool:
+        """Whether a stage is finished and its checkpoint as it was written."""
+        from cluscomp import checkpoint
+
         try:
-            return dict(json.loads((folder / "metrics.json").read_text()))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            log.warning("%s: metrics.json is damaged (%s); it is made anew", folder, error)
-            return None
+            return read_sealed(folder / "metrics.json") is not None and bool(checkpoint.verify(folder / "checkpoint"))
+        except InputError:
+            return False
 
 
 class _measured:
@@ -271,13 +321,18 @@ def settings(experiment: Experiment) -> dict[str, Any]:
 
 def _key_settings(stage: Any) -> dict[str, Any]:
     """What of a stage's settings decides its result: a text counts by its hash (`inputs()`), not by where it lies."""
-    values = {key: value for key, value in asdict(stage).items() if key != "after"}
-    return values | ({"data": values["data"]["name"]} if "data" in values else {})
+    values = {key: value for key, value in asdict(stage).items() if key not in stage.idle()}
+    return values | {part: values[part]["name"] for part in ("data", "instructions") if part in values}
 
 
-def _write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    with new_file(folder / "metrics.json") as unfinished:
-        unfinished.write_text(to_json(metrics) + "\n")
+def _keep_alone(folder: Path, *names: str) -> None:
+    """Remove all else from a folder: what let a killed stage go on, and what killed processes left half-written."""
+    for path in folder.iterdir():
+        if path.name not in names:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
@@ -354,7 +409,10 @@ def _device(name: str) -> "torch.device":
 
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device=cuda: this machine has no usable GPU; device=cpu or device=auto works")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda")
 
 
 def _dtype(experiment: Experiment) -> "torch.dtype":

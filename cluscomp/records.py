@@ -1,6 +1,7 @@
 """The record: the one JSON file a finished run leaves. Schema, write, read."""
 
 import json
+import logging
 import math
 from dataclasses import asdict
 from hashlib import sha256
@@ -13,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from cluscomp.errors import InputError
 from cluscomp.files import new_file
 
+log = logging.getLogger(__name__)
 SCHEMA = 1
 STRICT = ConfigDict(extra="forbid")
 
@@ -73,6 +75,30 @@ def to_json(value: Any) -> str:
         return str(part) if isinstance(part, float) and not math.isfinite(part) else part
 
     return json.dumps(plain(value), indent=1, default=str, allow_nan=False)
+
+
+def write_sealed(path: Path, values: dict[str, Any]) -> None:
+    """Write plain values as JSON with a hash of them, whole or not at all. Raises OSError if that cannot be done."""
+    seal = sha256(to_json(values).encode()).hexdigest()
+    with new_file(path) as unfinished:
+        unfinished.write_text(to_json(values | {"sha256": seal}) + "\n")
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What `write_sealed` wrote, or None: without a word if there is no file, with a line in the log if it was altered.
+
+    Numbers that were not finite come back as strings.
+    """
+    try:
+        values = json.loads(path.read_text())
+        if values.pop("sha256") != sha256(to_json(values).encode()).hexdigest():
+            raise ValueError("its hash is wrong")
+        return dict(values)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        log.warning("%s is damaged (%s); it is made anew", path, error)
+        return None
 
 
 def write(record: Record, path: Path) -> None:

@@ -12,14 +12,25 @@ from torch.autograd.function import once_differentiable
 
 from cluscomp.kernels.codebook import multiply, multiply_by_tables, rebuild
 from cluscomp.kernels.codes import code_bits, pack, packed_bytes, unpack
+from cluscomp.kernels.loading import runs_triton
 
 Axis = Literal["out", "in"]
 FEW_TOKENS = 8  # up to so many a product is made straight from the codes
-STORAGE_DTYPE = torch.float16  # of codebooks; the paper stores 16-bit floats (section 3.2)
+Storage = Literal["float16", "float8", "int8"]  # of codebooks; the paper's are 16-bit floats (section 3.2)
+STORAGE = {"float16": torch.float16, "float8": torch.float8_e4m3fn, "int8": torch.int8}
+LARGEST = {"float8": 448.0, "int8": 127.0}  # kinds of 8 bits have a scale of 32 bits for each codebook
 
 
 class Weight(Protocol):
-    """A stored form of a weight. The constructor takes exactly what is stored, so loading is `Class(**stored)`."""
+    """A stored form of a weight, a module. The constructor takes what is stored, so loading is `Class(**stored)`."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What can be trained."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is stored, by name."""
+        ...
 
     def __call__(self, dtype: torch.dtype) -> Float[Tensor, "O I"]:
         """The dense weight (out features, in features) in `dtype`, differentiable in the module's parameters."""
@@ -27,6 +38,18 @@ class Weight(Protocol):
 
     def product(self, x_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B O"] | None:
         """x W^T for a few tokens without the dense weight, (B, I) -> (B, O), or None where there is no faster way."""
+        ...
+
+    def loosen(self) -> None:
+        """Make float32 masters of the parameters, to be trained."""
+        ...
+
+    def settle(self) -> None:
+        """Round trained masters to what is stored. Raises ValueError if they are not finite or do not fit."""
+        ...
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state_dict()` gave before `loosen`."""
         ...
 
     def ledger(self) -> dict[str, int]:
@@ -70,60 +93,88 @@ def storage_dtype(tensor: Tensor) -> torch.dtype:
 
     It is how tensors that are not compressed (embeddings, norms, biases) are stored, counted and compared.
     """
-    if tensor.is_floating_point():
+    if tensor.is_floating_point() and tensor.itemsize > 2:
         for dtype in (torch.bfloat16, torch.float16):
             if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
                 return dtype
     return tensor.dtype
 
 
+def codebook_bits(codebook_size: int, vector_dim: int, storage: Storage) -> int:
+    """Stored bits of one codebook (K, D), its scale included."""
+    return codebook_size * vector_dim * STORAGE[storage].itemsize * 8 + (32 if storage in LARGEST else 0)
+
+
 class CodebookWeight(nn.Module):
     """A weight as codes into codebooks; the sub-vectors of M codebooks are added (the paper: M = 1).
 
-    Stored: `codes` (M, bytes) uint8, packed at ceil(log2 K) bits each (kernels/codes.py), and `codebooks` (M, K, D).
-    ClusComp section 3.2 is M = 1 and axis "out"; AQLM's form is M >= 1 and axis "in".
+    Stored: `codes` (M, bytes) uint8, packed at ceil(log2 K) bits each (kernels/codes.py), `codebooks` (M, K, D) and,
+    for codebooks of 8 bits, `scales` (M,) float32. ClusComp section 3.2 is M = 1 and axis "out", AQLM's form M >= 1 and
+    axis "in". To be trained the codebooks are made float32 masters (`loosen`), and rounded to their storage afterwards
+    (`settle`).
     """
 
     codes: Tensor
+    scales: Tensor | None
 
     def __init__(
         self,
         codes: UInt8[Tensor, "M bytes"],
-        codebooks: Float[Tensor, "M K D"],
+        codebooks: Tensor,
+        scales: Float[Tensor, " M"] | None = None,
         *,
         out_features: int,
         in_features: int,
         axis: Axis,
+        storage: Storage = "float16",
     ) -> None:
         super().__init__()
-        self.out_features, self.in_features, self.axis = out_features, in_features, axis
+        self.out_features, self.in_features, self.axis, self.storage = out_features, in_features, axis, storage
         self.register_buffer("codes", codes)
-        self.codebooks = nn.Parameter(codebooks)
+        self.codebooks = nn.Parameter(codebooks, requires_grad=codebooks.is_floating_point())
+        self.register_buffer("scales", scales)
 
     @classmethod
     def from_codes(
-        cls, codes_MN: Tensor, codebooks_MKD: Float[Tensor, "M K D"], *, out_features: int, in_features: int, axis: Axis
+        cls,
+        codes_MN: Tensor,
+        codebooks_MKD: Float[Tensor, "M K D"],
+        *,
+        out_features: int,
+        in_features: int,
+        axis: Axis,
+        storage: Storage = "float16",
     ) -> "CodebookWeight":
-        """Build from unpacked codes (M, N); centroids are rounded to 16-bit floats. Raises ValueError on overflow."""
-        stored = codebooks_MKD.to(STORAGE_DTYPE)
-        if not bool(stored.isfinite().all()):
-            raise ValueError(f"a centroid of size {float(codebooks_MKD.abs().max()):.3g} does not fit a 16-bit float")
+        """Build from unpacked codes (M, N); centroids are rounded to `storage`. Raises ValueError on overflow."""
         bits = code_bits(codebooks_MKD.shape[1])
         packed = torch.stack([pack(codes_N, bits) for codes_N in codes_MN])
-        return cls(packed, stored, out_features=out_features, in_features=in_features, axis=axis)
+        stored, scales = rounded(codebooks_MKD, storage)
+        return cls(
+            packed, stored, scales, out_features=out_features, in_features=in_features, axis=axis, storage=storage
+        )
 
     @classmethod
     def empty(
-        cls, *, out_features: int, in_features: int, axis: Axis, vector_dim: int, codebook_size: int, codebooks: int
+        cls,
+        *,
+        out_features: int,
+        in_features: int,
+        axis: Axis,
+        vector_dim: int,
+        codebook_size: int,
+        codebooks: int,
+        storage: Storage = "float16",
     ) -> "CodebookWeight":
         """A module of the given shapes with undefined content, on the default device; to be loaded into."""
         size = packed_bytes(num_sub_vectors(out_features, in_features, vector_dim, axis), code_bits(codebook_size))
         return cls(
             torch.empty(codebooks, size, dtype=torch.uint8),
-            torch.empty(codebooks, codebook_size, vector_dim, dtype=STORAGE_DTYPE),
+            torch.empty(codebooks, codebook_size, vector_dim, dtype=STORAGE[storage]),
+            torch.empty(codebooks) if storage in LARGEST else None,
             out_features=out_features,
             in_features=in_features,
             axis=axis,
+            storage=storage,
         )
 
     @property
@@ -136,6 +187,29 @@ class CodebookWeight(nn.Module):
         bits = code_bits(self.codebooks.shape[1])
         return torch.stack([unpack(codes, bits, self.num_codes) for codes in self.codes])
 
+    def centroids(self, dtype: torch.dtype) -> Float[Tensor, "M K D"]:
+        """The codebooks' values (M, K, D) in `dtype`; differentiable."""
+        values_MKD = self.codebooks.to(dtype)
+        return values_MKD if self.scales is None else values_MKD * self.scales.to(dtype)[:, None, None]
+
+    def loosen(self) -> None:
+        """Make the codebooks float32 masters that can be trained."""
+        self.codebooks.data = self.centroids(torch.float32).detach().clone()
+        self.scales = None if self.scales is None else torch.ones_like(self.scales)
+        self.codebooks.requires_grad_(True)
+
+    def settle(self) -> None:
+        """Round the codebooks to their storage. Raises ValueError if one is not finite or does not fit."""
+        self.codebooks.requires_grad_(False)
+        self.codebooks.grad = None
+        self.codebooks.data, self.scales = rounded(self.codebooks.data, self.storage)
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take back the codebooks of a `state_dict` made before `loosen`."""
+        self.codebooks.requires_grad_(False)
+        self.codebooks.grad = None
+        self.codebooks.data, self.scales = state["codebooks"], state.get("scales")
+
     def forward(self, dtype: torch.dtype) -> Float[Tensor, "O I"]:
         """The dense weight (O, I) in `dtype`; codebooks are cast before the gather: training keeps float32 masters."""
         lines, length = self.in_features, self.out_features
@@ -143,7 +217,7 @@ class CodebookWeight(nn.Module):
             vector_dim = self.codebooks.shape[2]
             lines, length = math.ceil(self.in_features / vector_dim), self.out_features * vector_dim
         bits = code_bits(self.codebooks.shape[1])
-        books = zip(self.codebooks.to(dtype), self.codes)
+        books = zip(self.centroids(dtype), self.codes)
         rows = cast(Tensor, sum(rebuild(book_KD, codes, bits, lines, length) for book_KD, codes in books))
         if self.axis == "out":
             return rows.T
@@ -152,23 +226,27 @@ class CodebookWeight(nn.Module):
     def product(self, x_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B O"] | None:
         """x W^T of a few tokens without building W: (B, I) -> (B, O); None where rebuilding W is the faster way."""
         size = self.codebooks.shape[1]
-        if x_BI.device.type != "cpu" or x_BI.dtype != torch.float32 or len(x_BI) > FEW_TOKENS:
+        on_cpu = x_BI.device.type == "cpu" and x_BI.dtype == torch.float32
+        on_gpu = runs_triton(x_BI) and x_BI.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if not (on_cpu or (on_gpu and self.axis == "out")) or len(x_BI) > FEW_TOKENS:
             return None
-        books = zip(self.codebooks, self.codes)
+        books = zip(self.codebooks if self.scales is None else self.centroids(torch.float32), self.codes)
         if self.axis == "out":
             bits = code_bits(size)
-            return cast(Tensor, sum(multiply(x_BI, codes, bits, book, self.out_features) for book, codes in books))
+            parts = (multiply(x_BI, codes, bits, book, self.out_features) for book, codes in books)
+            return cast(Tensor, sum(parts)).to(x_BI.dtype)
         if code_bits(size) != 8 or len(x_BI) > 1:
             return None
         tables = (multiply_by_tables(x_BI[0], codes, book, self.out_features, exact=True) for book, codes in books)
         return cast(Tensor, sum(tables))[None]
 
     def ledger(self) -> dict[str, int]:
-        """Stored bits: codes (those of padded rows too), codebooks, and the padding of the packed stream."""
-        codes = self.codebooks.shape[0] * self.num_codes * code_bits(self.codebooks.shape[1])
+        """Stored bits: codes (those of padded rows too), codebooks with scales, padding of the packed stream."""
+        num_codebooks, size, dim = self.codebooks.shape
+        codes = num_codebooks * self.num_codes * code_bits(size)
         return {
             "codes": codes,
-            "codebooks": self.codebooks.numel() * self.codebooks.element_size() * 8,
+            "codebooks": num_codebooks * codebook_bits(size, dim, self.storage),
             "padding": self.codes.numel() * 8 - codes,
         }
 
@@ -182,6 +260,7 @@ class CodebookWeight(nn.Module):
             "vector_dim": vector_dim,
             "codebook_size": codebook_size,
             "codebooks": num_codebooks,
+            "storage": self.storage,
         }
 
     def check(self) -> None:
@@ -189,6 +268,27 @@ class CodebookWeight(nn.Module):
         size = self.codebooks.shape[1]
         if size & (size - 1) and int(self.unpacked().max()) >= size:
             raise ValueError(f"code {int(self.unpacked().max())} exceeds the codebook of {size} centroids")
+
+
+def rounded(codebooks_MKD: Float[Tensor, "M K D"], storage: Storage) -> tuple[Tensor, Tensor | None]:
+    """Codebooks (M, K, D) as they are stored, and the scales (M,) of those of 8 bits (the largest value is the type's).
+
+    Raises ValueError for values that are not finite or do not fit a 16-bit float.
+    """
+    largest_M = codebooks_MKD.abs().amax((1, 2)).float()
+    if not bool((largest_M <= torch.finfo(torch.float16).max).all()):
+        raise ValueError(f"a centroid of size {float(largest_M.max()):.3g} does not fit a 16-bit float")
+    if storage not in LARGEST:
+        return codebooks_MKD.to(STORAGE[storage]), None
+    scales_M = torch.where(largest_M > 0, largest_M / LARGEST[storage], 1.0)
+    scaled_MKD = codebooks_MKD.float() / scales_M[:, None, None]
+    return (scaled_MKD.round() if storage == "int8" else scaled_MKD).to(STORAGE[storage]), scales_M
+
+
+def centroid_values(codebooks_MKD: Float[Tensor, "M K D"], storage: Storage) -> Float[Tensor, "M K D"]:
+    """Codebooks (M, K, D) in float32 with the values they have once stored. Raises ValueError as `rounded`."""
+    stored, scales_M = rounded(codebooks_MKD, storage)
+    return stored.float() if scales_M is None else stored.float() * scales_M[:, None, None]
 
 
 class _RebuiltLinear(torch.autograd.Function):

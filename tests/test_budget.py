@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import codebook as reference
-from reference.recipe import PAPER
+from reference.recipe import IDLE, NO_DATA, PAPER, STORED
 
 from cluscomp.budget import choose, reachable, size_of, stored_bits
 from cluscomp.checkpoint import save
@@ -89,9 +89,11 @@ def compressed_model(folder):
     original = Original(folder, torch.float32, torch.device("cpu"))
     model = original.load_all()
     weights = sum(layer.weight.numel() for block in blocks(model) for layer in linears(block).values())
-    cluster = Cluster(method=ClusComp(bits=None, vector_dim=3, codebook_size=11, axis="out", iterations=1, **PAPER))
+    cluster = Cluster(
+        method=ClusComp(bits=None, vector_dim=3, codebook_size=11, iterations=1, **PAPER, **STORED, **NO_DATA), **IDLE
+    )
     for name, block in zip(block_names(model), blocks(model)):
-        cluster.compress_block(block, name, seed=0)
+        cluster.compress_block(block, name, 0, {})
     return model, original.tokenizer, weights
 
 
@@ -125,9 +127,11 @@ def test_the_size_of_a_model_is_that_of_its_file(families, tmp_path, tied):
     assert kept_numbers == embeddings + vectors
 
 
-def test_a_model_without_compressed_layers_has_no_size(tiny_folder):
-    with pytest.raises(ValueError, match="no layer"):
-        size_of(Original(tiny_folder, torch.float32, torch.device("cpu")).load_all())
+def test_a_dense_model_has_the_bits_of_its_parameters(tiny_folder):
+    model = Original(tiny_folder, torch.bfloat16, torch.device("cpu")).load_all()
+    size = size_of(model)
+    assert size.linear_bits_per_weight == size.model_bits_per_weight == 16
+    assert size.ledger == {"kept": 16 * sum(parameter.numel() for parameter in model.parameters())}
 
 
 def heavy_tails(out_features, in_features, seed):
@@ -156,7 +160,7 @@ def test_the_choice_is_within_5_percent_of_the_best(kind, bits):
     for candidate in reachable(*shape, "out", bits):
         points = sub_vectors(weight, candidate.vector_dim, "out")
         errors[candidate] = kmeans(points, candidate.codebook_size, RECIPE, generator()).inertia
-    chosen = choose(weight, bits, "out", RECIPE, generator())
+    chosen = choose(weight, reachable(*shape, "out", bits), "out", RECIPE, generator())
     assert errors[chosen] <= 1.05 * min(errors.values()), {
         (s.vector_dim, s.codebook_size): e for s, e in errors.items()
     }
@@ -164,5 +168,5 @@ def test_the_choice_is_within_5_percent_of_the_best(kind, bits):
 
 def test_bits_out_of_reach_say_what_is_within():
     with pytest.raises(ValueError, match=r"1\.5 is out of reach for a 4 x 4 matrix: the least is 3\.000, .*=1 .*=2"):
-        choose(torch.randn(4, 4, generator=generator()), 1.5, "out", RECIPE, generator())
+        reachable(4, 4, "out", 1.5)
     # by hand: 16 codes of 1 bit and two centroids of 16 bits, over 16 weights: (16 + 32) / 16

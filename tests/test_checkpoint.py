@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from reference.recipe import PAPER
+from reference.recipe import IDLE, NO_DATA, PAPER, STORED
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,9 +28,9 @@ def compress(folder, codebook_size=7):
     """A model with every linear layer compressed, and its tokenizer."""
     original = Original(folder, torch.float32, torch.device("cpu"))
     model = original.load_all()
-    method = ClusComp(bits=None, vector_dim=2, codebook_size=codebook_size, axis="out", iterations=2, **PAPER)
+    method = ClusComp(bits=None, vector_dim=2, codebook_size=codebook_size, iterations=2, **PAPER, **STORED, **NO_DATA)
     for name, block in zip(block_names(model), blocks(model)):
-        Cluster(method=method).compress_block(block, name, seed=0)
+        Cluster(method=method, **IDLE).compress_block(block, name, seed=0, statistics={})
     return model, original.tokenizer
 
 
@@ -295,10 +295,10 @@ def test_a_part_gives_its_layers_back_and_a_damaged_one_nothing(tiny_saved, tiny
     model, path = tiny_saved[0], tmp_path / "block.safetensors"
     assert checkpoint.read_part(path) is None
     checkpoint.save_part(path, blocks(model)[1], {"loss": 0.5})
-    layers, numbers = checkpoint.read_part(path)
-    assert numbers == {"loss": 0.5}
+    part = checkpoint.read_part(path)
+    assert part.numbers == {"loss": 0.5}
     block = blocks(Original(tiny_folder, torch.float32, torch.device("cpu")).load_all())[1]
-    checkpoint.put_part(block, layers)
+    checkpoint.put_part(block, part)
     for name, layer in compressed(blocks(model)[1]).items():
         assert isinstance(block.get_submodule(name), CompressedLinear)
         assert torch.equal(block.get_submodule(name).stored(torch.float32), layer.stored(torch.float32))

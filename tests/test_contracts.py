@@ -100,7 +100,14 @@ def gaussian(out_features: int, in_features: int) -> torch.Tensor:
 
 
 def compress(method, weight_OI: torch.Tensor, seed: int = 0):
-    return method.compress(weight_OI, torch.Generator().manual_seed(seed))
+    """What a method makes of a weight whose inputs, where it asks for them, hang together as a layer's do."""
+    generator = torch.Generator().manual_seed(5)
+    in_features = weight_OI.shape[1]
+    mixing_II = torch.eye(in_features) + torch.rand(in_features, in_features, generator=generator)
+    statistic = method.statistic()
+    if statistic is not None:
+        statistic.add(torch.randn(4 * in_features, in_features, generator=generator) @ mixing_II)
+    return method.compress(weight_OI, statistic, torch.Generator().manual_seed(seed))
 
 
 SHAPES = [(32, 48), (33, 47), (64, 17)]  # the last two are no multiples of a sub-vector

@@ -189,6 +189,57 @@ def test_a_file_gives_its_last_fifth_to_the_test(tmp_path):
     assert source.text("test").describe()["text"] == "book.txt/test"
 
 
+def test_a_text_is_read_once_until_its_file_changes(tmp_path, monkeypatch):
+    def source(file: str = "book.txt") -> FileText:
+        return FileText(name="text", file=file, test_file=None)
+
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "book.txt").write_text(f"{folder}\n\ntwo\n\nthree")
+    monkeypatch.chdir(tmp_path / "one")
+    first = source().text("calibration")
+    assert source().text("calibration") is first and source().text("test").rows == ["three"]
+    monkeypatch.chdir(tmp_path / "two")
+    assert source().text("calibration").rows == ["two", "two"]
+    (tmp_path / "two" / "book.txt").write_text("another\n\ntext\n\nhere")
+    assert source().text("calibration").rows == ["another", "text"]
+    pydoc = PydocText(name="pydoc").text("test")
+    assert PydocText(name="pydoc").text("test") is pydoc
+    assert PydocText(name="pydoc").text("calibration") is not pydoc
+
+
+def test_a_text_is_tokenized_once_and_its_tokens_cannot_be_changed():
+    calls = []
+
+    def counting(text: str, *, verbose: bool) -> SimpleNamespace:
+        calls.append(text)
+        return letters(text, verbose=verbose)
+
+    text, same = Text("t", ["abc", "def"], "_"), Text("t", ["abc", "def"], "_")
+    windows = windows_for_test(text, counting, length=3, limit=None)
+    windows[:] = 0
+    assert calibration_windows(text, counting, samples=9, length=3, seed=0).min() > 0
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match="read-only"):
+        tokenize(text, counting)[0] = 0
+    windows_for_test(same, counting, length=3, limit=None)
+    assert len(calls) == 2
+
+
+def test_documents_that_are_not_drawn_are_not_tokenized():
+    """But for the longest, which tells that there is one long enough."""
+    calls = []
+
+    def counting(text: str, *, verbose: bool) -> SimpleNamespace:
+        calls.append(text)
+        return letters(text, verbose=verbose)
+
+    rows = ["x" * (20 + number) for number in range(50)]
+    drawn = calibration_windows(Text("c4", rows, None), counting, samples=3, length=12, seed=7)
+    assert drawn.tolist() == gptq_c4(rows, 12, 3, seed=7)
+    assert len(calls) <= 4 and len(set(calls)) == len(calls)
+
+
 def test_a_test_file_of_its_own(tmp_path):
     (tmp_path / "a.txt").write_text(f"one\n\n{LONG}\n\ntwo")
     (tmp_path / "b.txt").write_text(f"{LONG}\n\none")

@@ -11,17 +11,20 @@ import signal
 import subprocess
 import sys
 import time
+import typing
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp.__main__ import CONF, build
 from cluscomp.data import calibration_windows
-from cluscomp.experiment import Outcome, run
+from cluscomp.experiment import Experiment, Outcome, run, stage_keys
 from cluscomp.records import SCHEMA, protocol, read
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
@@ -60,6 +63,65 @@ def pipeline(ground: Path, outputs: Path, *more: str) -> Outcome:
 def tuned(ground) -> Outcome:
     """The run with both stages, in ground/outputs."""
     return pipeline(ground, ground / "outputs", *TUNED)
+
+
+def another(value: Any, annotation: Any) -> Any:
+    """A value of the same setting that is allowed and differs."""
+    choices = [choice for choice in typing.get_args(annotation) if choice != value]
+    if isinstance(value, str):
+        return choices[0]
+    if isinstance(value, bool):
+        return not value
+    return 0.5 if value is None else value + 1 if isinstance(value, int) else value / 2 + 0.1
+
+
+def settings_of(*overrides: str) -> Experiment:
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return build(hydra.compose("config", overrides=list(overrides)))
+
+
+TINY_TUNED = ["model=tiny", *TUNED, "method.vector_dim=4", "method.codebook_size=32"]
+EXPERIMENTS = {  # by the method, for some need no text
+    assign: settings_of(*TINY_TUNED, f"method.assign={assign}") for assign in ("nearest", "hessian")
+}
+FIELDS = [
+    (assign, stage, part, field.name)
+    for assign, experiment in EXPERIMENTS.items()
+    for stage in experiment.order
+    for part, settings in (
+        (None, experiment.stages[stage]),
+        ("method", getattr(experiment.stages[stage], "method", None)),
+    )
+    if settings is not None
+    for field in fields(settings)
+    if field.name != "method"
+]
+
+
+@pytest.mark.parametrize(("assign", "stage", "part", "field"), FIELDS)
+def test_every_setting_that_decides_the_result_makes_another_key(assign, stage, part, field):
+    """So no state of other settings is ever used again. Where streams lie decides nothing, nor a text nobody reads."""
+    experiment = EXPERIMENTS[assign]
+    settings = experiment.stages[stage] if part is None else getattr(experiment.stages[stage], part)
+    if field == "data":
+        changes = {"data": settings_of(*TINY_TUNED, "data=text", f"data.file={__file__}").stages[stage].data}
+    elif field == "bits":
+        changes = {"bits": 3.0, "vector_dim": None, "codebook_size": None}
+    elif field == "axis":
+        changes = {"axis": "in", "assign": "nearest"}
+    else:
+        changes = {field: another(getattr(settings, field), typing.get_type_hints(type(settings))[field])}
+    changed = replace(settings, **changes)
+    changed = changed if part is None else replace(experiment.stages[stage], **{part: changed})
+    assert changed != experiment.stages[stage]
+    other = replace(experiment, stages=experiment.stages | {stage: changed})
+    before, after = (stage_keys(settings, {"model": "m"}) for settings in (experiment, other))
+    differing = experiment.order[experiment.order.index(stage) :]
+    idle = field == "streams" or (assign == "nearest" and stage == "cluster" and part is None)
+    expected = set() if idle else set(differing)
+    assert {name for name in before if before[name] != after[name]} == expected
+    assert stage_keys(experiment, {"model": "n"}).keys() == before.keys()
+    assert not set(stage_keys(experiment, {"model": "n"}).values()) & set(before.values())
 
 
 def stage_hash(outcome: Outcome, stage: str) -> str:
@@ -184,12 +246,13 @@ def test_a_moved_outputs_folder_stays_valid(tuned, ground, tmp_path):
     assert moved.checkpoint.is_relative_to(tmp_path / "moved")
 
 
-@pytest.mark.parametrize("content", ["", "{"])
-def test_damaged_metrics_are_made_again(tuned, ground, tmp_path, content):
+@pytest.mark.parametrize("damage", [lambda _: "", lambda text: text[:-9], lambda text: text.replace("7", "8", 1)])
+def test_damaged_metrics_are_made_again(tuned, ground, tmp_path, damage, caplog):
     shutil.copytree(ground / "outputs", tmp_path / "moved")
     for path in tmp_path.glob("moved/*/metrics.json"):
-        path.write_text(content)
+        path.write_text(damage(path.read_text()))
     again = pipeline(ground, tmp_path / "moved")
+    assert "metrics.json is damaged" in caplog.text
     assert stage_hash(again, "cluster") == stage_hash(tuned, "cluster")
     assert again.record.scores == tuned.record.scores[:2]
 
@@ -219,12 +282,12 @@ def test_a_killed_run_ends_with_the_same_bits_and_damaged_parts_are_made_again(g
     (part,) = tmp_path.glob("altered/cluster-*/block-000.safetensors")
     flip(part)
 
-    kill_at(ground, killed, "block_finetune-*/streams.safetensors", *long)
+    kill_at(ground, killed, "block_finetune-*/streams.json", *long)
     assert not list(killed.glob("block_finetune-*/metrics.json")), "too late: the stage had ended"
-    for name in ("streams", "block-000"):
+    for name in ("streams.json", "student", "block-000"):
         shutil.copytree(killed, tmp_path / name)
-        (part,) = tmp_path.glob(f"{name}/block_finetune-*/{name}.safetensors")
-        flip(part)
+        (part,) = tmp_path.glob(f"{name}/block_finetune-*/{name}*")
+        flip(part, 40)
 
     caplog.set_level(logging.INFO, "cluscomp")
     resumed = pipeline(ground, killed, *long)
@@ -233,9 +296,10 @@ def test_a_killed_run_ends_with_the_same_bits_and_damaged_parts_are_made_again(g
     assert {stage: stage_hash(resumed, stage) for stage in hashes} == hashes
     assert resumed.record.scores == whole.record.scores
     assert resumed.record.stages["block_finetune"]["found"] == whole.record.stages["block_finetune"]["found"]
-    assert not list(killed.glob("*/*.safetensors"))  # the parts are gone
+    left = {path.name for stage in hashes for path in killed.glob(f"{stage}-*/*")}
+    assert left == {"checkpoint", "metrics.json"}  # the parts are gone
     unnoticed = []
-    for name in ("altered", "streams", "block-000"):
+    for name in ("altered", "streams.json", "student", "block-000"):
         again = pipeline(ground, tmp_path / name, *long)
         if {stage: stage_hash(again, stage) for stage in hashes} != hashes:
             unnoticed.append(name)
@@ -291,6 +355,24 @@ def test_a_learning_rate_that_ends_in_nan_keeps_the_codebooks(tuned, ground, epo
     assert stage_hash(outcome, "block_finetune") == stage_hash(outcome, "cluster")
     assert "keeps the codebooks" in caplog.text
     assert outcome.record.scores[2].value == outcome.record.scores[1].value
+
+
+def test_a_model_that_overflows_is_finished_and_the_record_tells(tuned, ground, tmp_path):
+    """A norm's weight of 1e30 in the second block: from there on the original's hidden states are not finite."""
+    (tiny,) = (ground / "cache").glob("tiny-*")
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.post_attention_layernorm.weight"][3] = 1e30
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    command = [*TUNED, "model=hub", f"model.id={model}", "evaluate.after=[]"]
+    found = pipeline(ground, tmp_path / "outputs", *command).record.stages["block_finetune"]["found"]
+    assert found["kept"] == 2 and [block["kept"] for block in found["blocks"]] == [False, True, True]
+    assert all("before" in block["reasons"][0] and block["attempts"] == 0 for block in found["blocks"][1:])
+    (clustered,), (finetuned,) = ((tmp_path / "outputs").glob(f"{name}-*/checkpoint") for name in tuned.record.stages)
+    before, after = (load_file(folder / "model.safetensors") for folder in (clustered, finetuned))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("model.layers.0.") for name in changed)
 
 
 def test_same_input_is_another_target(tuned, ground):

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from reference.recipe import PAPER
+from reference.recipe import IDLE, NO_DATA, PAPER, STORED
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -138,9 +138,9 @@ def test_weights_that_are_not_finite_are_named(damaged, value):
     folder, change = damaged
     change(lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"][3, 4].fill_(value))
     model = opened(folder).load_all()
-    method = ClusComp(bits=None, vector_dim=2, codebook_size=4, axis="out", iterations=1, **PAPER)
+    method = ClusComp(bits=None, vector_dim=2, codebook_size=4, iterations=1, **PAPER, **STORED, **NO_DATA)
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.down_proj: NaN or infinity") as caught:
-        Cluster(method=method).compress_block(blocks(model)[1], "model.layers.1", 0)
+        Cluster(method=method, **IDLE).compress_block(blocks(model)[1], "model.layers.1", 0, {})
     assert one_sentence(caught)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cluscomp.errors import InputError
-from cluscomp.records import SCHEMA, Record, Score, content_key, protocol, read, write
+from cluscomp.records import SCHEMA, Record, Score, content_key, protocol, read, read_sealed, write, write_sealed
 
 SCORE = Score(
     after="original", metric="perplexity", dataset="pydoc", value=12.5, stderr=None, n=1022,
@@ -25,6 +25,27 @@ def record(**changes) -> Record:
 def test_what_is_written_is_read(tmp_path):
     write(record(), tmp_path / "deep" / "record.json")
     assert read(tmp_path / "deep" / "record.json") == record()
+
+
+def test_sealed_values_are_read_as_they_were_or_not_at_all(tmp_path, caplog):
+    path = tmp_path / "metrics.json"
+    assert read_sealed(path) is None and caplog.text == ""
+    values = {"b": [1, 2.5, 0.1 + 0.2, None, True], "a": {"nested": "ä"}, "inf": float("inf")}
+    write_sealed(path, values)
+    assert read_sealed(path) == values | {"inf": "inf"}
+    content = path.read_bytes()
+    unnoticed = []
+    for position in range(len(content)):
+        altered = bytearray(content)
+        altered[position] ^= 1
+        path.write_bytes(altered)
+        if (found := read_sealed(path)) is not None and found != values | {"inf": "inf"}:
+            unnoticed.append(position)
+    assert not unnoticed
+    for damage in (b"", content[:-2], b"[]", b"{}", b"7", b"\xff"):
+        caplog.clear()
+        path.write_bytes(damage)
+        assert read_sealed(path) is None and "metrics.json is damaged" in caplog.text
 
 
 def test_the_file_holds_the_keys_of_the_schema(tmp_path):

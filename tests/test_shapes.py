@@ -10,11 +10,12 @@ from cluscomp.kernels import codes
 from cluscomp.models import Original
 
 RECIPE = kmeans.Recipe(20, **PAPER)
+SHAPE = budget.Shape(2, 4, 3.0)
 CALLS = {
     "pack": lambda: codes.pack(torch.zeros(4, 3, dtype=torch.long), 2),
     "kmeans": lambda: kmeans.kmeans(torch.zeros(4), 2, RECIPE, torch.Generator()),
     "sub_vectors": lambda: weights.sub_vectors(torch.zeros(2, 3, 4), 2, "out"),
-    "choose": lambda: budget.choose(torch.zeros(16), 3.0, "out", RECIPE, torch.Generator()),
+    "choose": lambda: budget.choose(torch.zeros(16), [SHAPE, SHAPE], "out", RECIPE, torch.Generator()),
 }
 
 

@@ -6,6 +6,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from cluscomp.moments import SecondMoment
+
 
 @runtime_checkable
 class Method(Protocol):
@@ -15,9 +17,16 @@ class Method(Protocol):
         """Raise ValueError, without the layer's name, if the settings cannot work for a weight of this shape."""
         ...
 
-    def compress(self, weight_OI: "Tensor", generator: "torch.Generator") -> "nn.Module":
+    def statistic(self) -> "SecondMoment | None":
+        """A fresh accumulator of what the method wants to know of a layer's inputs; None: it needs no data."""
+        ...
+
+    def compress(
+        self, weight_OI: "Tensor", statistic: "SecondMoment | None", generator: "torch.Generator"
+    ) -> "nn.Module":
         """Turn a finite dense weight (O, I) into a stored form (see `cluscomp.weights.Weight`).
 
-        The result depends on the weight, the settings and the generator's seed alone. Raises ValueError as `check`.
+        `statistic` is what `statistic()` gave, having seen the layer's inputs. The result depends on the weight, the
+        statistic, the settings and the generator's seed alone. Raises ValueError as `check`.
         """
         ...

@@ -1,4 +1,4 @@
-"""ClusComp: one K-means codebook for each weight (arXiv 2503.13089, section 3.2)."""
+"""ClusComp: one K-means codebook for each weight (arXiv 2503.13089, section 3.2), and what its input can add to it."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from cluscomp.budget import Shape
+    from cluscomp.moments import SecondMoment
     from cluscomp.weights import CodebookWeight
 
 
@@ -18,18 +20,29 @@ class ClusComp:
 
     Either `bits` is given, the most bits per weight that may be stored (1 to 8), and the length D and number of
     centroids K are chosen for each matrix; or `vector_dim` (D) and `codebook_size` (K) are fixed by hand.
-    `axis` "out" is the paper's: a sub-vector is D neighbouring outputs of one input. The last four are the recipe of
-    K-means (`cluscomp.kmeans.Recipe`); the paper's is 20, random_points, 1 and false.
+    `axis` "out" is the paper's: a sub-vector is D neighbouring outputs of one input. `storage` is the type of the
+    codebook's values. `iterations`, `init`, `over_relaxation` and `move_centroids` are the recipe of K-means
+    (`cluscomp.kmeans.Recipe`); the paper's is 20, random_points, 1 and false.
+
+    The rest spends no bytes and is not in the paper; any of it needs calibration text and axis "out".
+    `weighting` "diagonal": a sub-vector counts by the mean square of its input. `assign` "hessian": codes are chosen
+    input by input, errors handed on to the inputs to come (`damping` is added to the diagonal of the second moment, as
+    a share of its mean). `least_squares`: so many steps towards the codebook of least output error for the final codes.
     """
 
     bits: float | None = Field(ge=1, le=8)
     vector_dim: int | None = Field(ge=1, le=64)
     codebook_size: int | None = Field(ge=2, le=65_536)
     axis: Literal["out", "in"]
+    storage: Literal["float16", "float8", "int8"]
     iterations: int = Field(ge=1)
     init: Literal["random_points", "kd"]
     over_relaxation: float = Field(gt=0, le=2)
     move_centroids: bool
+    weighting: Literal["none", "diagonal"]
+    assign: Literal["nearest", "hessian"]
+    damping: float = Field(gt=0, le=1)
+    least_squares: int = Field(ge=0)
 
     @model_validator(mode="after")
     def _either_bits_or_shape(self) -> "ClusComp":
@@ -41,16 +54,24 @@ class ClusComp:
                 f"bits={self.bits} chooses method.vector_dim and method.codebook_size for each matrix, "
                 f"so they cannot be given too (here {self.vector_dim} and {self.codebook_size})"
             )
+        if self.axis == "in" and self.statistic() is not None:
+            raise ValueError(
+                f"method.axis=in needs method.weighting=none, method.assign=nearest and method.least_squares=0 "
+                f"(here {self.weighting}, {self.assign} and {self.least_squares})"
+            )
         return self
 
     def check(self, out_features: int, in_features: int) -> None:
         """Whether a codebook fits a weight of this shape; see `Method.check`."""
-        from cluscomp import budget
+        self._shapes(out_features, in_features)
+
+    def _shapes(self, out_features: int, in_features: int) -> "list[Shape]":
+        """What may be chosen from for a weight of this shape."""
+        from cluscomp.budget import Shape, reachable, stored_bits
         from cluscomp.weights import num_sub_vectors
 
         if self.bits is not None:
-            budget.reachable(out_features, in_features, self.axis, self.bits)
-            return
+            return reachable(out_features, in_features, self.axis, self.bits, self.storage)
         assert self.vector_dim is not None and self.codebook_size is not None  # _either_bits_or_shape
         vectors = num_sub_vectors(out_features, in_features, self.vector_dim, self.axis)
         if self.codebook_size > vectors:
@@ -58,26 +79,66 @@ class ClusComp:
                 f"method.codebook_size={self.codebook_size} exceeds the {vectors} sub-vectors of length "
                 f"{self.vector_dim} in a {out_features} x {in_features} matrix; take fewer, or give bits=3 instead"
             )
+        shape = self.vector_dim, self.codebook_size
+        return [Shape(*shape, stored_bits(out_features, in_features, self.axis, *shape, self.storage))]
 
-    def compress(self, weight_OI: "Tensor", generator: "torch.Generator") -> "CodebookWeight":
+    def statistic(self) -> "SecondMoment | None":
+        """The second moment of the inputs or its diagonal, if an option asks for it; see `Method.statistic`."""
+        full = self.assign == "hessian" or self.least_squares > 0
+        if not full and self.weighting == "none":
+            return None
+        from cluscomp.moments import SecondMoment
+
+        return SecondMoment(full=full)
+
+    def compress(
+        self, weight_OI: "Tensor", statistic: "SecondMoment | None", generator: "torch.Generator"
+    ) -> "CodebookWeight":
         """Cluster the sub-vectors of a weight (O, I); see `Method.compress`."""
-        from cluscomp import budget
+        from cluscomp.budget import choose
         from cluscomp.kmeans import Recipe, kmeans
-        from cluscomp.weights import CodebookWeight, sub_vectors
+        from cluscomp.weights import CodebookWeight, num_sub_vectors, sub_vectors
+
+        out_features, in_features = weight_OI.shape
+
+        def importance(vector_dim: int) -> "Tensor | None":
+            if self.weighting == "none" or statistic is None:
+                return None
+            vectors = num_sub_vectors(out_features, in_features, vector_dim, self.axis)
+            return statistic.diagonal_I.repeat_interleave(vectors // in_features)
 
         recipe = Recipe(self.iterations, self.init, self.over_relaxation, self.move_centroids)
-        vector_dim, codebook_size = self.vector_dim, self.codebook_size
-        if self.bits is not None:
-            shape = budget.choose(weight_OI, self.bits, self.axis, recipe, generator)
-            vector_dim, codebook_size = shape.vector_dim, shape.codebook_size
-        assert vector_dim is not None and codebook_size is not None  # _either_bits_or_shape
-        points_ND = sub_vectors(weight_OI, vector_dim, self.axis)
-        found = kmeans(points_ND, codebook_size, recipe, generator)
-        out_features, in_features = weight_OI.shape
+        shape = choose(weight_OI, self._shapes(*weight_OI.shape), self.axis, recipe, generator, importance)
+        points_ND = sub_vectors(weight_OI, shape.vector_dim, self.axis)
+        found = kmeans(points_ND, shape.codebook_size, recipe, generator, importance(shape.vector_dim))
+        codes_N, centroids_KD = found.codes_N, found.centroids_KD
+        if statistic is not None and statistic.full:
+            codes_N, centroids_KD = self._by_output(weight_OI, codes_N, centroids_KD, statistic)
         return CodebookWeight.from_codes(
-            found.codes_N[None],
-            found.centroids_KD[None],
+            codes_N[None],
+            centroids_KD[None],
             out_features=out_features,
             in_features=in_features,
             axis=self.axis,
+            storage=self.storage,
         )
+
+    def _by_output(
+        self, weight_OI: "Tensor", codes_N: "Tensor", centroids_KD: "Tensor", statistic: "SecondMoment"
+    ) -> "tuple[Tensor, Tensor]":
+        """Codes (N,) and centroids (K, D) chosen by the error of the layer's output, as far as the settings ask."""
+        from cluscomp.kernels.codes import code_bits, pack
+        from cluscomp.kmeans import nearest
+        from cluscomp.output_error import damped, feedback_codes, least_squares_codebook
+        from cluscomp.weights import centroid_values
+
+        weight_IO = weight_OI.T.contiguous()
+        moment_II = damped(statistic.matrix_II, self.damping)
+        if self.assign == "hessian":
+            stored_KD = centroid_values(centroids_KD[None], self.storage)[0]
+            codes_N = feedback_codes(weight_IO, stored_KD, moment_II, nearest).flatten()
+        if self.least_squares:
+            bits = code_bits(len(centroids_KD))
+            packed = pack(codes_N, bits)
+            centroids_KD = least_squares_codebook(weight_IO, packed, bits, centroids_KD, moment_II, self.least_squares)
+        return codes_N, centroids_KD

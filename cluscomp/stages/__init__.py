@@ -23,9 +23,14 @@ class Stage(Protocol):
     """One step of the pipeline: a frozen settings class. Same model in and out, changed; plain numbers back."""
 
     takes: ClassVar[str]  # "original": a dense model whose blocks are still in the file; or "compressed"
+    distributed: ClassVar[bool]  # whether all processes of a run (torchrun) work on it together
 
     def inputs(self) -> dict[str, str]:
         """Hashes of what the stage reads besides model and settings (texts); part of its key."""
+        ...
+
+    def idle(self) -> set[str]:
+        """Names of settings that do not decide the result as things stand, and so are no part of the stage's key."""
         ...
 
     def check(self, original: "Original") -> None:

@@ -1,12 +1,15 @@
 """Stage block_finetune: the codebooks of each block learn to reproduce the original block (paper, section 3.3)."""
 
 import logging
+import math
+import random
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, InstanceOf
 from pydantic.dataclasses import dataclass
 
 from cluscomp.data import Source, calibration_windows
+from cluscomp.records import read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,32 +21,50 @@ if TYPE_CHECKING:
     from cluscomp.blocks import Walk
     from cluscomp.models import Original
     from cluscomp.stages import Job
+    from cluscomp.streams import Streams
 
 log = logging.getLogger(__name__)
+ATTEMPTS = 3  # at training a block, each with half the learning rate of the one before
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
 class BlockFinetune:
     """Block-wise error minimisation: mean squared error between the outputs of the compressed and the original block.
 
-    The compressed block is fed what the compressed model makes of the text. `target` "fp_stream" (the paper) feeds the
-    original block what the original model makes of it; "same_input" feeds both the same. Codes, norms and biases stay.
+    The compressed block is fed what the compressed model makes of the text. `target` "fp_stream" (the paper) compares
+    with what the original model makes of it, "same_input" with the original block fed the same as the compressed one;
+    "both" adds the two errors (the paper code's option `aug_loss`). Codes and biases of linear layers stay; `norms`
+    lets the block's norms learn, too. `loss` "relative" divides the error by the mean square of the target: the same
+    optimum, with gradients of like size in all blocks. `order` "fixed" takes the windows as they come (the paper code),
+    "shuffled" anew in each epoch. `clip` bounds the norm of the gradient; `warmup` is the share of steps in which the
+    learning rate rises. `streams` says where the hidden states are, and changes no result.
     """
 
     takes: ClassVar[str] = "compressed"
+    distributed: ClassVar[bool] = False
     data: InstanceOf[Source]
     samples: int = Field(ge=1)
     length: int = Field(ge=2)
-    target: Literal["fp_stream", "same_input"]
+    target: Literal["fp_stream", "same_input", "both"]
+    norms: bool
+    loss: Literal["mse", "relative"]
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
+    order: Literal["fixed", "shuffled"]
     lr: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     schedule: Literal["constant", "cosine"]
+    warmup: float = Field(ge=0, le=1)
+    clip: float | None = Field(gt=0)
+    streams: Literal["memory", "disk"]
 
     def inputs(self) -> dict[str, str]:
         """The hash of the calibration text."""
         return {"calibration": self.data.text("calibration").sha256}
+
+    def idle(self) -> set[str]:
+        """Where the streams lie changes no result."""
+        return {"streams"}
 
     def check(self, original: "Original") -> None:
         """Cut the windows. Raises InputError if the text is too short or a window longer than the model takes."""
@@ -55,125 +76,184 @@ class BlockFinetune:
         return calibration_windows(text, original.tokenizer, samples=self.samples, length=self.length, seed=seed)
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
-        """Train block after block; the dense original is in memory one block at a time, beside both token streams.
+        """Train block after block; the dense original is in memory one block at a time, beside the streams.
 
-        After each block the streams and its codebooks are written, so a killed run goes on from there. A block whose
-        loss is not finite or ends no better than it began keeps the codebooks it had. Returns the loss of each block
-        before and after, the blocks that were kept, and what text was used.
+        After each block it and the streams are written, so a killed run goes on from there. Returns what text was used
+        and, for each block, what `finetune_block` says.
         """
         import torch
 
         from cluscomp.blocks import Walk
+        from cluscomp.streams import Streams
         from cluscomp.tracking import Progress
 
-        windows = self._windows(job.original, job.seed)
-        batches = torch.from_numpy(windows).to(job.original.device).split(self.batch_size)
+        ids_WT = torch.from_numpy(self._windows(job.original, job.seed)).to(job.original.device)
         walk, teacher = Walk(model), Walk(job.original.model(), job.original)
-        embedded = [walk.embed(ids_BT) for ids_BT in batches]
-        for ids_BT in batches:
-            teacher.embed(ids_BT)  # its blocks' arguments
-        first, done, student_stream, original_stream = self._resume(job.folder, walk, embedded)
+        shape_WTH = (*ids_WT.shape, walk.embed(ids_WT[:1]).shape[2])
+        streams = Streams(job.folder, self.streams, shape_WTH, job.original.dtype, job.original.device)
+        student = original = streams.new("student", 0)
+        for rows in self._batches():
+            teacher.embed(ids_WT[rows])  # its blocks' arguments
+            student[rows] = walk.embed(ids_WT[rows])
+        done: list[dict[str, Any]] = []
         progress = Progress("block_finetune", len(walk))
-        if first:
-            progress.skip(first)
-        for index in range(first, len(walk)):
-            entering = original_stream if self.target == "fp_stream" else student_stream
+        if (saved := self._resume(job.folder, walk, streams)) is not None:
+            done, student, original = saved
+            progress.skip(len(done))
+        for index in range(len(done), len(walk)):
+            targets: list[Tensor] = []
             with torch.no_grad(), teacher.block(index) as block:
-                targets = [teacher.apply(index, block, hidden_BTH) for hidden_BTH in entering]
-                if self.target == "fp_stream":
-                    original_stream = targets
-            student_stream, numbers = self.finetune_block(walk, index, student_stream, targets)
+                if self.target != "same_input":
+                    original = self._apply(teacher, index, block, original, streams.new("original", index + 1))
+                    targets.append(original)
+                if self.target != "fp_stream":
+                    targets.append(self._apply(teacher, index, block, student, streams.new("target", index + 1)))
+            leaving = streams.new("student", index + 1)
+            numbers = self.finetune_block(walk, index, student, targets, leaving, job.seed)
+            student = leaving
             done.append(numbers)
-            self._save(job.folder, index, walk.blocks[index], done, student_stream, original_stream)
-            kept = "  kept as it was" if numbers["kept"] else ""
-            progress.step(f"loss {numbers['before']:.3e} -> {numbers['after']:.3e}{kept}")
-        return {"calibration": self.data.text("calibration").describe(), "tokens": int(windows.size), "blocks": done}
+            self._save(job.folder, walk.blocks[index], done, student, original, streams)
+            fate = f"attempt {numbers['attempts']}"
+            if numbers["kept"]:
+                fate = "kept as it was"
+            line = f"loss {numbers['before']:.3e} -> {numbers['after']:.3e}"
+            progress.step(f"{line}  {fate}" if numbers["reasons"] else line)
+        return {
+            "calibration": self.data.text("calibration").describe(),
+            "tokens": ids_WT.numel(),
+            "blocks": done,
+            "kept": sum(numbers["kept"] for numbers in done),
+        }
 
     def finetune_block(
-        self, walk: "Walk", index: int, entering: "list[Tensor]", targets: "list[Tensor]"
-    ) -> "tuple[list[Tensor], dict[str, Any]]":
-        """Train the codebooks of one block; returns its outputs (batches of (B, T, H)) and its losses.
+        self,
+        walk: "Walk",
+        index: int,
+        entering_WTH: "Tensor",
+        targets_WTH: "list[Tensor]",
+        leaving_WTH: "Tensor",
+        seed: int,
+    ) -> dict[str, Any]:
+        """Train one block; `leaving_WTH` (W, T, H) receives its outputs. Works on float32 masters.
 
-        Training runs on float32 masters; the outputs and the loss after are those of the rounded, stored codebooks.
+        Outputs and loss are those of what is stored. If a loss or gradient is not finite, or the loss ends no better
+        than it began, the block gets back what it had and the learning rate is halved, at most twice; then it keeps
+        what it had. Returns the mean squared error `before` and `after`, the target's mean `square`, the `lr` of the
+        attempt that counts, the `attempts`, whether the block was `kept` as it was, and the `reasons` of failures.
         """
         import torch
         import torch.nn.functional as F
 
-        from cluscomp.models import compressed
-        from cluscomp.training import fit
-        from cluscomp.weights import STORAGE_DTYPE
+        from cluscomp.training import Masters, fit
 
-        block = walk.blocks[index]
-        codebooks = [parameter for layer in compressed(block).values() for parameter in layer.stored.parameters()]
-        initial = [codebook.data for codebook in codebooks]
+        masters = Masters(walk.blocks[index], norms=self.norms)
+        squares = [float(target_TH.float().square().mean()) for target in targets_WTH for target_TH in target]
+        square = sum(squares) / len(squares)
+        scale = (square or 1.0) if self.loss == "relative" else 1.0
+        device = walk.device
 
-        def forward() -> "tuple[list[Tensor], float]":
-            with torch.no_grad():
-                outputs = [walk.apply(index, block, hidden_BTH) for hidden_BTH in entering]
-                losses = [float(F.mse_loss(out, target).double()) for out, target in zip(outputs, targets)]
-            return outputs, sum(losses) / len(losses)
+        def errors(output_BTH: "Tensor", rows: Any) -> "Tensor":
+            ends = [target[rows].to(device).float() for target in targets_WTH]
+            return torch.stack([F.mse_loss(output_BTH.float(), end_BTH) for end_BTH in ends]).sum()
 
-        outputs, before = forward()
-        for codebook in codebooks:
-            codebook.data = codebook.data.float()
-            codebook.requires_grad_(True)
-        finite = fit(
-            codebooks,
-            lambda batch: F.mse_loss(walk.apply(index, block, entering[batch]), targets[batch]),
-            len(entering),
-            epochs=self.epochs,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            schedule=self.schedule,
-        )
-        for codebook in codebooks:
-            codebook.requires_grad_(False)
-            codebook.grad = None
-            codebook.data = codebook.data.to(STORAGE_DTYPE)
-        trained, after = forward()
-        better = finite and after < before  # False for NaN, too
-        if not better:
-            log.warning("block %d: loss %.3e -> %.3e; it keeps the codebooks it had", index, before, after)
-            for codebook, data in zip(codebooks, initial):
-                codebook.data = data
-        return (trained, {"before": before, "after": after, "kept": False}) if better else (
-            outputs, {"before": before, "after": before, "kept": True}
-        )  # fmt: skip
+        @torch.no_grad()
+        def measure() -> float:
+            total = 0.0
+            for rows in self._batches():
+                output_BTH = walk.apply(index, masters, entering_WTH[rows].to(device))
+                leaving_WTH[rows] = output_BTH.to(leaving_WTH.device)
+                total += float(errors(output_BTH, rows)) * len(output_BTH)
+            return total / len(leaving_WTH)
+
+        found = {"before": measure(), "square": square}
+        reasons = [] if math.isfinite(found["before"]) else [f"the loss was {found['before']} before"]
+        while len(reasons) < ATTEMPTS and math.isfinite(found["before"]):
+            lr = self.lr / 2 ** len(reasons)
+            problem = fit(
+                masters.start(),
+                lambda rows: errors(walk.apply(index, masters, entering_WTH[rows].to(device)), rows) / scale,
+                self._steps(f"{seed} {index}"),
+                lr=lr,
+                weight_decay=self.weight_decay,
+                schedule=self.schedule,
+                warmup=self.warmup,
+                clip=self.clip,
+                half=leaving_WTH.dtype == torch.float16,
+            )
+            if problem is None:
+                try:
+                    masters.finish()
+                except ValueError as error:
+                    problem = str(error)
+            after = math.nan if problem else measure()
+            if after < found["before"]:
+                return found | {
+                    "after": after, "lr": lr, "attempts": len(reasons) + 1, "kept": False, "reasons": reasons,
+                }  # fmt: skip
+            masters.restore()
+            reasons.append(problem or f"the loss ended at {after:.3e}")
+            log.warning("block %d: learning rate %.1e: %s (%.3e before)", index, lr, reasons[-1], found["before"])
+        log.warning("block %d keeps the codebooks it had: %s", index, reasons[-1])
+        after = measure()
+        attempts = len(reasons) if math.isfinite(found["before"]) else 0
+        return found | {"after": after, "lr": None, "attempts": attempts, "kept": True, "reasons": reasons}
+
+    def _batches(self) -> list[slice]:
+        """Rows of windows, batch after batch."""
+        return [slice(start, start + self.batch_size) for start in range(0, self.samples, self.batch_size)]
+
+    def _steps(self, seed: str) -> "list[Any]":
+        """The rows of the batches of all epochs, in the order they are taken."""
+        import torch
+
+        if self.order == "fixed":
+            return self._batches() * self.epochs
+        steps: list[Tensor] = []
+        rng = random.Random(seed)
+        for _ in range(self.epochs):
+            rows = rng.sample(range(self.samples), self.samples)
+            steps.extend(torch.tensor(rows).split(self.batch_size))
+        return steps
+
+    def _apply(self, walk: "Walk", index: int, block: "nn.Module", entering: "Tensor", leaving: "Tensor") -> "Tensor":
+        for rows in self._batches():
+            leaving[rows] = walk.apply(index, block, entering[rows].to(walk.device)).to(leaving.device)
+        return leaving
 
     def _save(
-        self, folder: "Path", index: int, block: "nn.Module", done: list[dict[str, Any]], *streams: "list[Tensor]"
+        self,
+        folder: "Path",
+        block: "nn.Module",
+        done: list[dict[str, Any]],
+        student: "Tensor",
+        original: "Tensor",
+        streams: "Streams",
     ) -> None:
-        """Write the block and then, as the mark that it is done, both streams exactly as they are."""
+        """Write the block, the streams that leave it and then, as the mark that it is done, streams.json."""
         from cluscomp import checkpoint
 
-        checkpoint.save_part(folder / f"block-{index:03}.safetensors", block, {})
-        tensors = {
-            f"{name}-{number}": hidden_BTH.contiguous().clone()
-            for name, stream in zip(("student", "original"), streams)
-            for number, hidden_BTH in enumerate(stream)
-        }
-        checkpoint.write_tensors(folder / "streams.safetensors", tensors, {"done": done})
+        checkpoint.save_part(folder / f"block-{len(done) - 1:03}.safetensors", block, {})
+        needed = {"student": student} | ({} if self.target == "same_input" else {"original": original})
+        hashes = streams.save(len(done), needed)
+        write_sealed(folder / "streams.json", {"done": done, "hashes": hashes})
+        streams.drop(but=len(done))
 
     def _resume(
-        self, folder: "Path", walk: "Walk", embedded: "list[Tensor]"
-    ) -> "tuple[int, list[dict[str, Any]], list[Tensor], list[Tensor]]":
-        """First block to do, losses so far, and both streams: from the files of a killed run if they are whole."""
+        self, folder: "Path", walk: "Walk", streams: "Streams"
+    ) -> "tuple[list[dict[str, Any]], Tensor, Tensor] | None":
+        """Losses so far and both streams, after putting the finished blocks in place; None unless all is whole."""
         from cluscomp import checkpoint
 
-        anew = 0, list[dict[str, Any]](), list(embedded), list(embedded)
-        saved = checkpoint.read_tensors(folder / "streams.safetensors", str(embedded[0].device))
-        if saved is None:
-            return anew
-        tensors, notes = saved
+        notes = read_sealed(folder / "streams.json")
+        if notes is None:
+            return None
         done: list[dict[str, Any]] = notes["done"]
-        parts = [checkpoint.read_part(folder / f"block-{index:03}.safetensors") for index in range(len(done))]
-        whole = [part for part in parts if part is not None]
-        if len(whole) < len(parts):
-            log.warning("%s: a finished block is missing: the stage starts anew", folder)
-            return anew
-        for block, (layers, _) in zip(walk.blocks, whole):
-            checkpoint.put_part(block, layers)
-        student, original = (
-            [tensors[f"{name}-{number}"] for number in range(len(embedded))] for name in ("student", "original")
-        )
-        return len(done), done, student, original
+        found = [checkpoint.read_part(folder / f"block-{index:03}.safetensors") for index in range(len(done))]
+        parts = [part for part in found if part is not None]
+        loaded = streams.load(len(done), notes["hashes"])
+        if loaded is None or len(parts) < len(done):
+            log.warning("%s: the state of a killed run is not whole: the stage starts anew", folder)
+            return None
+        for block, part in zip(walk.blocks, parts):
+            checkpoint.put_part(block, part)
+        return done, loaded["student"], loaded.get("original", loaded["student"])

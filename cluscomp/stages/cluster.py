@@ -1,35 +1,58 @@
 """Stage cluster: every linear layer inside the blocks is compressed by the method (paper, section 3.2)."""
 
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, InstanceOf
+from pydantic import ConfigDict, Field, InstanceOf
 from pydantic.dataclasses import dataclass
 
+from cluscomp.data import Source, calibration_windows
 from cluscomp.errors import InputError
 from cluscomp.methods import Method
 
 if TYPE_CHECKING:
-    from torch import nn
+    import numpy as np
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from cluscomp.blocks import Walk
     from cluscomp.models import Original
+    from cluscomp.moments import SecondMoment
     from cluscomp.stages import Job
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
 class Cluster:
-    """Compress block after block. Embeddings, head, norms and biases stay as they are."""
+    """Compress block after block. Embeddings, head, norms and biases stay as they are.
+
+    A method that asks for a statistic of the layers' inputs gets it from `samples` windows of `length` tokens of the
+    calibration text, as the blocks before leave them: those of the original or the `prefix` that is already compressed.
+    Without such a method nothing is read but the model, and these settings mean nothing.
+    """
 
     takes: ClassVar[str] = "original"
+    distributed: ClassVar[bool] = False
     method: InstanceOf[Method]
+    data: InstanceOf[Source]
+    samples: int = Field(ge=1)
+    length: int = Field(ge=2)
+    batch_size: int = Field(ge=1)
+    prefix: Literal["original", "compressed"]
+
+    @property
+    def _calibrated(self) -> bool:
+        return self.method.statistic() is not None
 
     def inputs(self) -> dict[str, str]:
-        """Nothing is read but the model."""
-        return {}
+        """The hash of the calibration text, if the method looks at any."""
+        return {"calibration": self.data.text("calibration").sha256} if self._calibrated else {}
+
+    def idle(self) -> set[str]:
+        """The settings of calibration, if the method looks at no text."""
+        return set() if self._calibrated else {"data", "samples", "length", "batch_size", "prefix"}
 
     def check(self, original: "Original") -> None:
-        """Ask the method about the shape of every linear layer. Raises InputError that names the layer."""
+        """Ask the method about every linear layer's shape, and cut windows. Raises InputError that names the layer."""
         from cluscomp.models import block_names, blocks, linears
 
         model = original.model()
@@ -39,35 +62,84 @@ class Cluster:
                     self.method.check(dense.out_features, dense.in_features)
                 except ValueError as error:
                     raise InputError(f"{name}.{layer}: {error}") from error
+        if self._calibrated:
+            original.check_length("cluster.length", self.length)
+            self._windows(original, seed=0)
+
+    def _windows(self, original: "Original", seed: int) -> "np.ndarray":
+        text = self.data.text("calibration")
+        return calibration_windows(text, original.tokenizer, samples=self.samples, length=self.length, seed=seed)
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
-        """Compress the model, whose blocks are read from its file one by one; finished blocks survive a kill.
+        """Compress the model; finished blocks lie in the job's folder and survive a kill.
 
         Returns `relative_error`, the squared error over the squared size of all compressed weights, and the same for
         each layer. Raises InputError, naming the layer, if a weight is not finite or the method refuses it.
         """
         from cluscomp import checkpoint
+        from cluscomp.blocks import Walk
         from cluscomp.models import block_names, blocks
         from cluscomp.tracking import Progress
 
         progress = Progress("cluster", len(blocks(model)))
         squares: dict[str, list[float]] = {}  # by layer: squared error, squared size
+        parts = [job.folder / f"block-{index:03}.safetensors" for index in range(len(blocks(model)))]
+        saved = [checkpoint.read_part(part) for part in parts]
+        last = max((index for index, part in enumerate(saved) if part is None), default=-1)
+        walk = Walk(model)
+        stream = self._embedded(walk, job) if self._calibrated and last >= 0 else []
         for index, (name, block) in enumerate(zip(block_names(model), blocks(model))):
             job.original.load_block(model, index)
-            part = job.folder / f"block-{index:03}.safetensors"
-            saved = checkpoint.read_part(part)
-            if saved is None:
-                found = self.compress_block(block, name, job.seed)
-                checkpoint.save_part(part, block, found)
+            part = saved[index]
+            entering = stream
+            statistics: dict[str, SecondMoment] = {}
+            if index <= last and (part is None or self.prefix == "original"):
+                stream, statistics = self.observe(walk, index, entering, count=part is None)
+            if part is None:
+                found = self.compress_block(block, name, job.seed, statistics)
+                checkpoint.save_part(parts[index], block, found)
             else:
-                layers, found = saved
-                checkpoint.put_part(block, layers)
+                checkpoint.put_part(block, part)
+                found = part.numbers
+            if index < last and self.prefix == "compressed":
+                stream, _ = self.observe(walk, index, entering, count=False)
             squares |= {f"{name}.{layer}": numbers for layer, numbers in found.items()}
             progress.step(f"relative error {_ratio(found):.4f}")
         by_layer = {layer: error / size if size else 0.0 for layer, (error, size) in squares.items()}
-        return {"relative_error": _ratio(squares), "relative_error_by_layer": by_layer}
+        errors = {"relative_error": _ratio(squares), "relative_error_by_layer": by_layer}
+        return errors | ({"calibration": self.data.text("calibration").describe()} if self._calibrated else {})
 
-    def compress_block(self, block: "nn.Module", name: str, seed: int) -> dict[str, list[float]]:
+    def _embedded(self, walk: "Walk", job: "Job") -> "list[Tensor]":
+        import torch
+
+        windows = torch.from_numpy(self._windows(job.original, job.seed)).to(job.original.device)
+        return [walk.embed(ids_BT) for ids_BT in windows.split(self.batch_size)]
+
+    def observe(
+        self, walk: "Walk", index: int, entering: "list[Tensor]", *, count: bool
+    ) -> "tuple[list[Tensor], dict[str, SecondMoment]]":
+        """What a block makes of its inputs (batches of (B, T, H)), and with `count` each linear layer's statistic.
+
+        Layers with one input share one statistic.
+        """
+        from cluscomp.models import linears
+
+        block, stream = walk.blocks[index], []
+        shared: dict[tuple[str, ...], SecondMoment] = {}
+        for hidden_BTH in entering:
+            output_BTH, inputs = walk.observe(index, block, hidden_BTH, list(linears(block)) if count else [])
+            stream.append(output_BTH)
+            groups: dict[int, list[str]] = {}
+            for layer, x in inputs.items():
+                groups.setdefault(id(x), []).append(layer)
+            for layers in groups.values():
+                statistic = shared.setdefault(tuple(layers), self.method.statistic())  # type: ignore[arg-type]
+                statistic.add(inputs[layers[0]])
+        return stream, {layer: statistic for layers, statistic in shared.items() for layer in layers}
+
+    def compress_block(
+        self, block: "nn.Module", name: str, seed: int, statistics: "dict[str, SecondMoment]"
+    ) -> dict[str, list[float]]:
         """Replace every linear layer of a block; by layer, the squared error and squared size of its weight."""
         import torch
 
@@ -81,7 +153,7 @@ class Cluster:
                 raise InputError(f"{name}.{layer}: NaN or infinity among its weights; the model is damaged")
             generator = torch.Generator().manual_seed(layer_seed(seed, f"{name}.{layer}"))
             try:
-                stored = self.method.compress(weight_OI, generator)
+                stored = self.method.compress(weight_OI, statistics.get(layer), generator)
             except ValueError as error:
                 raise InputError(f"{name}.{layer}: {error}") from error
             checkpoint.replace(block, layer, stored)

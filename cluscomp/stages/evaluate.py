@@ -36,6 +36,10 @@ class Evaluate:
         """The hash of the test text."""
         return {"test": self.data.text("test").sha256}
 
+    def idle(self) -> set[str]:
+        """Which models are measured does not change what is measured of each."""
+        return {"after"}
+
     def check(self, original: "Original") -> None:
         """Cut the windows. Raises InputError if the text is too short or a window longer than the model takes."""
         original.check_length("evaluate.context", self._context(original))

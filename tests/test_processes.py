@@ -1,0 +1,200 @@
+"""Real processes on one outputs folder: two at once, a holder that is killed, and kills at random moments.
+
+Processes are forked from one that has imported everything, which saves some seconds each; what they run is the command.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+FORKS = """
+import json, os, sys
+import torch, transformers
+import cluscomp.checkpoint, cluscomp.scoring, cluscomp.streams, cluscomp.tables, cluscomp.training
+from cluscomp.__main__ import main
+
+for line in sys.stdin:
+    command = json.loads(line)
+    if "wait" in command:
+        print(os.waitstatus_to_exitcode(os.waitpid(command["wait"], 0)[1]), flush=True)
+    elif pid := os.fork():
+        print(pid, flush=True)
+    else:
+        log = os.open(command["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        sys.argv = ["cluscomp", *command["arguments"]]
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        sys.stdout.flush()
+        os._exit(code)
+"""
+BLOCKS = 6
+SMALL = [
+    "model=tiny", f"model.config.num_hidden_layers={BLOCKS}", "data=text", "method.vector_dim=4",
+    "method.codebook_size=256", "method.iterations=400", "evaluate.context=32", "evaluate.limit=2", "evaluate.after=[]",
+]  # fmt: skip
+TUNED = [
+    "block_finetune=quick", "block_finetune.length=32", "block_finetune.samples=8", "block_finetune.batch_size=4",
+]  # fmt: skip
+ORDERS = {  # stages, and what makes them take some tenths of a second a block
+    "cluster,block_finetune": [*TUNED, "block_finetune.epochs=8"],
+}
+PARTS = {  # what a killed stage keeps as it goes, and how many of these a whole one makes
+    "cluster": ("block-*", BLOCKS),
+    "block_finetune": ("block-*", BLOCKS),
+}
+# of the settings that touch what is kept for a killed run
+VARIANTS = [
+    [],
+    ["block_finetune.streams=disk", "block_finetune.order=shuffled", "block_finetune.norms=true"],
+]
+KILLS = int(os.environ.get("CLUSCOMP_KILLS", "6"))
+
+
+class Forks:
+    """`cluscomp ARGUMENTS` in processes of their own."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def _ask(self, **command) -> int:
+        print(json.dumps(command), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+    def start(self, log: Path, *arguments: str) -> int:
+        log.touch()
+        return self._ask(log=str(log), arguments=list(arguments))
+
+    def wait(self, pid: int) -> int:
+        """The exit code; minus the number of the signal that ended it."""
+        return self._ask(wait=pid)
+
+    def kill(self, pid: int) -> None:
+        subprocess.run(["kill", "-KILL", str(pid)], check=True)
+        assert self.wait(pid) == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def forks():
+    found = Forks()
+    yield found
+    found.process.kill()
+    found.process.wait()
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> Callable[..., list[str]]:
+    """The command's arguments for an outputs folder."""
+    ground = tmp_path_factory.mktemp("ground")
+    rows = [f"Paragraph {i} says that the quick brown fox jumped over the lazy dog {7 * i} times." for i in range(100)]
+    (ground / "text.txt").write_text("\n\n".join(rows))
+    shared = [*SMALL, f"data.file={ground / 'text.txt'}", f"cache={ground / 'cache'}"]
+    return lambda outputs, order, *more: [*shared, f"order=[{order}]", f"outputs={outputs}", *ORDERS[order], *more]
+
+
+def hashes(outputs: Path) -> dict[str, str]:
+    """The checkpoint's hash by stage, as the one record says."""
+    (record,) = outputs.glob("run-*/record.json")
+    return {name: stage["checkpoint_hash"] for name, stage in json.loads(record.read_text())["stages"].items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(forks, arguments, tmp_path_factory) -> Callable[..., dict[str, str]]:
+    """The hashes of a run from beginning to end."""
+    made = {}
+
+    def run(order: str, *more: str) -> dict[str, str]:
+        if (order, more) not in made:
+            outputs = tmp_path_factory.mktemp("undisturbed") / "outputs"
+            log = outputs.parent / "log"
+            assert forks.wait(forks.start(log, *arguments(outputs, order, *more))) == 0, log.read_text()
+            made[order, more] = hashes(outputs)
+        return made[order, more]
+
+    return run
+
+
+def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_two_processes_at_once_do_the_work_once(forks, arguments, undisturbed, tmp_path, order):
+    """Scores, too; and a third process meets no lock."""
+    outputs, logs = tmp_path / "outputs", [tmp_path / name for name in ("first", "second", "third")]
+    command = arguments(outputs, order, "evaluate.after=null", f"cache={tmp_path / 'cache'}")
+    pids = [forks.start(log, *command) for log in logs[:2]]
+    assert [forks.wait(pid) for pid in pids] == [0, 0], [log.read_text() for log in logs[:2]]
+    assert hashes(outputs) == undisturbed(order)
+    first, second = (log.read_text() for log in logs[:2])
+    assert "waits for process" in first + second
+    for name in order.split(","):
+        assert (first + second).count(f"{name}  block {BLOCKS}/{BLOCKS}") == 1
+        assert (first + second).count(f"{name}  finished before") == 1
+        assert (first + second).count(f"perplexity after {name}: ") == 1
+    assert first.count("| original") == second.count("| original") == 1  # both show the whole table
+    assert not list(outputs.rglob("lock")) and not list(outputs.rglob(".*"))
+    assert forks.wait(forks.start(logs[2], *command)) == 0
+    assert "waits" not in logs[2].read_text() and "block 1/" not in logs[2].read_text()
+
+
+def test_who_waits_takes_over_when_the_holder_is_killed(forks, arguments, undisturbed, tmp_path):
+    order, outputs, slow = "cluster,block_finetune", tmp_path / "outputs", "block_finetune.epochs=20"
+    holder = forks.start(tmp_path / "first", *arguments(outputs, order, slow))
+    until(lambda: bool(list(outputs.glob("block_finetune-*/streams.json"))))
+    waiting = forks.start(tmp_path / "second", *arguments(outputs, order, slow))
+    until(lambda: f"block_finetune  waits for process {holder} on " in (tmp_path / "second").read_text())
+    forks.kill(holder)
+    assert forks.wait(waiting) == 0, (tmp_path / "second").read_text()
+    assert "blocks were done before" in (tmp_path / "second").read_text()
+    assert hashes(outputs) == undisturbed(order, slow)
+
+
+def parts_done(outputs: Path, stages: list[str]) -> int:
+    """Parts of all stages that a run would not do again."""
+    done = 0
+    for stage in stages:
+        pattern, parts = PARTS[stage]
+        finished = list(outputs.glob(f"{stage}-*/metrics.json"))
+        done += parts if finished else len(list(outputs.glob(f"{stage}-*/{pattern}")))
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("more", VARIANTS, ids=["plain", "all"])
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(forks, arguments, undisturbed, tmp_path, order, more):
+    """Each kill comes within a block's time (0.1 to 0.3 seconds) after some part is done or the work began."""
+    outputs, log, rng = tmp_path / "outputs", tmp_path / "log", random.Random(f"{order} {more}")
+    stages, places = order.split(","), set()
+    total = sum(PARTS[stage][1] for stage in stages)
+    for target in sorted(rng.randrange(total - 1) for _ in range(KILLS)):
+        pid = forks.start(log, *arguments(outputs, order, *more))
+        until(lambda: bool(list(outputs.glob("*/lock"))))
+        until(partial(lambda least: parts_done(outputs, stages) >= least, target))
+        time.sleep(rng.uniform(0, rng.choice([0.02, 0.1, 0.3])))
+        forks.kill(pid)
+        places.add(parts_done(outputs, stages))
+    assert len(places) > 2 and min(places) < PARTS[stages[0]][1] < max(places)  # in the first stage and later
+    assert forks.wait(forks.start(log, *arguments(outputs, order, *more))) == 0, log.read_text()
+    assert hashes(outputs) == undisturbed(order, *more)
+    assert not [
+        path for path in outputs.rglob("*") if path.suffix == ".stream" or path.name.startswith((".", "block-"))
+    ]
