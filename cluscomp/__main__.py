@@ -19,11 +19,12 @@ from pydantic import ValidationError
 from cluscomp import __version__
 from cluscomp.errors import InputError
 from cluscomp.experiment import Experiment, Outcome, run
+from cluscomp.steps import rank
 
 HERE = Path(__file__).parent
 CONF = next(folder for folder in (HERE / "conf", HERE.parent / "conf") if folder.is_dir())
 STAGES = "cluscomp.stages."  # nodes whose _target_ is here are stages
-SHARED = ("method", "data", "bits", "data_root", "debug")  # used by other settings, not by the run itself
+SHARED = ("method", "data", "instructions", "bits", "data_root", "debug")  # used by settings, not by the run itself
 
 
 def main() -> None:
@@ -58,7 +59,9 @@ def _compose_and_run(config: DictConfig) -> None:
     with _told_in_a_sentence():  # before Hydra sees it, which would add lines of its own
         experiment = build(config)
         _quiet_libraries()
-        show(run(experiment))
+        outcome = run(experiment)
+        if rank() == 0:
+            show(outcome)
 
 
 def build(config: DictConfig) -> Experiment:
@@ -162,7 +165,7 @@ def _quiet_libraries() -> None:
     import transformers
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("cluscomp").setLevel(logging.INFO)
+    logging.getLogger("cluscomp").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cluscomp import adapters
 from cluscomp.kernels.codes import MAX_CODE_BITS, code_bits, packed_bytes
 from cluscomp.kmeans import Recipe, kmeans
 from cluscomp.models import compressed, unique_tensors
@@ -24,7 +25,8 @@ class Size:
     """Bits of a model as stored. Per-weight figures divide by the number of dense weights they cover.
 
     `linear_bits_per_weight` covers the compressed matrices alone (what papers quote; paper Equation 3),
-    `model_bits_per_weight` every parameter of the model. `ledger` holds bits by part; `kept` is what is not compressed.
+    `model_bits_per_weight` every parameter of the model (of adapters the bits, not the number). `ledger` holds bits by
+    part: `kept` is what is not compressed, `adapters` what LoRA adds.
     """
 
     linear_bits_per_weight: float
@@ -33,10 +35,8 @@ class Size:
 
 
 def size_of(model: nn.Module) -> Size:
-    """Count every stored bit of a model in memory, tied tensors once. Raises ValueError if nothing is compressed."""
+    """Count every stored bit of a model in memory, tied tensors once; both figures agree if nothing is compressed."""
     layers = compressed(model)
-    if not layers:
-        raise ValueError("no layer of the model is compressed")
     ledger: dict[str, int] = {}
     for layer in layers.values():
         for part, bits in layer.stored.ledger().items():  # type: ignore[operator]
@@ -44,10 +44,14 @@ def size_of(model: nn.Module) -> Size:
     weights = sum(layer.out_features * layer.in_features for layer in layers.values())
     linear_bits = sum(ledger.values())
     inside = tuple(f"{name}.stored." for name in layers)
-    kept = [tensor for name, tensor in unique_tensors(model).items() if not name.startswith(inside)]
+    others = {name: tensor for name, tensor in unique_tensors(model).items() if not name.startswith(inside)}
+    kept = [tensor for name, tensor in others.items() if adapters.MARK not in name]
+    added = [tensor for name, tensor in others.items() if adapters.MARK in name]
     ledger["kept"] = sum(tensor.numel() * storage_dtype(tensor).itemsize * 8 for tensor in kept)
-    total = weights + sum(tensor.numel() for tensor in kept)
-    return Size(linear_bits / weights, sum(ledger.values()) / total, ledger)
+    if added:
+        ledger["adapters"] = sum(tensor.numel() * storage_dtype(tensor).itemsize * 8 for tensor in added)
+    per_weight = sum(ledger.values()) / (weights + sum(tensor.numel() for tensor in kept))
+    return Size(linear_bits / weights if layers else per_weight, per_weight, ledger)
 
 
 @dataclass(frozen=True)

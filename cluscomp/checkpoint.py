@@ -24,6 +24,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from cluscomp import adapters
 from cluscomp.errors import InputError
 from cluscomp.files import file_hash, new_file, new_folder
 from cluscomp.models import compressed, place, unique_tensors
@@ -39,15 +40,21 @@ WEIGHTS = {"codebook": CodebookWeight}  # the stored forms by their name in conf
 
 @register_quantization_config("cluscomp")
 class CompressedConfig(QuantizationConfigMixin):
-    """The `quantization_config` of config.json: for each compressed layer the kind and shapes of its stored weight."""
+    """The `quantization_config` of config.json: for each compressed layer the kind and shapes of its stored weight.
 
-    def __init__(self, weights: dict[str, dict[str, Any]], format: int = FORMAT, **_unused: Any) -> None:
+    `adapter` says that LoRA adapters lie in that folder inside the checkpoint.
+    """
+
+    def __init__(
+        self, weights: dict[str, dict[str, Any]], format: int = FORMAT, adapter: str | None = None, **_unused: Any
+    ) -> None:
         """Raises ValueError for a format version this code does not know."""
         if format != FORMAT:
             raise ValueError(f"quantization_config.format {format}: this version reads {FORMAT}")
         self.quant_method = "cluscomp"  # type: ignore[assignment]
         self.format = format
         self.weights = weights
+        self.adapter = adapter
 
 
 @register_quantizer("cluscomp")
@@ -65,6 +72,7 @@ class CompressedQuantizer(HfQuantizer):
             with torch.device("meta"):
                 layer = CompressedLinear(build(spec), dense.bias, torch.get_default_dtype())  # type: ignore[arg-type]
             model.set_submodule(name, layer)
+        self.folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         if checkpoint_files:  # transformers fills in what is missing: never for codes and codebooks
             expected = {f"{name}.{key}" for name, layer in compressed(model).items() for key in layer.state_dict()}
             missing = sorted(expected.difference(*map(_tensor_names, checkpoint_files)))
@@ -73,6 +81,8 @@ class CompressedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
         check_codes(model)
+        if self.quantization_config.adapter is not None and self.folder is not None:
+            adapters.read(model, self.folder / self.quantization_config.adapter)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -118,7 +128,7 @@ def specs(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Kind and shapes of every stored weight of a model by layer name, as config.json holds them."""
     names = {kind: name for name, kind in WEIGHTS.items()}
     return {
-        name: {"kind": names[type(layer.stored)]} | layer.stored.spec()  # type: ignore[index, operator]
+        name.removesuffix(adapters.BASE): {"kind": names[type(layer.stored)]} | layer.stored.spec()  # type: ignore[index, operator]
         for name, layer in compressed(model).items()
     }
 
@@ -130,7 +140,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     keeps the dtype the model computes in: loading it back gives the same logits, bit by bit. Raises OSError if the
     disk is full or the place cannot be written.
     """
-    config = CompressedConfig(specs(model))
+    adapted = bool(adapters.parameters(model))
+    config = CompressedConfig(specs(model), adapter=adapters.FOLDER if adapted else None)
     model.config.quantization_config = config
     model.hf_quantizer = CompressedQuantizer(config)  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]
@@ -141,14 +152,19 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
             raise OSError(f"{folder}: the checkpoint needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f}")
         model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(unfinished)
-        hashes = {path.name: file_hash(path) for path in sorted(unfinished.iterdir())}
+        if adapted:
+            adapters.write(model, unfinished / adapters.FOLDER)
+        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+        hashes = {path.relative_to(unfinished).as_posix(): file_hash(path) for path in files}
         (unfinished / MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": hashes}, indent=1) + "\n")
 
 
 def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a model or block as they are written: tied ones once, in their storage dtype."""
+    """The tensors of a model or block as they are written: tied ones once, in their storage dtype, without adapters."""
     return {
-        name: tensor.detach().to(storage_dtype(tensor)).contiguous() for name, tensor in unique_tensors(model).items()
+        name.replace(f"{adapters.BASE}.", "."): tensor.detach().to(storage_dtype(tensor)).contiguous()
+        for name, tensor in unique_tensors(model).items()
+        if adapters.MARK not in name
     }
 
 
@@ -170,8 +186,8 @@ def load(folder: Path, dtype: torch.dtype | None = None, device: torch.device | 
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise InputError(f"{folder}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]} and others")
-    if not compressed(model):
-        raise InputError(f"{folder}: no compressed layer in this model")
+    if not isinstance(getattr(model.config, "quantization_config", None), CompressedConfig):
+        raise InputError(f"{folder}: this is no model of cluscomp")
     return model if device is None else model.to(device)  # type: ignore[no-any-return]
 
 
@@ -272,5 +288,5 @@ def checkpoint_hash(folder: Path) -> str:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of a checkpoint's safetensors files, headers included."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Bytes of a checkpoint's safetensors files, headers and adapters included."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))

@@ -91,6 +91,23 @@ def without_overlap(calibration: list[str], test: list[str]) -> list[str]:
     return [row for row in calibration if row not in seen]
 
 
+def split(text: Text, share: float) -> tuple[Text, Text]:
+    """The text without its last rows, and these last rows: about `share` of the characters, a row at least.
+
+    Raises InputError if the text has a single row.
+    """
+    if len(text.rows) < 2:
+        raise InputError(f"{text.name}: one row of text cannot be split into two parts")
+    border, left = len(text.rows) - 1, share * sum(map(len, text.rows)) - len(text.rows[-1])
+    while border > 1 and left > 0:
+        border -= 1
+        left -= len(text.rows[border])
+    first, last = text.rows[:border], text.rows[border:]
+    return Text(text.name, without_overlap(first, last), text.separator), Text(
+        f"{text.name}/held out", last, text.separator
+    )
+
+
 @dataclass(frozen=True, kw_only=True, config=SETTINGS)
 class HubText:
     """A text column of a Hugging Face data set, from the hub or from `data_root`/`id`, a mirror laid out like it.

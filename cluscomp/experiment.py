@@ -3,7 +3,8 @@
 A stage's folder is named by its content: a hash of the key before it, its settings, the model, the texts, the seed and
 the format version. It is finished when `metrics.json` is there, which is written last. So runs that share a beginning
 share its result, changed settings never re-use old state, and two configs never overwrite each other. A process that
-comes to a folder where another one works waits, and re-uses what that one leaves.
+comes to a folder where another one works waits, and re-uses what that one leaves. Of the processes of one run
+(torchrun) the first does and writes everything; the others train with it where a stage is `distributed`.
 """
 
 import json
@@ -25,6 +26,7 @@ from cluscomp import __version__
 from cluscomp.errors import InputError
 from cluscomp.files import held_alone
 from cluscomp.records import SCHEMA, Record, Score, content_key, read_sealed, write, write_sealed
+from cluscomp.steps import rank
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cluscomp")
 PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
+POLL = 0.2  # seconds between two looks for what the first process writes
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -90,40 +93,45 @@ def run(experiment: Experiment) -> Outcome:
     """Run the stages in order and evaluate; finished parts are re-used. Raises InputError for what cannot work."""
     config = settings(experiment)
     outputs, cache = _writable("outputs", experiment.outputs), _writable("cache", experiment.cache)
-    publish = None if experiment.publish is None else _writable("publish", experiment.publish)
+    first = rank() == 0
+    publish = None if experiment.publish is None or not first else _writable("publish", experiment.publish)
     with held_alone(cache, "model"):
         folder = experiment.model.folder(cache)
 
     from cluscomp.models import Original, fingerprint
+    from cluscomp.tracking import NoTracker
 
     device, dtype = _device(experiment.device), _dtype(experiment)
     original = Original(folder, dtype, device)
-    root = {"model": fingerprint(folder), "dtype": str(dtype), "format": _format()}
-    runner = _Runner(experiment, outputs, original)
+    root = {"model": fingerprint(folder), "dtype": str(dtype), "device": device.type, "format": _format()}
+    runner = (_Runner if first else _Follower)(experiment, outputs, original)
+    tracker = experiment.tracker if first else NoTracker()
     keys = stage_keys(experiment, root)
     runner.check(keys)
     run_key = content_key([keys, runner.evaluation, experiment.measured, experiment.name])
     run_folder = outputs / f"run-{run_key}"
-    _log_into(run_folder)
-    experiment.tracker.begin(f"{experiment.name}-{run_key}", config, run_folder)
+    if first:
+        _log_into(run_folder)
+    tracker.begin(f"{experiment.name}-{run_key}", config, run_folder)
     metrics: dict[str, dict[str, Any]] = {}
     checkpoint = None
     for name in ["original", *experiment.order]:
         if name != "original":
             metrics[name] = runner.stage(name, keys[name], checkpoint)
             checkpoint = runner.folder(name, keys[name]) / "checkpoint"
-            experiment.tracker.log(name, _numbers(metrics[name]))
+            tracker.log(name, _numbers(metrics[name]))
         if name in experiment.measured:
             label = f"evaluate {name}"
             metrics[label] = runner.evaluate(name, keys[name], checkpoint)
-            experiment.tracker.log(label, {row["metric"]: row["value"] for row in metrics[label]["scores"]})
+            tracker.log(label, {row["metric"]: row["value"] for row in metrics[label]["scores"]})
     assert checkpoint is not None  # order has at least one stage
     record = _record(experiment, config, run_key, metrics, original)
     path = run_folder / "record.json"
-    write(record, path)
+    if first:
+        write(record, path)
     if publish is not None:
         write(record, publish / experiment.name / f"{run_key}.json")
-    experiment.tracker.end({f"{score.after}/{score.metric}": score.value for score in record.scores} | record.size)
+    tracker.end({f"{score.after}/{score.metric}": score.value for score in record.scores} | record.size)
     samples = {
         name: metrics[f"evaluate {name}"]["sample"]
         for name in experiment.measured
@@ -248,6 +256,37 @@ class _Runner:
         return read_sealed(folder / "metrics.json")
 
 
+class _Follower(_Runner):
+    """What the other processes of a run do: train with the first where a stage is `distributed`, else wait for it."""
+
+    def stage(self, name: str, key: str, before: Path | None) -> dict[str, Any]:
+        """The metrics of a stage once the first process has written them."""
+        from cluscomp.stages import Job
+
+        folder, stage = self.folder(name, key), self.experiment.stages[name]
+        if stage.distributed and not self._whole(folder):
+            stage.run(self._load(before), Job(folder, self.experiment.seed, self.original))
+        while not self._whole(folder):
+            time.sleep(POLL)
+        return dict(read_sealed(folder / "metrics.json") or {})
+
+    def evaluate(self, name: str, key: str, checkpoint: Path | None) -> dict[str, Any]:  # noqa: ARG002
+        """The scores once the first process has written them."""
+        folder = self.folder("evaluate", content_key([key, *self.evaluation]))
+        while (finished := read_sealed(folder / "metrics.json")) is None:
+            time.sleep(POLL)
+        return finished
+
+    def _whole(self, folder: Path) -> bool:
+        """Whether a stage is finished and its checkpoint as it was written."""
+        from cluscomp import checkpoint
+
+        try:
+            return read_sealed(folder / "metrics.json") is not None and bool(checkpoint.verify(folder / "checkpoint"))
+        except InputError:
+            return False
+
+
 class _measured:
     """Seconds and peak memory (bytes) of a `with` block, as a dictionary that fills at its end."""
 
@@ -283,7 +322,7 @@ def settings(experiment: Experiment) -> dict[str, Any]:
 def _key_settings(stage: Any) -> dict[str, Any]:
     """What of a stage's settings decides its result: a text counts by its hash (`inputs()`), not by where it lies."""
     values = {key: value for key, value in asdict(stage).items() if key not in stage.idle()}
-    return values | ({"data": values["data"]["name"]} if "data" in values else {})
+    return values | {part: values[part]["name"] for part in ("data", "instructions") if part in values}
 
 
 def _keep_alone(folder: Path, *names: str) -> None:
@@ -370,7 +409,10 @@ def _device(name: str) -> "torch.device":
 
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device=cuda: this machine has no usable GPU; device=cpu or device=auto works")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda")
 
 
 def _dtype(experiment: Experiment) -> "torch.dtype":

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from cluscomp.kernels.codebook import multiply, multiply_by_tables, rebuild
 from cluscomp.kernels.codes import code_bits, pack, packed_bytes, unpack
+from cluscomp.kernels.loading import runs_triton
 
 Axis = Literal["out", "in"]
 FEW_TOKENS = 8  # up to so many a product is made straight from the codes
@@ -225,12 +226,15 @@ class CodebookWeight(nn.Module):
     def product(self, x_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B O"] | None:
         """x W^T of a few tokens without building W: (B, I) -> (B, O); None where rebuilding W is the faster way."""
         size = self.codebooks.shape[1]
-        if x_BI.device.type != "cpu" or x_BI.dtype != torch.float32 or len(x_BI) > FEW_TOKENS:
+        on_cpu = x_BI.device.type == "cpu" and x_BI.dtype == torch.float32
+        on_gpu = runs_triton(x_BI) and x_BI.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if not (on_cpu or (on_gpu and self.axis == "out")) or len(x_BI) > FEW_TOKENS:
             return None
         books = zip(self.codebooks if self.scales is None else self.centroids(torch.float32), self.codes)
         if self.axis == "out":
             bits = code_bits(size)
-            return cast(Tensor, sum(multiply(x_BI, codes, bits, book, self.out_features) for book, codes in books))
+            parts = (multiply(x_BI, codes, bits, book, self.out_features) for book, codes in books)
+            return cast(Tensor, sum(parts)).to(x_BI.dtype)
         if code_bits(size) != 8 or len(x_BI) > 1:
             return None
         tables = (multiply_by_tables(x_BI[0], codes, book, self.out_features, exact=True) for book, codes in books)

@@ -127,9 +127,11 @@ def test_the_size_of_a_model_is_that_of_its_file(families, tmp_path, tied):
     assert kept_numbers == embeddings + vectors
 
 
-def test_a_model_without_compressed_layers_has_no_size(tiny_folder):
-    with pytest.raises(ValueError, match="no layer"):
-        size_of(Original(tiny_folder, torch.float32, torch.device("cpu")).load_all())
+def test_a_dense_model_has_the_bits_of_its_parameters(tiny_folder):
+    model = Original(tiny_folder, torch.bfloat16, torch.device("cpu")).load_all()
+    size = size_of(model)
+    assert size.linear_bits_per_weight == size.model_bits_per_weight == 16
+    assert size.ledger == {"kept": 16 * sum(parameter.numel() for parameter in model.parameters())}
 
 
 def heavy_tails(out_features, in_features, seed):

@@ -23,6 +23,7 @@ class Stage(Protocol):
     """One step of the pipeline: a frozen settings class. Same model in and out, changed; plain numbers back."""
 
     takes: ClassVar[str]  # "original": a dense model whose blocks are still in the file; or "compressed"
+    distributed: ClassVar[bool]  # whether all processes of a run (torchrun) work on it together
 
     def inputs(self) -> dict[str, str]:
         """Hashes of what the stage reads besides model and settings (texts); part of its key."""

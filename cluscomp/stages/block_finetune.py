@@ -41,6 +41,7 @@ class BlockFinetune:
     """
 
     takes: ClassVar[str] = "compressed"
+    distributed: ClassVar[bool] = False
     data: InstanceOf[Source]
     samples: int = Field(ge=1)
     length: int = Field(ge=2)

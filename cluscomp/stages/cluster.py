@@ -31,6 +31,7 @@ class Cluster:
     """
 
     takes: ClassVar[str] = "original"
+    distributed: ClassVar[bool] = False
     method: InstanceOf[Method]
     data: InstanceOf[Source]
     samples: int = Field(ge=1)

@@ -1,0 +1,134 @@
+"""Stage recover: the codebooks of all blocks together learn to predict the next token (ClusComp+, paper 3.2.4)."""
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, InstanceOf
+from pydantic.dataclasses import dataclass
+
+from cluscomp.data import Source, calibration_windows, split, test_windows
+from cluscomp.steps import Steps, processes, rank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from cluscomp.models import Original
+    from cluscomp.stages import Job
+    from cluscomp.teacher import Teacher
+
+HELD_OUT_SHARE = 0.1  # of the calibration text's characters, from its end
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class Recover(Steps):
+    """End-to-end training on `tokens` tokens of the calibration text in random windows of `length`; codes stay.
+
+    loss: next-token cross-entropy ("ce", the paper), KL to the original's predictions ("kl"), or their sum ("ce_kl").
+    For KL the original's `teacher_top` likeliest tokens are kept on disk while the stage runs: 8 bytes a number. The
+    end of the calibration text is held out: `held_out` windows of it are scored before and after, and training that
+    does not lower that loss is taken back.
+    """
+
+    takes: ClassVar[str] = "compressed"
+    distributed: ClassVar[bool] = True
+    data: InstanceOf[Source]
+    tokens: int = Field(ge=1)
+    length: int = Field(ge=2)
+    loss: Literal["ce", "kl", "ce_kl"]
+    teacher_top: int = Field(ge=1)
+    norms: bool
+    held_out: int = Field(ge=1)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if the tokens do not make one step."""
+        if self._samples == 0:
+            raise ValueError(
+                f"tokens={self.tokens} do not make one step of {self.accumulation} x {self.batch_size} windows "
+                f"of {self.length} tokens"
+            )
+
+    @property
+    def _samples(self) -> int:
+        """Windows of all steps; what is left of the tokens is not used."""
+        return self.tokens // self.length // self.of_a_step * self.of_a_step
+
+    def inputs(self) -> dict[str, str]:
+        """The hash of the calibration text."""
+        return {"calibration": self.data.text("calibration").sha256}
+
+    def idle(self) -> set[str]:
+        """How often the state is written, and how much is kept of a teacher that is not asked."""
+        return {"save_every"} if "kl" in self.loss else {"save_every", "teacher_top"}
+
+    def check(self, original: "Original") -> None:
+        """Cut the windows. Raises InputError if the text is too short or a window longer than the model takes."""
+        self.check_processes("recover")
+        original.check_length("recover.length", self.length)
+        self._windows(original, seed=0)
+
+    def _windows(self, original: "Original", seed: int) -> "tuple[Tensor, Tensor]":
+        """Windows (W, T) to train on, in their order, and held-out ones."""
+        import torch
+
+        text, held_out = split(self.data.text("calibration"), HELD_OUT_SHARE)
+        train = calibration_windows(text, original.tokenizer, samples=self._samples, length=self.length, seed=seed)
+        scored = test_windows(held_out, original.tokenizer, length=self.length, limit=self.held_out)
+        return torch.from_numpy(train), torch.from_numpy(scored)
+
+    def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
+        """Train codebooks, and norms where asked for, in place; codes never change.
+
+        Only codebooks, their optimiser state, the inputs of the blocks and one dense matrix are in memory at once.
+        """
+        import torch
+
+        from cluscomp.end_to_end import Objective, Trained, norms, train_whole
+
+        train, held_out = self._windows(job.original, job.seed)
+        teacher = self._teacher(job, torch.cat([train, held_out])) if "kl" in self.loss else None
+        trained = Trained(model, codebooks=True, others=norms(model) if self.norms else {})
+        objective = Objective(
+            model, trained.parameters, cross_entropy="ce" in self.loss, kl="kl" in self.loss, ids_BT=held_out[:1]
+        )
+        found = train_whole(
+            model,
+            trained,
+            objective,
+            _Windows(train, teacher, 0),
+            _Windows(held_out, teacher, len(train)),
+            self,
+            tokens=train.numel(),
+            name="recover",
+            folder=job.folder / "training",
+            seed=job.seed,
+        )
+        text = self.data.text("calibration").describe()
+        return {"calibration": text, "tokens": train.numel(), "held_out_tokens": held_out.numel()} | found
+
+    def _teacher(self, job: "Job", windows_WT: "Tensor") -> "Teacher":
+        from cluscomp.blocks import Walk
+        from cluscomp.teacher import Teacher
+
+        teacher = Teacher(job.folder / "training", windows_WT, self.teacher_top)
+        walk = Walk(job.original.model(), job.original)
+        teacher.write(walk, batch_size=self.batch_size, rank=rank(), world=processes())
+        return teacher
+
+
+class _Windows:
+    """Windows (W, T) as training examples, with the teacher's predictions from its window `first` on."""
+
+    def __init__(self, windows_WT: "Tensor", teacher: "Teacher | None", first: int) -> None:
+        self.windows_WT, self.teacher, self.first = windows_WT, teacher, first
+
+    def __len__(self) -> int:
+        return len(self.windows_WT)
+
+    def __getitem__(self, index: int) -> "dict[str, Tensor]":
+        import torch.nn.functional as F
+
+        from cluscomp.end_to_end import IGNORED
+
+        ids_T = self.windows_WT[index]
+        predictions = {} if self.teacher is None else self.teacher.window(self.first + index)
+        return {"input_ids": ids_T, "labels": F.pad(ids_T[1:], (0, 1), value=IGNORED)} | predictions

@@ -1,0 +1,88 @@
+"""What the original model predicts for each token of a text: its likeliest next tokens, kept on disk in checked parts.
+
+A row of logits is as long as the vocabulary, so only the `top` largest log-probabilities of a token are kept, 8 bytes
+each; what is left of the probability is one more outcome. With `top` at the size of the vocabulary nothing is lost.
+"""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from torch import Tensor
+
+from cluscomp import checkpoint
+from cluscomp.blocks import Walk
+
+log = logging.getLogger(__name__)
+TOKENS_OF_A_PART = 2**16  # whose hidden states are in memory at once, and which a killed run loses
+POLL_SECONDS = 0.2  # while other processes write their parts
+
+
+class Teacher:
+    """The original's predictions for windows of token ids (W, T), written once into a folder and read window by window.
+
+    Part after part of the text goes through the original's blocks, one block in memory at a time. Of several processes
+    each writes every `world`-th part. A part that is damaged is made anew.
+    """
+
+    def __init__(self, folder: Path, windows_WT: Int[Tensor, "W T"], top: int) -> None:
+        self.folder, self.windows_WT, self.top = folder, windows_WT, top
+        self.of_a_part = max(1, TOKENS_OF_A_PART // windows_WT.shape[1])
+
+    def write(self, walk: Walk, *, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        """Write the parts that are missing, those of this process, and wait for the others."""
+        parts = self.windows_WT.split(self.of_a_part)
+        for number, part_WT in enumerate(parts):
+            path = self._part(number)
+            if number % world == rank and checkpoint.read_tensors(path) is None:
+                top_WTK, log_WTK = self._predict(walk, part_WT, batch_size)
+                checkpoint.write_tensors(path, {"top": top_WTK, "log": log_WTK}, {})
+                log.info("original's predictions  part %d/%d", number + 1, len(parts))
+        while not all(self._part(number).is_file() for number in range(len(parts))):
+            time.sleep(POLL_SECONDS)
+
+    def window(self, index: int) -> dict[str, Tensor]:
+        """The `top` token ids (T, top) and their log-probabilities (T, top) of window `index`, likeliest first."""
+        number, row = divmod(index, self.of_a_part)
+        with safe_open(self._part(number), "pt") as part:
+            return {"top": part.get_slice("top")[row].long(), "top_log": part.get_slice("log")[row]}
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"teacher-{number:05}.safetensors"
+
+    @torch.no_grad()
+    def _predict(self, walk: Walk, windows_WT: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        batches = [batch_BT.to(walk.device) for batch_BT in windows_WT.split(batch_size)]
+        hidden = [walk.embed(ids_BT) for ids_BT in batches]
+        for index in range(len(walk)):
+            with walk.block(index) as block:
+                hidden = [walk.apply(index, block, hidden_BTH) for hidden_BTH in hidden]
+        found = []
+        for hidden_BTH, ids_BT in zip(hidden, batches):
+            for logits_TV in walk.logits(hidden_BTH, ids_BT):
+                found.append(logits_TV.float().log_softmax(-1).topk(min(self.top, logits_TV.shape[-1])))
+        return (
+            torch.stack([one.indices for one in found]).int().cpu(),
+            torch.stack([one.values for one in found]).cpu(),
+        )
+
+
+def divergence(
+    logits_NV: Float[Tensor, "N V"], top_NK: Int[Tensor, "N K"], top_log_NK: Float[Tensor, "N K"]
+) -> Float[Tensor, ""]:
+    """KL(teacher || student) in nats, summed over N tokens, the tokens outside the teacher's top K being one outcome.
+
+    Shapes: student's logits (N, V), the teacher's likeliest ids (N, K) and their log-probabilities (N, K). Merging
+    outcomes never raises a divergence (the log-sum inequality), so this is a lower bound, exact for K = V.
+    """
+    normaliser_N1 = logits_NV.logsumexp(-1, keepdim=True)
+    student_NK = logits_NV.gather(-1, top_NK) - normaliser_N1
+    found = (top_log_NK.exp() * (top_log_NK - student_NK)).sum()
+    if top_NK.shape[1] == logits_NV.shape[1]:
+        return found
+    rest_N = (1 - top_log_NK.exp().sum(-1)).clamp(min=torch.finfo(torch.float32).tiny)
+    others_N1 = logits_NV.scatter(-1, top_NK, -torch.inf).logsumexp(-1, keepdim=True) - normaliser_N1
+    return found + (rest_N * (rest_N.log() - others_N1.squeeze(-1))).sum()
