@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
-
 log = logging.getLogger(__name__)
 POLL = 0.2  # seconds between two looks at a lock that another process holds
 
@@ -54,6 +52,8 @@ def held_alone(folder: Path, what: str) -> Iterator[None]:
     The lock is the system's: it is free as soon as its holder ends, however it ends. The file `lock` names the holder
     and disappears after use. Raises OSError if the folder cannot be written.
     """
+    from filelock import FileLock, Timeout
+
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lock"
     lock = FileLock(path)

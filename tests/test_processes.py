@@ -58,8 +58,11 @@ PARTS = {  # what a killed stage keeps as it goes, and how many of these a whole
 # of the settings that touch what is kept for a killed run
 VARIANTS = [
     [],
-    ["block_finetune.streams=disk", "block_finetune.order=shuffled", "block_finetune.norms=true"],
-]
+    [
+        "block_finetune.streams=disk", "block_finetune.order=shuffled", "block_finetune.norms=true",
+        "method.assign=hessian", "cluster.prefix=compressed", "cluster.samples=4", "cluster.length=32",
+    ],
+]  # fmt: skip
 KILLS = int(os.environ.get("CLUSCOMP_KILLS", "6"))
 
 
