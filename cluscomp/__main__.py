@@ -171,7 +171,7 @@ def _quiet_libraries() -> None:
 
 
 def show(outcome: Outcome) -> None:
-    """Print a run's table, if something was measured, what models made of the prompt, and where everything lies."""
+    """Print a run's table if anything was measured, what the models made of the prompt, and where everything lies."""
     from cluscomp.tables import stage_table
 
     if outcome.record.scores:

@@ -103,7 +103,7 @@ def run(experiment: Experiment) -> Outcome:
 
     device, dtype = _device(experiment.device), _dtype(experiment)
     original = Original(folder, dtype, device)
-    root = {"model": fingerprint(folder), "dtype": str(dtype), "format": _format()}
+    root = {"model": fingerprint(folder), "dtype": str(dtype), "device": device.type, "format": _format()}
     runner = (_Runner if first else _Follower)(experiment, outputs, original)
     tracker = experiment.tracker if first else NoTracker()
     keys = stage_keys(experiment, root)

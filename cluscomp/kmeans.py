@@ -44,20 +44,25 @@ def kmeans(
 
     With `weights_N` (not negative) each point counts that much in the means and in the inertia.
 
-    Works on the CPU's cores, whichever device the points are on, and gives the centroids and codes back on it. Depends
-    on points, recipe and the generator's seed alone, not on the number of threads. Raises ValueError for K outside
-    2..N and for points that are not finite.
+    Works on the points' device where that is the CPU or CUDA, else on the CPU's cores, and gives the centroids and
+    codes back on it. Depends on points, recipe, the generator's seed and the kind of device alone, not on the number
+    of threads. Raises ValueError for K outside 2..N and for points that are not finite.
     """
     if not 2 <= num_centroids <= len(points_ND):
         raise ValueError(f"{num_centroids} centroids for {len(points_ND)} sub-vectors: need 2 to as many as there are")
     seed = int(torch.randint(1 << 62, (), generator=generator))
-    weights_N = None if weights_N is None else weights_N.cpu()
-    found = lloyd(points_ND.cpu(), num_centroids, seed=seed, weights_N=weights_N, **asdict(recipe))
+    at_ND, at_N = _placed(points_ND), None if weights_N is None else _placed(weights_N)
+    found = lloyd(at_ND, num_centroids, seed=seed, weights_N=at_N, **asdict(recipe))
     device = points_ND.device
     return Clustering(found.centroids_KD.to(device), found.codes_N.to(device), found.inertia[-1])
 
 
 def nearest(points_ND: Float[Tensor, "N D"], centroids_KD: Float[Tensor, "K D"]) -> Int[Tensor, " N"]:
     """The code (N,) of the nearest centroid of each point (N, D), exact, the lowest on a tie; on the points' device."""
-    codes_N, _ = assign(points_ND.cpu(), centroids_KD.cpu())
+    codes_N, _ = assign(_placed(points_ND), _placed(centroids_KD))
     return codes_N.to(points_ND.device)
+
+
+def _placed(tensor: Tensor) -> Tensor:
+    """The tensor where the kernels can work on it: CUDA or the CPU."""
+    return tensor if tensor.is_cuda else tensor.cpu()

@@ -12,9 +12,11 @@ from torch.autograd.function import once_differentiable
 
 from cluscomp.kernels.codebook import multiply, multiply_by_tables, rebuild
 from cluscomp.kernels.codes import code_bits, pack, packed_bytes, unpack
+from cluscomp.kernels.loading import runs_triton
 
 Axis = Literal["out", "in"]
 FEW_TOKENS = 8  # up to so many a product is made straight from the codes
+TILE = 2**21  # entries of a large weight that are rebuilt at a time
 Storage = Literal["float16", "float8", "int8"]  # of codebooks; the paper's are 16-bit floats (section 3.2)
 STORAGE = {"float16": torch.float16, "float8": torch.float8_e4m3fn, "int8": torch.int8}
 LARGEST = {"float8": 448.0, "int8": 127.0}  # kinds of 8 bits have a scale of 32 bits for each codebook
@@ -31,8 +33,15 @@ class Weight(Protocol):
         """What is stored, by name."""
         ...
 
-    def __call__(self, dtype: torch.dtype) -> Float[Tensor, "O I"]:
-        """The dense weight (out features, in features) in `dtype`, differentiable in the module's parameters."""
+    def __call__(self, dtype: torch.dtype, inputs: slice | None = None) -> Float[Tensor, "O I"]:
+        """The dense weight (out features, in features) in `dtype`, differentiable in the module's parameters.
+
+        `inputs`: only the columns of one of `tiles()`.
+        """
+        ...
+
+    def tiles(self) -> list[slice]:
+        """Ranges of inputs, together all, to be rebuilt one after the other; a single one where that is as well."""
         ...
 
     def product(self, x_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B O"] | None:
@@ -209,14 +218,28 @@ class CodebookWeight(nn.Module):
         self.codebooks.grad = None
         self.codebooks.data, self.scales = state["codebooks"], state.get("scales")
 
-    def forward(self, dtype: torch.dtype) -> Float[Tensor, "O I"]:
-        """The dense weight (O, I) in `dtype`; codebooks are cast before the gather: training keeps float32 masters."""
-        lines, length = self.in_features, self.out_features
+    def tiles(self) -> list[slice]:
+        """Large weights of axis "out" are rebuilt in tiles of some 2^21 entries that start on a whole byte of codes."""
+        step = TILE // self.out_features // 8 * 8
+        if self.axis == "in" or step == 0 or self.in_features <= 4 * step:
+            return [slice(0, self.in_features)]
+        return [slice(i, min(i + step, self.in_features)) for i in range(0, self.in_features, step)]
+
+    def forward(self, dtype: torch.dtype, inputs: slice | None = None) -> Float[Tensor, "O I"]:
+        """The dense weight (O, I), or the columns of one of `tiles()`, in `dtype`.
+
+        Codebooks are cast before the gather: training keeps float32 masters.
+        """
+        lines, length, packed = self.in_features, self.out_features, self.codes
         if self.axis == "in":  # the codes are (groups of inputs, outputs)
             vector_dim = self.codebooks.shape[2]
             lines, length = math.ceil(self.in_features / vector_dim), self.out_features * vector_dim
         bits = code_bits(self.codebooks.shape[1])
-        books = zip(self.centroids(dtype), self.codes)
+        if inputs is not None and self.axis == "out":
+            lines, groups = inputs.stop - inputs.start, math.ceil(length / self.codebooks.shape[2])
+            first = packed_bytes(inputs.start * groups, bits)
+            packed = packed[:, first : first + packed_bytes(lines * groups, bits)]
+        books = zip(self.centroids(dtype), packed)
         rows = cast(Tensor, sum(rebuild(book_KD, codes, bits, lines, length) for book_KD, codes in books))
         if self.axis == "out":
             return rows.T
@@ -225,12 +248,15 @@ class CodebookWeight(nn.Module):
     def product(self, x_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B O"] | None:
         """x W^T of a few tokens without building W: (B, I) -> (B, O); None where rebuilding W is the faster way."""
         size = self.codebooks.shape[1]
-        if x_BI.device.type != "cpu" or x_BI.dtype != torch.float32 or len(x_BI) > FEW_TOKENS:
+        on_cpu = x_BI.device.type == "cpu" and x_BI.dtype == torch.float32
+        on_gpu = runs_triton(x_BI) and x_BI.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if not (on_cpu or (on_gpu and self.axis == "out")) or len(x_BI) > FEW_TOKENS:
             return None
         books = zip(self.codebooks if self.scales is None else self.centroids(torch.float32), self.codes)
         if self.axis == "out":
             bits = code_bits(size)
-            return cast(Tensor, sum(multiply(x_BI, codes, bits, book, self.out_features) for book, codes in books))
+            parts = (multiply(x_BI, codes, bits, book, self.out_features) for book, codes in books)
+            return cast(Tensor, sum(parts)).to(x_BI.dtype)
         if code_bits(size) != 8 or len(x_BI) > 1:
             return None
         tables = (multiply_by_tables(x_BI[0], codes, book, self.out_features, exact=True) for book, codes in books)
@@ -288,13 +314,24 @@ def centroid_values(codebooks_MKD: Float[Tensor, "M K D"], storage: Storage) -> 
 
 
 class _RebuiltLinear(torch.autograd.Function):
-    """x W^T + b that keeps x and the stored form for the backward pass, never the dense W."""
+    """x W^T + b that keeps x and the stored form for the backward pass, never the dense W.
+
+    Of a large W only a tile exists at a time, forward and backward, and of its gradient too.
+    """
 
     @staticmethod
     def forward(ctx, x, bias, weight, *parameters):  # type: ignore[no-untyped-def]
-        ctx.weight = weight
+        ctx.weight, ctx.tiles = weight, weight.tiles()
+        if x.dtype != torch.float32 or x.device.type != "cpu":  # sums of tiles are to be float32
+            ctx.tiles = [slice(0, x.shape[-1])]
         ctx.save_for_backward(x, *parameters)
-        return F.linear(x, weight(x.dtype), bias)
+        if len(ctx.tiles) == 1:
+            return F.linear(x, weight(x.dtype), bias)
+        y = x.new_zeros(*x.shape[:-1], weight.out_features) if bias is None else bias.repeat(*x.shape[:-1], 1)
+        y_BO = y.view(-1, weight.out_features)
+        for inputs in ctx.tiles:
+            y_BO.addmm_(x[..., inputs].reshape(-1, inputs.stop - inputs.start), weight(x.dtype, inputs).T)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -302,14 +339,21 @@ class _RebuiltLinear(torch.autograd.Function):
         x = ctx.saved_tensors[0]  # unpacking also checks that no parameter changed since the forward pass
         parameters = list(ctx.weight.parameters())
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        with torch.enable_grad():
-            dense_OI = ctx.weight(x.dtype)
-        grad_x = grad @ dense_OI.detach() if ctx.needs_input_grad[0] else None
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        grads: Iterator[Tensor] = iter(())
-        if trained:
-            dense_grad_OI = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-            grads = iter(torch.autograd.grad(dense_OI, trained, dense_grad_OI))
+        sums: list[Tensor] = []
+        for inputs in ctx.tiles:
+            with torch.enable_grad():
+                dense_OI = ctx.weight(x.dtype, inputs)
+            if grad_x is not None:
+                grad_x[..., inputs] = grad @ dense_OI.detach()
+            if trained:
+                grad_BO, x_BI = grad.reshape(-1, grad.shape[-1]), x[..., inputs].reshape(-1, dense_OI.shape[1])
+                # tiles: in the memory order of the codes, so that nothing is transposed on the way to the codebooks
+                dense_grad_OI = grad_BO.T @ x_BI if len(ctx.tiles) == 1 else (x_BI.T @ grad_BO).T
+                found = torch.autograd.grad(dense_OI, trained, dense_grad_OI)
+                sums = [a.add_(b) for a, b in zip(sums, found)] if sums else list(found)
+        grads = iter(sums)
         return grad_x, grad_bias, None, *(next(grads) if p.requires_grad else None for p in parameters)
 
 

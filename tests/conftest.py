@@ -11,6 +11,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import jaxtyping
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton: its kernels then run on the CPU, for the tests
+    os.environ["TRITON_INTERPRET"] = "1"
 
 CHECKED = ["kernels.codes", "kmeans", "weights", "budget", "blocks", "scoring"]
 jaxtyping.install_import_hook([f"cluscomp.{name}" for name in CHECKED], "beartype.beartype")

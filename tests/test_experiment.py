@@ -80,30 +80,35 @@ def settings_of(*overrides: str) -> Experiment:
         return build(hydra.compose("config", overrides=list(overrides)))
 
 
-TINY_TUNED = [
-    "model=tiny", *TUNED, "method.vector_dim=4", "method.codebook_size=32",
-    "order=[cluster,block_finetune,recover,finetune]",
-]  # fmt: skip
-STAGES = settings_of(*TINY_TUNED).stages
+TINY_TUNED = ["model=tiny", *TUNED, "method.vector_dim=4", "method.codebook_size=32"]
+EXPERIMENTS = {  # by the method, for some need no text
+    assign: settings_of(*TINY_TUNED, f"method.assign={assign}") for assign in ("nearest", "hessian")
+}
 FIELDS = [
-    *(("cluster", "method", field.name) for field in fields(STAGES["cluster"].method)),
-    *((stage, None, field.name) for stage in STAGES if stage != "cluster" for field in fields(STAGES[stage])),
+    (assign, stage, part, field.name)
+    for assign, experiment in EXPERIMENTS.items()
+    for stage in experiment.order
+    for part, settings in (
+        (None, experiment.stages[stage]),
+        ("method", getattr(experiment.stages[stage], "method", None)),
+    )
+    if settings is not None
+    for field in fields(settings)
+    if field.name != "method"
 ]
 
 
-@pytest.mark.parametrize(("stage", "part", "field"), FIELDS)
-def test_every_setting_that_decides_the_result_makes_another_key(stage, part, field):
-    """So no state of other settings is ever used again. Where streams lie, say, decides nothing."""
-    experiment = settings_of(*TINY_TUNED)
+@pytest.mark.parametrize(("assign", "stage", "part", "field"), FIELDS)
+def test_every_setting_that_decides_the_result_makes_another_key(assign, stage, part, field):
+    """So no state of other settings is ever used again. Where streams lie decides nothing, nor a text nobody reads."""
+    experiment = EXPERIMENTS[assign]
     settings = experiment.stages[stage] if part is None else getattr(experiment.stages[stage], part)
     if field == "data":
         changes = {"data": settings_of(*TINY_TUNED, "data=text", f"data.file={__file__}").stages[stage].data}
     elif field == "bits":
         changes = {"bits": 3.0, "vector_dim": None, "codebook_size": None}
-    elif field == "instructions":
-        changes = {
-            field: settings_of("instructions=text", "data=text", f"data.file={__file__}").stages[stage].instructions
-        }
+    elif field == "axis":
+        changes = {"axis": "in", "assign": "nearest"}
     else:
         changes = {field: another(getattr(settings, field), typing.get_type_hints(type(settings))[field])}
     changed = replace(settings, **changes)
@@ -112,7 +117,8 @@ def test_every_setting_that_decides_the_result_makes_another_key(stage, part, fi
     other = replace(experiment, stages=experiment.stages | {stage: changed})
     before, after = (stage_keys(settings, {"model": "m"}) for settings in (experiment, other))
     differing = experiment.order[experiment.order.index(stage) :]
-    expected = set() if part is None and field in changed.idle() else set(differing)
+    idle = field == "streams" or (assign == "nearest" and stage == "cluster" and part is None)
+    expected = set() if idle else set(differing)
     assert {name for name in before if before[name] != after[name]} == expected
     assert stage_keys(experiment, {"model": "n"}).keys() == before.keys()
     assert not set(stage_keys(experiment, {"model": "n"}).values()) & set(before.values())

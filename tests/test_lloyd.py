@@ -133,6 +133,13 @@ def test_threads_do_not_change_a_bit_where_all_work_on_one_piece():
     assert len({digest(r.centroids_KD, r.codes_N) for r in runs}) == 1
 
 
+@pytest.mark.parametrize("K", [4097, 8200])  # as one thread, all threads put so many centroids into spatial order
+def test_threads_do_not_change_a_bit_with_many_centroids(K):
+    x = points(20_000, 3)
+    runs = [lloyd(x, K, **{**BEST, "iterations": 2}, threads=t) for t in (1, 3)]
+    assert len({digest(r.centroids_KD, r.codes_N) for r in runs}) == 1
+
+
 @pytest.mark.parametrize("settings_", [REFERENCE, BEST], ids=["reference", "best"])
 def test_lloyd_reports_the_inertia_of_what_it_returns(settings_):
     x = points(5000, 5)

@@ -11,6 +11,7 @@ from reference import codebook as reference
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from cluscomp import weights
 from cluscomp.weights import CodebookWeight, CompressedLinear, storage_dtype, sub_vectors
 
 
@@ -139,6 +140,32 @@ def test_forward_and_backward_are_those_of_the_dense_layer(shape, axis, books, b
         for vector, code in zip(vectors, codes):
             book[code] += vector
     torch.testing.assert_close(layer.stored.codebooks.grad, books_grad)
+
+
+@pytest.mark.parametrize("x_shape", [(40,), (3, 40), (2, 3, 40)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_large_weight_in_tiles_gives_the_dense_layer(x_shape, bias, monkeypatch):
+    monkeypatch.setattr(weights, "TILE", 200)  # 8 inputs of 22 outputs
+    weight, _, _ = random_weight(22, 40, "out", dim=4, size=9, books=2)
+    weight.loosen()
+    assert len(weight.tiles()) == 5 and random_weight(22, 32)[0].tiles() == [slice(0, 32)]
+    g = torch.Generator().manual_seed(0)
+    bias_O = torch.randn(22, generator=g) if bias else None
+    plain = nn.Linear(40, 22, bias=bias)
+    plain.weight.data = weight(torch.float32).detach()
+    if bias:
+        plain.bias.data = bias_O.clone()
+    layer = CompressedLinear(weight, bias_O, torch.float32)
+    x = torch.randn(*x_shape, generator=g)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    upstream = torch.randn(*x_shape[:-1], 22, generator=g)
+    found, expected = layer(ours), plain(theirs)
+    found.backward(upstream)
+    expected.backward(upstream)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    (codebooks_grad,) = torch.autograd.grad(weight(torch.float32), weight.codebooks, plain.weight.grad)
+    torch.testing.assert_close(weight.codebooks.grad, codebooks_grad)
 
 
 def test_gradients_reach_float32_masters_from_a_16_bit_model():

@@ -5,14 +5,15 @@ Codes are packed as in codes.py. Axis "out" (the paper's): the codes are a matri
 being D neighbouring inputs of one output.
 
 Sums are float32 (in an order that does not depend on the number of threads). Each function has its plain torch
-version beside it, `<name>_reference`, which also serves where the kernels were not compiled.
+version beside it, `<name>_reference`, which also serves where the kernels were not compiled. Tensors on a CUDA device
+stay there, all on the same one: codebook_triton.py serves them, or the plain versions where Triton is not installed.
 """
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from cluscomp.kernels.codes import packed_bytes, unpack
-from cluscomp.kernels.loading import native, number_of_threads
+from cluscomp.kernels.loading import native, number_of_threads, runs_triton
 
 
 class _Rebuild(torch.autograd.Function):
@@ -24,17 +25,13 @@ class _Rebuild(torch.autograd.Function):
         ctx.bits, ctx.shape, ctx.dtype = bits, centroids_KD.shape, centroids_KD.dtype
         if native is not None and centroids_KD.device.type == "cpu" and centroids_KD.dtype == torch.float32:
             return decode(packed, bits, centroids_KD, lines, length)
-        return decode_reference(packed, bits, centroids_KD, lines, length)
+        return _decoded(packed, bits, centroids_KD, lines, length)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (packed,) = ctx.saved_tensors
-        if native is not None and grad.device.type == "cpu":
-            grad_KD = gradient(grad, packed, ctx.bits, *ctx.shape)
-        else:
-            grad_KD = gradient_reference(grad, packed, ctx.bits, *ctx.shape)
-        return grad_KD.to(ctx.dtype), None, None, None, None
+        return gradient(grad, packed, ctx.bits, *ctx.shape).to(ctx.dtype), None, None, None, None
 
 
 def rebuild(centroids_KD: torch.Tensor, packed: torch.Tensor, bits: int, lines: int, length: int) -> torch.Tensor:
@@ -69,8 +66,8 @@ def decode(
         raise ValueError(
             f"out is {out.dtype} of shape {tuple(out.shape)}; it must be contiguous float32 of shape {(I, O)}"
         )
-    if native is None:
-        weight_IO = decode_reference(packed, bits, centroids_KD.float(), I, O)
+    if native is None or packed.is_cuda:
+        weight_IO = _decoded(packed, bits, centroids_KD.float(), I, O)
         return weight_IO if out is None else out.copy_(weight_IO)
     weight_IO = torch.empty(I, O) if out is None else out
     native.decode(packed.contiguous(), bits, _table(centroids_KD), weight_IO, number_of_threads(threads))
@@ -88,14 +85,20 @@ def multiply(
 ) -> torch.Tensor:
     """y_BO = x_BI @ weight_IO, float32, axis "out", without building the weight. Meant for B below some 16.
 
-    A float16 codebook is read as such where possible: it is half as large, which counts at K = 65,500.
+    A float16 codebook is read as such where possible: it is half as large, which counts at K = 65,500. On a CUDA
+    device the weight's entries are rounded to x's dtype.
 
     Raises:
         ValueError: sizes that do not agree.
     """
     B, I = x_BI.shape
     _check_packed(packed, bits, I * -(-O // centroids_KD.shape[1]))
-    if native is None or B == 0:
+    if runs_triton(packed):
+        from cluscomp.kernels import codebook_triton
+
+        if 0 < B <= codebook_triton.MOST_ROWS:
+            return codebook_triton.multiply(x_BI, packed, bits, centroids_KD.detach().to(x_BI.dtype), O)
+    if native is None or packed.is_cuda or B == 0:
         return multiply_reference(x_BI, packed, bits, centroids_KD, O)
     y_BO = torch.empty(B, O)
     table_KD, halves_KD = None, None
@@ -129,7 +132,7 @@ def multiply_by_tables(
     if K > 256:
         raise ValueError(f"{K} centroids; look-up tables serve up to 256")
     _check_packed(packed, 8, -(-len(x_I) // D) * O)
-    if native is None:
+    if native is None or packed.is_cuda:
         return multiply_by_tables_reference(x_I, packed, centroids_KD, O)
     y_O = torch.empty(O)
     native.multiply_by_tables(
@@ -148,11 +151,24 @@ def gradient(
     """
     I, O = grad_IO.shape
     _check_packed(packed, bits, I * -(-O // D))
-    if native is None:
+    if runs_triton(packed):
+        from cluscomp.kernels import codebook_triton
+
+        return codebook_triton.gradient(grad_IO, packed, bits, K, D)
+    if native is None or grad_IO.device.type != "cpu":
         return gradient_reference(grad_IO, packed, bits, K, D)
     gradient_KD = torch.empty(K, D)
     native.gradient(packed.contiguous(), bits, _table(grad_IO), gradient_KD, number_of_threads(threads))
     return gradient_KD
+
+
+def _decoded(packed: torch.Tensor, bits: int, centroids_KD: torch.Tensor, I: int, O: int) -> torch.Tensor:
+    """weight_IO in the centroids' dtype, where the compiled kernels do not serve."""
+    if runs_triton(packed):
+        from cluscomp.kernels import codebook_triton
+
+        return codebook_triton.decode(packed, bits, centroids_KD, I, O)
+    return decode_reference(packed, bits, centroids_KD, I, O)
 
 
 def _table(values: torch.Tensor) -> torch.Tensor:

@@ -37,10 +37,10 @@ def assign(
     """The nearest centroid of every point and the squared distance to it; exact, lowest number on a tie.
 
     Args:
-        points_ND: (N, D) float32, bfloat16 or float16 on the CPU.
-        centroids_KD: (K, D) of the same kinds; compared in float32.
-        threads: as many as torch uses, where None. The result does not depend on it.
-        search: "choose", or for measurements "brute" or "boxes".
+        points_ND: (N, D) float32, bfloat16 or float16, on the CPU or a CUDA device.
+        centroids_KD: (K, D) of the same kinds, on the same device; compared in float32.
+        threads: of the CPU; as many as torch uses, where None. The result does not depend on it.
+        search: "choose", or for measurements on the CPU "brute" or "boxes".
 
     Returns:
         codes_N int32 and distances_N float32.
@@ -53,10 +53,17 @@ def assign(
         raise ValueError(
             f"points have D = {points_ND.shape[1]}, centroids D = {centroids_KD.shape[1]}; they must agree"
         )
+    if points_ND.device != centroids_KD.device:
+        raise ValueError(f"points are on {points_ND.device}, centroids on {centroids_KD.device}; they must agree")
     _refuse_not_finite(centroids_KD, "centroids")
     threads = number_of_threads(threads)
-    if native is None:
+    if native is None or points_ND.is_cuda:
         _refuse_not_finite(points_ND, "points")
+    if points_ND.is_cuda:
+        from cluscomp.kernels import lloyd_gpu
+
+        return lloyd_gpu.assign(points_ND, centroids_KD)
+    if native is None:
         return assign_reference(points_ND, centroids_KD)
     codes_N = torch.empty(len(points_ND), dtype=torch.int32)
     distances_N = torch.empty(len(points_ND))
@@ -83,8 +90,11 @@ def lloyd(  # noqa: PLR0912
     `lloyd(points_ND, K, **REFERENCE)` is the paper's recipe, `**BEST` ours. The result depends on the points, the
     settings and the seed only, not on the number of threads. Sums are float64.
 
+    Points on a CUDA device are clustered there (lloyd_gpu.py) by the same recipes, and the result is given on it; it
+    may differ from the CPU's by the rounding of sums, and in the random numbers of faiss' refills.
+
     Args:
-        points_ND: (N, D) float32, bfloat16 or float16 on the CPU.
+        points_ND: (N, D) float32, bfloat16 or float16, on the CPU or a CUDA device.
         num_centroids: K, 1 to N.
         init: "random_points" (different points, drawn with the seed), "kd" (cuts space in two at the mean of the
             widest axis; each half gets its share of centroids by the density a fine quantiser wants,
@@ -118,10 +128,10 @@ def lloyd(  # noqa: PLR0912
         raise ValueError(f"seed is {seed!r}; it must be a whole number from 0 to 2^64 - 1")
     threads = number_of_threads(threads)
     if weights_N is not None:
-        weights_N = _checked_weights(weights_N, N)
+        weights_N = _checked_weights(weights_N, N, points_ND.device)
     kd = isinstance(init, str) and init == "kd"
     if isinstance(init, torch.Tensor):
-        first_KD = _checked(init, "init").float()
+        first_KD = _checked(init, "init").to(device=points_ND.device, dtype=torch.float32)
         if first_KD.shape != (K, D):
             raise ValueError(f"init has shape {tuple(first_KD.shape)}; it must be {(K, D)}")
         _refuse_not_finite(first_KD, "init")
@@ -134,9 +144,27 @@ def lloyd(  # noqa: PLR0912
     else:
         raise ValueError(f'init is {init!r}; it must be "random_points", "kd" or the first centroids')
     if kd and D == 1:
-        return scalar(points_ND, K, weights_N=weights_N, threads=threads, progress=progress)
-    if native is None:
+        weights_N = None if weights_N is None else weights_N.cpu()
+        found = scalar(points_ND.cpu(), K, weights_N=weights_N, threads=threads, progress=progress)
+        device = points_ND.device
+        return Clustering(found.centroids_KD.to(device), found.codes_N.to(device), found.inertia)
+    if native is None or points_ND.is_cuda:
         _refuse_not_finite(points_ND, "points")
+    if points_ND.is_cuda:
+        from cluscomp.kernels import lloyd_gpu
+
+        return lloyd_gpu.lloyd(
+            points_ND,
+            K,
+            None if kd else first_KD,
+            iterations,
+            over_relaxation,
+            move_centroids,
+            seed,
+            weights_N,
+            progress,
+        )
+    if native is None:
         return lloyd_reference(
             points_ND,
             K,
@@ -227,7 +255,7 @@ def _settled(values_M: np.ndarray, mass_M: np.ndarray, starts_K: np.ndarray) -> 
 
 
 def _checked(rows: torch.Tensor, name: str) -> torch.Tensor:
-    """Rows as a contiguous CPU tensor without gradient, or a sentence saying why they cannot serve."""
+    """Rows as a contiguous tensor without gradient, or a sentence saying why they cannot serve."""
     if isinstance(rows, np.ndarray):
         rows = torch.from_numpy(np.array(rows))
     if not isinstance(rows, torch.Tensor):
@@ -236,8 +264,8 @@ def _checked(rows: torch.Tensor, name: str) -> torch.Tensor:
         raise TypeError(f"{name} is {rows.dtype}; it must be float32, bfloat16 or float16")
     if rows.dim() != 2:
         raise ValueError(f"{name} has shape {tuple(rows.shape)}; it must have two dimensions, (number, D)")
-    if rows.device.type != "cpu":
-        raise ValueError(f"{name} is on {rows.device}; it must be on the CPU")
+    if rows.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} is on {rows.device}; it must be on the CPU or a CUDA device")
     if rows.shape[0] < 1 or rows.shape[1] < 1:
         raise ValueError(f"{name} has shape {tuple(rows.shape)}; both numbers must be at least 1")
     if rows.shape[0] > MOST - 16:
@@ -247,11 +275,11 @@ def _checked(rows: torch.Tensor, name: str) -> torch.Tensor:
     return rows.detach().contiguous()
 
 
-def _checked_weights(weights_N: torch.Tensor, N: int) -> torch.Tensor:
+def _checked_weights(weights_N: torch.Tensor, N: int, device: torch.device) -> torch.Tensor:
     weights_N = torch.as_tensor(weights_N).detach()
     if weights_N.shape != (N,):
         raise ValueError(f"weights has shape {tuple(weights_N.shape)}; it must be {(N,)}, one for each point")
-    weights_N = weights_N.to(device="cpu", dtype=torch.float32).contiguous()
+    weights_N = weights_N.to(device=device, dtype=torch.float32).contiguous()
     wrong = ~(weights_N >= 0) | (weights_N > 1e18)
     if wrong.any():
         i = int(wrong.nonzero()[0])
@@ -298,9 +326,9 @@ def assign_reference(points_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tup
         for d in range(1, points_ND.shape[1]):
             torch.sub(some_PD[:, d : d + 1].float(), centroids_KD[:, d], out=difference_PK)
             distance_PK.addcmul_(difference_PK, difference_PK)
-        least_P, code_P = distance_PK.min(dim=1)
-        codes.append(code_P.int())
-        distances.append(least_P)
+        code_P1 = distance_PK.argmin(1, keepdim=True)  # on every device the first of equals
+        codes.append(code_P1[:, 0].int())
+        distances.append(distance_PK.gather(1, code_P1)[:, 0])
     return torch.cat(codes), torch.cat(distances)
 
 
@@ -422,14 +450,15 @@ def lloyd_reference(
         step = 1.0 if rose or done >= iterations - 3 else over_relaxation
         c_KD[full_K] += step * (mean_KD[full_K] - c_KD[full_K].double()).float()
         if not move_centroids:
-            _refill_as_faiss(c_KD, count_K, random)
+            refill_as_faiss(c_KD, count_K, random)
         elif done < iterations - 3:
-            _move_to_worst(c_KD, count_K, mass_K, variance_KD)
+            move_to_worst(c_KD, count_K, mass_K, variance_KD)
     assert best_N is not None
     return Clustering(best_KD, best_N, inertia)
 
 
-def _refill_as_faiss(c_KD: torch.Tensor, count_K: torch.Tensor, random: np.random.Generator) -> None:
+def refill_as_faiss(c_KD: torch.Tensor, count_K: torch.Tensor, random: np.random.Generator) -> None:
+    """Gives each empty cluster, in c_KD itself, half of one drawn with probability ~ count_K - 1."""
     chance_K = (count_K - 1).clamp(min=0).double().numpy()
     up_D = 1 + (1 - 2 * (torch.arange(c_KD.shape[1]) % 2)) / 1024
     for k in (count_K == 0).nonzero().flatten().tolist():
@@ -440,7 +469,8 @@ def _refill_as_faiss(c_KD: torch.Tensor, count_K: torch.Tensor, random: np.rando
         c_KD[donor] *= 2 - up_D
 
 
-def _move_to_worst(c_KD: torch.Tensor, count_K: torch.Tensor, mass_K: torch.Tensor, variance_KD: torch.Tensor) -> None:
+def move_to_worst(c_KD: torch.Tensor, count_K: torch.Tensor, mass_K: torch.Tensor, variance_KD: torch.Tensor) -> None:
+    """Gives the centroids of empty clusters, in c_KD itself, to the worst ones, cut in two as in native/lloyd.cpp."""
     cost_K = mass_K * variance_KD.sum(1)
     empty = (count_K == 0).nonzero().flatten().tolist()[: len(c_KD) // 2]
     for k, worst in zip(empty, cost_K.argsort(descending=True, stable=True).tolist(), strict=False):

@@ -1,5 +1,6 @@
 """Finds the compiled kernels, or says in one line that there are none."""
 
+import importlib.util
 import logging
 from types import ModuleType
 
@@ -32,3 +33,8 @@ def number_of_threads(threads: int | None) -> int:
     if not isinstance(threads, int) or not 1 <= threads <= 1024:
         raise ValueError(f"threads is {threads!r}; it must be a whole number from 1 to 1024")
     return threads
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Whether Triton kernels serve this tensor: it is on CUDA, and Triton is installed (torch for Linux brings it)."""
+    return tensor.is_cuda and importlib.util.find_spec("triton") is not None

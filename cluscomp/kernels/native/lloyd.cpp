@@ -174,8 +174,8 @@ bool move_to_worst(std::vector<float>& c, const std::vector<double>& moments, co
 }
 
 // Puts the centroids in spatial order and renames the runs' starts to match.
-void reorder(std::vector<float>& c, std::vector<Run>& runs, int K, int D) {
-  const std::vector<int32_t> order = spatial_order(c.data(), K, D);
+void reorder(std::vector<float>& c, std::vector<Run>& runs, int K, int D, const Workers& workers) {
+  const std::vector<int32_t> order = spatial_order(c.data(), K, D, workers);
   std::vector<float> old(c);
   std::vector<int32_t> rank(K);
   for (int s = 0; s < K; s++) {
@@ -209,7 +209,7 @@ LloydResult lloyd(const Cloud& cloud, const LloydSettings& set, int32_t* codes_N
 
   for (int done = 0;; done++) {
     // Centroids drift: put them in order again after 0, 1, 3, 7, 15, ... iterations, and whenever some were moved.
-    if (disturbed || (done & (done + 1)) == 0) reorder(c, runs, K, D);
+    if (disturbed || (done & (done + 1)) == 0) reorder(c, runs, K, D, workers);
     tree.build(c.data(), K, D);
     const bool warm = runs.front().start >= 0;
     const Search search = set.search == Search::choose ? fastest_search(D, K, warm) : set.search;
@@ -218,7 +218,7 @@ LloydResult lloyd(const Cloud& cloud, const LloydSettings& set, int32_t* codes_N
     if (done == set.iterations && rose) {  // the best codebook seen is kept
       c = best_c;
       runs = {{0, N, -1}};
-      reorder(c, runs, K, D);
+      reorder(c, runs, K, D, workers);
       tree.build(c.data(), K, D);
       inertia = search_all(x, runs, tree.tree, Search::boxes, slot.data(), distance.get(), tile, workers);
     }
@@ -265,7 +265,7 @@ void assign(const Columns& x, const float* centroids_KD, int K, Search search, i
     search_all(x, {{0, x.n, -1}}, tree.tree, search, codes_N, distances_N, tile, workers);
     return;
   }
-  const std::vector<int32_t> order = spatial_order(centroids_KD, K, D);
+  const std::vector<int32_t> order = spatial_order(centroids_KD, K, D, workers);
   std::vector<float> c(int64_t(K) * D);
   for (int s = 0; s < K; s++) std::copy_n(centroids_KD + int64_t(order[s]) * D, D, &c[int64_t(s) * D]);
   tree.build(c.data(), K, D, order);

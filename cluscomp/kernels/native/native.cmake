@@ -12,9 +12,11 @@ if(NOT (Threads_FOUND AND Python_FOUND AND nanobind_FOUND))
   return()
 endif()
 
-# For tests: run Python with libasan and libubsan preloaded.
+set(optimise -O3)
+# For tests (.ci/sanitize): run Python with libasan and libubsan preloaded.
 option(CLUSCOMP_SANITIZE "build with AddressSanitizer and UndefinedBehaviorSanitizer" OFF)
 if(CLUSCOMP_SANITIZE)
+  set(optimise -O1)  # -O3 takes the compiler many minutes here
   add_compile_options(-fsanitize=address,undefined -fno-sanitize-recover=undefined -g)
   add_link_options(-fsanitize=address,undefined)
 endif()
@@ -23,7 +25,7 @@ set(native ${CMAKE_CURRENT_LIST_DIR})
 nanobind_add_module(_native NB_STATIC
   ${native}/bindings.cpp ${native}/lloyd.cpp ${native}/kd.cpp ${native}/tree.cpp ${native}/points.cpp ${native}/scalar.cpp ${native}/codebook.cpp ${native}/tiles_choice.cpp)
 target_link_libraries(_native PRIVATE Threads::Threads)
-target_compile_options(_native PRIVATE -O3 -Wall -Wextra)
+target_compile_options(_native PRIVATE ${optimise} -Wall -Wextra)
 
 # The inner loops, once per instruction set.
 function(add_tiles source isa)
@@ -31,7 +33,7 @@ function(add_tiles source isa)
   add_library(${name} OBJECT ${native}/${source}.cpp)
   set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden)
   target_compile_definitions(${name} PRIVATE CLUSCOMP_ISA=${isa})
-  target_compile_options(${name} PRIVATE -O3 -ffp-contract=off -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized ${ARGN})
+  target_compile_options(${name} PRIVATE ${optimise} -ffp-contract=off -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized ${ARGN})
   target_sources(_native PRIVATE $<TARGET_OBJECTS:${name}>)
 endfunction()
 foreach(source tiles codebook_tiles)

@@ -36,8 +36,8 @@ void CentroidTree::build(const float* centroids_KD, int K, int D, std::vector<in
   tree.id = id_.data();
 }
 
-static void cut(const float* c, int D, int32_t* order, int n) {
-  if (n <= 16) return;
+// Parts the centroids order[0 ... n - 1], more than 16 of them, in two; returns how many come first.
+static int halve(const float* c, int D, int32_t* order, int n) {
   int unit = 16;
   while (int64_t(unit) * 16 < n) unit *= 16;
   int axis = 0;
@@ -55,13 +55,32 @@ static void cut(const float* c, int D, int32_t* order, int n) {
     const float x = c[int64_t(a) * D + axis], y = c[int64_t(b) * D + axis];
     return x < y || (x == y && a < b);
   });
+  return middle;
+}
+
+static void cut(const float* c, int D, int32_t* order, int n) {
+  if (n <= 16) return;
+  const int middle = halve(c, D, order, n);
   cut(c, D, order, middle);
   cut(c, D, order + middle, n - middle);
 }
 
-std::vector<int32_t> spatial_order(const float* centroids_KD, int K, int D) {
+std::vector<int32_t> spatial_order(const float* centroids_KD, int K, int D, const Workers& workers) {
+  struct Part { int begin, end; };
   std::vector<int32_t> order(K);
   std::iota(order.begin(), order.end(), 0);
-  cut(centroids_KD, D, order.data(), K);
+  std::vector<Part> parts{{0, K}};
+  while (workers.threads > 1 && parts.size() < 16 && K > 4096) {  // enough for all threads
+    std::vector<Part> halves(2 * parts.size());
+    workers.run(int64_t(parts.size()), [&](int64_t i, int) {
+      const auto [begin, end] = parts[i];
+      const int middle = end - begin <= 16 ? end : begin + halve(centroids_KD, D, order.data() + begin, end - begin);
+      halves[2 * i] = {begin, middle}, halves[2 * i + 1] = {middle, end};
+    });
+    parts = std::move(halves);
+  }
+  workers.run(int64_t(parts.size()), [&](int64_t i, int) {
+    cut(centroids_KD, D, order.data() + parts[i].begin, parts[i].end - parts[i].begin);
+  });
   return order;
 }

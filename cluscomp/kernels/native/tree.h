@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "threads.h"
 #include "tiles.h"
 
 class CentroidTree {
@@ -17,4 +18,4 @@ class CentroidTree {
 
 // A spatial order of the centroids: repeatedly cut in two along the widest axis, at whole blocks of 16, 256, ...
 // Returns the centroid of each slot.
-std::vector<int32_t> spatial_order(const float* centroids_KD, int K, int D);
+std::vector<int32_t> spatial_order(const float* centroids_KD, int K, int D, const Workers&);
