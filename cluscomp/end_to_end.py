@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 3  # the learning rate as given, halved, halved again
 LINES = 50  # of progress in the log
 WHOLE = "whole.json"  # hashes of a Trainer checkpoint's files, written last
-LOGITS = 2**24  # numbers in the logits that are in memory at once
+LOGITS = {"cpu": 2**22, "cuda": 2**26}  # numbers in the logits that are in memory at once
+FEW = 16  # tokens on which the head is tried
 IGNORED = -100  # label of a token whose prediction does not count
 
 Example = dict[str, Tensor]  # input_ids (T,), labels (T,): the next token or -100, and top, top_log (T, K) of a teacher
@@ -152,7 +153,7 @@ class Objective(nn.Module):
         self.trained = nn.ParameterList(trained)
         self.cross_entropy, self.kl = cross_entropy, kl
         self._model = (model,)  # in a tuple, or it would be a part of this module
-        self._head = self._separate_head(ids_BT.to(model.device))
+        self._head = self._separate_head(ids_BT[:1, :FEW].to(model.device))
 
     @torch.no_grad()
     def _separate_head(self, ids_BT: Tensor) -> tuple[nn.Module, ...]:
@@ -182,7 +183,7 @@ class Objective(nn.Module):
         if self.kl:
             assert top is not None and top_log is not None
             columns += [top[counted], top_log[counted]]
-        at_once = max(1, LOGITS // model.config.get_text_config().vocab_size)
+        at_once = max(1, LOGITS[model.device.type] // model.config.get_text_config().vocab_size)
         losses = [
             rematerialised(self._summed, *part, use_reentrant=False)
             for part in zip(*(c.split(at_once) for c in columns))
