@@ -130,7 +130,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(("arguments", "named"), SETTINGS.values(), ids=SETTINGS)
-def test_a_wrong_setting_costs_half_a_second_and_one_sentence(process, arguments, named):
+def test_a_wrong_setting_costs_a_second_and_one_sentence(process, arguments, named):
     done = process(*arguments)
     sentence = the_sentence(done)
     assert done.err.count("\n") == 1 and done.out == ""
@@ -138,9 +138,9 @@ def test_a_wrong_setting_costs_half_a_second_and_one_sentence(process, arguments
     for part in named:
         assert part in sentence, sentence
     tries = 3  # a busy machine, or a cold cache
-    while done.seconds >= 1 and (tries := tries - 1):
+    while done.seconds >= 1.5 and (tries := tries - 1):
         done = process(*arguments)
-    assert done.seconds < 1
+    assert done.seconds < 1.5
 
 
 @pytest.mark.parametrize("arguments", [["bits=99"], ["bits=3", "order=[x]"], ["bits=3", "sede=1"], ["--help"]])
