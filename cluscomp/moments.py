@@ -24,17 +24,19 @@ class SecondMoment:
 
     @property
     def matrix_II(self) -> Float[Tensor, "I I"]:
-        """H, (I, I). Raises ValueError if only the diagonal was asked for or no token was seen."""
+        """H, (I, I). Raises ValueError if only the diagonal was asked for, as `diagonal_I` otherwise."""
         if not self.full:
             raise ValueError("only the diagonal of this second moment was accumulated")
         return self._mean()
 
     @property
     def diagonal_I(self) -> Float[Tensor, " I"]:
-        """Mean square of each input, (I,). Raises ValueError if no token was seen."""
+        """Mean square of each input, (I,). Raises ValueError if no token was seen, or it is not finite."""
         return self._mean().diagonal() if self.full else self._mean()
 
     def _mean(self) -> Tensor:
         if self._sum is None:
             raise ValueError("no calibration token reached this layer")
+        if not bool(self._sum.isfinite().all()):
+            raise ValueError("its inputs on the calibration text have NaN or infinity: the original model overflows")
         return self._sum / self.tokens

@@ -70,21 +70,38 @@ def stage_table(records: list[Record], metric: str = "perplexity") -> pd.DataFra
 
 
 def cost_table(records: list[Record]) -> pd.DataFrame:
-    """One row for each run and stage: the K-means start, relative squared error of weights, seconds, peak memory."""
+    """One row for each run and stage: settings that differ, relative squared error of weights, seconds, peak memory."""
     return pd.DataFrame(
         [
-            {
-                "run": record.run["name"],
-                "start": record.config["stages"]["cluster"]["method"].get("init"),
+            {"run": record.run["name"]}
+            | differing
+            | {
                 "stage": stage,
                 "relative error": record.stages.get(stage, {}).get("found", {}).get("relative_error"),
                 "seconds": round(seconds, 1),
                 "peak RAM, GiB": round(record.machine["peak_ram"][stage] / 2**30, 2),
             }
-            for record in records
+            for record, differing in zip(records, settings_that_differ(records))
             for stage, seconds in record.run["seconds"].items()
         ]
     )
+
+
+def settings_that_differ(records: list[Record]) -> list[dict[str, Any]]:
+    """For each record those settings of its stages that are not the same in all of them, by their dotted name."""
+    flat = [
+        _flat({stage: record.config["stages"][stage] for stage in record.config["order"]}, "") for record in records
+    ]
+    keys = dict.fromkeys(key for values in flat for key in values)
+    differing = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
+    return [{key: values.get(key) for key in differing} for values in flat]
+
+
+def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    found = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def check_protocols(records: list[Record], metric: str) -> None:

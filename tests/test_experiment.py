@@ -29,7 +29,7 @@ from cluscomp.records import SCHEMA, protocol, read
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
 SMALL = [
-    "model=tiny", "data=text", "method.vector_dim=4", "method.codebook_size=32", "evaluate.context=32",
+    "model=tiny", "data=text", "method=cluscomp_data_free", "method.vector_dim=4", "method.codebook_size=32", "evaluate.context=32",
     "evaluate.limit=8",
 ]  # fmt: skip
 TUNED = [
@@ -80,7 +80,7 @@ def settings_of(*overrides: str) -> Experiment:
         return build(hydra.compose("config", overrides=list(overrides)))
 
 
-TINY_TUNED = ["model=tiny", *TUNED, "method.vector_dim=4", "method.codebook_size=32"]
+TINY_TUNED = ["model=tiny", *TUNED, "method=cluscomp_data_free", "method.vector_dim=4", "method.codebook_size=32"]
 EXPERIMENTS = {  # by the method, for some need no text
     assign: settings_of(*TINY_TUNED, f"method.assign={assign}") for assign in ("nearest", "hessian")
 }

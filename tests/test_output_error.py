@@ -131,9 +131,12 @@ def test_without_correlation_feedback_codes_are_the_nearest():
     assert torch.equal(codes_IG.flatten(), nearest(weight_IO.view(-1, 3), centroids_KD))
 
 
-def test_inputs_never_seen_and_damaged_moments():
+def test_inputs_never_seen_and_inputs_that_overflow():
     assert torch.equal(damped(torch.zeros(3, 3), 0.01), torch.eye(3))
     dead = torch.diag(torch.tensor([1.0, 0.0, 3.0]))
     assert float(torch.linalg.eigvalsh(damped(dead, 0.01)).min()) > 0
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        damped(torch.full((2, 2), torch.nan), 0.01)
+    for full in (True, False):
+        moment = SecondMoment(full=full)
+        moment.add(torch.tensor([[1e30, 1.0]]))
+        with pytest.raises(ValueError, match="the original model overflows"):
+            _ = moment.diagonal_I

@@ -4,7 +4,7 @@ import pytest
 
 from cluscomp.errors import InputError
 from cluscomp.records import SCHEMA, Record, Score, protocol
-from cluscomp.tables import scores, sizes, stage_table
+from cluscomp.tables import scores, settings_that_differ, sizes, stage_table
 
 
 def score(after: str, value: float, *, dataset: str = "pydoc", context: int = 512, partial: bool = False) -> Score:
@@ -100,3 +100,18 @@ def test_no_records_give_an_input_error_or_an_empty_table():
         assert len(stage_table([])) == 0
     except InputError as error:
         assert "record" in str(error)
+
+
+def test_only_settings_of_stages_that_were_run_and_differ_are_shown():
+    def with_config(**method):
+        made = record()
+        stages = {"cluster": {"method": {"bits": 3.0} | method}, "tune": {"lr": method["seed"]}}
+        made.config.update(order=["cluster"], stages=stages)
+        return made
+
+    records = [with_config(init="kd", seed=1), with_config(init="random_points", seed=1, weighting="none")]
+    assert settings_that_differ(records) == [
+        {"cluster.method.init": "kd", "cluster.method.weighting": None},
+        {"cluster.method.init": "random_points", "cluster.method.weighting": "none"},
+    ]
+    assert settings_that_differ(records[:1]) == [{}]
