@@ -98,7 +98,7 @@ def settings_that_differ(records: list[Record]) -> list[dict[str, Any]]:
 
 
 def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found

@@ -29,8 +29,8 @@ from cluscomp.records import SCHEMA, protocol, read
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
 SMALL = [
-    "model=tiny", "data=text", "method=cluscomp_data_free", "method.vector_dim=4", "method.codebook_size=32", "evaluate.context=32",
-    "evaluate.limit=8",
+    "model=tiny", "data=text", "method=cluscomp_data_free", "method.vector_dim=4", "method.codebook_size=32",
+    "evaluate.context=32", "evaluate.limit=8",
 ]  # fmt: skip
 TUNED = [
     "order=[cluster,block_finetune]", "block_finetune=quick", "block_finetune.length=32", "block_finetune.samples=8",
