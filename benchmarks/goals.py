@@ -71,7 +71,7 @@ def show_times(title: str, rows: dict[str, dict[str, float]]) -> None:
 
 
 def finish(goals: list[Goal], figures: dict[str, Any], notes: dict[str, str], path: Path, began: datetime) -> None:
-    """Print the table and write everything to `path`."""
+    """Print the table and write everything to `path`; rows there that were not measured now stay, with their date."""
     width = max(len(goal.what) for goal in goals)
     print(f"\n{'what':{width}s} | {'goal':>12s} | {'measured':>10s} | met")
     for goal in goals:
@@ -79,11 +79,14 @@ def finish(goals: list[Goal], figures: dict[str, Any], notes: dict[str, str], pa
         wanted = "" if goal.goal is None else f"{sign if goal.goal else ''} {goal.goal:g}{goal.unit}"
         print(f"{goal.what:{width}s} | {wanted:>12s} | {goal.measured:8.4g}{goal.unit:2s} | {goal.verdict}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    before = json.loads(path.read_text()) if path.is_file() else {"goals": [], "figures": {}}
+    date = began.isoformat(timespec="seconds")
+    rows = {goal.what: asdict(goal) | {"verdict": goal.verdict, "began": date} for goal in goals}
     report = {
-        "goals": [asdict(goal) | {"verdict": goal.verdict} for goal in goals],
-        "figures": figures,
+        "goals": list(({row["what"]: row for row in before["goals"]} | rows).values()),
+        "figures": before["figures"] | figures,
         "notes": notes,
-        "machine": machine() | {"began": began.isoformat(timespec="seconds")},
+        "machine": machine() | {"began": date},
     }
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written to {path}")

@@ -221,7 +221,8 @@ def check(size: int) -> tuple[list[Goal], dict[str, Any]]:
 def whole_model(K: int) -> float:
     """Seconds of the cluster stage on SmolLM2-135M, two threads, files read and written, by the command line."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = ["name=bench", "model=smollm2_135m", "method.vector_dim=4", f"method.codebook_size={K}"]
+        shape = ["method.vector_dim=4", f"method.codebook_size={K}"]
+        settings = ["name=bench", "model=smollm2_135m", "method=cluscomp_data_free", *shape]
         command = [sys.executable, "-m", "cluscomp", *settings, "evaluate.after=[]", f"outputs={folder}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
