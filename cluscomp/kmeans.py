@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cluscomp.kernels.lloyd import assign, lloyd
+from cluscomp.kernels.lloyd import assign, assign_plain, lloyd
+from cluscomp.kernels.loading import native
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,14 @@ def kmeans(
 
 
 def nearest(points_ND: Float[Tensor, "N D"], centroids_KD: Float[Tensor, "K D"]) -> Int[Tensor, " N"]:
-    """The code (N,) of the nearest centroid of each point (N, D), exact, the lowest on a tie; on the points' device."""
-    codes_N, _ = assign(_placed(points_ND), _placed(centroids_KD))
-    return codes_N.to(points_ND.device)
+    """The code (N,) of the nearest centroid of each point (N, D), on the points' device.
+
+    Exact and the lowest on a tie, but for machines without the compiled kernels, where faiss decides if it is there.
+    """
+    points_ND, centroids_KD, device = _placed(points_ND), _placed(centroids_KD), points_ND.device
+    search = assign_plain if native is None and not points_ND.is_cuda else assign
+    codes_N, _ = search(points_ND, centroids_KD)
+    return codes_N.to(device)
 
 
 def _placed(tensor: Tensor) -> Tensor:
