@@ -23,6 +23,8 @@ check: $(VENV)/ready
 bench: $(VENV)/ready
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/kmeans.py
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/codebook_linear.py
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/recover_memory.py
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/gpu.py
 
 # torch first, from constraints.txt: anything that needs torch would otherwise bring another build of it
 $(VENV)/ready: pyproject.toml constraints.txt
