@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from kmeans import synthetic
 
-from cluscomp.kernels import codebook, lloyd_gpu
+from cluscomp.kernels import codebook, lloyd_torch
 from cluscomp.kernels.codes import pack
-from cluscomp.kernels.lloyd import BEST, assign_reference, lloyd
+from cluscomp.kernels.lloyd import BEST, lloyd
+from cluscomp.kernels.lloyd_torch import assign_reference
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:
@@ -51,21 +52,21 @@ def clustering(points_ND: torch.Tensor, K: int, options: argparse.Namespace) -> 
     few = points_ND[: max(1, 2**34 // K)]  # brute force is scaled to all points
     results = {
         "torch, brute force": len(points_ND) / len(few) * milliseconds(lambda: assign_reference(few, c), 1),
-        "assign": milliseconds(lambda: lloyd_gpu.assign(points_ND, c), options.repeats),
-        "assign, wrong of 20,000": wrong(lloyd_gpu.assign(points_ND, c)[0], points_ND, c),
+        "assign": milliseconds(lambda: lloyd_torch.assign(points_ND, c), options.repeats),
+        "assign, wrong of 20,000": wrong(lloyd_torch.assign(points_ND, c)[0], points_ND, c),
         "moments": milliseconds(
-            lambda: lloyd_gpu._moments(
+            lambda: lloyd_torch._moments(
                 sorted_ND, None, torch.searchsorted(codes, torch.arange(K + 1, device=c.device, dtype=torch.int32))
             ),
             options.repeats,
         ),
         "sort and gather": milliseconds(lambda: points_ND[warm.codes_N.sort(stable=True)[1]], options.repeats),
-        "kd": milliseconds(lambda: lloyd_gpu.kd(points_ND, K, None, 0), options.repeats),
+        "kd": milliseconds(lambda: lloyd_torch.kd(points_ND, K, None, 0), options.repeats),
         f"lloyd, {options.rounds} rounds": milliseconds(
             lambda: lloyd(points_ND, K, **BEST | {"iterations": options.rounds}), 1
         ),
     }
-    if lloyd_gpu.runs_triton(points_ND):
+    if lloyd_torch.runs_triton(points_ND):
         from cluscomp.kernels import lloyd_triton
 
         _, sure = lloyd_triton.screen(points_ND, c)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from goals import Goal, finish
 
-from cluscomp import checkpoint, end_to_end, tracking
+from cluscomp import checkpoint, end_to_end, tracking, training
 from cluscomp.blocks import Walk
 from cluscomp.kernels.codes import code_bits, packed_bytes
 from cluscomp.models import Original, blocks, compressed, linears
@@ -87,7 +87,7 @@ def main() -> None:
     tracking.reset_peak_memory()
     before = tracking.peak_memory() - stored
     halves = sum(layer.stored.codebooks.nbytes for layer in compressed(model).values())
-    trained = end_to_end.Trained(model, codebooks=True, others={})
+    trained = training.Trained(model, codebooks=True, others={})
     objective = end_to_end.Objective(model, trained.parameters, cross_entropy=1, kl=0, ids_BT=ids[:1])
     with tempfile.TemporaryDirectory() as folder:
         found = end_to_end.train_whole(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +19,14 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint as rematerialised
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cluscomp.files import file_hash
-from cluscomp.models import compressed
 from cluscomp.records import read_sealed, write_sealed
 from cluscomp.steps import Steps
 from cluscomp.teacher import divergence
-from cluscomp.weights import Weight
+from cluscomp.training import Trained
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3  # the learning rate as given, halved, halved again
@@ -47,94 +45,6 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
-
-
-def norms(model: nn.Module) -> dict[str, Parameter]:
-    """The weights of norms by name: what is called `weight` and is a vector."""
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 1 and name.endswith(".weight")
-    }
-
-
-class Trained:
-    """What is trained of a model: the codebooks of stored weights, and other parameters by their name in the model.
-
-    Between `start` and `finish` they are copies that may change, float32 ones with `masters`: stored weights cast
-    theirs to what they compute in by themselves, other modules by parametrisation. `restore` puts all back.
-    """
-
-    def __init__(
-        self, model: nn.Module, *, codebooks: bool, others: dict[str, Parameter], masters: bool = True
-    ) -> None:
-        self._model, self._others, self._masters = model, others, masters
-        self._weights = [cast(Weight, layer.stored) for layer in compressed(model).values()] if codebooks else []
-        self._states = [weight.state_dict() for weight in self._weights]
-        self._data = {name: parameter.data for name, parameter in others.items()}
-        self._cast = [name for name, data in self._data.items() if masters and data.dtype != torch.float32]
-
-    @property
-    def parameters(self) -> list[Parameter]:
-        """All that is trained: the same objects before, during and after."""
-        return [*(part for weight in self._weights for part in weight.parameters()), *self._others.values()]
-
-    def start(self) -> None:
-        """Make the copies."""
-        for weight in self._weights:
-            weight.loosen()
-        for name in self._cast:
-            module, attribute = self._place(name)
-            parametrize.register_parametrization(module, attribute, _Cast(self._data[name].dtype), unsafe=True)
-        for name, parameter in self._others.items():
-            data = self._data[name]
-            parameter.data = data.to(torch.float32 if self._masters else data.dtype, copy=True)
-            parameter.requires_grad_(True)
-
-    def finish(self) -> str | None:
-        """Round what was trained to what it is stored in, 16 bits or a codebook's own storage.
-
-        Returns what is wrong, if a number is not finite or does not fit; then `restore` must follow.
-        """
-        self._end()
-        for name, parameter in self._others.items():
-            dtype = self._data[name].dtype
-            parameter.data = parameter.data.to(dtype if dtype.itemsize == 2 else torch.float16).to(dtype)
-        try:
-            for weight in self._weights:
-                weight.settle()
-        except ValueError as error:
-            return str(error)
-        return None
-
-    def restore(self) -> None:
-        """Put back what was there at first."""
-        for weight, state in zip(self._weights, self._states):
-            weight.restore(state)
-        for name, parameter in self._others.items():
-            parameter.data = self._data[name]
-
-    def _end(self) -> None:
-        for name, parameter in self._others.items():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-            if name in self._cast:
-                module, attribute = self._place(name)
-                parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
-                module._parameters[attribute] = parameter
-
-    def _place(self, name: str) -> tuple[nn.Module, str]:
-        place, _, attribute = name.rpartition(".")
-        return self._model.get_submodule(place), attribute
-
-
-class _Cast(nn.Module):
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, master: Tensor) -> Tensor:
-        return master.to(self.dtype)
 
 
 class Objective(nn.Module):

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cluscomp.kernels.lloyd import assign, assign_plain, lloyd
+from cluscomp.kernels import lloyd_torch
+from cluscomp.kernels.lloyd import assign, lloyd
 from cluscomp.kernels.loading import native
 
 
@@ -64,7 +65,7 @@ def nearest(points_ND: Float[Tensor, "N D"], centroids_KD: Float[Tensor, "K D"])
     Exact and the lowest on a tie, but for machines without the compiled kernels, where faiss decides if it is there.
     """
     points_ND, centroids_KD, device = _placed(points_ND), _placed(centroids_KD), points_ND.device
-    search = assign_plain if native is None and not points_ND.is_cuda else assign
+    search = lloyd_torch.assign if native is None else assign
     codes_N, _ = search(points_ND, centroids_KD)
     return codes_N.to(device)
 

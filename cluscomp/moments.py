@@ -24,19 +24,22 @@ class SecondMoment:
 
     @property
     def matrix_II(self) -> Float[Tensor, "I I"]:
-        """H, (I, I). Raises ValueError if only the diagonal was asked for, as `diagonal_I` otherwise."""
+        """H, (I, I). Raises ValueError if only the diagonal was asked for, and as `diagonal_I` does."""
         if not self.full:
             raise ValueError("only the diagonal of this second moment was accumulated")
-        return self._mean()
+        return self._mean(self._seen())
 
     @property
     def diagonal_I(self) -> Float[Tensor, " I"]:
         """Mean square of each input, (I,). Raises ValueError if no token was seen, or it is not finite."""
-        return self._mean().diagonal() if self.full else self._mean()
+        return self._mean(self._seen().diagonal() if self.full else self._seen())
 
-    def _mean(self) -> Tensor:
+    def _seen(self) -> Tensor:
         if self._sum is None:
             raise ValueError("no calibration token reached this layer")
-        if not bool(self._sum.isfinite().all()):
+        return self._sum
+
+    def _mean(self, total: Tensor) -> Tensor:
+        if not bool(total.isfinite().all()):
             raise ValueError("its inputs on the calibration text have NaN or infinity: the original model overflows")
-        return self._sum / self.tokens
+        return total / self.tokens

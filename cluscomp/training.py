@@ -1,78 +1,109 @@
-"""The one fit loop of training block by block, and the float32 masters it works on."""
+"""What is trained of a model, as float32 masters, and the fit loop of training block by block."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn import Parameter
+from torch.nn.utils import parametrize
 
 from cluscomp.models import compressed
-from cluscomp.weights import Weight
+from cluscomp.weights import CompressedLinear, Weight
 
 Batch = TypeVar("Batch")
+LINEAR = (CompressedLinear, nn.Linear)
 Schedule = Literal["constant", "cosine"]
 
 
-class Masters:
-    """A block whose stored weights, and with `norms` its other parameters, train as float32 copies.
+def norms(model: nn.Module) -> dict[str, Parameter]:
+    """The parameters of norms, by name: vectors that belong to no linear layer."""
+    linear = {id(vector) for part in model.modules() if isinstance(part, LINEAR) for vector in part.parameters()}
+    return {name: vector for name, vector in model.named_parameters() if vector.ndim == 1 and id(vector) not in linear}
 
-    Called, it runs the block on the copies while there are some (between `start` and `finish`), else as it is stored.
+
+class Trained:
+    """What is trained of a model: the codebooks of stored weights, and other parameters by their name in the model.
+
+    Between `start` and `finish` they are copies that may change, float32 ones with `masters`: stored weights cast
+    theirs to what they compute in by themselves, other modules by parametrisation. `restore` puts all back.
     """
 
-    def __init__(self, block: nn.Module, *, norms: bool) -> None:
-        layers = compressed(block)
-        inside = tuple(f"{name}." for name in layers)
-        others = {name: vector for name, vector in block.named_parameters() if not name.startswith(inside)}
-        self.block = block
-        self.weights = [cast(Weight, layer.stored) for layer in layers.values()]
-        self.norms = others if norms else {}
-        self._stored = [weight.state_dict() for weight in self.weights]
-        self._vectors = [norm.data for norm in self.norms.values()]
-        self._copies: dict[str, Tensor] = {}
+    def __init__(
+        self, model: nn.Module, *, codebooks: bool, others: dict[str, Parameter], masters: bool = True
+    ) -> None:
+        self._model, self._others, self._masters = model, others, masters
+        self._weights = [cast(Weight, layer.stored) for layer in compressed(model).values()] if codebooks else []
+        self._states = [weight.state_dict() for weight in self._weights]
+        self._data = {name: parameter.data for name, parameter in others.items()}
+        self._cast = [name for name, data in self._data.items() if masters and data.dtype != torch.float32]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's output; copies of norms are cast to the dtype the block computes in."""
-        if not self._copies:
-            return self.block(*args, **kwargs)
-        cast_ = {name: copy.to(self.norms[name].dtype) for name, copy in self._copies.items()}
-        return functional_call(self.block, cast_, args, kwargs)
+    @property
+    def parameters(self) -> list[Parameter]:
+        """All that is trained: the same objects before, during and after."""
+        return [*(part for weight in self._weights for part in weight.parameters()), *self._others.values()]
 
-    def start(self) -> list[Tensor]:
-        """Make the copies of what is stored, and return them: what an optimiser works on."""
-        for weight in self.weights:
+    def start(self) -> None:
+        """Make the copies."""
+        for weight in self._weights:
             weight.loosen()
-        self._copies = {
-            name: norm.detach().to(torch.float32, copy=True).requires_grad_(True) for name, norm in self.norms.items()
-        }
-        return [*(parameter for weight in self.weights for parameter in weight.parameters()), *self._copies.values()]
+        for name in self._cast:
+            module, attribute = self._place(name)
+            parametrize.register_parametrization(module, attribute, _Cast(self._data[name].dtype), unsafe=True)
+        for name, parameter in self._others.items():
+            data = self._data[name]
+            parameter.data = data.to(torch.float32 if self._masters else data.dtype, copy=True)
+            parameter.requires_grad_(True)
 
-    def finish(self) -> None:
-        """Put the copies into the block, rounded as they will be stored: what is measured next is what is stored.
+    def finish(self) -> str | None:
+        """Round what was trained to what it is stored in, 16 bits or a codebook's own storage.
 
-        A norm takes the block's dtype or, in a block that computes in 32 bits, 16-bit floats. Raises ValueError for
-        copies that are not finite or do not fit.
+        Returns what is wrong, if a number is not finite or does not fit; then `restore` must follow.
         """
-        for weight in self.weights:
-            weight.settle()
-        for name, copy in self._copies.items():
-            norm = self.norms[name]
-            narrow = norm.dtype if norm.dtype.itemsize == 2 else torch.float16
-            norm.data = copy.detach().to(narrow).to(norm.dtype)
-        self._copies = {}
+        self._end()
+        for name, parameter in self._others.items():
+            dtype = self._data[name].dtype
+            parameter.data = parameter.data.to(dtype if dtype.itemsize == 2 else torch.float16).to(dtype)
+        try:
+            for weight in self._weights:
+                weight.settle()
+        except ValueError as error:
+            return str(error)
+        return None
 
     def restore(self) -> None:
-        """Put back what the block had at first, exactly."""
-        self._copies = {}
-        for weight, state in zip(self.weights, self._stored):
+        """Put back what was there at first."""
+        for weight, state in zip(self._weights, self._states):
             weight.restore(state)
-        for norm, vector in zip(self.norms.values(), self._vectors):
-            norm.data = vector
+        for name, parameter in self._others.items():
+            parameter.data = self._data[name]
+
+    def _end(self) -> None:
+        for name, parameter in self._others.items():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            if name in self._cast:
+                module, attribute = self._place(name)
+                parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+                module._parameters[attribute] = parameter
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        place, _, attribute = name.rpartition(".")
+        return self._model.get_submodule(place), attribute
+
+
+class _Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, master: Tensor) -> Tensor:
+        return master.to(self.dtype)
 
 
 def fit(
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
     loss_of: Callable[[Batch], Tensor],
     batches: Sequence[Batch],
     *,

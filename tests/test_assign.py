@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.lloyd import distances
 
-from cluscomp.kernels.lloyd import assign, assign_plain
+from cluscomp.kernels.lloyd import assign
+from cluscomp.kernels.lloyd_torch import assign_faiss
 
 
-@pytest.mark.parametrize("search", [assign, assign_plain])
+@pytest.mark.parametrize("search", [assign, assign_faiss])
 @settings(max_examples=60, deadline=None)
 @given(
     num_points=st.sampled_from([1, 7, 19, 20, 21, 300]),  # faiss changes its path at 20 queries
@@ -27,7 +28,7 @@ def test_ties_on_an_integer_grid_go_to_the_lowest_index(search, num_points, size
     np.testing.assert_array_equal(found.numpy(), distances(points, centroids).argmin(1))  # argmin: the first
 
 
-@pytest.mark.parametrize("search", [assign, assign_plain])
+@pytest.mark.parametrize("search", [assign, assign_faiss])
 @pytest.mark.parametrize("dim", [1, 2, 4, 6, 9, 16, 33])
 def test_ties_of_repeated_centroids_across_search_blocks(search, dim):
     generator = torch.Generator().manual_seed(dim)
@@ -37,7 +38,7 @@ def test_ties_of_repeated_centroids_across_search_blocks(search, dim):
     np.testing.assert_array_equal(search(points, torch.cat([distinct] * 3))[0].numpy(), expected)
 
 
-@pytest.mark.parametrize("search", [assign, assign_plain])
+@pytest.mark.parametrize("search", [assign, assign_faiss])
 @settings(max_examples=40, deadline=None)
 @given(num_points=st.integers(1, 400), size=st.integers(1, 90), dim=st.integers(1, 17), seed=st.integers(0, 2**32 - 1))
 def test_real_points_go_to_the_nearest_centroid(search, num_points, size, dim, seed):
@@ -53,4 +54,4 @@ def test_real_points_go_to_the_nearest_centroid(search, num_points, size, dim, s
 def test_the_fast_search_and_its_reference_agree_over_several_chunks():
     generator = torch.Generator().manual_seed(0)
     points, centroids = (torch.randint(-9, 10, (size, 4), generator=generator).float() for size in (9000, 4000))
-    assert torch.equal(assign(points, centroids)[0], assign_plain(points, centroids)[0])
+    assert torch.equal(assign(points, centroids)[0], assign_faiss(points, centroids)[0])

@@ -14,9 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import kd_lloyd
 
 from cluscomp.kernels import lloyd as kmeans
-from cluscomp.kernels.lloyd import BEST, REFERENCE, assign, assign_reference, lloyd
+from cluscomp.kernels.lloyd import BEST, REFERENCE, assign, lloyd
+from cluscomp.kernels.lloyd_torch import assign_reference
 from cluscomp.kernels.loading import native
 
 compiled = pytest.mark.skipif(native is None, reason="needs the compiled kernels")
@@ -167,13 +169,13 @@ def test_compiled_lloyd_follows_the_plain_one(K, D, weighted):
     w = points(3000, 1, seed=2).abs().flatten() if weighted else None
     first = x[:K].clone()
     ours = lloyd(x, K, init=first, iterations=6, over_relaxation=1.5, weights_N=w)
-    plain = kmeans.lloyd_reference(x, K, first, 6, 1.5, False, 0, w)
+    plain = kd_lloyd.lloyd(x, K, first, 6, 1.5, False, 0, w)
     assert ours.inertia == pytest.approx(plain.inertia, rel=1e-4)
     kd = lloyd(x, K, init="kd", iterations=0, weights_N=w).centroids_KD
-    plain_kd = kmeans.kd_reference(x, K, w)
+    plain_kd = kd_lloyd.kd(x, K, w)
     assert torch.allclose(*(c[c[:, 0].argsort()] for c in (kd, plain_kd)), atol=1e-4)
     assert lloyd(x, K, **BEST, weights_N=w).inertia[-1] == pytest.approx(
-        kmeans.lloyd_reference(x, K, None, 20, 1.9, True, 0, w).inertia[-1], rel=0.02
+        kd_lloyd.lloyd(x, K, None, 20, 1.9, True, 0, w).inertia[-1], rel=0.02
     )
 
 

@@ -22,11 +22,12 @@ from cluscomp import checkpoint, data
 from cluscomp.__main__ import CONF, build
 from cluscomp.blocks import Walk
 from cluscomp.data import Text, split
-from cluscomp.end_to_end import IGNORED, Objective, Trained, _rematerialised_blocks, padded, train_whole
+from cluscomp.end_to_end import IGNORED, Objective, _rematerialised_blocks, padded, train_whole
 from cluscomp.errors import InputError
 from cluscomp.experiment import Outcome, run
 from cluscomp.models import Original, block_names, blocks, compressed, linears
 from cluscomp.teacher import Teacher, divergence
+from cluscomp.training import Trained
 from cluscomp.weights import CodebookWeight
 
 SMALL = [

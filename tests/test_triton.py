@@ -7,13 +7,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from reference import kd_lloyd
 from reference.lloyd import distances
 from test_codebook_kernels import LAYERS, layer
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from cluscomp import weights
-from cluscomp.kernels import codebook, codebook_triton, lloyd_gpu, lloyd_triton
-from cluscomp.kernels.lloyd import BEST, REFERENCE, assign, assign_reference, kd_reference, lloyd, lloyd_reference
+from cluscomp.kernels import codebook, codebook_triton, lloyd_torch, lloyd_triton
+from cluscomp.kernels.lloyd import BEST, REFERENCE, assign, lloyd
+from cluscomp.kernels.lloyd_torch import assign_reference
 from cluscomp.kmeans import Recipe, kmeans
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,8 +60,9 @@ def near(x, c, sort=True):
 
 @pytest.fixture(params=["plain", "triton"])
 def way(request, monkeypatch):
-    """The loop of lloyd_gpu.py, on plain torch and on the kernels."""
-    monkeypatch.setattr(lloyd_gpu, "runs_triton", lambda _: request.param == "triton")
+    """The loop of lloyd_torch.py, on plain torch and on the kernels."""
+    monkeypatch.setattr(lloyd_torch, "runs_triton", lambda _: request.param == "triton")
+    monkeypatch.setattr(lloyd_torch, "assign_faiss", assign_reference)  # what a GPU without Triton takes
     return request.param
 
 
@@ -67,7 +70,7 @@ def way(request, monkeypatch):
 def test_every_point_gets_its_nearest_centroid(K, D):
     x = points(33, D)
     c = points(K, D, seed=1)
-    c = c[lloyd_gpu.spatial_order(c)]
+    c = c[lloyd_torch.spatial_order(c)]
     assert_nearest(x, c, *lloyd_triton.assign(x, c))
     assert_nearest(x, c, *near(x, c))
 
@@ -158,7 +161,7 @@ def test_moments_are_sums_over_runs(weighted, dtype, way):
     x = points(700, 3).to(dtype)
     w = points(700, 1).abs().flatten() if weighted else None
     begin = torch.tensor([0, 0, 1, 130, 130, 700], device=DEVICE)
-    found = lloyd_gpu._moments(x, w, begin)
+    found = lloyd_torch._moments(x, w, begin)
     mass, wide = torch.ones(700, device=DEVICE).double() if w is None else w.double(), x.double()
     for k, (a, b) in enumerate(zip(begin[:-1], begin[1:])):
         some = mass[a:b], *(mass[a:b, None] * wide[a:b] ** p for p in (1, 2))
@@ -169,9 +172,9 @@ def test_moments_are_sums_over_runs(weighted, dtype, way):
 @pytest.mark.parametrize("K", [1, 16, 17, 300, 1024])
 def test_spatial_order_is_an_order_and_spatial(K):
     c = points(K, 1)
-    order = lloyd_gpu.spatial_order(c)
+    order = lloyd_torch.spatial_order(c)
     assert torch.equal(order.sort().values.cpu(), torch.arange(K))
-    leaves = c[order, 0].split(lloyd_gpu.LEAF)  # in one dimension: a cut of the sorted values
+    leaves = c[order, 0].split(lloyd_torch.LEAF)  # in one dimension: a cut of the sorted values
     assert all(a.max() <= b.min() for a, b in zip(leaves, leaves[1:]))
 
 
@@ -183,8 +186,8 @@ def test_kd_is_the_plain_one(N, K, D, weighted, way):
     x = points(N, D)
     w = points(N, 1, seed=2).abs().flatten() if weighted else None
     for seed in (2**64 - 1,) if way == "triton" else (0, 1, 2**64 - 1):
-        c, codes, rows = lloyd_gpu.kd(x, K, w, seed)
-        expected = kd_reference(x.cpu(), K, None if w is None else w.cpu(), seed)
+        c, codes, rows = lloyd_torch.kd(x, K, w, seed)
+        expected = kd_lloyd.kd(x.cpu(), K, None if w is None else w.cpu(), seed)
         torch.testing.assert_close(c.cpu(), expected, rtol=1e-6, atol=1e-6)
         assert torch.equal(rows.sort().values.cpu(), torch.arange(N)) and torch.equal(codes, codes.sort().values)
         mass = torch.ones(N, device=DEVICE) if w is None else w
@@ -199,8 +202,8 @@ def test_kd_cuts_at_the_mean_where_the_moved_cut_leaves_a_side_empty(way):
     x[7, 1] = 1
     for values in (x, 1 - x):
         for seed in range(3 if way == "triton" else 20):
-            c, _, _ = lloyd_gpu.kd(values, 2, None, seed)
-            assert torch.equal(c.cpu(), kd_reference(values.cpu(), 2, None, seed))
+            c, _, _ = lloyd_torch.kd(values, 2, None, seed)
+            assert torch.equal(c.cpu(), kd_lloyd.kd(values.cpu(), 2, None, seed))
             assert not torch.equal(c[0], c[1])
 
 
@@ -208,8 +211,8 @@ def test_kd_gives_equal_points_and_points_without_weight_to_one_piece(way):
     x = torch.cat([torch.ones(50, 2), torch.zeros(50, 2), torch.full((20, 2), 3.0)]).to(DEVICE)
     w = torch.cat([torch.ones(100), torch.zeros(20)]).to(DEVICE)
     for mass in (None, w):
-        c, codes, _ = lloyd_gpu.kd(x, 30, mass, 0)
-        assert torch.equal(c.cpu(), kd_reference(x.cpu(), 30, None if mass is None else mass.cpu(), 0))
+        c, codes, _ = lloyd_torch.kd(x, 30, mass, 0)
+        assert torch.equal(c.cpu(), kd_lloyd.kd(x.cpu(), 30, None if mass is None else mass.cpu(), 0))
         assert len(codes.unique()) == 3
 
 
@@ -225,9 +228,9 @@ def test_the_loop_follows_the_plain_one(N, K, D, weighted, recipe, way):
     kw = {"best": BEST, "reference": REFERENCE, "given": {"over_relaxation": 1.5, "move_centroids": False}}[recipe]
     rest = (6, kw["over_relaxation"], kw["move_centroids"], 5, w)
     first = None if recipe == "best" else x[:K].clone()
-    found = lloyd_gpu.lloyd(x, K, first, *rest, None)
+    found = lloyd_torch.lloyd(x, K, first, *rest, None)
     cpu = None if first is None else first.cpu()
-    expected = lloyd_reference(x.cpu(), K, cpu, *rest[:-1], None if w is None else w.cpu())
+    expected = kd_lloyd.lloyd(x.cpu(), K, cpu, *rest[:-1], None if w is None else w.cpu())
     # The same but for rounding, which may put a point on a border to the other side and, with moves, go its own way.
     assert found.inertia[0] == pytest.approx(expected.inertia[0], rel=1e-6)
     assert found.inertia == pytest.approx(expected.inertia, rel=1e-2 if recipe == "best" else 1e-4)
@@ -238,12 +241,12 @@ def test_the_loop_follows_the_plain_one(N, K, D, weighted, recipe, way):
 
 
 def test_the_loop_takes_the_boxes_and_stays_exact(way, monkeypatch):
-    monkeypatch.setattr(lloyd_gpu, "NEAR_K", {2: 20})
+    monkeypatch.setattr(lloyd_torch, "NEAR_K", {2: 20})
     x = points(90, 2).bfloat16()
     seen = []
-    found = lloyd_gpu.lloyd(x, 20, x[:20].float(), 3, 1.9, True, 0, None, lambda *told: seen.append(told))
+    found = lloyd_torch.lloyd(x, 20, x[:20].float(), 3, 1.9, True, 0, None, lambda *told: seen.append(told))
     assert seen == list(enumerate(found.inertia))
-    expected = lloyd_reference(x.cpu(), 20, x[:20].float().cpu(), 3, 1.9, True, 0, None)
+    expected = kd_lloyd.lloyd(x.cpu(), 20, x[:20].float().cpu(), 3, 1.9, True, 0, None)
     assert found.inertia == pytest.approx(expected.inertia, rel=1e-3)
     np.testing.assert_array_equal(found.codes_N.cpu(), assign_reference(x, found.centroids_KD)[0].cpu())
 
@@ -253,7 +256,7 @@ def test_fewer_distinct_points_than_centroids_leave_no_error(recipe, way):
     x = points(7, 2).repeat(9, 1)
     rest = (6, recipe["over_relaxation"], recipe["move_centroids"], 0, None, None)
     first = None if recipe is BEST else x[:12].clone()  # some are equal: their clusters are empty
-    found = lloyd_gpu.lloyd(x, 12, first, *rest)
+    found = lloyd_torch.lloyd(x, 12, first, *rest)
     assert found.inertia[-1] < 1e-8 * float(x.square().sum())
     assert torch.isfinite(found.centroids_KD).all()
 
@@ -262,7 +265,7 @@ def test_empty_clusters_are_filled(way):
     x = points(100, 2)
     first = torch.cat([x[:3], torch.full((5, 2), 1e6, device=DEVICE)])
     for moves in (False, True):
-        found = lloyd_gpu.lloyd(x, 8, first, 8, 1.0, moves, 0, None, None)
+        found = lloyd_torch.lloyd(x, 8, first, 8, 1.0, moves, 0, None, None)
         assert len(found.codes_N.unique()) == 8
         assert found.inertia[-1] < 0.5 * found.inertia[0]
 
@@ -395,7 +398,7 @@ def test_a_gpu_clusters_as_the_cpu_does(N, K, D, recipe):
     found, again = (kmeans(x, K, Recipe(**recipe), torch.Generator().manual_seed(0)) for _ in range(2))
     assert found.centroids_KD.is_cuda and found.codes_N.is_cuda
     assert torch.equal(found.centroids_KD, again.centroids_KD) and torch.equal(found.codes_N, again.codes_N)
-    assert torch.equal(found.codes_N, lloyd_gpu.assign(x, found.centroids_KD)[0])
+    assert torch.equal(found.codes_N, lloyd_torch.assign(x, found.centroids_KD)[0])
     expected = kmeans(x.cpu(), K, Recipe(**recipe), torch.Generator().manual_seed(0))
     assert found.inertia == pytest.approx(expected.inertia, rel=5e-3)
 

@@ -59,12 +59,11 @@ def assign(
     threads = number_of_threads(threads)
     if native is None or points_ND.is_cuda:
         _refuse_not_finite(points_ND, "points")
-    if points_ND.is_cuda:
-        from cluscomp.kernels import lloyd_gpu
+        from cluscomp.kernels import lloyd_torch
 
-        return lloyd_gpu.assign(points_ND, centroids_KD)
-    if native is None:
-        return assign_reference(points_ND, centroids_KD)
+        if points_ND.is_cuda:
+            return lloyd_torch.assign(points_ND, centroids_KD)
+        return lloyd_torch.assign_reference(points_ND, centroids_KD)
     codes_N = torch.empty(len(points_ND), dtype=torch.int32)
     distances_N = torch.empty(len(points_ND))
     native.assign(points_ND, centroids_KD, codes_N, distances_N, threads, search)
@@ -90,7 +89,7 @@ def lloyd(  # noqa: PLR0912
     `lloyd(points_ND, K, **REFERENCE)` is the paper's recipe, `**BEST` ours. The result depends on the points, the
     settings and the seed only, not on the number of threads. Sums are float64.
 
-    Points on a CUDA device are clustered there (lloyd_gpu.py) by the same recipes, and the result is given on it; it
+    Points on a CUDA device are clustered there (lloyd_torch.py) by the same recipes, and the result is given on it; it
     may differ from the CPU's by the rounding of sums, and in the random numbers of faiss' refills.
 
     Args:
@@ -150,31 +149,11 @@ def lloyd(  # noqa: PLR0912
         return Clustering(found.centroids_KD.to(device), found.codes_N.to(device), found.inertia)
     if native is None or points_ND.is_cuda:
         _refuse_not_finite(points_ND, "points")
-    if points_ND.is_cuda:
-        from cluscomp.kernels import lloyd_gpu
+        from cluscomp.kernels import lloyd_torch
 
-        return lloyd_gpu.lloyd(
-            points_ND,
-            K,
-            None if kd else first_KD,
-            iterations,
-            over_relaxation,
-            move_centroids,
-            seed,
-            weights_N,
-            progress,
-        )
-    if native is None:
-        return lloyd_reference(
-            points_ND,
-            K,
-            None if kd else first_KD,
-            iterations,
-            over_relaxation,
-            move_centroids,
-            seed,
-            weights_N,
-            progress,
+        start_KD = None if kd else first_KD
+        return lloyd_torch.lloyd(
+            points_ND, K, start_KD, iterations, over_relaxation, move_centroids, seed, weights_N, progress
         )
     centroids_KD = torch.empty(K, D)
     codes_N = torch.empty(N, dtype=torch.int32)
@@ -303,35 +282,6 @@ def _refuse_not_finite(rows: torch.Tensor, name: str) -> None:
 # ---- the same in plain torch and numpy: what the compiled code is compared with, and replaced by where missing ----
 
 
-def assign_plain(points_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`assign` by faiss' exact flat search where that is installed, some 20 times faster than torch: (N,), (N,)."""
-    try:
-        import faiss
-    except ImportError:
-        return assign_reference(points_ND, centroids_KD)
-    index = faiss.IndexFlatL2(centroids_KD.shape[1])
-    index.add(centroids_KD.numpy())
-    _, codes_N1 = index.search(points_ND.numpy(), 1)
-    codes_N = torch.from_numpy(codes_N1[:, 0])
-    return codes_N.int(), (points_ND - centroids_KD[codes_N]).square().sum(1)
-
-
-def assign_reference(points_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`assign` by all distances, in pieces of at most 2^22 distances: (N,) int32, (N,) float32."""
-    piece = max(1, 2**22 // len(centroids_KD))
-    codes, distances = [], []
-    for some_PD in points_ND.split(piece):
-        difference_PK = some_PD[:, :1].float() - centroids_KD[:, 0]
-        distance_PK = difference_PK * difference_PK
-        for d in range(1, points_ND.shape[1]):
-            torch.sub(some_PD[:, d : d + 1].float(), centroids_KD[:, d], out=difference_PK)
-            distance_PK.addcmul_(difference_PK, difference_PK)
-        code_P1 = distance_PK.argmin(1, keepdim=True)  # on every device the first of equals
-        codes.append(code_P1[:, 0].int())
-        distances.append(distance_PK.gather(1, code_P1)[:, 0])
-    return torch.cat(codes), torch.cat(distances)
-
-
 def best_groups_reference(values_M: np.ndarray, mass_M: np.ndarray, K: int) -> np.ndarray:
     """First value of each of the K groups of least error, by dynamic programming in K M^2 steps: (M,), (M,) -> (K,)."""
     M = len(values_M)
@@ -356,128 +306,3 @@ def best_groups_reference(values_M: np.ndarray, mass_M: np.ndarray, K: int) -> n
         j = cuts[k, j]
         starts.append(j)
     return np.array(starts[::-1])
-
-
-def kd_reference(points_ND: torch.Tensor, K: int, weights_N: torch.Tensor | None = None, seed: int = 0) -> torch.Tensor:
-    """The means of a kd split with the density-optimal share of centroids (native/kd.cpp says why), one per piece."""
-    D = points_ND.shape[1]
-    weights_N = torch.ones(len(points_ND)) if weights_N is None else weights_N
-
-    def measure(rows_n: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
-        x, w = points_ND[rows_n].double(), weights_N[rows_n].double()
-        mass = float(w.sum())
-        if mass <= 0:
-            return 0.0, x[0], torch.zeros(D, dtype=torch.float64)
-        mean_D = (w[:, None] * x).sum(0) / mass
-        return mass, mean_D, ((w[:, None] * x * x).sum(0) / mass - mean_D**2).clamp(min=0)
-
-    def share(mass: float, variance_D: torch.Tensor) -> float:
-        return float((mass * float(variance_D.sum())) ** (D / (D + 2)))
-
-    def draw(first: int, budget: int) -> float:
-        z = (seed + 0x9E3779B97F4A7C15 * (first * 65537 + budget)) % 2**64
-        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
-        z ^= z >> 31
-        return float((z - 2**64 if z >= 2**63 else z) >> 11) * 2.0**-52
-
-    rows_N = torch.arange(len(points_ND))
-    open_pieces, centroids = [(rows_N, K, *measure(rows_N))], list[torch.Tensor]()
-    while open_pieces:
-        rows_n, budget, mass, mean_D, variance_D = open_pieces.pop()
-        axis = int(variance_D.argmax())
-        moved = mean_D[axis] + 0.05 * draw(len(centroids), budget) * variance_D[axis].sqrt()
-        low_n = points_ND[rows_n, axis].float() <= moved.float()
-        if low_n.all() or not low_n.any():
-            low_n = points_ND[rows_n, axis].float() <= mean_D[axis].float()
-        if budget < 2 or mass <= 0 or low_n.all() or not low_n.any():
-            centroids += [mean_D.float()] * budget
-            continue
-        a, b = rows_n[low_n], rows_n[~low_n]
-        of_a, of_b = measure(a), measure(b)
-        wants_a, wants_b = share(of_a[0], of_a[2]), share(of_b[0], of_b[2])
-        part = wants_a / (wants_a + wants_b) if wants_a + wants_b > 0 else 0.5
-        k = min(max(int(part * budget + 0.5), 1, budget - len(b)), budget - 1, len(a))
-        open_pieces += [(b, budget - k, *of_b), (a, k, *of_a)]
-    return torch.stack(centroids)
-
-
-def lloyd_reference(
-    points_ND: torch.Tensor,
-    K: int,
-    first_KD: torch.Tensor | None = None,
-    iterations: int = 20,
-    over_relaxation: float = 1.0,
-    move_centroids: bool = False,
-    seed: int = 0,
-    weights_N: torch.Tensor | None = None,
-    progress: Progress | None = None,
-) -> Clustering:
-    """`lloyd` (first_KD None: kd) in plain torch, arguments already checked; centroids in the order of the first ones.
-
-    Clusters without points are drawn a donor as in the compiled code, but with numpy's random numbers.
-    """
-    D = points_ND.shape[1]
-    points_ND = points_ND.float()
-    weight_N = torch.ones(len(points_ND), dtype=torch.float64) if weights_N is None else weights_N.double()
-    c_KD = kd_reference(points_ND, K, weights_N, seed) if first_KD is None else first_KD.clone()
-    random = np.random.default_rng(seed)
-    inertia: list[float] = []
-    best, best_KD, best_N = np.inf, c_KD, None
-    for done in range(iterations + 1):
-        codes_N, distances_N = assign_plain(points_ND, c_KD)
-        now = float((distances_N.double() * weight_N).sum())
-        rose = now > best
-        if not rose:
-            best, best_KD, best_N = now, c_KD.clone(), codes_N
-        inertia.append(best if done == iterations else now)
-        if progress is not None:
-            progress(done, inertia[-1])
-        if done == iterations:
-            break
-        index_N = codes_N.long()
-        count_K = torch.bincount(index_N, minlength=K)
-        mass_K = torch.zeros(K, dtype=torch.float64).index_add_(0, index_N, weight_N)
-        sums = [
-            torch.zeros(K, D, dtype=torch.float64).index_add_(0, index_N, weight_N[:, None] * points_ND.double() ** p)
-            for p in (1, 2)
-        ]
-        full_K = mass_K > 0
-        mean_KD = sums[0] / mass_K.clamp(min=1e-300)[:, None]
-        variance_KD = torch.where(full_K[:, None], sums[1] / mass_K.clamp(min=1e-300)[:, None] - mean_KD**2, 0.0).clamp(
-            min=0
-        )
-        step = 1.0 if rose or done >= iterations - 3 else over_relaxation
-        c_KD[full_K] += step * (mean_KD[full_K] - c_KD[full_K].double()).float()
-        if not move_centroids:
-            refill_as_faiss(c_KD, count_K, random)
-        elif done < iterations - 3:
-            move_to_worst(c_KD, count_K, mass_K, variance_KD)
-    assert best_N is not None
-    return Clustering(best_KD, best_N, inertia)
-
-
-def refill_as_faiss(c_KD: torch.Tensor, count_K: torch.Tensor, random: np.random.Generator) -> None:
-    """Gives each empty cluster, in c_KD itself, half of one drawn with probability ~ count_K - 1."""
-    chance_K = (count_K - 1).clamp(min=0).double().numpy()
-    up_D = 1 + (1 - 2 * (torch.arange(c_KD.shape[1]) % 2)) / 1024
-    for k in (count_K == 0).nonzero().flatten().tolist():
-        if chance_K.sum() == 0:
-            return
-        donor = int(random.choice(len(chance_K), p=chance_K / chance_K.sum()))
-        c_KD[k] = c_KD[donor] * up_D
-        c_KD[donor] *= 2 - up_D
-
-
-def move_to_worst(c_KD: torch.Tensor, count_K: torch.Tensor, mass_K: torch.Tensor, variance_KD: torch.Tensor) -> None:
-    """Gives the centroids of empty clusters, in c_KD itself, to the worst ones, cut in two as in native/lloyd.cpp."""
-    cost_K = mass_K * variance_KD.sum(1)
-    empty = (count_K == 0).nonzero().flatten().tolist()[: len(c_KD) // 2]
-    for k, worst in zip(empty, cost_K.argsort(descending=True, stable=True).tolist(), strict=False):
-        if cost_K[worst] <= 0:
-            return
-        axis = int(variance_KD[worst].argmax())
-        shift = 0.8 * float(variance_KD[worst, axis]) ** 0.5
-        c_KD[k] = c_KD[worst]
-        c_KD[k, axis] += shift
-        c_KD[worst, axis] -= shift

@@ -144,9 +144,10 @@ class BlockFinetune:
         import torch
         import torch.nn.functional as F
 
-        from cluscomp.training import Masters, fit
+        from cluscomp.training import Trained, fit, norms
 
-        masters = Masters(walk.blocks[index], norms=self.norms)
+        block = walk.blocks[index]
+        trained = Trained(block, codebooks=True, others=norms(block) if self.norms else {})
         squares = [float(target_TH.float().square().mean()) for target in targets_WTH for target_TH in target]
         square = sum(squares) / len(squares)
         scale = (square or 1.0) if self.loss == "relative" else 1.0
@@ -160,7 +161,7 @@ class BlockFinetune:
         def measure() -> float:
             total = 0.0
             for rows in self._batches():
-                output_BTH = walk.apply(index, masters, entering_WTH[rows].to(device))
+                output_BTH = walk.apply(index, block, entering_WTH[rows].to(device))
                 leaving_WTH[rows] = output_BTH.to(leaving_WTH.device)
                 total += float(errors(output_BTH, rows)) * len(output_BTH)
             return total / len(leaving_WTH)
@@ -169,9 +170,10 @@ class BlockFinetune:
         reasons = [] if math.isfinite(found["before"]) else [f"the loss was {found['before']} before"]
         while len(reasons) < ATTEMPTS and math.isfinite(found["before"]):
             lr = self.lr / 2 ** len(reasons)
+            trained.start()
             problem = fit(
-                masters.start(),
-                lambda rows: errors(walk.apply(index, masters, entering_WTH[rows].to(device)), rows) / scale,
+                trained.parameters,
+                lambda rows: errors(walk.apply(index, block, entering_WTH[rows].to(device)), rows) / scale,
                 self._steps(f"{seed} {index}"),
                 lr=lr,
                 weight_decay=self.weight_decay,
@@ -180,17 +182,14 @@ class BlockFinetune:
                 clip=self.clip,
                 half=leaving_WTH.dtype == torch.float16,
             )
-            if problem is None:
-                try:
-                    masters.finish()
-                except ValueError as error:
-                    problem = str(error)
+            unfit = trained.finish()
+            problem = problem or unfit
             after = math.nan if problem else measure()
             if after < found["before"]:
                 return found | {
                     "after": after, "lr": lr, "attempts": len(reasons) + 1, "kept": False, "reasons": reasons,
                 }  # fmt: skip
-            masters.restore()
+            trained.restore()
             reasons.append(problem or f"the loss ended at {after:.3e}")
             log.warning("block %d: learning rate %.1e: %s (%.3e before)", index, lr, reasons[-1], found["before"])
         log.warning("block %d keeps the codebooks it had: %s", index, reasons[-1])

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from cluscomp.end_to_end import Trained
     from cluscomp.models import Original
     from cluscomp.stages import Job
+    from cluscomp.training import Trained
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -108,7 +108,7 @@ class Finetune(_Task):
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Train codebooks or adapters in place; returns losses, counts and deployed bytes."""
         from cluscomp import adapters
-        from cluscomp.end_to_end import Trained, norms
+        from cluscomp.training import Trained, norms
 
         others = norms(model) if self.norms else {}
         if self.trainable == "lora":
@@ -125,8 +125,8 @@ class FullFinetune(_Task):
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Load all blocks and train every parameter in place; returns losses, counts and deployed bytes."""
-        from cluscomp.end_to_end import Trained
         from cluscomp.models import blocks
+        from cluscomp.training import Trained
 
         for index in range(len(blocks(model))):
             job.original.load_block(model, index)

@@ -82,7 +82,8 @@ class Recover(Steps):
         """
         import torch
 
-        from cluscomp.end_to_end import Objective, Trained, norms, train_whole
+        from cluscomp.end_to_end import Objective, train_whole
+        from cluscomp.training import Trained, norms
 
         train, held_out = self._windows(job.original, job.seed)
         teacher = self._teacher(job, torch.cat([train, held_out])) if "kl" in self.loss else None
