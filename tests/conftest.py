@@ -1,6 +1,7 @@
 """Shared ground: one thread, no network, shapes checked while tests run, tiny random models of seven families."""
 
 import os
+import random
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -76,6 +77,26 @@ def family(request, families):
 def tiny_folder(families):
     """The folder of a small Llama with tied embeddings. Read it only."""
     return families("llama", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A text of numbered paragraphs."""
+    from cluscomp.data import FileText
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(f"Paragraph {i} says that {i * i} is the square of {i}." for i in range(100)))
+    return FileText(name="text", file=str(path), test_file=None)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    """A module's own folder, with a text that is the same on every machine."""
+    folder = tmp_path_factory.mktemp("ground")
+    make = random.Random(0)
+    words = ["".join(make.choices("abcdefghijklmnopqrstuvwxyz", k=make.randint(2, 9))) for _ in range(50)]
+    (folder / "text.txt").write_text("\n\n".join(" ".join(make.choices(words, k=20)) for _ in range(100)))
+    return folder
 
 
 @pytest.fixture

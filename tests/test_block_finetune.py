@@ -30,13 +30,6 @@ METHOD = ClusComp(
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory) -> FileText:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(f"Paragraph {i} says that {i * i} is the square of {i}." for i in range(100)))
-    return FileText(name="text", file=str(path), test_file=None)
-
-
-@pytest.fixture(scope="module")
 def clustered(families, tmp_path_factory):
     """Builder of clustered models: clustered(family, dtype) gives the original and a new compressed model."""
     made = {}

@@ -23,13 +23,6 @@ def method(**changed) -> ClusComp:
     return ClusComp(**{"bits": None, "vector_dim": 4, "codebook_size": 16} | KMEANS | STORED | BY_OUTPUT | changed)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> FileText:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(f"Paragraph {i} says that {i * i} is the square of {i}." for i in range(100)))
-    return FileText(name="text", file=str(path), test_file=None)
-
-
 def stage(text: FileText, prefix: str = "original", **changed) -> Cluster:
     return Cluster(method=method(**changed), data=text, prefix=prefix, **CALIBRATION)
 

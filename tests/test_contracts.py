@@ -16,8 +16,9 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
+from runs import composed
 
-from cluscomp.__main__ import CONF, build
+from cluscomp.__main__ import CONF
 from cluscomp.checkpoint import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,11 +40,6 @@ SMALLER = {"codebook_size": 16, "bits": 3.0}  # what a method's own values becom
 def target(node: dict) -> type:
     module, _, name = node["_target_"].rpartition(".")
     return getattr(importlib.import_module(module), name)
-
-
-def built(*overrides: str):
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return build(hydra.compose("config", overrides=list(overrides)))
 
 
 # yaml
@@ -72,15 +68,15 @@ def test_every_choice_of_every_group_composes_and_builds(name):
     group, _, option = name.removesuffix(".yaml").partition("/")
     mandatory = [f"{group}.{key}=given" for key, value in NODES[name].items() if value == "???"]
     bits = [] if NODES[name].get("bits", "") is None else ["bits=3"]
-    assert built(f"{group}={option}", *bits, *mandatory).order == ["cluster"]
+    assert composed(f"{group}={option}", *bits, *mandatory).order == ["cluster"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_builds_under_its_own_name(name):
-    composed = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())
-    chosen = [group for entry in composed["defaults"] for group in entry.values()]
-    bits = [] if "bits" in composed or "cluscomp_paper" in chosen else ["bits=3"]
-    assert built(f"experiment={name}", *bits).name == name
+    written = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())
+    chosen = [group for entry in written["defaults"] for group in entry.values()]
+    bits = [] if "bits" in written or "cluscomp_paper" in chosen else ["bits=3"]
+    assert composed(f"experiment={name}", *bits).name == name
 
 
 # methods

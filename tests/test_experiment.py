@@ -5,7 +5,6 @@ Losses are checked against plain transformers models with forward hooks; everyth
 
 import json
 import logging
-import random
 import shutil
 import signal
 import subprocess
@@ -16,15 +15,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluscomp.__main__ import CONF, build
 from cluscomp.data import calibration_windows
-from cluscomp.experiment import Experiment, Outcome, run, stage_keys
+from cluscomp.experiment import Outcome, stage_keys
 from cluscomp.records import SCHEMA, protocol, read
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
@@ -34,19 +32,9 @@ SMALL = [
 ]  # fmt: skip
 TUNED = [
     "order=[cluster,block_finetune]", "block_finetune=quick", "block_finetune.length=32", "block_finetune.samples=8",
+    "block_finetune.epochs=4", "block_finetune.norms=false",
     "block_finetune.batch_size=4", "block_finetune.lr=3e-3",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def ground(tmp_path_factory) -> Path:
-    """A folder with a text of its own making, the same on every machine."""
-    folder = tmp_path_factory.mktemp("ground")
-    make = random.Random(0)
-    words = ["".join(make.choices("abcdefghijklmnopqrstuvwxyz", k=make.randint(2, 9))) for _ in range(50)]
-    rows = [" ".join(make.choices(words, k=20)) for _ in range(100)]
-    (folder / "text.txt").write_text("\n\n".join(rows))
-    return folder
 
 
 def overrides(ground: Path, outputs: Path, *more: str) -> list[str]:
@@ -54,9 +42,7 @@ def overrides(ground: Path, outputs: Path, *more: str) -> list[str]:
 
 
 def pipeline(ground: Path, outputs: Path, *more: str) -> Outcome:
-    """What `cluscomp ...` does, without the process around it."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return run(build(hydra.compose("config", overrides=overrides(ground, outputs, *more))))
+    return runs.pipeline(*overrides(ground, outputs, *more))
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +61,9 @@ def another(value: Any, annotation: Any) -> Any:
     return 0.5 if value is None else value + 1 if isinstance(value, int) else value / 2 + 0.1
 
 
-def settings_of(*overrides: str) -> Experiment:
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return build(hydra.compose("config", overrides=list(overrides)))
-
-
 TINY_TUNED = ["model=tiny", *TUNED, "method=cluscomp_data_free", "method.vector_dim=4", "method.codebook_size=32"]
 EXPERIMENTS = {  # by the method, for some need no text
-    assign: settings_of(*TINY_TUNED, f"method.assign={assign}") for assign in ("nearest", "hessian")
+    assign: runs.composed(*TINY_TUNED, f"method.assign={assign}") for assign in ("nearest", "hessian")
 }
 FIELDS = [
     (assign, stage, part, field.name)
@@ -104,7 +85,7 @@ def test_every_setting_that_decides_the_result_makes_another_key(assign, stage, 
     experiment = EXPERIMENTS[assign]
     settings = experiment.stages[stage] if part is None else getattr(experiment.stages[stage], part)
     if field == "data":
-        changes = {"data": settings_of(*TINY_TUNED, "data=text", f"data.file={__file__}").stages[stage].data}
+        changes = {"data": runs.composed(*TINY_TUNED, "data=text", f"data.file={__file__}").stages[stage].data}
     elif field == "bits":
         changes = {"bits": 3.0, "vector_dim": None, "codebook_size": None}
     elif field == "axis":
@@ -323,8 +304,7 @@ def test_block_finetune_lowers_the_loss_of_the_stored_model(tuned, ground):
     assert all(block["after"] < block["before"] and not block["kept"] for block in found["blocks"])
     (original,) = (ground / "cache").glob("tiny-*")
     (clustered,) = (ground / "outputs").glob("cluster-*/checkpoint")
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        stage = build(hydra.compose("config", overrides=overrides(ground, ground / "outputs", *TUNED))).stages
+    stage = runs.composed(*overrides(ground, ground / "outputs", *TUNED)).stages
     text = stage["block_finetune"].data.text("calibration")
     windows = calibration_windows(text, AutoTokenizer.from_pretrained(original), samples=8, length=32, seed=0)
     target, before, after = (

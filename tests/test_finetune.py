@@ -4,19 +4,18 @@ import json
 import random
 from pathlib import Path
 
-import hydra
 import pytest
+import runs
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp import adapters, checkpoint
-from cluscomp.__main__ import CONF, build
 from cluscomp.budget import size_of
 from cluscomp.end_to_end import IGNORED
 from cluscomp.errors import InputError
-from cluscomp.experiment import Outcome, run
+from cluscomp.experiment import Outcome
 from cluscomp.instructions import Plain, Rows, Tokens
 from cluscomp.models import compressed
 
@@ -27,15 +26,13 @@ CHAT = (
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory) -> Path:
-    """A text, and a task that can be learned: the answer repeats the last letter."""
-    folder = tmp_path_factory.mktemp("ground")
+def ground(ground):
+    """With a task that can be learned: the answer repeats the last letter."""
     make = random.Random(0)
     letters = ["".join(make.choices("abc", k=make.randint(2, 9))) for _ in range(64)]
     rows = [{"instruction": word, "input": "", "output": word[-1] * 6} for word in letters]
-    (folder / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "text.txt").write_text("\n\n".join(" ".join(make.choices(letters, k=20)) for _ in range(100)))
-    return folder
+    (ground / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return ground
 
 
 def overrides(ground: Path, *more: str) -> list[str]:
@@ -50,12 +47,11 @@ def overrides(ground: Path, *more: str) -> list[str]:
 
 
 def built(ground: Path, *more: str):
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return build(hydra.compose("config", overrides=overrides(ground, *more)))
+    return runs.composed(*overrides(ground, *more))
 
 
 def pipeline(ground: Path, *more: str) -> Outcome:
-    return run(built(ground, *more))
+    return runs.pipeline(*overrides(ground, *more))
 
 
 def found(outcome: Outcome) -> dict:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -11,20 +10,19 @@ import sys
 import time
 from pathlib import Path
 
-import hydra
 import pytest
+import runs
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp import checkpoint, data
-from cluscomp.__main__ import CONF, build
 from cluscomp.blocks import Walk
 from cluscomp.data import Text, split
 from cluscomp.end_to_end import IGNORED, Objective, _rematerialised_blocks, padded, train_whole
 from cluscomp.errors import InputError
-from cluscomp.experiment import Outcome, run
+from cluscomp.experiment import Outcome
 from cluscomp.models import Original, block_names, blocks, compressed, linears
 from cluscomp.teacher import Teacher, divergence
 from cluscomp.training import Trained
@@ -40,29 +38,17 @@ RECOVER = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def ground(tmp_path_factory) -> Path:
-    """A folder with a text of its own making, the same on every machine."""
-    folder = tmp_path_factory.mktemp("ground")
-    make = random.Random(0)
-    words = ["".join(make.choices("abcdefghijklmnopqrstuvwxyz", k=make.randint(2, 9))) for _ in range(50)]
-    (folder / "text.txt").write_text("\n\n".join(" ".join(make.choices(words, k=20)) for _ in range(100)))
-    return folder
-
-
 def overrides(ground: Path, outputs: Path, *more: str) -> list[str]:
     given = [*SMALL, *RECOVER, f"data.file={ground / 'text.txt'}", f"outputs={outputs}", f"cache={ground / 'cache'}"]
     return [*given, *more]
 
 
 def built(ground: Path, *more: str):
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return build(hydra.compose("config", overrides=overrides(ground, ground / "outputs", *more)))
+    return runs.composed(*overrides(ground, ground / "outputs", *more))
 
 
 def pipeline(ground: Path, outputs: Path, *more: str) -> Outcome:
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return run(build(hydra.compose("config", overrides=overrides(ground, outputs, *more))))
+    return runs.pipeline(*overrides(ground, outputs, *more))
 
 
 @pytest.fixture(scope="module")
