@@ -19,7 +19,7 @@ import pytest
 FORKS = """
 import json, os, sys
 import torch, transformers
-import cluscomp.checkpoint, cluscomp.scoring, cluscomp.streams, cluscomp.tables, cluscomp.training
+import cluscomp.checkpoint, cluscomp.end_to_end, cluscomp.scoring, cluscomp.streams, cluscomp.tables
 from cluscomp.__main__ import main
 
 for line in sys.stdin:
@@ -45,15 +45,18 @@ SMALL = [
     "model=tiny", f"model.config.num_hidden_layers={BLOCKS}", "data=text", "method.vector_dim=4",
     "method.codebook_size=256", "method.iterations=400", "evaluate.context=32", "evaluate.limit=2", "evaluate.after=[]",
 ]  # fmt: skip
-TUNED = [
-    "block_finetune=quick", "block_finetune.length=32", "block_finetune.samples=8", "block_finetune.batch_size=4",
+STEPS = 12
+ORDER = ["cluster", "block_finetune", "recover"]
+TUNED = [  # some tenths of a second for each part
+    f"order=[{','.join(ORDER)}]", "block_finetune=quick", "block_finetune.length=32", "block_finetune.samples=8",
+    "block_finetune.batch_size=4", "block_finetune.epochs=8", f"recover.tokens={32 * 4 * STEPS}", "recover.length=32",
+    "recover.batch_size=4", "recover.held_out=4", "recover.save_every=1", "recover.lr=2e-3",
 ]  # fmt: skip
-ORDERS = {  # stages, and what makes them take some tenths of a second a block
-    "cluster,block_finetune": [*TUNED, "block_finetune.epochs=8"],
-}
-PARTS = {  # what a killed stage keeps as it goes, and how many of these a whole one makes
-    "cluster": ("block-*", BLOCKS),
-    "block_finetune": ("block-*", BLOCKS),
+PARTS = {"cluster": BLOCKS, "block_finetune": BLOCKS, "recover": STEPS}  # after which a killed stage goes on
+LAST = {
+    "cluster": f"block {BLOCKS}/{BLOCKS}",
+    "block_finetune": f"block {BLOCKS}/{BLOCKS}",
+    "recover": f"step {STEPS}/{STEPS}",
 }
 # of the settings that touch what is kept for a killed run
 VARIANTS = [
@@ -61,9 +64,10 @@ VARIANTS = [
     [
         "block_finetune.streams=disk", "block_finetune.order=shuffled", "block_finetune.norms=true",
         "method.assign=hessian", "cluster.prefix=compressed", "cluster.samples=4", "cluster.length=32",
+        "recover.loss=ce_kl", "recover.norms=true",
     ],
 ]  # fmt: skip
-KILLS = int(os.environ.get("CLUSCOMP_KILLS", "6"))
+KILLS = int(os.environ.get("CLUSCOMP_KILLS", "10"))  # of each variant
 
 
 class Forks:
@@ -105,8 +109,8 @@ def arguments(tmp_path_factory) -> Callable[..., list[str]]:
     ground = tmp_path_factory.mktemp("ground")
     rows = [f"Paragraph {i} says that the quick brown fox jumped over the lazy dog {7 * i} times." for i in range(100)]
     (ground / "text.txt").write_text("\n\n".join(rows))
-    shared = [*SMALL, f"data.file={ground / 'text.txt'}", f"cache={ground / 'cache'}"]
-    return lambda outputs, order, *more: [*shared, f"order=[{order}]", f"outputs={outputs}", *ORDERS[order], *more]
+    shared = [*SMALL, *TUNED, f"data.file={ground / 'text.txt'}", f"cache={ground / 'cache'}"]
+    return lambda outputs, *more: [*shared, f"outputs={outputs}", *more]
 
 
 def hashes(outputs: Path) -> dict[str, str]:
@@ -120,13 +124,13 @@ def undisturbed(forks, arguments, tmp_path_factory) -> Callable[..., dict[str, s
     """The hashes of a run from beginning to end."""
     made = {}
 
-    def run(order: str, *more: str) -> dict[str, str]:
-        if (order, more) not in made:
+    def run(*more: str) -> dict[str, str]:
+        if more not in made:
             outputs = tmp_path_factory.mktemp("undisturbed") / "outputs"
             log = outputs.parent / "log"
-            assert forks.wait(forks.start(log, *arguments(outputs, order, *more))) == 0, log.read_text()
-            made[order, more] = hashes(outputs)
-        return made[order, more]
+            assert forks.wait(forks.start(log, *arguments(outputs, *more))) == 0, log.read_text()
+            made[more] = hashes(outputs)
+        return made[more]
 
     return run
 
@@ -138,18 +142,17 @@ def until(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_two_processes_at_once_do_the_work_once(forks, arguments, undisturbed, tmp_path, order):
+def test_two_processes_at_once_do_the_work_once(forks, arguments, undisturbed, tmp_path):
     """Scores, too; and a third process meets no lock."""
     outputs, logs = tmp_path / "outputs", [tmp_path / name for name in ("first", "second", "third")]
-    command = arguments(outputs, order, "evaluate.after=null", f"cache={tmp_path / 'cache'}")
+    command = arguments(outputs, "evaluate.after=null", f"cache={tmp_path / 'cache'}")
     pids = [forks.start(log, *command) for log in logs[:2]]
     assert [forks.wait(pid) for pid in pids] == [0, 0], [log.read_text() for log in logs[:2]]
-    assert hashes(outputs) == undisturbed(order)
+    assert hashes(outputs) == undisturbed()
     first, second = (log.read_text() for log in logs[:2])
     assert "waits for process" in first + second
-    for name in order.split(","):
-        assert (first + second).count(f"{name}  block {BLOCKS}/{BLOCKS}") == 1
+    for name in ORDER:
+        assert (first + second).count(f"{name}  {LAST[name]}") == 1
         assert (first + second).count(f"{name}  finished before") == 1
         assert (first + second).count(f"perplexity after {name}: ") == 1
     assert first.count("| original") == second.count("| original") == 1  # both show the whole table
@@ -159,45 +162,44 @@ def test_two_processes_at_once_do_the_work_once(forks, arguments, undisturbed, t
 
 
 def test_who_waits_takes_over_when_the_holder_is_killed(forks, arguments, undisturbed, tmp_path):
-    order, outputs, slow = "cluster,block_finetune", tmp_path / "outputs", "block_finetune.epochs=20"
-    holder = forks.start(tmp_path / "first", *arguments(outputs, order, slow))
+    outputs, slow = tmp_path / "outputs", "block_finetune.epochs=20"
+    holder = forks.start(tmp_path / "first", *arguments(outputs, slow))
     until(lambda: bool(list(outputs.glob("block_finetune-*/streams.json"))))
-    waiting = forks.start(tmp_path / "second", *arguments(outputs, order, slow))
+    waiting = forks.start(tmp_path / "second", *arguments(outputs, slow))
     until(lambda: f"block_finetune  waits for process {holder} on " in (tmp_path / "second").read_text())
     forks.kill(holder)
     assert forks.wait(waiting) == 0, (tmp_path / "second").read_text()
     assert "blocks were done before" in (tmp_path / "second").read_text()
-    assert hashes(outputs) == undisturbed(order, slow)
+    assert hashes(outputs) == undisturbed(slow)
 
 
-def parts_done(outputs: Path, stages: list[str]) -> int:
+def parts_done(outputs: Path) -> int:
     """Parts of all stages that a run would not do again."""
     done = 0
-    for stage in stages:
-        pattern, parts = PARTS[stage]
-        finished = list(outputs.glob(f"{stage}-*/metrics.json"))
-        done += parts if finished else len(list(outputs.glob(f"{stage}-*/{pattern}")))
+    for stage, parts in PARTS.items():
+        (folder, *_) = [*outputs.glob(f"{stage}-*"), outputs / "none"]
+        states = folder.glob("training/attempt-*/checkpoint-*/whole.json")
+        steps = max((int(state.parent.name.rpartition("-")[2]) for state in states), default=0)
+        done += parts if (folder / "metrics.json").exists() else steps + len(list(folder.glob("block-*")))
     return done
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("more", VARIANTS, ids=["plain", "all"])
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(forks, arguments, undisturbed, tmp_path, order, more):
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(forks, arguments, undisturbed, tmp_path, more):
     """Each kill comes within a block's time (0.1 to 0.3 seconds) after some part is done or the work began."""
-    outputs, log, rng = tmp_path / "outputs", tmp_path / "log", random.Random(f"{order} {more}")
-    stages, places = order.split(","), set()
-    total = sum(PARTS[stage][1] for stage in stages)
+    outputs, log, rng = tmp_path / "outputs", tmp_path / "log", random.Random(str(more))
+    places, total = set(), sum(PARTS.values())
     for target in sorted(rng.randrange(total - 1) for _ in range(KILLS)):
-        pid = forks.start(log, *arguments(outputs, order, *more))
+        pid = forks.start(log, *arguments(outputs, *more))
         until(lambda: bool(list(outputs.glob("*/lock"))))
-        until(partial(lambda least: parts_done(outputs, stages) >= least, target))
+        until(partial(lambda least: parts_done(outputs) >= least, target))
         time.sleep(rng.uniform(0, rng.choice([0.02, 0.1, 0.3])))
         forks.kill(pid)
-        places.add(parts_done(outputs, stages))
-    assert len(places) > 2 and min(places) < PARTS[stages[0]][1] < max(places)  # in the first stage and later
-    assert forks.wait(forks.start(log, *arguments(outputs, order, *more))) == 0, log.read_text()
-    assert hashes(outputs) == undisturbed(order, *more)
+        places.add(parts_done(outputs))
+    assert len(places) > 2 and min(places) < PARTS["cluster"] < max(places)  # in the first stage and later
+    assert forks.wait(forks.start(log, *arguments(outputs, *more))) == 0, log.read_text()
+    assert hashes(outputs) == undisturbed(*more)
     assert not [
         path for path in outputs.rglob("*") if path.suffix == ".stream" or path.name.startswith((".", "block-"))
     ]
