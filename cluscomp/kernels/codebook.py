@@ -23,8 +23,8 @@ class _Rebuild(torch.autograd.Function):
     def forward(ctx, centroids_KD, packed, bits, lines, length):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(packed)
         ctx.bits, ctx.shape, ctx.dtype = bits, centroids_KD.shape, centroids_KD.dtype
-        if native is not None and centroids_KD.device.type == "cpu" and centroids_KD.dtype == torch.float32:
-            return decode(packed, bits, centroids_KD, lines, length)
+        if native is not None and centroids_KD.device.type == "cpu":
+            return decode(packed, bits, centroids_KD, lines, length).to(centroids_KD.dtype)
         return _decoded(packed, bits, centroids_KD, lines, length)
 
     @staticmethod
