@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 class _Task(Steps):
     """`epochs` over the examples of `instructions`, cut to `length` tokens, but for `held_out` of them, drawn by seed.
 
-    Only answers count. The held-out examples are scored before and after, and training that does not lower their loss
-    is taken back. Examples that do not fill a last step are left out.
+    Of the others at most `examples` are trained on (null: all). Only answers count. The held-out examples are scored
+    before and after, and training that does not lower their loss is taken back. Examples that do not fill a last step
+    are left out.
     """
 
     distributed: ClassVar[bool] = True
     instructions: InstanceOf[Instructions]
     length: int = Field(ge=2)
+    examples: int | None = Field(ge=1)
     epochs: int = Field(ge=1)
     held_out: int = Field(ge=1)
 
@@ -48,13 +50,13 @@ class _Task(Steps):
         encoded = self.instructions.encode(original.tokenizer, self.length)
         rng = random.Random(seed)
         shuffled = rng.sample(encoded.examples, len(encoded.examples))
-        train, held_out = shuffled[self.held_out :], shuffled[: self.held_out]
+        train, held_out = shuffled[self.held_out :][: self.examples], shuffled[: self.held_out]
         steps = len(train) * self.epochs // self.of_a_step
         if steps == 0:
             raise InputError(
                 f"{self.instructions.name}: {len(encoded.examples)} examples (and {encoded.dropped} without an answer "
-                f"in their first {self.length} tokens) are too few for finetune.held_out={self.held_out} and a step of "
-                f"{self.of_a_step}"
+                f"in their first {self.length} tokens) are too few for finetune.held_out={self.held_out}, "
+                f"finetune.examples={self.examples} and a step of {self.of_a_step}"
             )
         order = [one for _ in range(self.epochs) for one in rng.sample(train, len(train))]
         return encoded, order[: steps * self.of_a_step], held_out
