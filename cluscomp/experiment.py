@@ -288,13 +288,13 @@ class _Follower(_Runner):
 
 
 class _measured:
-    """Seconds and peak memory (bytes) of a `with` block, as a dictionary that fills at its end."""
+    """Seconds, CPU seconds and peak memory (bytes) of a `with` block, as a dictionary that fills at its end."""
 
     def __enter__(self) -> dict[str, Any]:
         from cluscomp.tracking import reset_peak_memory
 
         reset_peak_memory()
-        self.start, self.cost = time.monotonic(), dict[str, Any]()
+        self.start, self.cpu_start, self.cost = time.monotonic(), time.process_time(), dict[str, Any]()
         return self.cost
 
     def __exit__(self, *_: object) -> None:
@@ -302,7 +302,11 @@ class _measured:
 
         from cluscomp.tracking import peak_memory
 
-        self.cost |= {"seconds": time.monotonic() - self.start, "peak_ram": peak_memory()}
+        self.cost |= {
+            "seconds": time.monotonic() - self.start,
+            "cpu_seconds": time.process_time() - self.cpu_start,
+            "peak_ram": peak_memory(),
+        }
         if torch.cuda.is_available():
             self.cost["peak_vram"] = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -344,6 +348,8 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 def _record(
     experiment: Experiment, config: dict[str, Any], key: str, metrics: dict[str, dict[str, Any]], original: "Original"
 ) -> Record:
+    from cluscomp.kernels.loading import native
+
     scores = [Score(**row) for found in metrics.values() for row in found.get("scores", [])]
     commit, dirty = _commit()
     return Record(
@@ -354,6 +360,7 @@ def _record(
             "key": key,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": {name: found["seconds"] for name, found in metrics.items()},
+            "cpu_seconds": {name: found["cpu_seconds"] for name, found in metrics.items() if "cpu_seconds" in found},
             "commit": commit,
             "dirty": dirty,
             "status": "finished",
@@ -364,6 +371,7 @@ def _record(
         machine={
             "device": str(original.device),
             "platform": platform.platform(),
+            "kernels": "torch" if native is None else "compiled",
             "versions": _versions(),
             "peak_ram": {name: found["peak_ram"] for name, found in metrics.items()},
             "peak_vram": {name: found["peak_vram"] for name, found in metrics.items() if "peak_vram" in found},

@@ -40,9 +40,10 @@ class Score:
 class Record:
     """What a run did and found.
 
-    run: name, experiment, key, date, seconds per stage, commit, dirty, status. config: the resolved settings.
+    run: name, experiment, key, date, seconds per stage (on the clock; of all cores together), commit, dirty, status.
+    config: the resolved settings.
     size: `linear_bits_per_weight`, `model_bits_per_weight`, `checkpoint_bytes`, `ledger` (bits by part).
-    machine: device, versions, peak memory per stage in bytes. stages: what each stage reported.
+    machine: device, versions, which kernels, peak memory per stage in bytes. stages: what each stage reported.
     """
 
     schema: int

@@ -70,7 +70,10 @@ def stage_table(records: list[Record], metric: str = "perplexity") -> pd.DataFra
 
 
 def cost_table(records: list[Record]) -> pd.DataFrame:
-    """One row for each run and stage: settings that differ, relative squared error of weights, seconds, peak memory."""
+    """One row for each run and stage: settings that differ, relative squared error of weights, seconds, peak memory.
+
+    Seconds are those on the clock, and those of all cores together, which tell more where a machine was shared.
+    """
     return pd.DataFrame(
         [
             {"run": record.run["name"]}
@@ -79,6 +82,7 @@ def cost_table(records: list[Record]) -> pd.DataFrame:
                 "stage": stage,
                 "relative error": record.stages.get(stage, {}).get("found", {}).get("relative_error"),
                 "seconds": round(seconds, 1),
+                "CPU seconds": round(record.run.get("cpu_seconds", {}).get(stage, math.nan), 1),
                 "peak RAM, GiB": round(record.machine["peak_ram"][stage] / 2**30, 2),
             }
             for record, differing in zip(records, settings_that_differ(records))
