@@ -123,7 +123,7 @@ def run(experiment: Experiment) -> Outcome:
         if name in experiment.measured:
             label = f"evaluate {name}"
             metrics[label] = runner.evaluate(name, keys[name], checkpoint)
-            tracker.log(label, {row["metric"]: row["value"] for row in metrics[label]["scores"]})
+            tracker.log(label, {f"{row['dataset']}/{row['metric']}": row["value"] for row in metrics[label]["scores"]})
     assert checkpoint is not None  # order has at least one stage
     record = _record(experiment, config, run_key, metrics, original)
     path = run_folder / "record.json"
@@ -131,7 +131,7 @@ def run(experiment: Experiment) -> Outcome:
         write(record, path)
     if publish is not None:
         write(record, publish / experiment.name / f"{run_key}.json")
-    tracker.end({f"{score.after}/{score.metric}": score.value for score in record.scores} | record.size)
+    tracker.end({f"{row.after}/{row.dataset}/{row.metric}": row.value for row in record.scores} | record.size)
     samples = {
         name: metrics[f"evaluate {name}"]["sample"]
         for name in experiment.measured

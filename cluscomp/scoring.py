@@ -5,46 +5,54 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cluscomp.blocks import Walk
 
 
 @dataclass(frozen=True)
-class Perplexity:
-    """exp of the mean negative log-likelihood over `tokens` predicted tokens, with its standard error.
+class Mean:
+    """A mean over `count` things, with its standard error.
 
     The standard error comes from the spread between windows, and is None for a single one.
     """
 
     value: float
     stderr: float | None
-    tokens: int
+    count: int
+
+    def exp(self) -> "Mean":
+        """exp of the mean, its standard error to first order; infinite instead of an overflow."""
+        value = math.exp(self.value) if self.value < 700 else math.inf
+        return Mean(value, None if self.stderr is None else self.stderr * value, self.count)
+
+    def per(self, count: int, unit: float = 1.0) -> "Mean":
+        """The same sum over another count, in another unit: nats a token become bits a byte."""
+        factor = self.count / (count * unit)
+        return Mean(self.value * factor, None if self.stderr is None else self.stderr * factor, count)
+
+
+def mean_of(sums_W: Float[Tensor, " W"], tokens: int) -> Mean:
+    """The mean over the tokens of all windows, from each window's sum over its `tokens` tokens: (W,) -> Mean."""
+    count = tokens * len(sums_W)
+    stderr = float((sums_W / tokens).std()) / math.sqrt(len(sums_W)) if len(sums_W) > 1 else None
+    return Mean(float(sums_W.sum()) / count, stderr, count)
 
 
 @torch.no_grad()
-def perplexity(walk: Walk, windows_WT: Int[Tensor, "W T"], *, batch_size: int, label: str) -> Perplexity:
-    """Perplexity over windows of token ids, (W, T), T >= 2: in each, T - 1 tokens are predicted.
+def window_scores(
+    walk: Walk, windows_WT: Int[Tensor, "W T"], *, batch_size: int, label: str
+) -> dict[str, Float[Tensor, " W"]]:
+    """Sums over the T - 1 predicted tokens of each window of token ids (W, T), T >= 2: (W,) float64 by name.
 
-    The convention of GPTQ and after: no overlap between windows, the first token of a window is context only, the mean
-    runs over tokens. One block is in memory at a time; the log-likelihood is taken in float32 and summed in float64.
+    "loss" is the negative log-likelihood in nats, taken in float32. The convention of GPTQ and after: no overlap
+    between windows, the first token of a window is context only.
     """
-    device = walk.device
-    batches = [batch_BT.to(device) for batch_BT in windows_WT.split(batch_size)]
-    hidden = [walk.embed(ids_BT) for ids_BT in batches]
-    for index in tqdm(range(len(walk)), desc=f"perplexity of {label}", unit="block", leave=False, disable=None):
-        with walk.block(index) as block:
-            for number, hidden_BTH in enumerate(hidden):
-                hidden[number] = walk.apply(index, block, hidden_BTH)
-    sums_W = torch.cat([window_losses(walk.logits(h, ids), ids) for h, ids in zip(hidden, batches)])
-    predicted = windows_WT.shape[1] - 1
-    mean = float(sums_W.sum()) / (predicted * len(windows_WT))
-    value = math.exp(mean) if mean < 700 else math.inf
-    stderr = float((sums_W / predicted).std()) / math.sqrt(len(sums_W)) * value if len(sums_W) > 1 else None
-    return Perplexity(value, stderr, predicted * len(windows_WT))
+    batches = [batch_BT.to(walk.device) for batch_BT in windows_WT.split(batch_size)]
+    hidden = walk.through(batches, f"perplexity of {label}")
+    return {"loss": torch.cat([window_losses(walk.logits(h, ids), ids) for h, ids in zip(hidden, batches)])}
 
 
 def window_losses(logits_BTV: Tensor, ids_BT: Int[Tensor, "B T"]) -> Tensor:
@@ -53,6 +61,18 @@ def window_losses(logits_BTV: Tensor, ids_BT: Int[Tensor, "B T"]) -> Tensor:
     for logits_TV, ids_T in zip(logits_BTV, ids_BT):  # one window at a time: the logits are large
         losses.append(F.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none").double().sum())
     return torch.stack(losses).cpu()
+
+
+def scored_bytes(tokenizer: PreTrainedTokenizerBase, windows_WT: Int[Tensor, "W T"]) -> int:
+    """Bytes (UTF-8) of the text that tokens 1..T-1 of all windows (W, T) stand for.
+
+    Where a window begins or ends inside a character, that counts as the 3 bytes of the replacement character.
+    """
+
+    def size(ids: list[int]) -> int:
+        return len(tokenizer.decode(ids, clean_up_tokenization_spaces=False).encode())  # type: ignore[union-attr]
+
+    return sum(size(ids) - size(ids[:1]) for ids in windows_WT.tolist())
 
 
 @torch.no_grad()
