@@ -122,6 +122,7 @@ def run(experiment: Experiment) -> Outcome:
             tracker.log(name, _numbers(metrics[name]))
         if name in experiment.measured:
             label = f"evaluate {name}"
+            runner.kept = outputs / f"predictions-{content_key([keys['original'], _versions()])}"
             metrics[label] = runner.evaluate(name, keys[name], checkpoint)
             tracker.log(label, {f"{row['dataset']}/{row['metric']}": row["value"] for row in metrics[label]["scores"]})
     assert checkpoint is not None  # order has at least one stage
@@ -237,7 +238,7 @@ class _Runner:
             return finished | {"scores": [row | {"after": name} for row in finished["scores"]]}
         with _measured() as cost:
             model = self._load(checkpoint)
-            scores = [asdict(score) for score in evaluate.measure(model, self.original, name)]
+            scores = [asdict(score) for score in evaluate.measure(model, self.original, name, self.kept)]
             sample = evaluate.sample(model, self.original, name)
         metrics = cost | {"scores": scores, "sample": sample}
         for row in scores:

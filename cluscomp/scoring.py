@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cluscomp.blocks import Walk
+from cluscomp.teacher import Predictions
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,55 @@ def mean_of(sums_W: Float[Tensor, " W"], tokens: int) -> Mean:
     return Mean(float(sums_W.sum()) / count, stderr, count)
 
 
+class Reference:
+    """The original's logits, made again from its last hidden states on disk; of its model only norm and head are used.
+
+    `walk` is the original's, `kept` holds "hidden" of the windows that are scored (`teacher.last_hidden`).
+    """
+
+    def __init__(self, walk: Walk, kept: Predictions) -> None:
+        self.walk, self.kept = walk, kept
+
+    def hidden(self, rows: range) -> Float[Tensor, "B T H"]:
+        """What the original's last block made of these windows: (B, T, H)."""
+        return torch.stack([self.kept.window(row)["hidden"] for row in rows]).to(self.walk.device)
+
+
 @torch.no_grad()
 def window_scores(
-    walk: Walk, windows_WT: Int[Tensor, "W T"], *, batch_size: int, label: str
+    walk: Walk, windows_WT: Int[Tensor, "W T"], *, batch_size: int, label: str, reference: Reference | None = None
 ) -> dict[str, Float[Tensor, " W"]]:
     """Sums over the T - 1 predicted tokens of each window of token ids (W, T), T >= 2: (W,) float64 by name.
 
     "loss" is the negative log-likelihood in nats, taken in float32. The convention of GPTQ and after: no overlap
-    between windows, the first token of a window is context only.
+    between windows, the first token of a window is context only. With a `reference` also "kl", KL(original || model)
+    in nats, and "top1_agreement", how often both find the same next token the likeliest.
     """
     batches = [batch_BT.to(walk.device) for batch_BT in windows_WT.split(batch_size)]
-    hidden = walk.through(batches, f"perplexity of {label}")
-    return {"loss": torch.cat([window_losses(walk.logits(h, ids), ids) for h, ids in zip(hidden, batches)])}
+    rows = [range(first, first + len(ids_BT)) for first, ids_BT in zip(range(0, len(windows_WT), batch_size), batches)]
+    if reference is not None and walk is reference.walk:
+        hidden = [reference.hidden(part) for part in rows]
+    else:
+        hidden = walk.through(batches, f"perplexity of {label}")
+    found: dict[str, list[Tensor]] = {}
+    for part, hidden_BTH, ids_BT in zip(rows, hidden, batches):
+        logits_BTV = walk.logits(hidden_BTH, ids_BT)
+        scores = {"loss": window_losses(logits_BTV, ids_BT)}
+        if reference is not None:
+            scores |= window_distances(reference.walk.logits(reference.hidden(part), ids_BT), logits_BTV)
+        for name, sums_B in scores.items():
+            found.setdefault(name, []).append(sums_B)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def window_distances(original_BTV: Tensor, logits_BTV: Tensor) -> dict[str, Tensor]:
+    """Two models' logits (B, T, V) -> "kl" and "top1_agreement", summed over tokens 1..T-1 of each window: (B,)."""
+    divergences, agreements = [], []
+    for original_TV, logits_TV in zip(original_BTV, logits_BTV):  # one window at a time: the logits are large
+        log_TV, other_TV = (part[:-1].float().log_softmax(-1) for part in (original_TV, logits_TV))
+        divergences.append((log_TV.exp() * (log_TV - other_TV)).sum(-1).double().sum())
+        agreements.append((log_TV.argmax(-1) == other_TV.argmax(-1)).sum().double())
+    return {"kl": torch.stack(divergences).cpu(), "top1_agreement": torch.stack(agreements).cpu()}
 
 
 def window_losses(logits_BTV: Tensor, ids_BT: Int[Tensor, "B T"]) -> Tensor:

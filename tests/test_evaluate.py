@@ -52,11 +52,11 @@ def test_several_texts_are_scored_each_under_its_name(ground, tiny_folder):
     second = ["+data@evaluate.texts.other=text", f"evaluate.texts.other.file={ground / 'second.txt'}"]
     original = opened(tiny_folder)
     both = evaluate(ground, *second, "evaluate.texts.other.name=other")
-    rows = both.measure(original.model(), original, "original")
+    rows = both.measure(original.model(), original, "original", ground)
     assert [(row.dataset, row.metric) for row in rows] == [
         ("text", "perplexity"), ("text", "bits_per_byte"), ("other", "perplexity"), ("other", "bits_per_byte"),
     ]  # fmt: skip
-    alone = evaluate(ground).measure(original.model(), original, "original")
+    alone = evaluate(ground).measure(original.model(), original, "original", ground)
     assert rows[:2] == alone and rows[2].value != rows[0].value
     with pytest.raises(InputError, match="texts: two of them are named 'text'"):
         evaluate(ground, *second)
@@ -66,7 +66,7 @@ def test_bos_takes_the_place_of_every_windows_first_token(ground, tiny_folder, t
     """The score is that of plain transformers on windows put together by hand."""
     folder = with_bos(tiny_folder, tmp_path / "model")
     original = opened(folder)
-    row = evaluate(ground, "evaluate.bos=true").measure(original.model(), original, "original")[0]
+    row = evaluate(ground, "evaluate.bos=true").measure(original.model(), original, "original", ground)[0]
     text = (ground / "first.txt").read_text().split("\n\n")[48:]  # the last fifth
     ids = torch.tensor(original.tokenizer("\n\n".join(text)).input_ids)[:96].view(3, 32)
     ids[:, 0] = original.tokenizer.bos_token_id
@@ -101,3 +101,42 @@ def test_wikitext2_and_the_c4_sample_come_from_a_mirror(shared, tiny_folder):
     assert [source.text("test").name for source in settings.texts.values()] == [
         "Salesforce/wikitext/test", "allenai/c4-sample/validation",
     ]  # fmt: skip
+
+
+def test_the_original_is_no_distance_from_itself_and_another_model_some(ground, tiny_folder, families, tmp_path):
+    """KL and agreement against plain transformers logits; the original in memory has 0 and 1 exactly."""
+    original, other = opened(tiny_folder), opened(families("llama", tie_word_embeddings=True, rope_theta=50.0))
+    settings = evaluate(ground, "evaluate.distance=true")
+
+    def measured(model, after) -> dict[str, float]:
+        return {row.metric: row.value for row in settings.measure(model, original, after, tmp_path)}
+
+    itself = measured(original.model(), "original")
+    assert itself["kl"] == 0.0 and itself["top1_agreement"] == 1.0
+    assert measured(original.load_all(), "cluster") == itself  # its blocks walked, not read from disk
+    found = measured(other.load_all(), "cluster")
+    text = (ground / "first.txt").read_text().split("\n\n")[48:]
+    ids = torch.tensor(original.tokenizer("\n\n".join(text)).input_ids)[:96].view(3, 32)
+    plain = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits[:, :-1].double().log_softmax(-1)
+        for folder in (original.folder, other.folder)
+    ]
+    kl = torch.nn.functional.kl_div(plain[1], plain[0], reduction="sum", log_target=True) / (3 * 31)
+    assert found["kl"] == pytest.approx(kl.item(), rel=1e-4) and found["kl"] > 1e-3
+    agreement = (plain[0].argmax(-1) == plain[1].argmax(-1)).double().mean().item()
+    assert found["top1_agreement"] == pytest.approx(agreement) and agreement < 1
+    assert found["perplexity"] != itself["perplexity"]
+
+
+def test_what_the_original_predicts_is_kept_and_a_damaged_part_made_anew(ground, tiny_folder, tmp_path, caplog):
+    original, settings = opened(tiny_folder), evaluate(ground, "evaluate.distance=true")
+    first = settings.measure(original.model(), original, "original", tmp_path)
+    (part,) = tmp_path.rglob("*.safetensors")
+    written = part.stat().st_mtime_ns
+    assert settings.measure(original.model(), original, "original", tmp_path) == first
+    assert part.stat().st_mtime_ns == written
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    assert settings.measure(original.model(), original, "original", tmp_path) == first
+    assert "damaged" in caplog.text and part.stat().st_mtime_ns != written

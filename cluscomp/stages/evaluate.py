@@ -1,5 +1,6 @@
 """Stage evaluate: scores of the original and of the model after each named stage, each under one protocol."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field, InstanceOf
@@ -12,9 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from cluscomp.blocks import Walk
     from cluscomp.models import Original
     from cluscomp.records import Score
-    from cluscomp.scoring import Mean
+    from cluscomp.scoring import Mean, Reference
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -23,14 +25,16 @@ class Evaluate:
 
     `after` lists what is measured: "original" and names of stages; null means all of them. `limit` keeps the first so
     many windows of each text and marks the scores as partial. With `bos` the first token of every window, which is
-    context only, becomes the tokenizer's BOS (as in llama.cpp). With a `prompt` the models also continue it,
-    `prompt_tokens` long, to be looked at.
+    context only, becomes the tokenizer's BOS (as in llama.cpp). With `distance` also KL and top-1 agreement with the
+    original, exact, on the same windows; its last hidden states are kept on disk for that. With a `prompt` the models
+    also continue it, `prompt_tokens` long, to be looked at.
     """
 
     texts: dict[str, InstanceOf[Source]]
     after: list[str] | None
     context: int | None = Field(ge=2)
     bos: bool
+    distance: bool
     limit: int | None = Field(ge=1)
     batch_size: int = Field(ge=1)
     prompt: str | None
@@ -69,14 +73,17 @@ class Evaluate:
             windows_WT[:, 0] = tokenizer.bos_token_id
         return torch.from_numpy(windows_WT)
 
-    def measure(self, model: "PreTrainedModel", original: "Original", after: str) -> "list[Score]":
-        """Score a model; one whose blocks are still in the original's file is read from there block by block."""
+    def measure(self, model: "PreTrainedModel", original: "Original", after: str, kept: Path) -> "list[Score]":
+        """Score a model; one whose blocks are still in the original's file is read from there block by block.
+
+        `kept` is a folder for what the original predicts, named by all that decides that but text and settings here.
+        """
         from cluscomp.blocks import Walk
 
         walk = Walk(model, original if after == "original" else None)
-        return [score for source in self.texts.values() for score in self._scores(walk, source, original, after)]
+        return [score for source in self.texts.values() for score in self._scores(walk, source, original, after, kept)]
 
-    def _scores(self, walk: "Any", source: Source, original: "Original", after: str) -> "list[Score]":
+    def _scores(self, walk: "Walk", source: Source, original: "Original", after: str, kept: Path) -> "list[Score]":
         import math
 
         from cluscomp.records import Score
@@ -84,12 +91,13 @@ class Evaluate:
 
         windows_WT = self._windows(source, original)
         label = f"{after} model on {source.name}"
-        sums = window_scores(walk, windows_WT, batch_size=self.batch_size, label=label)
+        reference = self._reference(walk, windows_WT, original, after, kept) if self.distance else None
+        sums = window_scores(walk, windows_WT, batch_size=self.batch_size, label=label, reference=reference)
         loss = mean_of(sums["loss"], windows_WT.shape[1] - 1)
         found: dict[str, Mean] = {
             "perplexity": loss.exp(),
             "bits_per_byte": loss.per(scored_bytes(original.tokenizer, windows_WT), math.log(2)),
-        }
+        } | {name: mean_of(sums[name], windows_WT.shape[1] - 1) for name in sums if name != "loss"}
         protocol = self._protocol(walk.model, source, original, windows_WT)
         return [
             Score(
@@ -98,6 +106,22 @@ class Evaluate:
             )
             for metric, mean in found.items()
         ]  # fmt: skip
+
+    def _reference(
+        self, walk: "Walk", windows_WT: "Tensor", original: "Original", after: str, kept: Path
+    ) -> "Reference":
+        from cluscomp.blocks import Walk
+        from cluscomp.files import held_alone
+        from cluscomp.records import content_key
+        from cluscomp.scoring import Reference
+        from cluscomp.teacher import Predictions, last_hidden
+
+        first = walk if after == "original" else Walk(original.model(), original)
+        folder = kept / content_key([windows_WT.tolist(), self.batch_size])
+        predictions = Predictions(folder, windows_WT, last_hidden)
+        with held_alone(folder, "the original's predictions"):
+            predictions.write(first, batch_size=self.batch_size)
+        return Reference(first, predictions)
 
     def sample(self, model: "PreTrainedModel", original: "Original", after: str) -> str | None:
         """What the model makes of the prompt, or None without one. The original is loaded whole for it."""
