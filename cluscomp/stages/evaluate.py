@@ -8,6 +8,8 @@ from pydantic.dataclasses import dataclass
 
 from cluscomp.data import Source, test_windows
 from cluscomp.errors import InputError
+from cluscomp.records import content_key
+from cluscomp.tasks import Tasks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +29,7 @@ class Evaluate:
     many windows of each text and marks the scores as partial. With `bos` the first token of every window, which is
     context only, becomes the tokenizer's BOS (as in llama.cpp). With `distance` also KL and top-1 agreement with the
     original, exact, on the same windows; its last hidden states are kept on disk for that. With a `prompt` the models
-    also continue it, `prompt_tokens` long, to be looked at.
+    also continue it, `prompt_tokens` long, to be looked at. `tasks` are asked through lm-eval.
     """
 
     texts: dict[str, InstanceOf[Source]]
@@ -37,6 +39,7 @@ class Evaluate:
     distance: bool
     limit: int | None = Field(ge=1)
     batch_size: int = Field(ge=1)
+    tasks: InstanceOf[Tasks]
     prompt: str | None
     prompt_tokens: int = Field(ge=1)
 
@@ -48,12 +51,13 @@ class Evaluate:
             raise ValueError(f"texts: two of them are named '{twice}'")
 
     def inputs(self) -> dict[str, str]:
-        """The hashes of the test texts by name."""
-        return {source.name: source.text("test").sha256 for source in self.texts.values()}
+        """The hashes of the test texts by name, and of what decides the tasks' scores if there are any."""
+        tasks = {"lm-eval tasks": content_key([self.tasks.describe(), lm_eval_version()])} if self.tasks.names else {}
+        return tasks | {source.name: source.text("test").sha256 for source in self.texts.values()}
 
     def idle(self) -> set[str]:
-        """Which models are measured does not change what is measured of each; texts count by their hashes."""
-        return {"after", "texts"}
+        """Which models are measured does not change what is measured of each; texts and tasks count by their hashes."""
+        return {"after", "texts", "tasks"}
 
     def check(self, original: "Original") -> None:
         """Cut the windows. Raises InputError if a text is too short, a window too long, or there is no BOS."""
@@ -61,6 +65,9 @@ class Evaluate:
             original.check_length("evaluate.context", self._context(original))
         for source in self.texts.values():
             self._windows(source, original)
+        if self.tasks.max_length is not None:
+            original.check_length("tasks.max_length", self.tasks.max_length)
+        self.tasks.check(original.folder, original.tokenizer)
 
     def _windows(self, source: Source, original: "Original") -> "Tensor":
         import torch
@@ -112,7 +119,6 @@ class Evaluate:
     ) -> "Reference":
         from cluscomp.blocks import Walk
         from cluscomp.files import held_alone
-        from cluscomp.records import content_key
         from cluscomp.scoring import Reference
         from cluscomp.teacher import Predictions, last_hidden
 
@@ -122,6 +128,30 @@ class Evaluate:
         with held_alone(folder, "the original's predictions"):
             predictions.write(first, batch_size=self.batch_size)
         return Reference(first, predictions)
+
+    def ask(
+        self, model: "PreTrainedModel", original: "Original", after: str
+    ) -> "tuple[list[Score], list[dict[str, Any]]]":
+        """Scores of the tasks, and all answers. The original is loaded whole for it."""
+        from cluscomp.records import Score, protocol
+
+        if not self.tasks.names:
+            return [], []
+        whole = original.load_all() if after == "original" else model
+        found, answers = self.tasks.ask(whole, original.tokenizer)
+        settings = {key: value for key, value in self.tasks.describe().items() if key not in {"names", "mean"}}
+        common = settings | {"lm_eval": lm_eval_version(), "partial": self.tasks.limit is not None}
+        scores = [
+            Score(
+                after=after, metric=one.metric, dataset=one.task, value=one.value, stderr=one.stderr, n=one.n,
+                protocol=protocol(
+                    **common | self._machine(whole, original),
+                    task_version=one.version, task_hash=content_key(one.hash), task_shots=one.shots,
+                ),
+            )
+            for one in found
+        ]  # fmt: skip
+        return scores, answers
 
     def sample(self, model: "PreTrainedModel", original: "Original", after: str) -> str | None:
         """What the model makes of the prompt, or None without one. The original is loaded whole for it."""
@@ -139,25 +169,40 @@ class Evaluate:
         self, model: "PreTrainedModel", source: Source, original: "Original", windows_WT: "Tensor"
     ) -> dict[str, Any]:
         """Everything that decides what the scores on a text mean."""
-        import torch
-        import transformers
+        from cluscomp.records import protocol
 
-        from cluscomp.records import content_key, protocol
-
-        tokenizer = original.tokenizer
         return protocol(
             **source.text("test").describe(),
-            tokenizer=content_key(sorted(tokenizer.get_vocab().items())),
+            **self._machine(model, original),
             context=self._context(original),
             stride=self._context(original),
             windows=len(windows_WT),
             partial=self.limit is not None,
-            starts_with_bos=int(windows_WT[0, 0]) == tokenizer.bos_token_id,
+            starts_with_bos=int(windows_WT[0, 0]) == original.tokenizer.bos_token_id,
             every_window_starts_with_bos=self.bos,
             average="tokens",
-            dtype=str(original.dtype).removeprefix("torch."),
-            device=original.device.type,
-            attention=model.config._attn_implementation,
-            torch=torch.__version__,
-            transformers=transformers.__version__,
         )
+
+    def _machine(self, model: "PreTrainedModel", original: "Original") -> dict[str, Any]:
+        """What decides the numbers besides text and settings: tokenizer, arithmetic, versions."""
+        import torch
+        import transformers
+
+        return {
+            "tokenizer": content_key(sorted(original.tokenizer.get_vocab().items())),
+            "dtype": str(original.dtype).removeprefix("torch."),
+            "device": original.device.type,
+            "attention": model.config._attn_implementation,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+
+def lm_eval_version() -> str | None:
+    """The installed lm-eval's version, or None."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("lm-eval")
+    except importlib.metadata.PackageNotFoundError:
+        return None
