@@ -24,7 +24,8 @@ from cluscomp.steps import rank
 HERE = Path(__file__).parent
 CONF = next(folder for folder in (HERE / "conf", HERE.parent / "conf") if folder.is_dir())
 STAGES = "cluscomp.stages."  # nodes whose _target_ is here are stages
-SHARED = ("method", "data", "instructions", "bits", "data_root", "debug")  # used by settings, not by the run itself
+# used by settings, not by the run itself
+SHARED = ("method", "data", "instructions", "tasks", "bits", "data_root", "debug")
 
 
 def main() -> None:

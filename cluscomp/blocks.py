@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from cluscomp.errors import InputError
@@ -76,6 +77,16 @@ class Walk:
         arguments = self._arguments[hidden_BTH.shape[:2]][index]
         output = block(hidden_BTH, *arguments.args, **arguments.kwargs)
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def through(self, batches: list[Tensor], label: str) -> list[Tensor]:
+        """What the last block makes of each batch of windows, (B, T) -> (B, T, H); one block is in memory at a time."""
+        hidden = [self.embed(ids_BT) for ids_BT in batches]
+        for index in tqdm(range(len(self)), desc=label, unit="block", leave=False, disable=None):
+            with self.block(index) as block:
+                for number, hidden_BTH in enumerate(hidden):
+                    hidden[number] = self.apply(index, block, hidden_BTH)
+        return hidden
 
     @torch.no_grad()
     def observe(

@@ -27,6 +27,7 @@ from cluscomp.errors import InputError
 from cluscomp.files import held_alone
 from cluscomp.records import SCHEMA, Record, Score, content_key, read_sealed, write, write_sealed
 from cluscomp.steps import rank
+from cluscomp.tasks import flipped, read_answers, write_answers
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cluscomp")
 PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
+ANSWERS = "answers.jsonl.gz"  # to the tasks, of one model
 POLL = 0.2  # seconds between two looks for what the first process writes
 
 
@@ -108,6 +110,7 @@ def run(experiment: Experiment) -> Outcome:
     tracker = experiment.tracker if first else NoTracker()
     keys = stage_keys(experiment, root)
     runner.check(keys)
+    runner.kept = outputs / f"predictions-{content_key([keys['original'], _versions()])}"
     run_key = content_key([keys, runner.evaluation, experiment.measured, experiment.name])
     run_folder = outputs / f"run-{run_key}"
     if first:
@@ -123,15 +126,18 @@ def run(experiment: Experiment) -> Outcome:
         if name in experiment.measured:
             label = f"evaluate {name}"
             metrics[label] = runner.evaluate(name, keys[name], checkpoint)
-            tracker.log(label, {row["metric"]: row["value"] for row in metrics[label]["scores"]})
+            tracker.log(label, {f"{row['dataset']}/{row['metric']}": row["value"] for row in metrics[label]["scores"]})
     assert checkpoint is not None  # order has at least one stage
-    record = _record(experiment, config, run_key, metrics, original)
+    answers = {name: runner.answers(keys[name]) for name in experiment.measured if runner.answers(keys[name]).is_file()}
+    record = _record(experiment, config, run_key, metrics, original, answers)
     path = run_folder / "record.json"
     if first:
+        for name, place in answers.items():
+            shutil.copy(place, run_folder / f"answers-{name}.jsonl.gz")
         write(record, path)
     if publish is not None:
         write(record, publish / experiment.name / f"{run_key}.json")
-    tracker.end({f"{score.after}/{score.metric}": score.value for score in record.scores} | record.size)
+    tracker.end({f"{row.after}/{row.dataset}/{row.metric}": row.value for row in record.scores} | record.size)
     samples = {
         name: metrics[f"evaluate {name}"]["sample"]
         for name in experiment.measured
@@ -178,6 +184,7 @@ class _Runner:
         self.experiment, self.outputs, self.original = experiment, outputs, original
         evaluate = experiment.evaluate
         self.evaluation = [_key_settings(evaluate), evaluate.inputs(), original.device.type, _versions()]
+        self.kept = outputs  # the folder for what the original predicts, once its key is known
 
     def folder(self, name: str, key: str) -> Path:
         return self.outputs / f"{name}-{key}"
@@ -226,8 +233,12 @@ class _Runner:
         folder = self.folder("evaluate", content_key([key, *self.evaluation]))
         with held_alone(folder, f"evaluate {name}"):
             metrics = self._evaluate(name, folder, checkpoint)
-            _keep_alone(folder, "metrics.json", "lock")
+            _keep_alone(folder, "metrics.json", ANSWERS, "lock")
         return metrics
+
+    def answers(self, key: str) -> Path:
+        """Where the answers of the model with this key to the tasks are, if there were tasks."""
+        return self.folder("evaluate", content_key([key, *self.evaluation])) / ANSWERS
 
     def _evaluate(self, name: str, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
         evaluate = self.experiment.evaluate
@@ -237,8 +248,12 @@ class _Runner:
             return finished | {"scores": [row | {"after": name} for row in finished["scores"]]}
         with _measured() as cost:
             model = self._load(checkpoint)
-            scores = [asdict(score) for score in evaluate.measure(model, self.original, name)]
+            scores = [asdict(score) for score in evaluate.measure(model, self.original, name, self.kept)]
+            asked, answers = evaluate.ask(model, self.original, name)
+            scores += [asdict(score) for score in asked]
             sample = evaluate.sample(model, self.original, name)
+        if answers:
+            write_answers(folder / ANSWERS, answers)
         metrics = cost | {"scores": scores, "sample": sample}
         for row in scores:
             log.info("evaluate  %s after %s: %.3f on %s", row["metric"], name, row["value"], row["dataset"])
@@ -346,11 +361,17 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _record(
-    experiment: Experiment, config: dict[str, Any], key: str, metrics: dict[str, dict[str, Any]], original: "Original"
+    experiment: Experiment,
+    config: dict[str, Any],
+    key: str,
+    metrics: dict[str, dict[str, Any]],
+    original: "Original",
+    answers: dict[str, Path],
 ) -> Record:
     from cluscomp.kernels.loading import native
 
     scores = [Score(**row) for found in metrics.values() for row in found.get("scores", [])]
+    scores += _flips(scores, answers)
     commit, dirty = _commit()
     return Record(
         schema=SCHEMA,
@@ -380,6 +401,22 @@ def _record(
             name: {key: metrics[name][key] for key in ("found", "size", "checkpoint_hash")} for name in experiment.order
         },
     )
+
+
+def _flips(scores: list[Score], answers: dict[str, Path]) -> list[Score]:
+    """For each model but the original the share of answers that went from right to wrong or back, task by task."""
+    if "original" not in answers:
+        return []
+    original = read_answers(answers["original"])
+    protocols = {score.dataset: score.protocol for score in scores if score.after == "original"}
+    return [
+        Score(
+            after=name, metric="flipped", dataset=task, value=flips / count,
+            stderr=(flips * (count - flips) / count**3) ** 0.5, n=count, protocol=protocols[task],
+        )
+        for name, place in answers.items() if name != "original"
+        for task, (flips, count) in flipped(original, read_answers(place)).items()
+    ]  # fmt: skip
 
 
 def _commit() -> tuple[str | None, bool | None]:

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
 from cluscomp.errors import InputError
@@ -35,6 +35,14 @@ class Score:
     n: int
     protocol: dict[str, Any]
 
+    @field_validator("protocol")
+    @classmethod
+    def _unaltered(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Raises ValueError unless the hash is that of the fields: a protocol is never changed after it was made."""
+        if protocol(**{key: value for key, value in fields.items() if key != "hash"}) != fields:
+            raise ValueError("protocol: its hash is not that of its fields")
+        return fields
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Record:
@@ -58,6 +66,12 @@ class Record:
 def protocol(**fields: Any) -> dict[str, Any]:
     """A score's protocol: the fields and, under "hash", a hash of them all. Equal hashes mean comparable scores."""
     return fields | {"hash": content_key(fields)}
+
+
+def differences(first: dict[str, Any], second: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """In what two protocols differ: as `key=value`, what the first has and what the second has."""
+    keys = [key for key in sorted((first.keys() | second.keys()) - {"hash"}) if first.get(key) != second.get(key)]
+    return [f"{key}={first.get(key)}" for key in keys], [f"{key}={second.get(key)}" for key in keys]
 
 
 def content_key(content: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from cluscomp.errors import InputError
-from cluscomp.records import Record
+from cluscomp.records import Record, Score, differences
 
 ORIGINAL = "original"
 
@@ -40,21 +40,26 @@ def sizes(record: Record, after: str) -> dict[str, Any]:
     return {key: size[key] for key in ("linear_bits_per_weight", "model_bits_per_weight", "checkpoint_bytes")}
 
 
-def stage_table(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
+def stage_table(records: list[Record], metric: str = "perplexity", *, by_protocol: bool = False) -> pd.DataFrame:
     """One row for each run, data set and stage: bits, bytes, score, and the score over the original's.
 
-    Raises InputError if scores of one data set were measured under different protocols, and says what differs.
+    Raises InputError if scores of one data set were measured under different protocols, and says what each has. With
+    `by_protocol` such scores stand in one table, protocol after protocol, each named by its hash: compare within them.
     """
     if not records:
         raise InputError("no records to make a table of")
     rows = scores(records)
     rows = rows[rows["metric"] == metric]
-    check_protocols(records, metric)
-    originals = rows[rows["after"] == ORIGINAL].set_index(["run", "dataset"])["value"]
+    if by_protocol:
+        rows = rows.sort_values(["dataset", "protocol"], kind="stable", ignore_index=True)
+    else:
+        check_protocols(records, metric)
+    originals = rows[rows["after"] == ORIGINAL].set_index(["run", "dataset", "protocol"])["value"]
     ratios = [
-        value / originals.get((run, dataset), float("nan"))
-        for run, dataset, value in zip(rows["run"], rows["dataset"], rows["value"])
+        value / originals.get(tuple(key), float("nan"))
+        for value, *key in zip(rows["value"], rows["run"], rows["dataset"], rows["protocol"])
     ]
+    shown = {"protocol": rows["protocol"]} if by_protocol else {}
     return pd.DataFrame(
         {
             "run": rows["run"],
@@ -62,6 +67,7 @@ def stage_table(records: list[Record], metric: str = "perplexity") -> pd.DataFra
             "bits per weight, linears": rows["linear_bits_per_weight"].map("{:.3f}".format),
             "bits per weight, model": rows["model_bits_per_weight"].map("{:.3f}".format),
             "weights, MB": (rows["checkpoint_bytes"] / 1e6).map("{:.1f}".format),
+            **shown,
             "data": rows["dataset"] + rows["partial"].map({True: " (partial)", False: ""}),
             metric: rows["value"].map("{:.2f}".format),
             "of the original's": [f"{ratio:.2f}x" if math.isfinite(ratio) else "-" for ratio in ratios],
@@ -109,18 +115,15 @@ def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def check_protocols(records: list[Record], metric: str) -> None:
-    """Raise InputError, with the differences, if scores of one data set do not share one protocol."""
-    seen: dict[str, dict[str, Any]] = {}
+    """Raise InputError, with what each has, if scores of one data set do not share one protocol."""
+    seen: dict[str, tuple[str, Score]] = {}
     for record in records:
         for score in (score for score in record.scores if score.metric == metric):
-            first = seen.setdefault(score.dataset, score.protocol)
-            if first["hash"] != score.protocol["hash"]:
-                keys = sorted((first.keys() | score.protocol.keys()) - {"hash"})
-                differences = [
-                    f"{key}: {first.get(key)} against {score.protocol.get(key)}"
-                    for key in keys
-                    if first.get(key) != score.protocol.get(key)
-                ]
+            run, first = seen.setdefault(score.dataset, (record.run["name"], score))
+            if first.protocol["hash"] != score.protocol["hash"]:
+                here, there = differences(score.protocol, first.protocol)
                 raise InputError(
-                    f"{record.run['name']}: {score.dataset} was scored under another protocol: {'; '.join(differences)}"
+                    f"{metric} on {score.dataset} was measured under two protocols, so it cannot stand in one table: "
+                    f"{record.run['name']} after {score.after} has {', '.join(here)}; "
+                    f"{run} after {first.after} has {', '.join(there)}"
                 )

@@ -113,7 +113,7 @@ SETTINGS = {
     "wrong option of a group": (["bits=3", "model=gpt9"], ["model", "gpt9", "llama2_7b", "tiny"]),
     "wrong experiment": (["experiment=demon"], ["experiment", "demon", "mean demo", "paper"]),
     "no group": (["bits=3", "block_finetune=null"], ["block_finetune"]),
-    "a word for a group": (["bits=3", "model=tiny", "evaluate.data=pydoc"], ["evaluate.data", "pydoc"]),
+    "a word for a group": (["bits=3", "model=tiny", "evaluate.texts=pydoc"], ["evaluate.texts", "pydoc"]),
     "missing bits": ([], ["bits=3", "method.vector_dim"]),
     "half a shape": (["method.vector_dim=4"], ["bits=3", "method.codebook_size"]),
     "bits and a shape": (["bits=3", "method.vector_dim=4"], ["bits=3", "method.vector_dim", "4"]),

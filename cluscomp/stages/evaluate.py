@@ -1,76 +1,157 @@
-"""Stage evaluate: perplexity of the original and of the model after each named stage, under one protocol."""
+"""Stage evaluate: scores of the original and of the model after each named stage, each under one protocol."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field, InstanceOf
 from pydantic.dataclasses import dataclass
 
 from cluscomp.data import Source, test_windows
+from cluscomp.errors import InputError
+from cluscomp.records import content_key
+from cluscomp.tasks import Tasks
 
 if TYPE_CHECKING:
-    import numpy as np
+    from torch import Tensor
     from transformers import PreTrainedModel
 
+    from cluscomp.blocks import Walk
     from cluscomp.models import Original
     from cluscomp.records import Score
+    from cluscomp.scoring import Mean, Reference
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
 class Evaluate:
-    """Perplexity on the test text of `data` in windows of `context` tokens (null: as many as the model takes).
+    """Perplexity and bits per byte on the test texts of `texts` in windows of `context` tokens (null: the model's).
 
     `after` lists what is measured: "original" and names of stages; null means all of them. `limit` keeps the first so
-    many windows and marks the score as partial. With a `prompt` the models also continue it, `prompt_tokens` long, to
-    be looked at.
+    many windows of each text and marks the scores as partial. With `bos` the first token of every window, which is
+    context only, becomes the tokenizer's BOS (as in llama.cpp). With `distance` also KL and top-1 agreement with the
+    original, exact, on the same windows; its last hidden states are kept on disk for that. With a `prompt` the models
+    also continue it, `prompt_tokens` long, to be looked at. `tasks` are asked through lm-eval.
     """
 
-    data: InstanceOf[Source]
+    texts: dict[str, InstanceOf[Source]]
     after: list[str] | None
     context: int | None = Field(ge=2)
+    bos: bool
+    distance: bool
     limit: int | None = Field(ge=1)
     batch_size: int = Field(ge=1)
+    tasks: InstanceOf[Tasks]
     prompt: str | None
     prompt_tokens: int = Field(ge=1)
 
+    def __post_init__(self) -> None:
+        """Raises ValueError if two texts have one name: their scores could not be told apart."""
+        names = [source.name for source in self.texts.values()]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"texts: two of them are named '{twice}'")
+
     def inputs(self) -> dict[str, str]:
-        """The hash of the test text."""
-        return {"test": self.data.text("test").sha256}
+        """The hashes of the test texts by name, and of what decides the tasks' scores if there are any."""
+        tasks = {"lm-eval tasks": content_key([self.tasks.describe(), lm_eval_version()])} if self.tasks.names else {}
+        return tasks | {source.name: source.text("test").sha256 for source in self.texts.values()}
 
     def idle(self) -> set[str]:
-        """Which models are measured does not change what is measured of each."""
-        return {"after"}
+        """Which models are measured does not change what is measured of each; texts and tasks count by their hashes."""
+        return {"after", "texts", "tasks"}
 
     def check(self, original: "Original") -> None:
-        """Cut the windows. Raises InputError if the text is too short or a window longer than the model takes."""
-        original.check_length("evaluate.context", self._context(original))
-        self._windows(original)
+        """Cut the windows. Raises InputError if a text is too short, a window too long, or there is no BOS."""
+        if self.texts:
+            original.check_length("evaluate.context", self._context(original))
+        for source in self.texts.values():
+            self._windows(source, original)
+        if self.tasks.max_length is not None:
+            original.check_length("tasks.max_length", self.tasks.max_length)
+        self.tasks.check(original.folder, original.tokenizer)
 
-    def _windows(self, original: "Original") -> "np.ndarray":
-        text = self.data.text("test")
-        return test_windows(text, original.tokenizer, length=self._context(original), limit=self.limit)
-
-    def measure(self, model: "PreTrainedModel", original: "Original", after: str) -> "list[Score]":
-        """Score a model; one whose blocks are still in the original's file is read from there block by block."""
+    def _windows(self, source: Source, original: "Original") -> "Tensor":
         import torch
 
-        from cluscomp.blocks import Walk
-        from cluscomp.records import Score
-        from cluscomp.scoring import perplexity
+        tokenizer = original.tokenizer
+        windows_WT = test_windows(source.text("test"), tokenizer, length=self._context(original), limit=self.limit)
+        if self.bos:
+            if tokenizer.bos_token_id is None:
+                raise InputError(f"evaluate.bos=true: the tokenizer of {original.folder} has no BOS token")
+            windows_WT[:, 0] = tokenizer.bos_token_id
+        return torch.from_numpy(windows_WT)
 
-        windows = self._windows(original)
+    def measure(self, model: "PreTrainedModel", original: "Original", after: str, kept: Path) -> "list[Score]":
+        """Score a model; one whose blocks are still in the original's file is read from there block by block.
+
+        `kept` is a folder for what the original predicts, named by all that decides that but text and settings here.
+        """
+        from cluscomp.blocks import Walk
+
         walk = Walk(model, original if after == "original" else None)
-        found = perplexity(walk, torch.from_numpy(windows), batch_size=self.batch_size, label=f"{after} model")
+        return [score for source in self.texts.values() for score in self._scores(walk, source, original, after, kept)]
+
+    def _scores(self, walk: "Walk", source: Source, original: "Original", after: str, kept: Path) -> "list[Score]":
+        import math
+
+        from cluscomp.records import Score
+        from cluscomp.scoring import mean_of, scored_bytes, window_scores
+
+        windows_WT = self._windows(source, original)
+        label = f"{after} model on {source.name}"
+        reference = self._reference(walk, windows_WT, original, after, kept) if self.distance else None
+        sums = window_scores(walk, windows_WT, batch_size=self.batch_size, label=label, reference=reference)
+        loss = mean_of(sums["loss"], windows_WT.shape[1] - 1)
+        found: dict[str, Mean] = {
+            "perplexity": loss.exp(),
+            "bits_per_byte": loss.per(scored_bytes(original.tokenizer, windows_WT), math.log(2)),
+        } | {name: mean_of(sums[name], windows_WT.shape[1] - 1) for name in sums if name != "loss"}
+        protocol = self._protocol(walk.model, source, original, windows_WT)
         return [
             Score(
-                after=after,
-                metric="perplexity",
-                dataset=self.data.name,
-                value=found.value,
-                stderr=found.stderr,
-                n=found.tokens,
-                protocol=self._protocol(model, original, windows.shape[0], int(windows[0, 0])),
+                after=after, metric=metric, dataset=source.name, value=mean.value, stderr=mean.stderr, n=mean.count,
+                protocol=protocol,
             )
-        ]
+            for metric, mean in found.items()
+        ]  # fmt: skip
+
+    def _reference(
+        self, walk: "Walk", windows_WT: "Tensor", original: "Original", after: str, kept: Path
+    ) -> "Reference":
+        from cluscomp.blocks import Walk
+        from cluscomp.files import held_alone
+        from cluscomp.scoring import Reference
+        from cluscomp.teacher import Predictions, last_hidden
+
+        first = walk if after == "original" else Walk(original.model(), original)
+        folder = kept / content_key([windows_WT.tolist(), self.batch_size])
+        predictions = Predictions(folder, windows_WT, last_hidden)
+        with held_alone(folder, "the original's predictions"):
+            predictions.write(first, batch_size=self.batch_size)
+        return Reference(first, predictions)
+
+    def ask(
+        self, model: "PreTrainedModel", original: "Original", after: str
+    ) -> "tuple[list[Score], list[dict[str, Any]]]":
+        """Scores of the tasks, and all answers. The original is loaded whole for it."""
+        from cluscomp.records import Score, protocol
+
+        if not self.tasks.names:
+            return [], []
+        whole = original.load_all() if after == "original" else model
+        found, answers = self.tasks.ask(whole, original.tokenizer)
+        settings = {key: value for key, value in self.tasks.describe().items() if key not in {"names", "mean"}}
+        common = settings | {"lm_eval": lm_eval_version(), "partial": self.tasks.limit is not None}
+        scores = [
+            Score(
+                after=after, metric=one.metric, dataset=one.task, value=one.value, stderr=one.stderr, n=one.n,
+                protocol=protocol(
+                    **common | self._machine(whole, original),
+                    task_version=one.version, task_hash=content_key(one.hash), task_shots=one.shots,
+                ),
+            )
+            for one in found
+        ]  # fmt: skip
+        return scores, answers
 
     def sample(self, model: "PreTrainedModel", original: "Original", after: str) -> str | None:
         """What the model makes of the prompt, or None without one. The original is loaded whole for it."""
@@ -85,27 +166,43 @@ class Evaluate:
         return self.context or int(original.config.get_text_config().max_position_embeddings)
 
     def _protocol(
-        self, model: "PreTrainedModel", original: "Original", windows: int, first_token: int
+        self, model: "PreTrainedModel", source: Source, original: "Original", windows_WT: "Tensor"
     ) -> dict[str, Any]:
-        """Everything that decides what the perplexity means."""
+        """Everything that decides what the scores on a text mean."""
+        from cluscomp.records import protocol
+
+        return protocol(
+            **source.text("test").describe(),
+            **self._machine(model, original),
+            context=self._context(original),
+            stride=self._context(original),
+            windows=len(windows_WT),
+            partial=self.limit is not None,
+            starts_with_bos=int(windows_WT[0, 0]) == original.tokenizer.bos_token_id,
+            every_window_starts_with_bos=self.bos,
+            average="tokens",
+        )
+
+    def _machine(self, model: "PreTrainedModel", original: "Original") -> dict[str, Any]:
+        """What decides the numbers besides text and settings: tokenizer, arithmetic, versions."""
         import torch
         import transformers
 
-        from cluscomp.records import content_key, protocol
+        return {
+            "tokenizer": content_key(sorted(original.tokenizer.get_vocab().items())),
+            "dtype": str(original.dtype).removeprefix("torch."),
+            "device": original.device.type,
+            "attention": model.config._attn_implementation,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
 
-        tokenizer = original.tokenizer
-        return protocol(
-            **self.data.text("test").describe(),
-            tokenizer=content_key(sorted(tokenizer.get_vocab().items())),
-            context=self._context(original),
-            stride=self._context(original),
-            windows=windows,
-            partial=self.limit is not None,
-            starts_with_bos=first_token == tokenizer.bos_token_id,
-            average="tokens",
-            dtype=str(original.dtype).removeprefix("torch."),
-            device=original.device.type,
-            attention=model.config._attn_implementation,
-            torch=torch.__version__,
-            transformers=transformers.__version__,
-        )
+
+def lm_eval_version() -> str | None:
+    """The installed lm-eval's version, or None."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("lm-eval")
+    except importlib.metadata.PackageNotFoundError:
+        return None
