@@ -290,3 +290,12 @@ def checkpoint_hash(folder: Path) -> str:
 def weight_bytes(folder: Path) -> int:
     """Bytes of a checkpoint's safetensors files, headers and adapters included."""
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Bytes of the tensors in a checkpoint's safetensors files: all of each file but its header, adapters included."""
+    total = 0
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            total += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    return total

@@ -215,7 +215,9 @@ class _Runner:
             job = Job(folder, self.experiment.seed, self.original)
             found = self.experiment.stages[name].run(model, job)
             checkpoint.save(model, self.original.tokenizer, folder / "checkpoint")
-        size = asdict(budget.size_of(model)) | {"checkpoint_bytes": checkpoint.weight_bytes(folder / "checkpoint")}
+        counted = budget.size_of(model)
+        budget.check_file(counted, checkpoint.tensor_bytes(folder / "checkpoint"))
+        size = asdict(counted) | {"checkpoint_bytes": checkpoint.weight_bytes(folder / "checkpoint")}
         hash_ = checkpoint.checkpoint_hash(folder / "checkpoint")
         metrics = cost | {"found": found, "size": size, "checkpoint_hash": hash_}
         write_sealed(folder / "metrics.json", metrics)

@@ -79,6 +79,7 @@ class Original:
                     bits, weights = bits + numbers * DTYPE_BITS[part.get_dtype()], weights + numbers
         per_weight = bits / weights
         return {
+            "paper_bits_per_weight": per_weight,
             "linear_bits_per_weight": per_weight,
             "model_bits_per_weight": per_weight,
             "checkpoint_bytes": sum(path.stat().st_size for path in set(self._shards.values())),
