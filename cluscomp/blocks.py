@@ -150,7 +150,7 @@ def _identity(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
 def _same(first: Any, second: Any) -> bool:
     """Whether two blocks' arguments are equal, tensors by value."""
     if isinstance(first, Tensor):
-        return isinstance(second, Tensor) and torch.equal(first, second)
+        return first is second or (isinstance(second, Tensor) and torch.equal(first, second))
     if isinstance(first, Arguments):
         return isinstance(second, Arguments) and _same(first.args, second.args) and _same(first.kwargs, second.kwargs)
     if isinstance(first, dict):

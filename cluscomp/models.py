@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from cluscomp.costs import give_memory_back
 from cluscomp.errors import InputError
 from cluscomp.files import file_hash
 from cluscomp.weights import CompressedLinear
@@ -101,6 +102,7 @@ class Original:
         finally:
             for name, parameter in block.named_parameters():
                 place(block, name, parameter.data.to("meta"))
+            give_memory_back()
 
     def load_block(self, model: PreTrainedModel, index: int) -> None:
         """Read the parameters of block `index` into the model."""

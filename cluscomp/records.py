@@ -44,7 +44,7 @@ class Record:
     config: the resolved settings.
     size: `paper_bits_per_weight` (16-bit codes), `linear_bits_per_weight` (as stored), `model_bits_per_weight`,
     `checkpoint_bytes`, `ledger` (bits by part).
-    machine: device, versions, which kernels, peak memory per stage in bytes.
+    machine: device, versions, which kernels, peak memory per stage in bytes, and what the plan had predicted.
     stages: what each stage reported.
     """
 

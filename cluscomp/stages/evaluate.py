@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
 
+    from cluscomp.costs import Cost
     from cluscomp.models import Original
+    from cluscomp.outline import Outline
     from cluscomp.records import Score
 
 
@@ -48,6 +50,31 @@ class Evaluate:
     def _windows(self, original: "Original") -> "np.ndarray":
         text = self.data.text("test")
         return test_windows(text, original.tokenizer, length=self._context(original), limit=self.limit)
+
+    def cost(self, outline: "Outline") -> "Cost":
+        """All windows' hidden states, one block, and the logits of one batch; a prompt wants the whole original."""
+        from cluscomp.costs import Cost, Work, worst
+
+        context = self.context or int(outline.config.get_text_config().max_position_embeddings)
+        tokens = outline.tokens(lambda: self.data.text("test"))
+        windows = max(1, min(int(tokens // context), self.limit or int(tokens)))
+        once, logits = outline.forward(self.batch_size, context), outline.logits(self.batch_size, context)
+        always = {"embedding, head": outline.outside, "streams": outline.stream(windows, context)}
+        read = outline.all_numbers * outline.file_bytes
+        loading: dict[str, float] = {}
+        if outline.compressed:
+            always |= {"codes and codebooks": outline.stored}
+            loading = {"reading": outline.reading}
+            read = outline.checkpoint_bytes()
+        block = {} if outline.compressed else {"a dense block": outline.dense_block}
+        moments = [always | block | {"activations": once.peak}, always | {"logits": logits.peak}, always | loading]
+        if self.prompt is not None and not outline.compressed:
+            whole = outline.all_numbers * outline.dtype.itemsize
+            moments.append({"embedding, head": outline.outside, "the whole original, for the prompt": whole})
+        work = (once.work * outline.blocks + logits.work) * (windows / self.batch_size) + Work(read=read)
+        return Cost(
+            worst(*moments), {}, work, "evaluate.batch_size=1, a smaller evaluate.limit, or evaluate.prompt=null"
+        )
 
     def measure(self, model: "PreTrainedModel", original: "Original", after: str) -> "list[Score]":
         """Score a model; one whose blocks are still in the original's file is read from there block by block."""
