@@ -1,7 +1,7 @@
 """Walk a decoder block by block with exact activations (the only place with hooks)."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cluscomp.costs import give_memory_back
 from cluscomp.errors import InputError
 from cluscomp.models import Original, block_names, blocks
 
@@ -47,9 +48,15 @@ class Walk:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def block(self, index: int) -> AbstractContextManager[nn.Module]:
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index`, in memory for the length of a `with` block."""
-        return nullcontext(self.blocks[index]) if self._original is None else self._original.block(self.model, index)
+        if self._original is None:
+            yield self.blocks[index]
+            give_memory_back()
+        else:
+            with self._original.block(self.model, index) as block:
+                yield block
 
     @torch.no_grad()
     def embed(self, ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T H"]:

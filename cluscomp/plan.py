@@ -31,7 +31,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need. `exact` tells whether size and bytes are those of the file or the likeliest ones."""
+    """What a run will need.
+
+    `exact` tells whether size and bytes are those of the file or the likeliest ones: weights that have a say in their
+    stored form, and 32-bit numbers that may fit 16 bits, are not known before they are read.
+    """
 
     rows: list[Row]
     size: "Size"
@@ -129,5 +133,6 @@ def plan(experiment: Any, config: "PreTrainedConfig", dtype: "torch.dtype", devi
             rows.append(row(name, experiment.stages[name].cost(outline)))
         if name in experiment.measured:
             rows.append(row(f"evaluate {name}", experiment.evaluate.cost(outline)))
-    exact = all(getattr(stage, "exact", True) for name, stage in experiment.stages.items() if name in experiment.order)
+    stages = [experiment.stages[name] for name in experiment.order]
+    exact = all(getattr(stage, "exact", True) for stage in stages) and outline.kept_bytes == 2
     return Plan(rows, outline.size(), outline.checkpoint_bytes(), exact, can, machine.name)

@@ -147,7 +147,7 @@ class FullFinetune(_Task):
     takes: ClassVar[str] = "original"
 
     def cost(self, outline: "Outline") -> "Cost":
-        """See `Stage.cost`."""
+        """As training of all parameters; see `Stage.cost`."""
         return self._cost(outline, outline.all_numbers, masters=False)
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
