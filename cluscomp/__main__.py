@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from cluscomp import __version__
 from cluscomp.errors import InputError
-from cluscomp.experiment import Experiment, Outcome, run
+from cluscomp.experiment import Experiment, Outcome, planned, run
 from cluscomp.steps import rank
 
 HERE = Path(__file__).parent
@@ -31,15 +31,18 @@ SHARED = ("method", "data", "instructions", "tasks", "bits", "data_root", "debug
 def main() -> None:
     """The `cluscomp` command. Exit codes: 0 done, 1 failed, 2 input cannot work, 130 interrupted."""
     arguments = sys.argv[1:]
-    if arguments[:1] == ["run"]:
-        del arguments[0]
+    command = arguments.pop(0) if arguments[:1] in (["run"], ["plan"]) else "run"
     if arguments == ["--version"]:
         print(__version__)
         return
+    if command == "plan":
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # a plan downloads nothing
+    if calibrating := command == "plan" and "--calibrate" in arguments:
+        arguments.remove("--calibrate")
     sys.argv[1:] = arguments
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here whole, to be told in a sentence
     with _told_in_a_sentence():
-        _compose_and_run()
+        _composed({"run": _run, "plan": _calibrate if calibrating else _plan}[command])
 
 
 @contextmanager
@@ -55,14 +58,37 @@ def _told_in_a_sentence() -> Iterator[None]:
         sys.exit(code)
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def _compose_and_run(config: DictConfig) -> None:
-    with _told_in_a_sentence():  # before Hydra sees it, which would add lines of its own
-        experiment = build(config)
-        _quiet_libraries()
-        outcome = run(experiment)
-        if rank() == 0:
-            show(outcome)
+def _composed(command: Callable[[Experiment], None]) -> None:
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def compose(config: DictConfig) -> None:
+        with _told_in_a_sentence():  # before Hydra sees it, which would add lines of its own
+            experiment = build(config)
+            _quiet_libraries()
+            command(experiment)
+
+    compose()
+
+
+def _run(experiment: Experiment) -> None:
+    outcome = run(experiment)
+    if rank() == 0:
+        show(outcome)
+
+
+def _plan(experiment: Experiment) -> None:
+    """Print the plan; what does not fit is told as a run would tell it."""
+    found = planned(experiment)
+    print(found.table())
+    found.refuse()
+
+
+def _calibrate(experiment: Experiment) -> None:
+    from cluscomp.calibrate import measure
+    from cluscomp.costs import write_calibration
+
+    path = write_calibration(Path(experiment.cache).expanduser(), measure())
+    print(f"measured: {path}")
+    _plan(experiment)
 
 
 def build(config: DictConfig) -> Experiment:

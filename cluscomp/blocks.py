@@ -1,7 +1,7 @@
 """Walk a decoder block by block with exact activations (the only place with hooks)."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from cluscomp.costs import give_memory_back
 from cluscomp.errors import InputError
 from cluscomp.models import Original, block_names, blocks
 
@@ -48,9 +49,15 @@ class Walk:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def block(self, index: int) -> AbstractContextManager[nn.Module]:
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index`, in memory for the length of a `with` block."""
-        return nullcontext(self.blocks[index]) if self._original is None else self._original.block(self.model, index)
+        if self._original is None:
+            yield self.blocks[index]
+            give_memory_back()
+        else:
+            with self._original.block(self.model, index) as block:
+                yield block
 
     @torch.no_grad()
     def embed(self, ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T H"]:
@@ -161,7 +168,7 @@ def _identity(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
 def _same(first: Any, second: Any) -> bool:
     """Whether two blocks' arguments are equal, tensors by value."""
     if isinstance(first, Tensor):
-        return isinstance(second, Tensor) and torch.equal(first, second)
+        return first is second or (isinstance(second, Tensor) and torch.equal(first, second))
     if isinstance(first, Arguments):
         return isinstance(second, Arguments) and _same(first.args, second.args) and _same(first.kwargs, second.kwargs)
     if isinstance(first, dict):

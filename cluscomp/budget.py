@@ -24,18 +24,27 @@ MEASURE_ITERATIONS = 10  # with few, small codebooks look worse than they are
 class Size:
     """Bits of a model as stored. Per-weight figures divide by the number of dense weights they cover.
 
-    `linear_bits_per_weight` covers the compressed matrices alone (what papers quote; paper Equation 3),
-    `model_bits_per_weight` every parameter of the model (of adapters the bits, not the number). `ledger` holds bits by
-    part: `kept` is what is not compressed, `adapters` what LoRA adds.
+    `paper_bits_per_weight` and `linear_bits_per_weight` cover the compressed matrices alone, what papers quote: the
+    one as the paper counts (Equation 3, 16 bits a code), the other as stored (packed codes, padding).
+    `model_bits_per_weight` covers every parameter of the model (of adapters the bits, not the number). `ledger` holds
+    bits by part: `kept` is what is not compressed, `adapters` what LoRA adds; together the tensors of the file.
     """
 
+    paper_bits_per_weight: float
     linear_bits_per_weight: float
     model_bits_per_weight: float
     ledger: dict[str, int]
 
 
-def size_of(model: nn.Module) -> Size:
-    """Count every stored bit of a model in memory, tied tensors once; both figures agree if nothing is compressed."""
+def size_of(model: nn.Module, kept_bits: int | None = None) -> Size:
+    """Count every stored bit of a model in memory, tied tensors once; all figures agree if nothing is compressed.
+
+    `kept_bits` of a number that is not compressed, for a model without values (on the meta device); null looks.
+    """
+
+    def bits_of(tensor: Tensor) -> int:
+        return tensor.numel() * (storage_dtype(tensor).itemsize * 8 if kept_bits is None else kept_bits)
+
     layers = compressed(model)
     ledger: dict[str, int] = {}
     for layer in layers.values():
@@ -43,15 +52,25 @@ def size_of(model: nn.Module) -> Size:
             ledger[part] = ledger.get(part, 0) + bits
     weights = sum(layer.out_features * layer.in_features for layer in layers.values())
     linear_bits = sum(ledger.values())
+    paper_bits = sum(layer.stored.paper_bits() for layer in layers.values())  # type: ignore[operator]
     inside = tuple(f"{name}.stored." for name in layers)
     others = {name: tensor for name, tensor in unique_tensors(model).items() if not name.startswith(inside)}
     kept = [tensor for name, tensor in others.items() if adapters.MARK not in name]
     added = [tensor for name, tensor in others.items() if adapters.MARK in name]
-    ledger["kept"] = sum(tensor.numel() * storage_dtype(tensor).itemsize * 8 for tensor in kept)
+    ledger["kept"] = sum(map(bits_of, kept))
     if added:
-        ledger["adapters"] = sum(tensor.numel() * storage_dtype(tensor).itemsize * 8 for tensor in added)
+        ledger["adapters"] = sum(map(bits_of, added))
     per_weight = sum(ledger.values()) / (weights + sum(tensor.numel() for tensor in kept))
-    return Size(linear_bits / weights if layers else per_weight, per_weight, ledger)
+    if not layers:
+        return Size(per_weight, per_weight, per_weight, ledger)
+    return Size(paper_bits / weights, linear_bits / weights, per_weight, ledger)
+
+
+def check_file(size: Size, tensor_bytes: int) -> None:
+    """Raise RuntimeError unless the ledger is what a checkpoint's tensors take, within 0.1 %: a claim must be true."""
+    claimed = sum(size.ledger.values()) / 8
+    if abs(claimed - tensor_bytes) > 0.001 * tensor_bytes:
+        raise RuntimeError(f"the ledger counts {claimed:.0f} bytes, the checkpoint's tensors take {tensor_bytes}")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,10 @@ log = logging.getLogger(__name__)
 FORMAT = 1  # version of what is stored; part of every stage's key
 MANIFEST = "cluscomp.json"  # hashes of the folder's files
 SHARD_SIZE = "5GB"
+IN_A_FILE = {  # safetensors' names of types, in the order of their tensors in a file
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8", torch.uint8: "U8",
+}  # fmt: skip
 WEIGHTS = {"codebook": CodebookWeight}  # the stored forms by their name in config.json
 
 
@@ -160,9 +164,15 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a model or block as they are written: tied ones once, in their storage dtype, without adapters."""
+    """The tensors of a model or block as they are written: tied ones once, without adapters.
+
+    Stored weights are written as they are, what is not compressed in its storage dtype.
+    """
+    inside = tuple(f"{name}.stored." for name in compressed(model))
     return {
-        name.replace(f"{adapters.BASE}.", "."): tensor.detach().to(storage_dtype(tensor)).contiguous()
+        name.replace(f"{adapters.BASE}.", "."): tensor.detach()
+        .to(tensor.dtype if name.startswith(inside) else storage_dtype(tensor))
+        .contiguous()
         for name, tensor in unique_tensors(model).items()
         if adapters.MARK not in name
     }
@@ -290,3 +300,26 @@ def checkpoint_hash(folder: Path) -> str:
 def weight_bytes(folder: Path) -> int:
     """Bytes of a checkpoint's safetensors files, headers and adapters included."""
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Bytes of the tensors in a checkpoint's safetensors files: all of each file but its header, adapters included."""
+    total = 0
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            total += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    return total
+
+
+def file_bytes(shapes: dict[str, tuple[torch.dtype, torch.Size]]) -> int:
+    """Bytes of the safetensors file that holds tensors of these types and shapes, header included.
+
+    Of several files (above SHARD_SIZE) the headers are counted as one, some hundred bytes off.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position, order = 0, list(IN_A_FILE)
+    for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: (order.index(item[1][0]), item[0])):
+        end = position + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": IN_A_FILE[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    return 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8 + position

@@ -19,10 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, InstanceOf, model_validator
 from pydantic.dataclasses import dataclass
 
 from cluscomp import __version__
+from cluscomp.costs import Machine
 from cluscomp.errors import InputError
 from cluscomp.files import held_alone
 from cluscomp.records import SCHEMA, Record, Score, content_key, read_sealed, write, write_sealed
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cluscomp.models import Original
+    from cluscomp.plan import Plan
 
 log = logging.getLogger("cluscomp")
 PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
@@ -51,12 +53,14 @@ class Experiment:
     order: list[str] = Field(min_length=1)
     evaluate: Any
     tracker: Any
+    machine: InstanceOf[Machine]
     seed: int = Field(ge=0)
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     outputs: str
     cache: str
     publish: str | None
+    force: bool
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "Experiment":
@@ -97,6 +101,9 @@ def run(experiment: Experiment) -> Outcome:
     outputs, cache = _writable("outputs", experiment.outputs), _writable("cache", experiment.cache)
     first = rank() == 0
     publish = None if experiment.publish is None or not first else _writable("publish", experiment.publish)
+    if not experiment.machine.here:
+        raise InputError(f"machine={experiment.machine.name}: only `cluscomp plan` works for another machine")
+    predicted = foreseen(experiment, cache) if first else None
     with held_alone(cache, "model"):
         folder = experiment.model.folder(cache)
 
@@ -129,7 +136,7 @@ def run(experiment: Experiment) -> Outcome:
             tracker.log(label, {f"{row['dataset']}/{row['metric']}": row["value"] for row in metrics[label]["scores"]})
     assert checkpoint is not None  # order has at least one stage
     answers = {name: runner.answers(keys[name]) for name in experiment.measured if runner.answers(keys[name]).is_file()}
-    record = _record(experiment, config, run_key, metrics, original, answers)
+    record = _record(experiment, config, run_key, metrics, original, answers, predicted)
     path = run_folder / "record.json"
     if first:
         for name, place in answers.items():
@@ -144,6 +151,41 @@ def run(experiment: Experiment) -> Outcome:
         if metrics[f"evaluate {name}"]["sample"] is not None
     }
     return Outcome(record, path, checkpoint, samples)
+
+
+def foreseen(experiment: Experiment, cache: Path) -> "Plan | None":
+    """The plan of a run on this machine, in the log; None, with a line, for a model whose shapes are not at hand.
+
+    Raises InputError if a stage does not fit, unless `force`.
+    """
+    from cluscomp.plan import plan
+
+    device = _device(experiment.device)
+    try:
+        config = experiment.model.outline(cache)
+    except InputError as error:
+        log.info("no plan: %s", error)
+        return None
+    found = plan(experiment, config, _dtype(experiment), device.type)
+    log.info("%s", found.table())
+    if not experiment.force:
+        found.refuse()
+    return found
+
+
+def planned(experiment: Experiment) -> "Plan":
+    """The plan of a run for its machine; reads nothing but the model's config. Raises InputError without one."""
+    import torch
+
+    from cluscomp.plan import plan
+
+    if experiment.machine.here:
+        device, dtype = _device(experiment.device).type, _dtype(experiment)
+    else:
+        device = "cuda" if experiment.device == "auto" else experiment.device
+        dtype = torch.bfloat16 if experiment.dtype == "auto" else getattr(torch, experiment.dtype)
+    config = experiment.model.outline(Path(experiment.cache).expanduser())
+    return plan(experiment, config, dtype, device)
 
 
 def stage_keys(experiment: Experiment, root: dict[str, Any]) -> dict[str, str]:
@@ -222,7 +264,9 @@ class _Runner:
             job = Job(folder, self.experiment.seed, self.original)
             found = self.experiment.stages[name].run(model, job)
             checkpoint.save(model, self.original.tokenizer, folder / "checkpoint")
-        size = asdict(budget.size_of(model)) | {"checkpoint_bytes": checkpoint.weight_bytes(folder / "checkpoint")}
+        counted = budget.size_of(model)
+        budget.check_file(counted, checkpoint.tensor_bytes(folder / "checkpoint"))
+        size = asdict(counted) | {"checkpoint_bytes": checkpoint.weight_bytes(folder / "checkpoint")}
         hash_ = checkpoint.checkpoint_hash(folder / "checkpoint")
         metrics = cost | {"found": found, "size": size, "checkpoint_hash": hash_}
         write_sealed(folder / "metrics.json", metrics)
@@ -367,6 +411,7 @@ def _record(
     metrics: dict[str, dict[str, Any]],
     original: "Original",
     answers: dict[str, Path],
+    predicted: "Plan | None",
 ) -> Record:
     from cluscomp.kernels.loading import native
 
@@ -396,6 +441,7 @@ def _record(
             "versions": _versions(),
             "peak_ram": {name: found["peak_ram"] for name, found in metrics.items()},
             "peak_vram": {name: found["peak_vram"] for name, found in metrics.items() if "peak_vram" in found},
+            "predicted": None if predicted is None else predicted.predicted(),
         },
         stages={
             name: {key: metrics[name][key] for key in ("found", "size", "checkpoint_hash")} for name in experiment.order

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from cluscomp.costs import give_memory_back
 from cluscomp.errors import InputError
 from cluscomp.files import file_hash
 from cluscomp.weights import CompressedLinear
@@ -79,6 +80,7 @@ class Original:
                     bits, weights = bits + numbers * DTYPE_BITS[part.get_dtype()], weights + numbers
         per_weight = bits / weights
         return {
+            "paper_bits_per_weight": per_weight,
             "linear_bits_per_weight": per_weight,
             "model_bits_per_weight": per_weight,
             "checkpoint_bytes": sum(path.stat().st_size for path in set(self._shards.values())),
@@ -100,6 +102,7 @@ class Original:
         finally:
             for name, parameter in block.named_parameters():
                 place(block, name, parameter.data.to("meta"))
+            give_memory_back()
 
     def load_block(self, model: PreTrainedModel, index: int) -> None:
         """Read the parameters of block `index` into the model."""

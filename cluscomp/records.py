@@ -50,8 +50,10 @@ class Record:
 
     run: name, experiment, key, date, seconds per stage (on the clock; of all cores together), commit, dirty, status.
     config: the resolved settings.
-    size: `linear_bits_per_weight`, `model_bits_per_weight`, `checkpoint_bytes`, `ledger` (bits by part).
-    machine: device, versions, which kernels, peak memory per stage in bytes. stages: what each stage reported.
+    size: `paper_bits_per_weight` (16-bit codes), `linear_bits_per_weight` (as stored), `model_bits_per_weight`,
+    `checkpoint_bytes`, `ledger` (bits by part).
+    machine: device, versions, which kernels, peak memory per stage in bytes, and what the plan had predicted.
+    stages: what each stage reported.
     """
 
     schema: int

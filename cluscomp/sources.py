@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -19,8 +19,12 @@ from pydantic.dataclasses import dataclass
 from cluscomp.errors import InputError
 from cluscomp.files import file_hash, new_folder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 log = logging.getLogger(__name__)
 SETTINGS = ConfigDict(extra="forbid", strict=True)
+BYTES = {"vocab_size": 257, "dtype": "float32"}  # of TinyModel: a token a byte, and one to end
 
 
 @dataclass(frozen=True, kw_only=True, config=SETTINGS)
@@ -29,6 +33,27 @@ class HubModel:
 
     id: str
     revision: str | None
+    config: dict[str, Any] | None
+
+    def outline(self, cache: Path) -> "PreTrainedConfig":
+        """The model's config, from its folder, the hub's local cache or the yaml's `config`; downloads nothing.
+
+        Raises InputError if none of them has it.
+        """
+        local = Path(self.id).expanduser()
+        if local.is_dir():
+            return _read_config(self.folder(cache))
+        if self.config is not None:
+            return _config_of("model.config", self.config)
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.id, "config.json", revision=self.revision)
+        if not isinstance(found, str):
+            raise InputError(
+                f"model.id={self.id}: neither a local folder nor in the hub's cache, and a plan downloads nothing. "
+                "Give its architecture as model.config={model_type: llama, hidden_size: ..., ...}"
+            )
+        return _read_config(Path(found).parent)
 
     def folder(self, cache: Path) -> Path:  # noqa: ARG002
         """The local folder, downloaded into Hugging Face's own cache if need be.
@@ -77,6 +102,21 @@ class GgufModel:
 
     file: str
     package: str | None
+
+    def outline(self, cache: Path) -> "PreTrainedConfig":
+        """The model's config, from the converted folder or the file's header. Raises InputError as `folder`."""
+        from transformers import AutoConfig
+
+        path = self._path()
+        target = cache / f"gguf-{file_hash(path)[:16]}"
+        if (target / "gguf.json").is_file():
+            return _read_config(target)
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
+            raise InputError(f"model.file={path}: truncated, or not a GGUF file ({error})") from error
+        config.dtype = "bfloat16"  # of the converted folder
+        return config
 
     def folder(self, cache: Path) -> Path:
         """The converted folder. Raises InputError if the package or file is missing, truncated or no GGUF."""
@@ -131,6 +171,10 @@ class TinyModel:
     config: dict[str, Any]
     seed: int = Field(ge=0)
 
+    def outline(self, cache: Path) -> "PreTrainedConfig":  # noqa: ARG002
+        """The model's config. Raises InputError for an unknown architecture or value."""
+        return _config_of("model.config", {"model_type": self.architecture} | self.config | BYTES)
+
     def folder(self, cache: Path) -> Path:
         """The folder in the cache, made on first use. Raises InputError for an unknown architecture or value."""
         settings = json.dumps([self.architecture, self.config, self.seed], sort_keys=True)
@@ -167,6 +211,27 @@ class TinyModel:
             raise InputError(f"model.architecture={self.architecture}: not with this model.config: {reason}") from error
         model.save_pretrained(folder)
         fast.save_pretrained(folder)
+
+
+def _read_config(folder: Path) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{folder}: {str(error).splitlines()[0]}") from error
+    return config
+
+
+def _config_of(key: str, values: dict[str, Any]) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    kind = values.get("model_type")
+    try:
+        config: PreTrainedConfig = AutoConfig.for_model(**values)
+    except Exception as error:  # whatever a config class makes of values it cannot use
+        raise InputError(f"{key}: not a config of model_type {kind}: {(str(error).splitlines() or [''])[0]}") from error
+    return config
 
 
 def _quantised_types(path: Path) -> list[str]:

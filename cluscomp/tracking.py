@@ -1,5 +1,6 @@
 """Where numbers go while a run works: progress lines, and W&B as a mirror of the record. Decides nothing."""
 
+import gc
 import logging
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Literal, Protocol
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from cluscomp.costs import give_memory_back
 from cluscomp.errors import InputError
 
 log = logging.getLogger("cluscomp")
@@ -52,7 +54,9 @@ def peak_memory() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Let `peak_memory` start anew, where the system allows it."""
+    """Let `peak_memory` start anew, where the system allows it, with what is freed given back to the system."""
+    gc.collect()
+    give_memory_back()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -64,6 +64,10 @@ class Weight(Protocol):
         """Stored bits by part (codes, codebooks, padding, ...)."""
         ...
 
+    def paper_bits(self) -> int:
+        """Bits as the paper's Equation 3 counts them: 16 for each code, no padding; without codes those stored."""
+        ...
+
     def spec(self) -> dict[str, Any]:
         """Plain values from which `empty(**spec)` makes a module of the same shapes."""
         ...
@@ -271,6 +275,11 @@ class CodebookWeight(nn.Module):
             "codebooks": num_codebooks * codebook_bits(size, dim, self.storage),
             "padding": self.codes.numel() * 8 - codes,
         }
+
+    def paper_bits(self) -> int:
+        """Bits by Equation 3 of the paper: 16 for each code, whatever the codebook's size, and the codebooks."""
+        num_codebooks, size, dim = self.codebooks.shape
+        return num_codebooks * (16 * self.num_codes + codebook_bits(size, dim, self.storage))
 
     def spec(self) -> dict[str, Any]:
         """What `empty` needs to make this module's shapes again."""

@@ -8,9 +8,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import codebook as reference
 from reference.recipe import IDLE, NO_DATA, PAPER, STORED
+from safetensors.torch import save as save_tensors
 
-from cluscomp.budget import choose, reachable, size_of, stored_bits
-from cluscomp.checkpoint import save
+from cluscomp.budget import Size, check_file, choose, reachable, size_of, stored_bits
+from cluscomp.checkpoint import save, tensor_bytes
 from cluscomp.kmeans import Recipe, kmeans
 from cluscomp.methods.cluscomp import ClusComp
 from cluscomp.models import Original, block_names, blocks, linears
@@ -77,6 +78,34 @@ def test_stored_bits_are_those_of_the_stored_weight(out_features, in_features, a
     assert bits * out_features * in_features == pytest.approx(sum(weight.ledger().values()))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 60), st.integers(1, 60), axes, st.integers(1, 9), st.integers(2, 300),
+    st.integers(1, 2), st.sampled_from(["float16", "float8", "int8"]),
+)  # fmt: skip
+def test_the_ledger_of_a_weight_is_its_tensors_in_a_file(out_features, in_features, axis, dim, size, books, storage):
+    """Every bit, against the bytes safetensors writes; and the paper's count against one of 16-bit codes."""
+    assume(dim <= (out_features if axis == "out" else in_features))
+    weight = CodebookWeight.empty(
+        out_features=out_features, in_features=in_features, axis=axis, vector_dim=dim, codebook_size=size,
+        codebooks=books, storage=storage,
+    )  # fmt: skip
+    raw = save_tensors(weight.state_dict())
+    ledger = weight.ledger()
+    assert sum(ledger.values()) == 8 * (len(raw) - 8 - int.from_bytes(raw[:8], "little"))
+    assert 0 <= ledger["padding"] < 8 * 16 * books  # fewer than 8 codes of at most 16 bits
+    lines, length = (in_features, out_features) if axis == "out" else (out_features, in_features)
+    codes = torch.zeros(books, lines, -(-length // dim), dtype=torch.uint16)
+    assert weight.paper_bits() == 8 * codes.nbytes + ledger["codebooks"]
+
+
+def test_a_ledger_that_is_not_the_file_is_refused():
+    size = Size(3.0, 3.0, 3.0, {"codes": 8_000_000})
+    check_file(size, 1_000_000)
+    with pytest.raises(RuntimeError, match="1000000 bytes, the checkpoint's tensors take 1002000"):
+        check_file(size, 1_002_000)
+
+
 def test_equation_3_of_the_paper():
     assert stored_bits(4096, 4096, "out", 4, 65_500) == pytest.approx(4.25, abs=0.005)
     llama2_7b_block = 4 * [(4096, 4096)] + 2 * [(11_008, 4096)] + [(4096, 11_008)]
@@ -105,7 +134,7 @@ def test_the_size_of_a_model_is_that_of_its_file(families, tmp_path, tied):
     raw = (tmp_path / "saved" / "model.safetensors").read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     tensors = json.loads(raw[8:start])
-    assert sum(size.ledger.values()) == 8 * (len(raw) - start)
+    assert sum(size.ledger.values()) == 8 * (len(raw) - start) == 8 * tensor_bytes(tmp_path / "saved")
     on_disk = {
         name: 8 * (entry["data_offsets"][1] - entry["data_offsets"][0])
         for name, entry in tensors.items()
@@ -116,6 +145,9 @@ def test_the_size_of_a_model_is_that_of_its_file(families, tmp_path, tied):
     assert size.ledger["codebooks"] == parts[".codebooks"]
     assert size.ledger["kept"] == sum(on_disk.values()) - sum(parts.values())
     assert size.linear_bits_per_weight == sum(parts.values()) / weights
+    codes = sum(32 * -(-out // 3) for _ in range(3) for out in (32, 16, 16, 32, 48, 48))  # D = 3
+    codes += sum(48 * -(-32 // 3) for _ in range(3))
+    assert size.paper_bits_per_weight == (16 * codes + parts[".codebooks"]) / weights
     kept_numbers = sum(
         torch.tensor(entry["shape"]).prod().item()
         for name, entry in tensors.items()
@@ -130,7 +162,7 @@ def test_the_size_of_a_model_is_that_of_its_file(families, tmp_path, tied):
 def test_a_dense_model_has_the_bits_of_its_parameters(tiny_folder):
     model = Original(tiny_folder, torch.bfloat16, torch.device("cpu")).load_all()
     size = size_of(model)
-    assert size.linear_bits_per_weight == size.model_bits_per_weight == 16
+    assert size.paper_bits_per_weight == size.linear_bits_per_weight == size.model_bits_per_weight == 16
     assert size.ledger == {"kept": 16 * sum(parameter.numel() for parameter in model.parameters())}
 
 

@@ -3,6 +3,8 @@
 What does not depend on start-up runs within this process, which has torch loaded already.
 """
 
+import json
+import re
 import resource
 import signal
 import subprocess
@@ -317,3 +319,40 @@ def test_ctrl_c_ends_in_a_sentence_and_leaves_no_checkpoint(place):
     assert list(place.glob("outputs/cluster-*/checkpoint"))
     assert not list(place.glob("outputs/block_finetune-*/checkpoint"))
     assert not list(place.rglob(".*"))  # nor a half-written file under any other name
+
+
+# the plan
+
+
+def test_a_plan_says_what_the_run_then_does(cli, place):
+    assert cli("plan", *TINY).out.count("about") == 2  # of 32-bit numbers those that 16 bits hold are stored as such
+    told = cli("plan", *TINY, "dtype=bfloat16")
+    assert told.code == 0 and not (place / "outputs").exists()
+    assert cli(*TINY, "dtype=bfloat16").code == 0
+    record = json.loads(next((place / "outputs").glob("run-*/record.json")).read_text())
+    predicted, size = record["machine"]["predicted"], record["size"]
+    assert predicted["exact"] and predicted["checkpoint_bytes"] == size["checkpoint_bytes"]
+    for key in ("linear_bits_per_weight", "paper_bits_per_weight", "model_bits_per_weight"):
+        assert predicted["size"][key] == pytest.approx(size[key])
+        assert f"{size[key]:.3f}" in told.out
+    assert predicted["peak_ram"].keys() == record["machine"]["peak_ram"].keys() == record["run"]["seconds"].keys()
+    assert all(f"| {stage} " in told.out for stage in predicted["seconds"])
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_opened_unless_forced(cli, place):
+    large = [*TINY, "evaluate.batch_size=100000000"]  # of which the text then fills two windows
+    assert re.search(r"evaluate original would need \d+\.\d GiB of RAM.*force=true", the_sentence(cli(*large)))
+    assert not list((place / "outputs").iterdir())
+    assert cli(*large, "force=true").code == 0
+
+
+def test_a_plan_for_another_machine_is_for_plans_alone(cli, place):
+    told = cli("plan", *TINY, "machine=a6000")
+    assert told.code == 0 and "GPU, GiB" in told.out and "a6000" in told.out
+    assert "only `cluscomp plan`" in the_sentence(cli(*TINY, "machine=a6000"))
+
+
+def test_calibration_measures_this_machine(cli, tmp_path):
+    assert "assumed" in cli("plan", *TINY, f"cache={tmp_path}").out
+    assert "speed measured" in cli("plan", "--calibrate", *TINY, f"cache={tmp_path}").out
+    assert "speed measured" in cli("plan", *TINY, f"cache={tmp_path}").out

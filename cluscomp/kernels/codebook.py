@@ -23,6 +23,8 @@ class _Rebuild(torch.autograd.Function):
     def forward(ctx, centroids_KD, packed, bits, lines, length):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(packed)
         ctx.bits, ctx.shape, ctx.dtype = bits, centroids_KD.shape, centroids_KD.dtype
+        if centroids_KD.is_meta:  # shapes alone, for the planner
+            return centroids_KD.new_empty(lines, length)
         if native is not None and centroids_KD.device.type == "cpu":
             return decode(packed, bits, centroids_KD, lines, length).to(centroids_KD.dtype)
         return _decoded(packed, bits, centroids_KD, lines, length)
@@ -31,6 +33,8 @@ class _Rebuild(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (packed,) = ctx.saved_tensors
+        if grad.is_meta:
+            return grad.float().contiguous().new_empty(ctx.shape, dtype=ctx.dtype), None, None, None, None
         return gradient(grad, packed, ctx.bits, *ctx.shape).to(ctx.dtype), None, None, None, None
 
 

@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from cluscomp.costs import Work
     from cluscomp.moments import SecondMoment
 
 
@@ -13,8 +14,25 @@ if TYPE_CHECKING:
 class Method(Protocol):
     """A way to compress one weight: a frozen settings class that sees tensors only, no model, path or global seed."""
 
+    @property
+    def exact(self) -> bool:
+        """Whether `outline` is what `compress` will store; otherwise the likeliest form."""
+        ...
+
     def check(self, out_features: int, in_features: int) -> None:
         """Raise ValueError, without the layer's name, if the settings cannot work for a weight of this shape."""
+        ...
+
+    def outline(self, out_features: int, in_features: int) -> "nn.Module":
+        """The stored form of a weight of this shape, empty, on the default device, for the planner; see `exact`."""
+        ...
+
+    def work(self, out_features: int, in_features: int) -> "Work":
+        """About how much `compress` will do for a weight of this shape."""
+        ...
+
+    def scratch(self, out_features: int, in_features: int) -> float:
+        """Bytes that `compress` will hold at most beside the weight in float32 and the statistic."""
         ...
 
     def statistic(self) -> "SecondMoment | None":

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cluscomp.budget import Shape
+    from cluscomp.costs import Work
     from cluscomp.moments import SecondMoment
     from cluscomp.weights import CodebookWeight
 
@@ -61,6 +62,11 @@ class ClusComp:
             )
         return self
 
+    @property
+    def exact(self) -> bool:
+        """With a shape by hand; with `bits` the weights themselves decide between some shapes."""
+        return self.bits is None
+
     def check(self, out_features: int, in_features: int) -> None:
         """Whether a codebook fits a weight of this shape; see `Method.check`."""
         self._shapes(out_features, in_features)
@@ -81,6 +87,51 @@ class ClusComp:
             )
         shape = self.vector_dim, self.codebook_size
         return [Shape(*shape, stored_bits(out_features, in_features, self.axis, *shape, self.storage))]
+
+    def outline(self, out_features: int, in_features: int) -> "CodebookWeight":
+        """The stored form with the shape that is best for Gaussian weights; see `Method.outline`."""
+        from cluscomp.budget import expected_bits
+        from cluscomp.weights import CodebookWeight
+
+        shape = max(self._shapes(out_features, in_features), key=expected_bits)
+        return CodebookWeight.empty(
+            out_features=out_features,
+            in_features=in_features,
+            axis=self.axis,
+            vector_dim=shape.vector_dim,
+            codebook_size=shape.codebook_size,
+            codebooks=1,
+            storage=self.storage,
+        )
+
+    def work(self, out_features: int, in_features: int) -> "Work":
+        """K-means, of candidates too, and where asked for codes by feedback and least squares; see `Method.work`."""
+        from cluscomp.budget import MEASURE_ITERATIONS, SAMPLE, SHORTLIST, expected_bits
+        from cluscomp.costs import Work
+        from cluscomp.weights import num_sub_vectors
+
+        shapes = sorted(self._shapes(out_features, in_features), key=expected_bits, reverse=True)[:SHORTLIST]
+        numbers, work = out_features * in_features, Work()
+        for shape in shapes if len(shapes) > 1 else []:
+            vectors = num_sub_vectors(out_features, in_features, shape.vector_dim, self.axis)
+            sample = min(vectors, max(SAMPLE, 16 * shape.codebook_size))
+            work += _lloyd(sample, shape, min(MEASURE_ITERATIONS, self.iterations))
+        vectors = num_sub_vectors(out_features, in_features, shapes[0].vector_dim, self.axis)
+        work += _lloyd(vectors, shapes[0], self.iterations)
+        if self.assign == "hessian":
+            flops = 2.0 * in_features**3 + 2.0 * in_features * numbers
+            work += Work(distances=float(vectors) * shapes[0].codebook_size, flops=flops, traffic=12.0 * numbers)
+        if self.least_squares:
+            work += Work(flops=2.0 * in_features * numbers, traffic=16.0 * numbers) * (self.least_squares + 1)
+        return work
+
+    def scratch(self, out_features: int, in_features: int) -> float:
+        """Points, their sorted copy and codes, or the inverse second moment in 64 bits; see `Method.scratch`."""
+        numbers, moment = float(out_features * in_features), float(in_features) ** 2
+        kmeans = 12 * numbers
+        feedback = 8 * numbers + 24 * moment if self.assign == "hessian" else 0.0
+        squares = 16 * numbers + 4 * moment if self.least_squares else 0.0
+        return max(kmeans, feedback, squares)
 
     def statistic(self) -> "SecondMoment | None":
         """The second moment of the inputs or its diagonal, if an option asks for it; see `Method.statistic`."""
@@ -142,3 +193,15 @@ class ClusComp:
             packed = pack(codes_N, bits)
             centroids_KD = least_squares_codebook(weight_IO, packed, bits, centroids_KD, moment_II, self.least_squares)
         return codes_N, centroids_KD
+
+
+def _lloyd(vectors: int, shape: "Shape", iterations: int) -> "Work":
+    """K-means of some sub-vectors: by brute force, or where it pays with an index.
+
+    That visits some 2.6 times as much for each dimension more.
+    """
+    from cluscomp.costs import Work
+
+    if shape.vector_dim <= 6 and shape.codebook_size > 256:
+        return Work(pruned=float(vectors) * iterations * 2.6 ** (shape.vector_dim - 4))
+    return Work(distances=float(vectors) * iterations * shape.codebook_size)

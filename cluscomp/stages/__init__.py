@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from cluscomp.costs import Cost
     from cluscomp.models import Original
+    from cluscomp.outline import Outline
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class Stage(Protocol):
 
     def check(self, original: "Original") -> None:
         """Raise InputError for what cannot work with this model, before any long work starts."""
+        ...
+
+    def cost(self, outline: "Outline") -> "Cost":
+        """What `run` will hold and do, and `outline` changed as `run` will change the model."""
         ...
 
     def run(self, model: "PreTrainedModel", job: Job) -> dict[str, Any]:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cluscomp.blocks import Walk
+    from cluscomp.costs import Cost
     from cluscomp.models import Original
+    from cluscomp.outline import Outline
     from cluscomp.stages import Job
     from cluscomp.streams import Streams
 
@@ -74,6 +76,35 @@ class BlockFinetune:
     def _windows(self, original: "Original", seed: int) -> "np.ndarray":
         text = self.data.text("calibration")
         return calibration_windows(text, original.tokenizer, samples=self.samples, length=self.length, seed=seed)
+
+    def cost(self, outline: "Outline") -> "Cost":
+        """The compressed model, the original's frame, streams and the training of one block; see `Stage.cost`."""
+        from cluscomp.costs import Cost, Work, worst
+
+        train = outline.training(self.batch_size, self.length)
+        once = outline.forward(self.batch_size, self.length)
+        trained = outline.codebook_numbers(outline.block)
+        streams = 4 if self.target == "both" else 3
+        kept = outline.stream(self.samples, self.length) * (streams if self.streams == "memory" else 0)
+        always = {
+            "codes and codebooks": outline.stored,
+            "embedding, head": outline.outside,
+            "those of the original": outline.outside,
+            "streams": kept,
+        }
+        batches = math.ceil(self.samples / self.batch_size)
+        work = train.work * (batches * self.epochs) + once.work * (batches * (2 + (streams - 2)))
+        work += Work(traffic=40.0 * trained * batches * self.epochs)  # of AdamW
+        work += Work(traffic=6.0 * outline.stream(self.samples, self.length))  # hashes and files of streams
+        device = worst(
+            always | {"a dense block": outline.dense_block, "activations": once.peak},
+            always | {"one block's training": train.peak, "masters and AdamW's state": 12.0 * trained},
+            always | {"writing the checkpoint": outline.writing},
+            {name: part for name, part in always.items() if name != "streams"} | {"reading": outline.reading},
+        )
+        relief = "block_finetune.streams=disk or a smaller block_finetune.batch_size"
+        read = Work(read=outline.all_numbers * outline.file_bytes + outline.checkpoint_bytes())
+        return Cost(device, {}, work * outline.blocks + read, relief)
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Train block after block; the dense original is in memory one block at a time, beside the streams.

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cluscomp.blocks import Walk
+    from cluscomp.costs import Cost
     from cluscomp.models import Original
     from cluscomp.moments import SecondMoment
+    from cluscomp.outline import Outline
     from cluscomp.stages import Job
 
 
@@ -38,6 +40,11 @@ class Cluster:
     length: int = Field(ge=2)
     batch_size: int = Field(ge=1)
     prefix: Literal["original", "compressed"]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the stored form follows from a weight's shape alone."""
+        return self.method.exact
 
     @property
     def _calibrated(self) -> bool:
@@ -70,6 +77,51 @@ class Cluster:
         text = self.data.text("calibration")
         return calibration_windows(text, original.tokenizer, samples=self.samples, length=self.length, seed=seed)
 
+    def cost(self, outline: "Outline") -> "Cost":
+        """One dense block, statistics and streams; on a GPU the finished blocks are in RAM. See `Stage.cost`."""
+        import torch
+
+        from cluscomp import checkpoint
+        from cluscomp.costs import Cost, Work, worst
+        from cluscomp.models import blocks, linears
+
+        inputs, observing, work = {}, 0.0, Work(read=outline.all_numbers * outline.file_bytes)
+        streams = moments = 0.0
+        statistic = self.method.statistic()
+        if statistic is not None:
+            inputs = outline.inputs()
+            moments = sum(4.0 * (size * size if statistic.full else size) for size in inputs.values())
+            streams = 2 * outline.stream(self.samples, self.length)
+            once = outline.forward(self.batch_size, self.length)
+            tokens, widest = self.batch_size * self.length, max(inputs.values())
+            captured = tokens * (sum(inputs.values()) * outline.dtype.itemsize + 4.0 * widest)
+            observing = once.peak + captured + (4.0 * widest**2 if statistic.full else 0)
+            passes = self.samples / self.batch_size * (outline.blocks - 1) * (1 + (self.prefix == "compressed"))
+            squares = sum(2.0 * size * (size if statistic.full else 1) for size in inputs.values())
+            work += once.work * passes + Work(flops=squares * self.samples * self.length * outline.blocks)
+        for shape in outline.dense.values():
+            work += self.method.work(*shape) * outline.blocks
+        compressing = max(
+            (4.0 if outline.dtype.itemsize < 4 else 0.0) * o * i + max(self.method.scratch(o, i), 24.0 * o * i)
+            for o, i in outline.dense.values()
+        )
+        with torch.device("meta"):
+            for block in blocks(outline.model):
+                for name, dense in linears(block).items():
+                    stored = self.method.outline(dense.out_features, dense.in_features)
+                    checkpoint.replace(block, name, stored)
+        here = outline.device == "cpu"
+        finished = {"codes and codebooks": outline.stored}
+        always = {"embedding, head": outline.outside} | (finished if here else {})
+        working = {"a dense block": outline.dense_block, "streams": streams, "second moments": moments}
+        device = worst(
+            always | working | {"activations": observing},
+            always | working | {"clustering one matrix": compressing},
+            always | {"writing the checkpoint": outline.writing},
+        )
+        relief = "fewer cluster.samples, or method=cluscomp_data_free" if self._calibrated else ""
+        return Cost(device, {} if here else finished, work, relief)
+
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Compress the model; finished blocks lie in the job's folder and survive a kill.
 
@@ -78,6 +130,7 @@ class Cluster:
         """
         from cluscomp import checkpoint
         from cluscomp.blocks import Walk
+        from cluscomp.costs import give_memory_back
         from cluscomp.models import block_names, blocks
         from cluscomp.tracking import Progress
 
@@ -103,6 +156,8 @@ class Cluster:
                 found = part.numbers
             if index < last and self.prefix == "compressed":
                 stream, _ = self.observe(walk, index, entering, count=False)
+            block.to("cpu")  # what is finished leaves the GPU
+            give_memory_back()
             squares |= {f"{name}.{layer}": numbers for layer, numbers in found.items()}
             progress.step(f"relative error {_ratio(found):.4f}")
         by_layer = {layer: error / size if size else 0.0 for layer, (error, size) in squares.items()}

@@ -1,5 +1,6 @@
 """Stage evaluate: scores of the original and of the model after each named stage, each under one protocol."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cluscomp.blocks import Walk
+    from cluscomp.costs import Cost
     from cluscomp.models import Original
+    from cluscomp.outline import Outline
     from cluscomp.records import Score
     from cluscomp.scoring import Mean, Reference
 
@@ -68,6 +71,40 @@ class Evaluate:
         if self.tasks.max_length is not None:
             original.check_length("tasks.max_length", self.tasks.max_length)
         self.tasks.check(original.folder, original.tokenizer)
+
+    def cost(self, outline: "Outline") -> "Cost":
+        """All windows' hidden states of one text after the other, one block, and the logits of one batch.
+
+        A prompt and tasks want the whole original; what tasks compute is not counted.
+        """
+        from cluscomp.costs import Cost, Work, worst
+
+        context = self.context or int(outline.config.get_text_config().max_position_embeddings)
+        tokens = [outline.tokens(partial(source.text, "test")) for source in self.texts.values()]
+        windows = [max(1, min(int(count // context), self.limit or int(count))) for count in tokens]
+        once, logits = outline.forward(self.batch_size, context), outline.logits(self.batch_size, context)
+        always = {"embedding, head": outline.outside, "streams": outline.stream(max(windows, default=0), context)}
+        if self.distance and outline.compressed:
+            always |= {"those of the original": outline.outside}
+        read = outline.all_numbers * outline.file_bytes
+        loading: dict[str, float] = {}
+        if outline.compressed:
+            always |= {"codes and codebooks": outline.stored}
+            loading = {"reading": outline.reading}
+            read = outline.checkpoint_bytes()
+        block = {} if outline.compressed else {"a dense block": outline.dense_block}
+        compared = 2 if self.distance else 1  # models whose logits are in memory
+        moments = [
+            always | block | {"activations": once.peak}, always | {"logits": compared * logits.peak}, always | loading
+        ]  # fmt: skip
+        if (self.prompt is not None or self.tasks.names) and not outline.compressed:
+            whole = outline.all_numbers * outline.dtype.itemsize
+            moments.append({"embedding, head": outline.outside, "the whole original, for prompt and tasks": whole})
+        batches = sum(windows) / self.batch_size
+        work = (once.work * outline.blocks + logits.work * compared) * batches + Work(read=read)
+        return Cost(
+            worst(*moments), {}, work, "evaluate.batch_size=1, a smaller evaluate.limit, or evaluate.prompt=null"
+        )
 
     def _windows(self, source: Source, original: "Original") -> "Tensor":
         import torch

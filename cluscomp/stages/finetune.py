@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from cluscomp.costs import Cost
     from cluscomp.models import Original
+    from cluscomp.outline import Outline
     from cluscomp.stages import Job
     from cluscomp.training import Trained
 
@@ -60,6 +62,18 @@ class _Task(Steps):
             )
         order = [one for _ in range(self.epochs) for one in rng.sample(train, len(train))]
         return encoded, order[: steps * self.of_a_step], held_out
+
+    def _cost(self, outline: "Outline", trained: float, masters: bool) -> "Cost":
+        """As whole-model training; examples of full length are assumed, as many as the task has on this machine."""
+        from cluscomp.outline import end_to_end
+
+        examples = 0
+        if outline.tokenizer is not None:
+            try:
+                examples = len(self.instructions.encode(outline.tokenizer, self.length).examples) - self.held_out
+            except (InputError, OSError):
+                examples = 0  # not on this machine
+        return end_to_end(outline, self, self.length, examples * self.epochs, self.held_out, trained, masters=masters)
 
     def _train(self, model: "PreTrainedModel", job: "Job", trained: "Trained") -> dict[str, Any]:
         from cluscomp.budget import size_of
@@ -107,6 +121,13 @@ class Finetune(_Task):
         """How often the state is written; and without adapters, their settings."""
         return super().idle() | (set() if self.trainable == "lora" else {"rank", "alpha"})
 
+    def cost(self, outline: "Outline") -> "Cost":
+        """See `Stage.cost`; adapters' activations are left out."""
+        trained = outline.codebook_numbers(outline.model)
+        if self.trainable == "lora":
+            trained = self.rank * outline.blocks * sum(o + i for o, i in outline.dense.values())
+        return self._cost(outline, trained, masters=True)
+
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Train codebooks or adapters in place; returns losses, counts and deployed bytes."""
         from cluscomp import adapters
@@ -124,6 +145,10 @@ class FullFinetune(_Task):
     """Finetuning of all parameters of the original in the dtype it computes in: what the others are compared with."""
 
     takes: ClassVar[str] = "original"
+
+    def cost(self, outline: "Outline") -> "Cost":
+        """As training of all parameters; see `Stage.cost`."""
+        return self._cost(outline, outline.all_numbers, masters=False)
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Load all blocks and train every parameter in place; returns losses, counts and deployed bytes."""

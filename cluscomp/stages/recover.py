@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from cluscomp.costs import Cost
     from cluscomp.models import Original
+    from cluscomp.outline import Outline
     from cluscomp.stages import Job
     from cluscomp.teacher import Teacher
 
@@ -74,6 +76,22 @@ class Recover(Steps):
         train = calibration_windows(text, original.tokenizer, samples=self._samples, length=self.length, seed=seed)
         scored = test_windows(held_out, original.tokenizer, length=self.length, limit=self.held_out)
         return torch.from_numpy(train), torch.from_numpy(scored)
+
+    def cost(self, outline: "Outline") -> "Cost":
+        """The compressed model, masters of its codebooks, the blocks' inputs and one block; see `Stage.cost`."""
+        from cluscomp.costs import Work
+        from cluscomp.outline import end_to_end
+
+        trained = outline.codebook_numbers(outline.model)
+        teaching = Work()
+        if "kl" in self.loss:
+            windows = (self._samples + self.held_out) / self.batch_size
+            forward, logits = (
+                outline.forward(self.batch_size, self.length),
+                outline.logits(self.batch_size, self.length),
+            )
+            teaching = (forward.work * outline.blocks + logits.work) * windows
+        return end_to_end(outline, self, self.length, self._samples, self.held_out, trained, teaching)
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Train codebooks, and norms where asked for, in place; codes never change.

@@ -1,0 +1,68 @@
+"""What the planner said beside what a run took: bytes, peak memory (the operating system's count) and time.
+
+    python benchmarks/plan.py [--calibrate] [--configurations NAME ...] [--output FILE]
+
+Each configuration is a whole run of the command in a process of its own; the figures are those of its record. The
+goals: bytes exact, memory within 15 %, time within 30 % of what was measured (time only with --calibrate, and on a
+machine without other work).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from goals import Goal, finish
+
+SHORT = ["evaluate.context=512", "evaluate.limit=8", "block_finetune=quick", "block_finetune.samples=4"]
+DATA_FREE = ["method=cluscomp_data_free", "method.vector_dim=4", "method.codebook_size=256"]
+CONFIGURATIONS = {
+    "data-free D4 K256": [*DATA_FREE, "order=[cluster,block_finetune]", "block_finetune.epochs=1", *SHORT],
+    "inputs D8 K4096": ["method.vector_dim=8", "method.codebook_size=4096", "cluster.samples=8", *SHORT],
+    "data-free 3 bits": ["method=cluscomp_data_free", "bits=3", *SHORT],
+    "demo": ["experiment=demo"],
+}
+
+
+def record_of(overrides: list[str]) -> dict[str, Any]:
+    """The record of a fresh run."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "cluscomp", f"outputs={folder}", *overrides]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        (path,) = Path(folder).glob("run-*/record.json")
+        return dict(json.loads(path.read_text()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibrate", action="store_true", help="measure this machine first")
+    parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    parser.add_argument("--output", type=Path, default=Path("results/bench/plan.json"))
+    options = parser.parse_args()
+    began = datetime.now(UTC)
+    if options.calibrate:
+        subprocess.run([sys.executable, "-m", "cluscomp", "plan", "--calibrate", "experiment=demo"], check=True)
+    goals, figures = [], {}
+    for name in options.configurations:
+        record = record_of(CONFIGURATIONS[name])
+        told = record["machine"]["predicted"]
+        measured = {"peak_ram": record["machine"]["peak_ram"], "seconds": record["run"]["seconds"]}
+        figures[name] = {"predicted": told, "measured": measured | {"bytes": record["size"]["checkpoint_bytes"]}}
+        ratio = told["checkpoint_bytes"] / record["size"]["checkpoint_bytes"]
+        goals.append(Goal(f"{name}: bytes, predicted off by", 0.0 if told["exact"] else None, abs(ratio - 1), "", True))
+        for kind, most in (("peak_ram", 0.15), ("seconds", 0.30 if told["calibrated"] else None)):
+            for stage, value in measured[kind].items():
+                ratio = told[kind][stage] / value
+                print(
+                    f"{name:20s} {stage:24s} {kind:9s} {told[kind][stage]:14.1f} {value:14.1f} {ratio:6.2f}", flush=True
+                )
+                goals.append(Goal(f"{name}: {kind} of {stage}, predicted off by", most, abs(ratio - 1), "", True))
+    finish(goals, figures, {"method": " ".join(__doc__.split())}, options.output, began)
+
+
+if __name__ == "__main__":
+    main()

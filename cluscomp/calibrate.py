@@ -1,0 +1,54 @@
+"""A short measurement of what this machine's processor can do, in the units of `cluscomp.costs.Work`."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cluscomp.costs import Work
+from cluscomp.kernels.lloyd import assign, lloyd
+
+REPEATS = 5
+
+
+def measure() -> dict[str, float]:
+    """Work per second of each kind, some seconds long. Other work on the machine makes it look slower.
+
+    flops: the products of a small block. distances: a search among 256 centroids of 8 numbers, where brute force is
+    taken. pruned: K-means with 4096 centroids of 4 numbers. traffic: what a norm and a gate do between products.
+    read: a copy in memory, which is what a file costs that was read before.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x_TH, w_HI = (torch.randn(*shape, generator=generator) for shape in ((1024, 576), (576, 1536)))
+    y_TI = x_TH @ w_HI
+    points_ND, few_KD = (torch.randn(*shape, generator=generator) for shape in ((100_000, 8), (256, 8)))
+    small_ND = torch.randn(100_000, 4, generator=generator)
+    flops = 2.0 * x_TH.numel() * w_HI.shape[1] / _seconds(lambda: x_TH @ w_HI)
+    traffic = 10.0 * y_TI.nbytes / _seconds(lambda: _elementwise(y_TI))
+    distances = points_ND.shape[0] * few_KD.shape[0] / _seconds(lambda: assign(points_ND, few_KD))
+    rounds = 10
+    recipe: dict[str, Any] = {"init": "kd", "over_relaxation": 1.9, "move_centroids": True, "seed": 0}
+    pruned = len(small_ND) * rounds / _seconds(lambda: lloyd(small_ND, 4096, iterations=rounds, **recipe), repeats=2)
+    read = y_TI.nbytes / _seconds(y_TI.clone)
+    found = Work(flops=flops, traffic=traffic, read=read, distances=distances, pruned=pruned)
+    return {name: float(getattr(found, name)) for name in ("flops", "traffic", "read", "distances", "pruned")}
+
+
+def _elementwise(y_TI: torch.Tensor) -> torch.Tensor:
+    """Four operations that read and write 10 times the bytes of y in all."""
+    squares_TI = y_TI * y_TI  # 2 (the same tensor twice is read once)
+    gate_TI = torch.nn.functional.silu(squares_TI)  # 2
+    summed_TI = gate_TI + y_TI  # 3
+    return summed_TI * squares_TI  # 3
+
+
+def _seconds(call: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """The least wall time of some calls after one to warm up."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,313 @@
+"""A model's outline: its shapes without its weights, walked to learn what a stage will hold and do."""
+
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from cluscomp import checkpoint
+from cluscomp.blocks import Walk
+from cluscomp.budget import Size, size_of
+from cluscomp.costs import Cost, Work
+from cluscomp.models import blocks, check_supported, compressed, linears, unique_tensors
+from cluscomp.steps import Steps
+
+TOKENS_OF_A_TEXT = 340_000  # assumed of a text that is not on this machine: WikiText-2's test set
+NOTHING = Work()
+SAMPLE = 20_000  # characters that are tokenised to learn how many make a token
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Most bytes alive at once beside what was there before, and the work, of running a block once."""
+
+    peak: float
+    work: Work
+
+
+class Outline:
+    """A model on the meta device, which stages change as they will change the model, and what its shapes tell.
+
+    `dtype` is what the model computes in, `device` "cpu" or "cuda", `tokenizer` the model's or None.
+    """
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: str, tokenizer: Any = None) -> None:
+        """Raises InputError for a model that cannot be compressed."""
+        self.config, self.dtype, self.device, self.tokenizer = config, dtype, device, tokenizer
+        of_file = getattr(config, "dtype", None) or torch.bfloat16  # before a model is made, which changes it
+        of_file = getattr(torch, of_file) if isinstance(of_file, str) else of_file
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        check_supported(model)
+        model.tie_weights()
+        model.requires_grad_(False)
+        self.model = model.eval()
+        self._passes: dict[Any, Pass] = {}
+        self.file_bytes = of_file.itemsize  # of a number in the original's file
+        self.kept_bytes = min(of_file.itemsize, dtype.itemsize)  # of a number that is stored and not compressed
+        self.dense = {name: (layer.out_features, layer.in_features) for name, layer in linears(self.block).items()}
+        self.block_numbers = max(sum(p.numel() for p in block.parameters()) for block in blocks(model))
+        inside = {id(p) for block in blocks(model) for p in block.parameters()}
+        outside = [p for p in unique_tensors(model).values() if id(p) not in inside]
+        self.outside_numbers = sum(tensor.numel() for tensor in outside)
+        self.largest_outside = max((tensor.numel() for tensor in outside), default=0)
+        self.vocabulary = int(config.get_text_config().vocab_size)
+
+    @property
+    def block(self) -> nn.Module:
+        """The block that stands for all: the one with the most numbers."""
+        return max(blocks(self.model), key=lambda block: sum(p.numel() for p in block.parameters()))
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return len(blocks(self.model))
+
+    @property
+    def hidden(self) -> int:
+        """Length of a hidden state."""
+        return int(self.config.get_text_config().hidden_size)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the blocks' layers are compressed at this point of the run."""
+        return bool(compressed(self.model))
+
+    @property
+    def outside(self) -> float:
+        """Bytes of embedding, head and norm in memory."""
+        return self.outside_numbers * self.dtype.itemsize
+
+    @property
+    def dense_block(self) -> float:
+        """Bytes of a dense block in memory."""
+        return self.block_numbers * self.dtype.itemsize
+
+    @property
+    def stored(self) -> float:
+        """Bytes of all compressed layers and what else is in the blocks, in memory."""
+        return float(sum(tensor.nbytes for block in blocks(self.model) for tensor in block.state_dict().values()))
+
+    @property
+    def all_numbers(self) -> int:
+        """Numbers of the dense model."""
+        return self.outside_numbers + self.blocks * self.block_numbers
+
+    @property
+    def writing(self) -> float:
+        """Bytes that writing a checkpoint takes beside the model: what is not compressed, in 16 bits."""
+        if self.dtype.itemsize == 2:
+            return 0.0
+        return 2.0 * self.outside_numbers + 6.0 * self.largest_outside
+
+    @property
+    def reading(self) -> float:
+        """Bytes of mapped files that count as memory while a compressed model is read; on a GPU nothing waits there."""
+        return float(self.checkpoint_bytes()) if self.device == "cpu" else 0.0
+
+    def inputs(self) -> dict[int, int]:
+        """The lengths of the different inputs that a block's linear layers have."""
+        walk, block, hidden_BTH = self._embedded(1, 2)
+        _, entering = walk.observe(walk.blocks.index(block), block, hidden_BTH, list(self.dense))
+        return {id(x): x.shape[-1] for x in entering.values()}
+
+    def codebook_numbers(self, module: nn.Module) -> int:
+        """Numbers in the trainable parts of the stored weights of a module."""
+        return sum(p.numel() for layer in compressed(module).values() for p in layer.stored.parameters())
+
+    def stream(self, windows: int, length: int) -> float:
+        """Bytes of the hidden states of some windows."""
+        return windows * length * self.hidden * self.dtype.itemsize
+
+    def tokens(self, text: Callable[[], Any]) -> float:
+        """About how many tokens a text has, from a sample of it; assumed where it is not on this machine."""
+        from cluscomp.errors import InputError
+
+        try:
+            rows = text().rows
+        except (InputError, OSError):
+            return TOKENS_OF_A_TEXT
+        characters = sum(len(row) for row in rows)
+        if self.tokenizer is None:
+            return characters / 4
+        sample = "\n\n".join(rows)[:SAMPLE]
+        return characters * len(self.tokenizer(sample, verbose=False).input_ids) / max(1, len(sample))
+
+    def forward(self, batch: int, length: int) -> Pass:
+        """A block's forward pass over some windows, keeping nothing."""
+        return self._pass(batch, length, train=False)
+
+    def training(self, batch: int, length: int) -> Pass:
+        """A block's forward and backward pass with float32 codebooks; gradients count, AdamW's state does not."""
+        return self._pass(batch, length, train=True)
+
+    def logits(self, batch: int, length: int) -> Pass:
+        """The head over a batch, and the log-likelihood of one window at a time."""
+        rows = length * self.vocabulary
+        peak = batch * rows * self.dtype.itemsize + rows * (4.0 if self.dtype.itemsize == 4 else 8.0)
+        flops = 2.0 * batch * rows * self.hidden
+        return Pass(peak, Work(flops=flops, traffic=4 * peak))
+
+    def _pass(self, batch: int, length: int, *, train: bool) -> Pass:
+        key = batch, length, train, self.compressed
+        if key not in self._passes:
+            self._passes[key] = self._walk(batch, length, train)
+        return self._passes[key]
+
+    def _embedded(self, batch: int, length: int) -> tuple[Walk, nn.Module, Tensor]:
+        walk = Walk(self.model)
+        with _Yes():
+            return walk, self.block, walk.embed(torch.zeros(batch, length, dtype=torch.long, device="meta"))
+
+    def _walk(self, batch: int, length: int, train: bool) -> Pass:
+        walk, block, hidden_BTH = self._embedded(batch, length)
+        index = walk.blocks.index(block)
+        states = []
+        if train:
+            for layer in compressed(block).values():
+                states.append((layer.stored, layer.stored.state_dict()))
+                layer.stored.loosen()  # type: ignore[operator]
+        target_BTH = torch.empty_like(hidden_BTH)
+        with ExitStack() as stack:
+            count = stack.enter_context(_Count())
+            stack.enter_context(_Attention(count))
+            stack.enter_context(torch.set_grad_enabled(train))
+            output_BTH = walk.apply(index, block, hidden_BTH)
+            if train:
+                F.mse_loss(output_BTH.float(), target_BTH.float()).backward()
+        for stored, state in states:
+            stored.restore(state)  # type: ignore[operator]
+        return Pass(count.peak, Work(flops=count.flops, traffic=count.traffic))
+
+    def size(self) -> Size:
+        """The ledger as it will be."""
+        return size_of(self.model, kept_bits=8 * self.kept_bytes)
+
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the checkpoint's weight file, header included."""
+        kept = torch.float32 if self.kept_bytes == 4 else torch.bfloat16
+        inside = tuple(f"{name}.stored." for name in compressed(self.model))
+        shapes = {
+            name: (
+                tensor.dtype if name.startswith(inside) else kept if tensor.numel() else torch.bfloat16,
+                tensor.shape,
+            )
+            for name, tensor in unique_tensors(self.model).items()
+        }
+        return checkpoint.file_bytes(shapes)
+
+
+class _Count(TorchDispatchMode):
+    """Counts what operations on meta tensors would hold and do: bytes alive, flops of products, bytes moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = self.flops = self.traffic = 0.0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        outputs = [out for out in (result if isinstance(result, tuple | list) else [result]) if isinstance(out, Tensor)]
+        for tensor in outputs:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
+                self._known[storage._cdata] = storage.nbytes()
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self._gone, storage._cdata)
+        inputs = [arg for arg in args if isinstance(arg, Tensor)]
+        if function in PRODUCTS:
+            first, second = inputs[-2:]
+            self.flops += 2.0 * first.numel() * second.shape[-1]
+        elif not function.is_view:
+            self.traffic += sum(tensor.numel() * tensor.itemsize for tensor in [*inputs, *outputs])
+        return result
+
+    def _gone(self, key: int) -> None:
+        self.alive -= self._known.pop(key, 0)
+
+
+class _Yes(TorchDispatchMode):
+    """Answers yes where a model asks about values: transformers asks whether the positions are those of one text."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return True if function is torch.ops.aten._local_scalar_dense.default else function(*args, **(kwargs or {}))
+
+
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+
+
+class _Attention(TorchFunctionMode):
+    """Attention as the fused kernels do it; the meta device would take the plain one, with its matrix of all pairs."""
+
+    def __init__(self, count: _Count) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return _Fused.apply(self.count, *args[:3])
+        return function(*args, **kwargs)
+
+
+class _Fused(torch.autograd.Function):
+    """(B, heads, T, d), twice (B, key heads, T, d) -> (B, heads, T, d), keeping these and the logarithm of a sum."""
+
+    @staticmethod
+    def forward(ctx, count, query, key, value):  # type: ignore[no-untyped-def]
+        output = torch.empty_like(query)
+        logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        ctx.count, ctx.flops = count, 4.0 * query.numel() * key.shape[-2]
+        count.flops += ctx.flops
+        return output
+
+    @staticmethod
+    def backward(ctx, _grad):  # type: ignore[no-untyped-def]
+        ctx.count.flops += 2.5 * ctx.flops
+        return None, *(torch.empty_like(saved) for saved in ctx.saved_tensors[:3])
+
+
+LOGITS = {"cpu": 2**22, "cuda": 2**26}  # numbers of logits at once, as in end_to_end.py
+
+
+def end_to_end(
+    outline: Outline,
+    steps: Steps,
+    length: int,
+    examples: int,
+    held_out: int,
+    trained: float,
+    before: Work = NOTHING,
+    *,
+    masters: bool = True,
+) -> Cost:
+    """Training of the whole model: the inputs of all blocks are kept, one block's insides are made again."""
+    inside = outline.training(steps.batch_size, length)
+    state = 16.0 * trained if masters else 3.0 * outline.dtype.itemsize * trained
+    kept = outline.stored if outline.compressed else outline.all_numbers * outline.dtype.itemsize - outline.outside
+    device = {
+        "codes and codebooks" if outline.compressed else "dense blocks": kept,
+        "embedding, head": outline.outside,
+        "masters, gradients, AdamW's state": state,
+        "inputs of all blocks": outline.blocks * outline.stream(steps.batch_size, length),
+        "inside one block": inside.peak,
+        "logits": 12.0 * LOGITS[outline.device],
+    }
+    batches = examples // steps.batch_size
+    once = outline.forward(steps.batch_size, length).work * outline.blocks
+    head = outline.logits(steps.batch_size, length).work
+    work = (inside.work * outline.blocks + once + head * 3) * batches
+    work += Work(traffic=40.0 * trained) * (batches / steps.accumulation)
+    work += (once + head) * (2 * held_out / steps.batch_size) + before
+    work += Work(read=float(outline.checkpoint_bytes()))
+    return Cost(device, {}, work, "a smaller batch_size with more accumulation, or a smaller length")
