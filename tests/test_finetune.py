@@ -301,7 +301,7 @@ def test_the_original_is_finetuned_whole_to_compare_with(ground, tmp_path):
 
 
 def test_an_adapted_model_continues_a_prompt_and_is_evaluated(adapted):
-    assert [score.after for score in adapted.record.scores] == ["finetune"]
+    assert {score.after for score in adapted.record.scores} == {"finetune"}
     model = checkpoint.load(adapted.checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(adapted.checkpoint)
     made = model.generate(**tokenizer("ab", return_tensors="pt"), max_new_tokens=3, do_sample=False, pad_token_id=0)
