@@ -67,12 +67,13 @@ class _Task(Steps):
         """As whole-model training; examples of full length are assumed, as many as the task has on this machine."""
         from cluscomp.outline import end_to_end
 
-        examples = 0
+        examples = self.examples or 0
         if outline.tokenizer is not None:
             try:
-                examples = len(self.instructions.encode(outline.tokenizer, self.length).examples) - self.held_out
+                found = len(self.instructions.encode(outline.tokenizer, self.length).examples) - self.held_out
+                examples = min(found, self.examples or found)
             except (InputError, OSError):
-                examples = 0  # not on this machine
+                pass  # not on this machine
         return end_to_end(outline, self, self.length, examples * self.epochs, self.held_out, trained, masters=masters)
 
     def _train(self, model: "PreTrainedModel", job: "Job", trained: "Trained") -> dict[str, Any]:
