@@ -46,8 +46,12 @@ class HubModel:
         if self.config is not None:
             return _config_of("model.config", self.config)
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-        found = try_to_load_from_cache(self.id, "config.json", revision=self.revision)
+        try:
+            found = try_to_load_from_cache(self.id, "config.json", revision=self.revision)
+        except HFValidationError:  # a path, not an id
+            found = None
         if not isinstance(found, str):
             raise InputError(
                 f"model.id={self.id}: neither a local folder nor in the hub's cache, and a plan downloads nothing. "

@@ -60,18 +60,21 @@ class Cluster:
 
     def check(self, original: "Original") -> None:
         """Ask the method about every linear layer's shape, and cut windows. Raises InputError that names the layer."""
+        self._check_shapes(original.model())
+        if self._calibrated:
+            original.check_length("cluster.length", self.length)
+            self._windows(original, seed=0)
+
+    def _check_shapes(self, model: "PreTrainedModel") -> None:
+        """Raise InputError, naming the layer, for a shape that the method cannot compress."""
         from cluscomp.models import block_names, blocks, linears
 
-        model = original.model()
         for name, block in zip(block_names(model), blocks(model)):
             for layer, dense in linears(block).items():
                 try:
                     self.method.check(dense.out_features, dense.in_features)
                 except ValueError as error:
                     raise InputError(f"{name}.{layer}: {error}") from error
-        if self._calibrated:
-            original.check_length("cluster.length", self.length)
-            self._windows(original, seed=0)
 
     def _windows(self, original: "Original", seed: int) -> "np.ndarray":
         text = self.data.text("calibration")
@@ -85,6 +88,7 @@ class Cluster:
         from cluscomp.costs import Cost, Work, worst
         from cluscomp.models import blocks, linears
 
+        self._check_shapes(outline.model)
         inputs, observing, work = {}, 0.0, Work(read=outline.all_numbers * outline.file_bytes)
         streams = moments = 0.0
         statistic = self.method.statistic()
