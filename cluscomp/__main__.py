@@ -206,7 +206,9 @@ def show(outcome: Outcome) -> None:
         print(f"\n{table.to_markdown(index=False, disable_numparse=True)}\n")
     for name, sample in outcome.samples.items():
         print(f"{name}: {sample!r}")
-    print(f"checkpoint  {outcome.checkpoint}\nrecord      {outcome.path}")
+    if outcome.checkpoint is not None:
+        print(f"checkpoint  {outcome.checkpoint}")
+    print(f"record      {outcome.path}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Field, InstanceOf, model_validator
+from pydantic import ConfigDict, Field, InstanceOf, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from cluscomp import __version__
@@ -45,12 +45,15 @@ POLL = 0.2  # seconds between two looks for what the first process writes
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
 class Experiment:
-    """The settings of a run. `order` names the stages to run, each one of `stages`; `evaluate` measures after them."""
+    """The settings of a run. `order` names the stages to run, each one of `stages`; `evaluate` measures after them.
+
+    "evaluate" may stand last in `order`, to say so; [evaluate] alone scores the model as it is.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     model: Any
     stages: dict[str, Any]
-    order: list[str] = Field(min_length=1)
+    order: list[str]
     evaluate: Any
     tracker: Any
     machine: InstanceOf[Machine]
@@ -61,6 +64,13 @@ class Experiment:
     cache: str
     publish: str | None
     force: bool
+
+    @field_validator("order", mode="after")
+    @classmethod
+    def _stages_alone(cls, order: list[str]) -> list[str]:
+        if not order:
+            raise ValueError("no stage is named; order=[evaluate] scores the model as it is")
+        return order[:-1] if order[-1] == "evaluate" else order
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "Experiment":
@@ -87,11 +97,11 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left: its record, where that is, the last checkpoint, and what the models made of the prompt."""
+    """What a run left: its record, where that is, its last checkpoint if any, and the models' samples."""
 
     record: Record
     path: Path
-    checkpoint: Path
+    checkpoint: Path | None
     samples: dict[str, str]
 
 
@@ -134,7 +144,6 @@ def run(experiment: Experiment) -> Outcome:
             label = f"evaluate {name}"
             metrics[label] = runner.evaluate(name, keys[name], checkpoint)
             tracker.log(label, {f"{row['dataset']}/{row['metric']}": row["value"] for row in metrics[label]["scores"]})
-    assert checkpoint is not None  # order has at least one stage
     answers = {name: runner.answers(keys[name]) for name in experiment.measured if runner.answers(keys[name]).is_file()}
     record = _record(experiment, config, run_key, metrics, original, answers, predicted)
     path = run_folder / "record.json"
@@ -433,7 +442,7 @@ def _record(
         },
         config=config,
         scores=scores,
-        size=metrics[experiment.order[-1]]["size"] | {"original": original.size()},
+        size=(metrics[experiment.order[-1]]["size"] if experiment.order else {}) | {"original": original.size()},
         machine={
             "device": str(original.device),
             "platform": platform.platform(),

@@ -10,7 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp.__main__ import CONF, build
 from cluscomp.errors import InputError
+from cluscomp.experiment import run
 from cluscomp.models import Original
+from cluscomp.records import read
+from cluscomp.tables import stage_table
 
 SMALL = ["bits=3", "model=tiny", "data=text", "evaluate.context=32", "evaluate.limit=3", "evaluate.batch_size=2"]
 
@@ -140,3 +143,22 @@ def test_what_the_original_predicts_is_kept_and_a_damaged_part_made_anew(ground,
     part.write_bytes(content)
     assert settings.measure(original.model(), original, "original", tmp_path) == first
     assert "damaged" in caplog.text and part.stat().st_mtime_ns != written
+
+
+def test_a_plain_model_is_scored_as_it_is(ground, tiny_folder, tmp_path):
+    """With the scores that the original has in a run that goes on to compress it."""
+    command = [
+        "model=hub", f"model.id={tiny_folder}", *SMALL[2:], f"data.file={ground / 'first.txt'}",
+        "method=cluscomp_data_free", "method.vector_dim=4", "method.codebook_size=16", f"outputs={tmp_path}",
+        f"cache={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    outcome = run(experiment(*command, "order=[evaluate]"))
+    record = read(outcome.path)
+    assert outcome.checkpoint is None and record.stages == {} and record.config["order"] == []
+    table = stage_table([record])
+    assert list(table["after"]) == ["original"] and list(table["bits per weight, model"]) != ["16.000", "16.000"]
+    longer = read(run(experiment(*command, "order=[cluster,evaluate]")).path)
+    assert [row for row in longer.scores if row.after == "original"] == record.scores
+    assert [row.after for row in longer.scores][-1] == "cluster"
+    with pytest.raises(InputError, match=r"order.*order=\[evaluate\]"):
+        experiment(*command, "order=[]")
