@@ -146,7 +146,7 @@ class Outline:
         return self._pass(batch, length, train=False)
 
     def training(self, batch: int, length: int) -> Pass:
-        """A block's forward and backward pass with float32 codebooks; gradients count, AdamW's state does not."""
+        """A block's forward and backward pass, codebooks in float32; gradients count, AdamW's state does not."""
         return self._pass(batch, length, train=True)
 
     def logits(self, batch: int, length: int) -> Pass:
@@ -171,10 +171,13 @@ class Outline:
         walk, block, hidden_BTH = self._embedded(batch, length)
         index = walk.blocks.index(block)
         states = []
+        dense = list(block.parameters()) if train and not compressed(block) else []  # the whole original learns
         if train:
             for layer in compressed(block).values():
                 states.append((layer.stored, layer.stored.state_dict()))
                 layer.stored.loosen()  # type: ignore[operator]
+            for parameter in dense:
+                parameter.requires_grad_(True)
         target_BTH = torch.empty_like(hidden_BTH)
         with ExitStack() as stack:
             count = stack.enter_context(_Count())
@@ -185,6 +188,9 @@ class Outline:
                 F.mse_loss(output_BTH.float(), target_BTH.float()).backward()
         for stored, state in states:
             stored.restore(state)  # type: ignore[operator]
+        for parameter in dense:
+            parameter.requires_grad_(False)
+            parameter.grad = None
         return Pass(count.peak, Work(flops=count.flops, traffic=count.traffic))
 
     def size(self) -> Size:

@@ -25,7 +25,7 @@ SMALL = {
 
 
 def hub(id: str) -> HubModel:
-    return HubModel(id=id, revision=None)
+    return HubModel(id=id, revision=None, config=None)
 
 
 def tiny(**changes) -> TinyModel:
