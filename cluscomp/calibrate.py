@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from cluscomp.costs import Work
-from cluscomp.kernels.lloyd import assign, lloyd
+from cluscomp.kernels.lloyd import BEST, assign, lloyd
 
 REPEATS = 5
 
@@ -28,11 +29,10 @@ def measure() -> dict[str, float]:
     traffic = 10.0 * y_TI.nbytes / _seconds(lambda: _elementwise(y_TI))
     distances = points_ND.shape[0] * few_KD.shape[0] / _seconds(lambda: assign(points_ND, few_KD))
     rounds = 10
-    recipe: dict[str, Any] = {"init": "kd", "over_relaxation": 1.9, "move_centroids": True, "seed": 0}
-    pruned = len(small_ND) * rounds / _seconds(lambda: lloyd(small_ND, 4096, iterations=rounds, **recipe), repeats=2)
+    recipe: dict[str, Any] = BEST | {"iterations": rounds, "seed": 0}
+    pruned = len(small_ND) * rounds / _seconds(lambda: lloyd(small_ND, 4096, **recipe), repeats=2)
     read = y_TI.nbytes / _seconds(y_TI.clone)
-    found = Work(flops=flops, traffic=traffic, read=read, distances=distances, pruned=pruned)
-    return {name: float(getattr(found, name)) for name in ("flops", "traffic", "read", "distances", "pruned")}
+    return asdict(Work(flops=flops, traffic=traffic, read=read, distances=distances, pruned=pruned))
 
 
 def _elementwise(y_TI: torch.Tensor) -> torch.Tensor:

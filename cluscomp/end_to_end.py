@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from cluscomp.files import file_hash
 from cluscomp.records import read_sealed, write_sealed
-from cluscomp.steps import Steps
+from cluscomp.steps import LOGITS, Steps
 from cluscomp.teacher import divergence
 from cluscomp.training import Trained
 
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 3  # the learning rate as given, halved, halved again
 LINES = 50  # of progress in the log
 WHOLE = "whole.json"  # hashes of a Trainer checkpoint's files, written last
-LOGITS = {"cpu": 2**22, "cuda": 2**26}  # numbers in the logits that are in memory at once
 FEW = 16  # tokens on which the head is tried
 IGNORED = -100  # label of a token whose prediction does not count
 

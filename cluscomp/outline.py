@@ -18,11 +18,10 @@ from cluscomp.blocks import Walk
 from cluscomp.budget import Size, size_of
 from cluscomp.costs import Cost, Work
 from cluscomp.models import blocks, check_supported, compressed, linears, unique_tensors
-from cluscomp.steps import Steps
+from cluscomp.steps import LOGITS, Steps
 
 TOKENS_OF_A_TEXT = 340_000  # assumed of a text that is not on this machine: WikiText-2's test set
 NOTHING = Work()
-SAMPLE = 20_000  # characters that are tokenised to learn how many make a token
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,12 @@ class Pass:
 class Outline:
     """A model on the meta device, which stages change as they will change the model, and what its shapes tell.
 
-    `dtype` is what the model computes in, `device` "cpu" or "cuda", `tokenizer` the model's or None.
+    `dtype` is what the model computes in, `device` "cpu" or "cuda".
     """
 
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: str, tokenizer: Any = None) -> None:
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: str) -> None:
         """Raises InputError for a model that cannot be compressed."""
-        self.config, self.dtype, self.device, self.tokenizer = config, dtype, device, tokenizer
+        self.config, self.dtype, self.device = config, dtype, device
         of_file = getattr(config, "dtype", None) or torch.bfloat16  # before a model is made, which changes it
         of_file = getattr(torch, of_file) if isinstance(of_file, str) else of_file
         with torch.device("meta"):
@@ -128,18 +127,14 @@ class Outline:
         return windows * length * self.hidden * self.dtype.itemsize
 
     def tokens(self, text: Callable[[], Any]) -> float:
-        """About how many tokens a text has, from a sample of it; assumed where it is not on this machine."""
+        """About how many tokens a text has, at 4 characters each; assumed where it is not on this machine."""
         from cluscomp.errors import InputError
 
         try:
             rows = text().rows
         except (InputError, OSError):
             return TOKENS_OF_A_TEXT
-        characters = sum(len(row) for row in rows)
-        if self.tokenizer is None:
-            return characters / 4
-        sample = "\n\n".join(rows)[:SAMPLE]
-        return characters * len(self.tokenizer(sample, verbose=False).input_ids) / max(1, len(sample))
+        return sum(len(row) for row in rows) / 4
 
     def forward(self, batch: int, length: int) -> Pass:
         """A block's forward pass over some windows, keeping nothing."""
@@ -281,9 +276,6 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, _grad):  # type: ignore[no-untyped-def]
         ctx.count.flops += 2.5 * ctx.flops
         return None, *(torch.empty_like(saved) for saved in ctx.saved_tensors[:3])
-
-
-LOGITS = {"cpu": 2**22, "cuda": 2**26}  # numbers of logits at once, as in end_to_end.py
 
 
 def end_to_end(

@@ -112,13 +112,13 @@ def largest(parts: dict[str, float]) -> str:
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in first if size)
 
 
-def plan(experiment: Any, config: "PreTrainedConfig", dtype: "torch.dtype", device: str, tokenizer: Any = None) -> Plan:
+def plan(experiment: Any, config: "PreTrainedConfig", dtype: "torch.dtype", device: str) -> Plan:
     """Fold the stages of an experiment over the outline of its model. Raises InputError for what cannot be planned."""
     from cluscomp.outline import Outline
 
     machine: Machine = experiment.machine
     can = limits(machine, device, Path(experiment.cache).expanduser())
-    outline = Outline(config, dtype, device, tokenizer)
+    outline = Outline(config, dtype, device)
     base = resident()  # with all libraries
 
     def row(name: str, cost: Cost) -> Row:

@@ -8,6 +8,8 @@ from pydantic.dataclasses import dataclass
 
 from cluscomp.errors import InputError
 
+LOGITS = {"cpu": 2**22, "cuda": 2**26}  # numbers in the logits that are in memory at once, by device
+
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
 class Steps:

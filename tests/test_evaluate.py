@@ -3,14 +3,12 @@
 import random
 from pathlib import Path
 
-import hydra
 import pytest
 import torch
+from runs import composed, pipeline
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluscomp.__main__ import CONF, build
 from cluscomp.errors import InputError
-from cluscomp.experiment import run
 from cluscomp.models import Original
 from cluscomp.records import read
 from cluscomp.tables import stage_table
@@ -29,13 +27,8 @@ def ground(tmp_path_factory) -> Path:
     return folder
 
 
-def experiment(*overrides: str):
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return build(hydra.compose("config", overrides=list(overrides)))
-
-
 def evaluate(ground: Path, *overrides: str):
-    return experiment(*SMALL, f"data.file={ground / 'first.txt'}", *overrides).evaluate
+    return composed(*SMALL, f"data.file={ground / 'first.txt'}", *overrides).evaluate
 
 
 def opened(folder: Path) -> Original:
@@ -87,7 +80,7 @@ def test_a_tokenizer_without_bos_is_refused(ground, tiny_folder):
 
 @pytest.mark.parametrize(("preset", "context"), [("gptq_2048", 2048), ("aqlm_4096", 4096), ("aqlm_8192", 8192)])
 def test_presets_score_wikitext2_and_c4_at_the_papers_context(preset, context):
-    settings = experiment("bits=3", f"evaluate={preset}").evaluate
+    settings = composed("bits=3", f"evaluate={preset}").evaluate
     assert settings.context == context and settings.limit is None
     assert {source.id: source.test for source in settings.texts.values()} == {
         "Salesforce/wikitext": "test", "allenai/c4": "validation",
@@ -96,7 +89,7 @@ def test_presets_score_wikitext2_and_c4_at_the_papers_context(preset, context):
 
 def test_wikitext2_and_the_c4_sample_come_from_a_mirror(shared, tiny_folder):
     original = opened(tiny_folder)
-    settings = experiment(
+    settings = composed(
         "bits=3", f"data_root={shared / 'data' / 'hub'}", "evaluate=gptq_2048", "data@evaluate.texts.c4=c4_sample",
         "evaluate.context=32", "evaluate.limit=2",
     ).evaluate  # fmt: skip
@@ -152,13 +145,13 @@ def test_a_plain_model_is_scored_as_it_is(ground, tiny_folder, tmp_path):
         "method=cluscomp_data_free", "method.vector_dim=4", "method.codebook_size=16", f"outputs={tmp_path}",
         f"cache={tmp_path / 'cache'}",
     ]  # fmt: skip
-    outcome = run(experiment(*command, "order=[evaluate]"))
+    outcome = pipeline(*command, "order=[evaluate]")
     record = read(outcome.path)
     assert outcome.checkpoint is None and record.stages == {} and record.config["order"] == []
     table = stage_table([record])
     assert list(table["after"]) == ["original"] and list(table["bits per weight, model"]) != ["16.000", "16.000"]
-    longer = read(run(experiment(*command, "order=[cluster,evaluate]")).path)
+    longer = read(pipeline(*command, "order=[cluster,evaluate]").path)
     assert [row for row in longer.scores if row.after == "original"] == record.scores
     assert [row.after for row in longer.scores][-1] == "cluster"
     with pytest.raises(InputError, match=r"order.*order=\[evaluate\]"):
-        experiment(*command, "order=[]")
+        composed(*command, "order=[]")

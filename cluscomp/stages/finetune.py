@@ -64,17 +64,11 @@ class _Task(Steps):
         return encoded, order[: steps * self.of_a_step], held_out
 
     def _cost(self, outline: "Outline", trained: float, masters: bool) -> "Cost":
-        """As whole-model training; examples of full length are assumed, as many as the task has on this machine."""
+        """As whole-model training on `examples` of full length; the work of all (null) is not known and not counted."""
         from cluscomp.outline import end_to_end
 
-        examples = self.examples or 0
-        if outline.tokenizer is not None:
-            try:
-                found = len(self.instructions.encode(outline.tokenizer, self.length).examples) - self.held_out
-                examples = min(found, self.examples or found)
-            except (InputError, OSError):
-                pass  # not on this machine
-        return end_to_end(outline, self, self.length, examples * self.epochs, self.held_out, trained, masters=masters)
+        examples = (self.examples or 0) * self.epochs
+        return end_to_end(outline, self, self.length, examples, self.held_out, trained, masters=masters)
 
     def _train(self, model: "PreTrainedModel", job: "Job", trained: "Trained") -> dict[str, Any]:
         from cluscomp.budget import size_of
