@@ -198,9 +198,7 @@ def llama():
     config = composed("model=llama3_70b", "bits=3").model.outline(CPU)
     config._attn_implementation = "stub_of_the_test"
     by_hand = [f"method.vector_dim={D}", f"method.codebook_size={K}"]
-    method = composed(
-        "model=llama3_70b", "method=cluscomp_paper", f"method.vector_dim={D}", f"method.codebook_size={K}"
-    )
+    method = composed("model=llama3_70b", "method=cluscomp_paper", *by_hand)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
         for block in blocks(model):
