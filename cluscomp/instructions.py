@@ -73,12 +73,13 @@ class Instructions(Protocol):
 class Rows:
     """Rows of a JSON or JSON-lines `file`, or of split `split` of a Hugging Face data set `id` (or its local mirror).
 
-    format: "alpaca" (instruction, input, output), "gsm8k" (question, answer), or "messages" (a list of role and
-    content, put through the tokenizer's chat template; what the assistant says counts).
+    format: "alpaca" (instruction, input, output), "gsm8k" (question, answer), "prompt_completion" (prompt, completion: as
+    they stand, one after the other), or "messages" (a list of role and content, put through the tokenizer's chat
+    template; what the assistant says counts).
     """
 
     name: str
-    format: Literal["alpaca", "gsm8k", "messages"]
+    format: Literal["alpaca", "gsm8k", "prompt_completion", "messages"]
     file: str | None
     id: str | None
     config: str | None
@@ -138,6 +139,8 @@ class Rows:
             ]
         if self.format == "gsm8k":
             return [(row["question"] + STEP_BY_STEP, False), (row["answer"].replace("####", FINAL_ANSWER), True)]
+        if self.format == "prompt_completion":
+            return [(row["prompt"], False), (row["completion"], True)]
         return _turns(row["messages"], tokenizer, self._place)
 
 

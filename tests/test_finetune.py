@@ -128,6 +128,12 @@ def test_gsm8k_rows_take_the_prompt_of_the_papers_code(tokenizer, tmp_path):
     ]
 
 
+def test_prompt_and_completion_stand_as_they_are(tokenizer, tmp_path):
+    row = {"prompt": "Question: 1 + 1?\nAnswer:", "completion": " 2"}
+    (one,) = rows(tmp_path, [row], "prompt_completion").encode(tokenizer, 200).examples
+    assert parts(one, tokenizer) == [("Question: 1 + 1?\nAnswer:", False), (" 2<eos>", True)]
+
+
 def test_of_conversations_what_the_assistant_says_counts(tokenizer, tmp_path):
     said = [("system", "be"), ("user", "a?"), ("assistant", "b"), ("user", "c?"), ("assistant", "d")]
     source = rows(tmp_path, [{"messages": [{"role": r, "content": c} for r, c in said]}], "messages")
