@@ -73,8 +73,8 @@ class Instructions(Protocol):
 class Rows:
     """Rows of a JSON or JSON-lines `file`, or of split `split` of a Hugging Face data set `id` (or its local mirror).
 
-    format: "alpaca" (instruction, input, output), "gsm8k" (question, answer), "prompt_completion" (prompt, completion: as
-    they stand, one after the other), or "messages" (a list of role and content, put through the tokenizer's chat
+    format: "alpaca" (instruction, input, output), "gsm8k" (question, answer), "prompt_completion" (prompt, completion:
+    as they stand, one after the other), or "messages" (a list of role and content, put through the tokenizer's chat
     template; what the assistant says counts).
     """
 

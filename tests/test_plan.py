@@ -288,6 +288,15 @@ def test_the_plan_of_llama_3_70b_is_what_its_shapes_hold(llama, tmp_path):
     assert all(math.isfinite(row.seconds) and row.seconds > 60 for row in rows.values())
 
 
+@pytest.mark.parametrize("bits", [4, 2])
+def test_llama_3_70b_goes_through_every_stage_on_one_card_of_48_gb(bits, tmp_path):
+    """The paper's headline, with the settings that `experiment=llama3_70b` names for it."""
+    found = planned(composed("experiment=llama3_70b", f"bits={bits}", f"cache={tmp_path}"))
+    stages = [row for row in found.rows if not row.name.startswith("evaluate")]
+    assert [row.name for row in stages] == ["cluster", "block_finetune", "recover", "finetune"]
+    assert all(row.vram <= 47.5 * GIB and row.ram <= 64 * GIB for row in found.rows)
+
+
 def shapes(block) -> list[tuple[int, int]]:
     return [(layer.out_features, layer.in_features) for _, layer in layers(block)]
 
