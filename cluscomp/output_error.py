@@ -65,6 +65,41 @@ def feedback_codes(
     return codes
 
 
+def descend_codes(
+    weight_IO: Float[Tensor, "I O"],
+    codes_IG: Int[Tensor, "I G"],
+    centroids_KD: Float[Tensor, "K D"],
+    moment_II: Float[Tensor, "I I"],
+    nearest: Nearest,
+) -> Int[Tensor, "I G"]:
+    """Codes (I, ceil(O / D)) after one round of coordinate descent on tr(E H E^T), which never rises.
+
+    Input by input each code is chosen anew with all other codes fixed: the best row would be the present one plus
+    (H E)_i / H_ii, and the nearest centroids to it are the best codes (the rule of CDQuant, arXiv 2406.17542, in order,
+    with a vector of the codebook in the place of a rounded number). In a padded group the padding wants to stay as it
+    is, so that nothing is lost there, and not all is gained. Shapes and `nearest` as in `feedback_codes`.
+    """
+    inputs, outputs = weight_IO.shape
+    dim = centroids_KD.shape[1]
+    codes = codes_IG.clone()
+    rows_IO = centroids_KD[codes.long()].flatten(1)
+    error_IO = weight_IO - rows_IO[:, :outputs]
+    for start in range(0, inputs, BATCH):
+        end = min(start + BATCH, inputs)
+        pull_IO = moment_II[start:end] @ error_IO
+        changes_IO = torch.zeros_like(error_IO[start:end])
+        for i in range(start, end):
+            wanted_O = rows_IO[i].clone()
+            pull_O = pull_IO[i - start] + moment_II[i, start:i] @ changes_IO[: i - start]
+            wanted_O[:outputs] += pull_O / moment_II[i, i]
+            codes[i] = nearest(wanted_O.view(-1, dim), centroids_KD)
+            changes_IO[i - start] = rows_IO[i, :outputs]
+            rows_IO[i] = centroids_KD[codes[i].long()].flatten()
+            changes_IO[i - start] -= rows_IO[i, :outputs]
+        error_IO[start:end] += changes_IO
+    return codes
+
+
 def least_squares_codebook(
     weight_IO: Float[Tensor, "I O"],
     packed: Tensor,

@@ -16,7 +16,7 @@ from cluscomp.stages.cluster import Cluster
 CPU = torch.device("cpu")
 CALIBRATION = {"samples": 5, "length": 12, "batch_size": 2}
 KMEANS = {"iterations": 3, "init": "kd", "over_relaxation": 1.9, "move_centroids": True}
-BY_OUTPUT = {"weighting": "diagonal", "assign": "hessian", "damping": 0.01, "least_squares": 5}
+BY_OUTPUT = {"weighting": "diagonal", "assign": "hessian", "damping": 0.01, "least_squares": 5, "descent": 1}
 
 
 def method(**changed) -> ClusComp:
@@ -90,7 +90,7 @@ def test_the_calibration_text_is_met_better_than_without_looking_at_the_inputs(t
     with torch.no_grad():
         ids = windows(text, original)
         expected = original.load_all()(ids).logits
-        free = stage(text, weighting="none", assign="nearest", least_squares=0)
+        free = stage(text, weighting="none", assign="nearest", least_squares=0, descent=0)
         errors = [
             float((run(cluster, original, tmp_path / str(number))[0](ids).logits - expected).square().mean())
             for number, cluster in enumerate((stage(text), free))
@@ -121,7 +121,7 @@ def test_the_prefix_counts(tiny_folder, text, tmp_path):
 def test_without_a_statistic_no_text_is_read_or_counted(tiny_folder, tmp_path):
     """The file of the text does not even exist."""
     nowhere = FileText(name="text", file=str(tmp_path / "no.txt"), test_file=None)
-    cluster = stage(nowhere, weighting="none", assign="nearest", least_squares=0)
+    cluster = stage(nowhere, weighting="none", assign="nearest", least_squares=0, descent=0)
     original = Original(tiny_folder, torch.float32, CPU)
     cluster.check(original)
     model, found = run(cluster, original, tmp_path)

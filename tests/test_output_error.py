@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cluscomp.kernels.codes import code_bits, pack
 from cluscomp.kmeans import nearest
 from cluscomp.moments import SecondMoment
-from cluscomp.output_error import damped, feedback_codes, least_squares_codebook, output_error
+from cluscomp.output_error import damped, descend_codes, feedback_codes, least_squares_codebook, output_error
 
 
 def layer(inputs, outputs, seed=0, tokens=None):
@@ -129,6 +129,47 @@ def test_without_correlation_feedback_codes_are_the_nearest():
     centroids_KD = torch.randn(5, 3, generator=torch.Generator().manual_seed(3))
     codes_IG = feedback_codes(weight_IO, centroids_KD, torch.diag(torch.rand(20) + 0.1), nearest)
     assert torch.equal(codes_IG.flatten(), nearest(weight_IO.view(-1, 3), centroids_KD))
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 4), (9, 8), (70, 6)])
+def test_descent_takes_the_best_of_all_codes_one_after_the_other(inputs, outputs):
+    """Against trying every centroid in the place of every code and measuring the whole layer's error."""
+    weight_IO, x_TI = layer(inputs, outputs)
+    centroids_KD = torch.randn(4, 2, generator=torch.Generator().manual_seed(3))
+    moment_II = damped(moment_of(x_TI), 0.01)
+    codes_IG = torch.zeros(inputs, -(-outputs // 2), dtype=torch.int32)
+
+    def error(codes) -> float:
+        loss_OI = (dense(codes, centroids_KD, outputs) - weight_IO).T.double()
+        return float(((loss_OI @ moment_II.double()) * loss_OI).sum())
+
+    found_IG = descend_codes(weight_IO, codes_IG, centroids_KD, moment_II, nearest)
+    assert not codes_IG.any()  # what was given stays
+    for i in range(inputs):
+        for group in range(codes_IG.shape[1]):
+            tried = []
+            for code in range(4):
+                codes_IG[i, group] = code
+                tried.append(error(codes_IG))
+            codes_IG[i, group] = int(np.argmin(tried))
+    best, found = error(codes_IG), error(found_IG)
+    assert found == pytest.approx(best, rel=1e-3) and (found_IG == codes_IG).float().mean() > 0.95
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 80), st.integers(1, 9), st.integers(1, 4), st.integers(2, 9), st.integers(0, 99))
+def test_descent_never_raises_the_output_error(inputs, outputs, dim, size, seed):
+    weight_IO, x_TI = layer(inputs, outputs, seed)
+    centroids_KD = torch.randn(size, dim, generator=torch.Generator().manual_seed(seed))
+    moment_II = damped(moment_of(x_TI), 0.01)
+    codes_IG = feedback_codes(weight_IO, centroids_KD, moment_II, nearest)
+    errors = [output_error((dense(codes_IG, centroids_KD, outputs) - weight_IO).T, moment_II)]
+    for _ in range(3):
+        codes_IG = descend_codes(weight_IO, codes_IG, centroids_KD, moment_II, nearest)
+        errors.append(output_error((dense(codes_IG, centroids_KD, outputs) - weight_IO).T, moment_II))
+    scale = output_error(weight_IO.T, moment_II)
+    assert all(after <= before + 1e-5 * scale for before, after in zip(errors, errors[1:]))
+    assert codes_IG.shape == (inputs, -(-outputs // dim))
 
 
 def test_inputs_never_seen_and_inputs_that_overflow():

@@ -28,7 +28,8 @@ class ClusComp:
     The rest spends no bytes and is not in the paper; any of it needs calibration text and axis "out".
     `weighting` "diagonal": a sub-vector counts by the mean square of its input. `assign` "hessian": codes are chosen
     input by input, errors handed on to the inputs to come (`damping` is added to the diagonal of the second moment, as
-    a share of its mean). `least_squares`: so many steps towards the codebook of least output error for the final codes.
+    a share of its mean). `least_squares`: so many steps towards the codebook of least output error for these codes.
+    `descent`: so many times the codes then descend input by input with all others fixed, and the codebook follows.
     """
 
     bits: float | None = Field(ge=1, le=8)
@@ -44,6 +45,7 @@ class ClusComp:
     assign: Literal["nearest", "hessian"]
     damping: float = Field(gt=0, le=1)
     least_squares: int = Field(ge=0)
+    descent: int = Field(ge=0)
 
     @model_validator(mode="after")
     def _either_bits_or_shape(self) -> "ClusComp":
@@ -57,8 +59,8 @@ class ClusComp:
             )
         if self.axis == "in" and self.statistic() is not None:
             raise ValueError(
-                f"method.axis=in needs method.weighting=none, method.assign=nearest and method.least_squares=0 "
-                f"(here {self.weighting}, {self.assign} and {self.least_squares})"
+                f"method.axis=in needs method.weighting=none, method.assign=nearest, method.least_squares=0 and "
+                f"method.descent=0 (here {self.weighting}, {self.assign}, {self.least_squares} and {self.descent})"
             )
         return self
 
@@ -118,11 +120,17 @@ class ClusComp:
             work += _lloyd(sample, shape, min(MEASURE_ITERATIONS, self.iterations))
         vectors = num_sub_vectors(out_features, in_features, shapes[0].vector_dim, self.axis)
         work += _lloyd(vectors, shapes[0], self.iterations)
+        every_code = Work(
+            distances=float(vectors) * shapes[0].codebook_size,
+            flops=2.0 * in_features * numbers,
+            traffic=12.0 * numbers,
+        )
         if self.assign == "hessian":
-            flops = 2.0 * in_features**3 + 2.0 * in_features * numbers
-            work += Work(distances=float(vectors) * shapes[0].codebook_size, flops=flops, traffic=12.0 * numbers)
+            work += every_code + Work(flops=2.0 * in_features**3)
+        squares = Work(flops=2.0 * in_features * numbers, traffic=16.0 * numbers) * (self.least_squares + 1)
         if self.least_squares:
-            work += Work(flops=2.0 * in_features * numbers, traffic=16.0 * numbers) * (self.least_squares + 1)
+            work += squares * (self.descent + 1)
+        work += every_code * self.descent
         return work
 
     def scratch(self, out_features: int, in_features: int) -> float:
@@ -130,12 +138,13 @@ class ClusComp:
         numbers, moment = float(out_features * in_features), float(in_features) ** 2
         kmeans = 12 * numbers
         feedback = 8 * numbers + 24 * moment if self.assign == "hessian" else 0.0
+        descent = 12 * numbers + 4 * moment if self.descent else 0.0
         squares = 16 * numbers + 4 * moment if self.least_squares else 0.0
-        return max(kmeans, feedback, squares)
+        return max(kmeans, feedback, squares, descent)
 
     def statistic(self) -> "SecondMoment | None":
         """The second moment of the inputs or its diagonal, if an option asks for it; see `Method.statistic`."""
-        full = self.assign == "hessian" or self.least_squares > 0
+        full = self.assign == "hessian" or self.least_squares > 0 or self.descent > 0
         if not full and self.weighting == "none":
             return None
         from cluscomp.moments import SecondMoment
@@ -180,19 +189,24 @@ class ClusComp:
         """Codes (N,) and centroids (K, D) chosen by the error of the layer's output, as far as the settings ask."""
         from cluscomp.kernels.codes import code_bits, pack
         from cluscomp.kmeans import nearest
-        from cluscomp.output_error import damped, feedback_codes, least_squares_codebook
+        from cluscomp.output_error import damped, descend_codes, feedback_codes, least_squares_codebook
         from cluscomp.weights import centroid_values
 
         weight_IO = weight_OI.T.contiguous()
         moment_II = damped(statistic.matrix_II, self.damping)
-        if self.assign == "hessian":
+        codes_IG, bits = codes_N.view(len(weight_IO), -1), code_bits(len(centroids_KD))
+        for number in range(self.descent + 1):
             stored_KD = centroid_values(centroids_KD[None], self.storage)[0]
-            codes_N = feedback_codes(weight_IO, stored_KD, moment_II, nearest).flatten()
-        if self.least_squares:
-            bits = code_bits(len(centroids_KD))
-            packed = pack(codes_N, bits)
-            centroids_KD = least_squares_codebook(weight_IO, packed, bits, centroids_KD, moment_II, self.least_squares)
-        return codes_N, centroids_KD
+            if number:
+                codes_IG = descend_codes(weight_IO, codes_IG, stored_KD, moment_II, nearest)
+            elif self.assign == "hessian":
+                codes_IG = feedback_codes(weight_IO, stored_KD, moment_II, nearest)
+            if self.least_squares:
+                packed = pack(codes_IG.flatten(), bits)
+                centroids_KD = least_squares_codebook(
+                    weight_IO, packed, bits, centroids_KD, moment_II, self.least_squares
+                )
+        return codes_IG.flatten(), centroids_KD
 
 
 def _lloyd(vectors: int, shape: "Shape", iterations: int) -> "Work":
