@@ -199,11 +199,13 @@ def _quiet_libraries() -> None:
 
 def show(outcome: Outcome) -> None:
     """Print a run's table if anything was measured, what the models made of the prompt, and where everything lies."""
-    from cluscomp.tables import stage_table
+    from cluscomp.tables import legend, stage_table, task_table
 
-    if outcome.record.scores:
-        table = stage_table([outcome.record]).drop(columns="run")
-        print(f"\n{table.to_markdown(index=False, disable_numparse=True)}\n")
+    records = [outcome.record]
+    for table in (stage_table(records), task_table(records)) if outcome.record.scores else ():
+        if len(table):
+            print(f"\n{table.drop(columns='run').to_markdown(index=False, disable_numparse=True)}\n")
+            print("".join(f"{line}\n" for line in legend(table)), end="")
     for name, sample in outcome.samples.items():
         print(f"{name}: {sample!r}")
     if outcome.checkpoint is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ConfigDict, Field, InstanceOf
 from pydantic.dataclasses import dataclass
 
+from cluscomp.contamination import Seen, overlap
 from cluscomp.data import Source, test_windows
 from cluscomp.errors import InputError
 from cluscomp.records import content_key
@@ -150,6 +151,26 @@ class Evaluate:
             )
             for metric, mean in found.items()
         ]  # fmt: skip
+
+    def contamination(self, original: "Original", seen: dict[str, Seen]) -> dict[str, dict[str, Any]]:
+        """For each test text by name, and each stage that learned from text, what of the scored windows it had seen.
+
+        The fields are those of a score's `seen`.
+        """
+        decode = partial(original.tokenizer.batch_decode, clean_up_tokenization_spaces=False)
+        learned = {stage: decode(one.windows) for stage, one in seen.items()}
+        found: dict[str, dict[str, Any]] = {}
+        for source in self.texts.values() if seen else ():
+            parts = decode(self._windows(source, original).tolist())
+            found[source.name] = {
+                stage: {
+                    "text": one.text,
+                    "in_domain": one.domain == source.domain,
+                    "overlap": overlap(parts, learned[stage]),
+                }
+                for stage, one in seen.items()
+            }
+        return found
 
     def _reference(
         self, walk: "Walk", windows_WT: "Tensor", original: "Original", after: str, kept: Path
