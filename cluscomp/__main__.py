@@ -98,16 +98,18 @@ def build(config: DictConfig) -> Experiment:
         raise InputError(f"{missing[0]} is required: give {missing[0]}=...")
     raw: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    built = {key: _instantiate(key, value, raw) for key, value in values.items()}
     evaluate = values["evaluate"]["_target_"]
-    stages = {
-        key: built.pop(key)
+    stages = [
+        key
         for key, value in values.items()
         if isinstance(value, dict) and value.get("_target_", "").startswith(STAGES) and value["_target_"] != evaluate
-    }
-    settings = {key: value for key, value in built.items() if key not in SHARED}
+    ]
+    if values["order"] == ["evaluate"]:  # nothing is compressed, so nothing has to be said of how
+        values = {key: value for key, value in values.items() if key not in {"method", *stages}}
+    built = {key: _instantiate(key, value, raw) for key, value in values.items()}
+    settings = {key: value for key, value in built.items() if key not in {*SHARED, *stages}}
     try:
-        return Experiment(stages=stages, **settings)
+        return Experiment(stages={key: built[key] for key in stages if key in built}, **settings)
     except ValidationError as error:
         raise InputError(_told(error, "", raw)) from error
 

@@ -17,6 +17,7 @@ from cluscomp.models import blocks, compressed, linears
 from cluscomp.quantised import Quantised, opened
 from cluscomp.records import read
 
+HOW = ["method=cluscomp_data_free", "method.vector_dim=4", "method.codebook_size=16"]
 CPU = torch.device("cpu")
 BLOCK = 128  # of the FP8 format, one scale each; larger than the tiny matrices
 
@@ -24,16 +25,15 @@ BLOCK = 128  # of the FP8 format, one scale each; larger than the tiny matrices
 @pytest.fixture(scope="module")
 def command(ground) -> list[str]:
     return [
-        "data=text", f"data.file={ground / 'text.txt'}", "method=cluscomp_data_free", "method.vector_dim=4",
-        "method.codebook_size=16", "evaluate.context=32", "evaluate.limit=3", f"outputs={ground / 'outputs'}",
-        f"cache={ground / 'cache'}",
+        "data=text", f"data.file={ground / 'text.txt'}", "evaluate.context=32", "evaluate.limit=3",
+        f"outputs={ground / 'outputs'}", f"cache={ground / 'cache'}",
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def compressing(command):
     """A run that leaves a checkpoint."""
-    return pipeline("model=tiny", *command)
+    return pipeline("model=tiny", *command, *HOW)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_what_is_quantised_is_not_compressed(compressing, fp8, command, which):
     folder = compressing.checkpoint if which == "ours" else fp8[0]
     for order in ("[cluster]", "[cluster,evaluate]"):
         with pytest.raises(InputError, match=f"{folder}: this model is already quantised; give the original"):
-            pipeline("model=hub", f"model.id={folder}", *command, f"order={order}")
+            pipeline("model=hub", f"model.id={folder}", *command, *HOW, f"order={order}")
     assert not isinstance(opened(fp8[1], torch.float32, CPU, to_score=True), Quantised)
 
 

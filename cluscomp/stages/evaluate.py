@@ -55,8 +55,14 @@ class Evaluate:
             raise ValueError(f"texts: two of them are named '{twice}'")
 
     def inputs(self) -> dict[str, str]:
-        """The hashes of the test texts by name, and of what decides the tasks' scores if there are any."""
-        tasks = {"lm-eval tasks": content_key([self.tasks.describe(), lm_eval_version()])} if self.tasks.names else {}
+        """The hashes of the test texts by name, and of what decides the tasks' scores if there are any.
+
+        Raises InputError if the rows of one of them cannot be had.
+        """
+        tasks: dict[str, str] = {}
+        if self.tasks.names:
+            what = [self.tasks.describe(), self.tasks.rows(), lm_eval_version()]
+            tasks["lm-eval tasks"] = content_key(what)
         return tasks | {source.name: source.text("test").sha256 for source in self.texts.values()}
 
     def idle(self) -> set[str]:
