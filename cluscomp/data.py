@@ -218,7 +218,7 @@ class PydocText:
 
     @property
     def domain(self) -> str:
-        """The manual."""
+        """The manual, of which both texts are parts."""
         return "pydoc"
 
     def text(self, split: Split) -> Text:

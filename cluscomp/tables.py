@@ -14,9 +14,8 @@ PARTIAL, IN_DOMAIN, SEEN = "partial", "in-domain", "seen"
 _ACCURACY = re.compile(r"acc$|exact_match")
 MARKS = {
     PARTIAL: "measured on the first windows or rows only (evaluate.limit, tasks.limit)",
-    IN_DOMAIN: "the model learned from the data set it is scored on; a score on another text (one more: "
-    "+data@evaluate.texts.c4=c4) says more about others",
-    SEEN: "so much of the scored text, in sequences of 13 words, stands word for word in what the model learned from",
+    IN_DOMAIN: "scored on the data set the model learned from; another one beside it: +data@evaluate.texts.NAME=NAME",
+    SEEN: "of the scored text, in sequences of 13 words, stands word for word in what the model learned from",
 }
 
 
