@@ -19,6 +19,7 @@ from cluscomp.records import read
 
 HOW = ["method=cluscomp_data_free", "method.vector_dim=4", "method.codebook_size=16"]
 CPU = torch.device("cpu")
+GROUP = 16  # of 4-bit integers with one scale
 BLOCK = 128  # of the FP8 format, one scale each; larger than the tiny matrices
 
 
@@ -53,6 +54,34 @@ def fp8(tiny_folder, tmp_path_factory) -> tuple[Path, Path]:
     return claimed(place / "fp8", quant_method="fp8", weight_block_size=[BLOCK, BLOCK]), place / "dense"
 
 
+@pytest.fixture(scope="module")
+def packed(tiny_folder, tmp_path_factory) -> tuple[Path, Path]:
+    """A folder with 4-bit integers in the packed format of compressed-tensors, and a dense one with their numbers."""
+    pytest.importorskip("compressed_tensors")
+    place = tmp_path_factory.mktemp("packed")
+    stored, dense = {}, {}
+    for name, tensor in load_file(tiny_folder / "model.safetensors").items():
+        stored[name] = dense[name] = tensor
+        if ".layers." in name and tensor.ndim == 2:
+            groups = tensor.unflatten(1, (-1, GROUP))
+            scales = groups.abs().amax(-1) / 7.5
+            integers = (groups / scales[..., None]).round().clamp(-8, 7)
+            dense[name] = (integers * scales[..., None]).flatten(1)
+            shifted = (integers.long() + 8).flatten(1).unflatten(1, (-1, 8)) << torch.arange(0, 32, 4)
+            del stored[name]
+            stored[f"{name}_packed"] = shifted.sum(-1).to(torch.uint32).view(torch.int32)
+            stored[f"{name}_scale"], stored[f"{name}_shape"] = scales, torch.tensor(tensor.shape)
+    for folder, tensors in ((place / "packed", stored), (place / "dense", dense)):
+        shutil.copytree(tiny_folder, folder)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return claimed(
+        place / "packed", quant_method="compressed-tensors", format="pack-quantized", quantization_status="compressed",
+        ignore=["lm_head"], config_groups=groups,
+    ), place / "dense"  # fmt: skip
+
+
 def claimed(folder: Path, **quantization_config) -> Path:
     """The folder, its config now saying that it is quantised."""
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": quantization_config}
@@ -78,8 +107,9 @@ def test_our_checkpoint_scores_as_in_the_run_that_made_it(compressing, command):
     assert original.load_all() is original.model()
 
 
-def test_another_quantizers_model_scores_as_the_dense_numbers_it_stands_for(fp8, command):
-    folder, dense = fp8
+@pytest.mark.parametrize("which", ["fp8", "packed"])
+def test_another_quantizers_model_scores_as_the_dense_numbers_it_stands_for(which, command, request):
+    folder, dense = request.getfixturevalue(which)
     assert scored(folder, command).record.scores == scored(dense, command).record.scores
 
 
@@ -94,6 +124,15 @@ def test_bits_of_another_quantizers_model_by_hand(fp8):
     whole = (8 * weights + 32 * len(layers) + 32 * kept) / (weights + kept)
     assert size["model_bits_per_weight"] == pytest.approx(whole)
     assert size["checkpoint_bytes"] == (fp8[0] / "model.safetensors").stat().st_size
+
+
+def test_bits_of_packed_integers_by_hand(packed):
+    """4 bits a weight, 32 for each group's scale, and 2 x 64 for each matrix's shape."""
+    original = opened(packed[1], torch.float32, CPU, to_score=True)
+    layers = [layer for block in blocks(original.load_all()) for layer in linears(block).values()]
+    weights = sum(layer.weight.numel() for layer in layers)
+    found = opened(packed[0], torch.float32, CPU, to_score=True).size()["linear_bits_per_weight"]
+    assert found == pytest.approx(4 + 32 / GROUP + 128 * len(layers) / weights)
 
 
 def test_where_a_linear_layer_has_no_tensors_of_its_own_the_bits_are_those_of_the_file(fp8, tmp_path):
