@@ -98,16 +98,18 @@ def build(config: DictConfig) -> Experiment:
         raise InputError(f"{missing[0]} is required: give {missing[0]}=...")
     raw: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    built = {key: _instantiate(key, value, raw) for key, value in values.items()}
     evaluate = values["evaluate"]["_target_"]
-    stages = {
-        key: built.pop(key)
+    stages = [
+        key
         for key, value in values.items()
         if isinstance(value, dict) and value.get("_target_", "").startswith(STAGES) and value["_target_"] != evaluate
-    }
-    settings = {key: value for key, value in built.items() if key not in SHARED}
+    ]
+    if values["order"] == ["evaluate"]:  # nothing is compressed, so nothing has to be said of how
+        values = {key: value for key, value in values.items() if key not in {"method", *stages}}
+    built = {key: _instantiate(key, value, raw) for key, value in values.items()}
+    settings = {key: value for key, value in built.items() if key not in {*SHARED, *stages}}
     try:
-        return Experiment(stages=stages, **settings)
+        return Experiment(stages={key: built[key] for key in stages if key in built}, **settings)
     except ValidationError as error:
         raise InputError(_told(error, "", raw)) from error
 
@@ -199,11 +201,13 @@ def _quiet_libraries() -> None:
 
 def show(outcome: Outcome) -> None:
     """Print a run's table if anything was measured, what the models made of the prompt, and where everything lies."""
-    from cluscomp.tables import stage_table
+    from cluscomp.tables import legend, stage_table, task_table
 
-    if outcome.record.scores:
-        table = stage_table([outcome.record]).drop(columns="run")
-        print(f"\n{table.to_markdown(index=False, disable_numparse=True)}\n")
+    records = [outcome.record]
+    for table in (stage_table(records), task_table(records)) if outcome.record.scores else ():
+        if len(table):
+            print(f"\n{table.drop(columns='run').to_markdown(index=False, disable_numparse=True)}\n")
+            print("".join(f"{line}\n" for line in legend(table)), end="")
     for name, sample in outcome.samples.items():
         print(f"{name}: {sample!r}")
     if outcome.checkpoint is not None:

@@ -32,6 +32,7 @@ from cluscomp.records import to_json
 from cluscomp.weights import CodebookWeight, CompressedLinear, storage_dtype
 
 log = logging.getLogger(__name__)
+NAME = "cluscomp"  # the quantizer's, in config.json
 FORMAT = 1  # version of what is stored; part of every stage's key
 MANIFEST = "cluscomp.json"  # hashes of the folder's files
 SHARD_SIZE = "5GB"
@@ -42,7 +43,7 @@ IN_A_FILE = {  # safetensors' names of types, in the order of their tensors in a
 WEIGHTS = {"codebook": CodebookWeight}  # the stored forms by their name in config.json
 
 
-@register_quantization_config("cluscomp")
+@register_quantization_config(NAME)
 class CompressedConfig(QuantizationConfigMixin):
     """The `quantization_config` of config.json: for each compressed layer the kind and shapes of its stored weight.
 
@@ -55,13 +56,13 @@ class CompressedConfig(QuantizationConfigMixin):
         """Raises ValueError for a format version this code does not know."""
         if format != FORMAT:
             raise ValueError(f"quantization_config.format {format}: this version reads {FORMAT}")
-        self.quant_method = "cluscomp"  # type: ignore[assignment]
+        self.quant_method = NAME  # type: ignore[assignment]
         self.format = format
         self.weights = weights
         self.adapter = adapter
 
 
-@register_quantizer("cluscomp")
+@register_quantizer(NAME)
 class CompressedQuantizer(HfQuantizer):
     """Builds the compressed layers on the meta device before transformers loads tensors into them."""
 
@@ -71,11 +72,7 @@ class CompressedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
-        for name, spec in self.quantization_config.weights.items():
-            dense = model.get_submodule(name)
-            with torch.device("meta"):
-                layer = CompressedLinear(build(spec), dense.bias, torch.get_default_dtype())  # type: ignore[arg-type]
-            model.set_submodule(name, layer)
+        outline_layers(model, self.quantization_config.weights, torch.get_default_dtype())
         self.folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         if checkpoint_files:  # transformers fills in what is missing: never for codes and codebooks
             expected = {f"{name}.{key}" for name, layer in compressed(model).items() for key in layer.state_dict()}
@@ -111,6 +108,15 @@ class CompressedQuantizer(HfQuantizer):
 def _tensor_names(path: str) -> set[str]:
     with safe_open(path, "pt") as file:
         return set(file.keys())
+
+
+def outline_layers(model: nn.Module, weights: dict[str, dict[str, Any]], dtype: torch.dtype) -> None:
+    """Put compressed layers of these kinds and shapes, by name, in the place of dense ones: on the meta device."""
+    for name, spec in weights.items():
+        dense = model.get_submodule(name)
+        with torch.device("meta"):
+            layer = CompressedLinear(build(spec), dense.bias, dtype)  # type: ignore[arg-type]
+        model.set_submodule(name, layer)
 
 
 def check_codes(model: nn.Module) -> None:

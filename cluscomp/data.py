@@ -58,9 +58,14 @@ class Text:
 
 @runtime_checkable
 class Source(Protocol):
-    """A data set with a calibration and a test text."""
+    """A data set with a calibration and a test text; those of one `domain` are pieces of one data set."""
 
     name: str
+
+    @property
+    def domain(self) -> str:
+        """What a score on one text and learning from another must not have in common."""
+        ...
 
     def text(self, split: Split) -> Text:
         """The rows of one split. Raises InputError if they cannot be read."""
@@ -113,10 +118,12 @@ class HubText:
     """A text column of a Hugging Face data set, from the hub or from `data_root`/`id`, a mirror laid out like it.
 
     `calibration` and `test` name splits; `files` maps split names to files of the repository where the data set is too
-    large to load whole. `separator` null draws windows from single documents (the usual C4 protocol).
+    large to load whole. `separator` null draws windows from single documents (the usual C4 protocol). A score is marked
+    where the model learned from a text of the same `domain`.
     """
 
     name: str
+    domain: str
     id: str
     config: str | None
     files: dict[str, str] | None
@@ -170,6 +177,11 @@ class FileText:
     file: str
     test_file: str | None
 
+    @property
+    def domain(self) -> str:
+        """The file: without a `test_file` both texts come from it."""
+        return str(Path(self.file).expanduser().absolute())
+
     def text(self, split: Split) -> Text:
         """One split's paragraphs; the calibration text leaves out what also stands in the test text."""
         versions = [_version(self.file), _version(self.test_file)]
@@ -203,6 +215,11 @@ class PydocText:
     """
 
     name: str
+
+    @property
+    def domain(self) -> str:
+        """The manual, of which both texts are parts."""
+        return "pydoc"
 
     def text(self, split: Split) -> Text:
         """The prose paragraphs of the split's topics."""

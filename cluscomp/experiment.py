@@ -23,6 +23,7 @@ from pydantic import ConfigDict, Field, InstanceOf, field_validator, model_valid
 from pydantic.dataclasses import dataclass
 
 from cluscomp import __version__
+from cluscomp.contamination import WORDS
 from cluscomp.costs import Machine
 from cluscomp.errors import InputError
 from cluscomp.files import held_alone
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from cluscomp.contamination import Seen
     from cluscomp.models import Original
     from cluscomp.plan import Plan
 
@@ -117,11 +119,12 @@ def run(experiment: Experiment) -> Outcome:
     with held_alone(cache, "model"):
         folder = experiment.model.folder(cache)
 
-    from cluscomp.models import Original, fingerprint
+    from cluscomp.models import fingerprint
+    from cluscomp.quantised import opened
     from cluscomp.tracking import NoTracker
 
     device, dtype = _device(experiment.device), _dtype(experiment)
-    original = Original(folder, dtype, device)
+    original = opened(folder, dtype, device, to_score=not experiment.order)
     root = {"model": fingerprint(folder), "dtype": str(dtype), "device": device.type, "format": _format()}
     runner = (_Runner if first else _Follower)(experiment, outputs, original)
     tracker = experiment.tracker if first else NoTracker()
@@ -163,10 +166,12 @@ def run(experiment: Experiment) -> Outcome:
 
 
 def foreseen(experiment: Experiment, cache: Path) -> "Plan | None":
-    """The plan of a run on this machine, in the log; None, with a line, for a model whose shapes are not at hand.
+    """The plan of a run on this machine, in the log; None, with a line, for a model of which too little is known.
 
     Raises InputError if a stage does not fit, unless `force`.
     """
+    from cluscomp.checkpoint import NAME
+    from cluscomp.models import quantizer
     from cluscomp.plan import plan
 
     device = _device(experiment.device)
@@ -174,6 +179,9 @@ def foreseen(experiment: Experiment, cache: Path) -> "Plan | None":
         config = experiment.model.outline(cache)
     except InputError as error:
         log.info("no plan: %s", error)
+        return None
+    if not experiment.order and quantizer(config) not in (None, NAME):
+        log.info("no plan: what layers of '%s' take is not known", quantizer(config))
         return None
     found = plan(experiment, config, _dtype(experiment), device.type)
     log.info("%s", found.table())
@@ -234,7 +242,7 @@ class _Runner:
     def __init__(self, experiment: Experiment, outputs: Path, original: "Original") -> None:
         self.experiment, self.outputs, self.original = experiment, outputs, original
         evaluate = experiment.evaluate
-        self.evaluation = [_key_settings(evaluate), evaluate.inputs(), original.device.type, _versions()]
+        self.evaluation = [_key_settings(evaluate), evaluate.inputs(), original.device.type, _versions(), WORDS]
         self.kept = outputs  # the folder for what the original predicts, once its key is known
 
     def folder(self, name: str, key: str) -> Path:
@@ -300,11 +308,13 @@ class _Runner:
             # The same model may have been reached under another name.
             return finished | {"scores": [row | {"after": name} for row in finished["scores"]]}
         with _measured() as cost:
+            seen = evaluate.contamination(self.original, self._seen(name))
             model = self._load(checkpoint)
             scores = [asdict(score) for score in evaluate.measure(model, self.original, name, self.kept)]
             asked, answers = evaluate.ask(model, self.original, name)
             scores += [asdict(score) for score in asked]
             sample = evaluate.sample(model, self.original, name)
+        scores = [row | {"seen": seen.get(row["dataset"], {})} for row in scores]
         if answers:
             write_answers(folder / ANSWERS, answers)
         metrics = cost | {"scores": scores, "sample": sample}
@@ -312,6 +322,15 @@ class _Runner:
             log.info("evaluate  %s after %s: %.3f on %s", row["metric"], name, row["value"], row["dataset"])
         write_sealed(folder / "metrics.json", metrics)
         return metrics
+
+    def _seen(self, name: str) -> "dict[str, Seen]":
+        """What the stages up to `name` learned from, of those that learned from text."""
+        order = ["original", *self.experiment.order]
+        found = {
+            stage: self.experiment.stages[stage].seen(self.original, self.experiment.seed)
+            for stage in order[1 : order.index(name) + 1]
+        }
+        return {stage: seen for stage, seen in found.items() if seen is not None}
 
     def _load(self, folder: Path | None) -> "PreTrainedModel":
         from cluscomp import checkpoint

@@ -60,6 +60,11 @@ class Instructions(Protocol):
 
     name: str
 
+    @property
+    def domain(self) -> str:
+        """The data set they come from; see `data.Source`."""
+        ...
+
     def fingerprint(self) -> str:
         """A hash of all examples. Raises InputError if they cannot be read."""
         ...
@@ -90,6 +95,11 @@ class Rows:
         """Raises ValueError unless there is a file or an id, and not both."""
         if (self.file is None) == (self.id is None):
             raise ValueError("give either instructions.file or instructions.id")
+
+    @property
+    def domain(self) -> str:
+        """The data set or the file."""
+        return str(self.id or self.file)
 
     def fingerprint(self) -> str:
         """A hash of format and rows."""
@@ -150,6 +160,11 @@ class Plain:
 
     name: str
     data: InstanceOf[Source]
+
+    @property
+    def domain(self) -> str:
+        """That of the text."""
+        return self.data.domain
 
     def fingerprint(self) -> str:
         """The hash of the text."""

@@ -36,6 +36,7 @@ class Original:
         """Read config, tokenizer and the list of tensors. Raises InputError if one of them cannot be used."""
         self.folder, self.dtype, self.device = folder, dtype, device
         self.config, self.tokenizer = read_config(folder), read_tokenizer(folder)
+        self._check_config()
         self._shards: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):
             try:
@@ -43,6 +44,9 @@ class Original:
                     self._shards |= dict.fromkeys(shard.keys(), path)
             except SafetensorError as error:
                 raise InputError(f"{path}: truncated, or not a safetensors file ({error})") from error
+
+    def _check_config(self) -> None:
+        check_dense(self.config)
 
     def model(self) -> PreTrainedModel:
         """The model with everything but its blocks loaded; the blocks' parameters are on the meta device.
@@ -143,9 +147,21 @@ def read_config(folder: Path) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, json.JSONDecodeError) as error:
         raise InputError(f"{folder}: {str(error).splitlines()[0]}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(f"{folder}: this model is already quantised; give the original in 16 or 32 bit")
     return config
+
+
+def quantizer(config: PreTrainedConfig) -> str | None:
+    """The name of what quantised a model ("cluscomp", "gptq", ...), or None for one in 16 or 32 bit."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    return str(found.get("quant_method") if isinstance(found, dict) else found.quant_method)
+
+
+def check_dense(config: PreTrainedConfig) -> None:
+    """Raise InputError for a model that is quantised: it can be scored, but not compressed."""
+    if quantizer(config) is not None:
+        raise InputError(f"{config.name_or_path}: this model is already quantised; give the original in 16 or 32 bit")
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -17,7 +17,8 @@ from cluscomp import checkpoint
 from cluscomp.blocks import Walk
 from cluscomp.budget import Size, size_of
 from cluscomp.costs import Cost, Work
-from cluscomp.models import blocks, check_supported, compressed, linears, unique_tensors
+from cluscomp.errors import InputError
+from cluscomp.models import blocks, check_supported, compressed, linears, quantizer, unique_tensors
 from cluscomp.steps import LOGITS, Steps
 
 TOKENS_OF_A_TEXT = 340_000  # assumed of a text that is not on this machine: WikiText-2's test set
@@ -39,10 +40,14 @@ class Outline:
     """
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: str) -> None:
-        """Raises InputError for a model that cannot be compressed."""
+        """Raises InputError for a model that cannot be compressed, and for one that another quantizer wrote."""
+        if quantizer(config) not in (None, checkpoint.NAME):
+            raise InputError(f"{config.name_or_path}: what layers of '{quantizer(config)}' take is not known")
         self.config, self.dtype, self.device = config, dtype, device
         of_file = getattr(config, "dtype", None) or torch.bfloat16  # before a model is made, which changes it
         of_file = getattr(torch, of_file) if isinstance(of_file, str) else of_file
+        if quantizer(config) is not None:
+            of_file = torch.bfloat16  # what our checkpoints keep is in 16 bits wherever these hold it
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
         check_supported(model)
@@ -59,6 +64,9 @@ class Outline:
         self.outside_numbers = sum(tensor.numel() for tensor in outside)
         self.largest_outside = max((tensor.numel() for tensor in outside), default=0)
         self.vocabulary = int(config.get_text_config().vocab_size)
+        self.exact = self.kept_bytes == 2 and quantizer(config) is None  # whether what is kept surely takes these bytes
+        if quantizer(config) is not None:
+            checkpoint.outline_layers(model, config.quantization_config["weights"], dtype)
 
     @property
     def block(self) -> nn.Module:
@@ -128,8 +136,6 @@ class Outline:
 
     def tokens(self, text: Callable[[], Any]) -> float:
         """About how many tokens a text has, at 4 characters each; assumed where it is not on this machine."""
-        from cluscomp.errors import InputError
-
         try:
             rows = text().rows
         except (InputError, OSError):

@@ -114,8 +114,11 @@ def largest(parts: dict[str, float]) -> str:
 
 def plan(experiment: Any, config: "PreTrainedConfig", dtype: "torch.dtype", device: str) -> Plan:
     """Fold the stages of an experiment over the outline of its model. Raises InputError for what cannot be planned."""
+    from cluscomp.models import check_dense
     from cluscomp.outline import Outline
 
+    if experiment.order:
+        check_dense(config)
     machine: Machine = experiment.machine
     can = limits(machine, device, Path(experiment.cache).expanduser())
     outline = Outline(config, dtype, device)
@@ -134,5 +137,5 @@ def plan(experiment: Any, config: "PreTrainedConfig", dtype: "torch.dtype", devi
         if name in experiment.measured:
             rows.append(row(f"evaluate {name}", experiment.evaluate.cost(outline)))
     stages = [experiment.stages[name] for name in experiment.order]
-    exact = all(getattr(stage, "exact", True) for stage in stages) and outline.kept_bytes == 2
+    exact = all(getattr(stage, "exact", True) for stage in stages) and outline.exact
     return Plan(rows, outline.size(), outline.checkpoint_bytes(), exact, can, machine.name)

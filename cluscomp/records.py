@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, field_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
 from cluscomp.errors import InputError
@@ -24,7 +24,10 @@ class Score:
     """One number with all that defines it.
 
     `after` is "original" or the stage after which it was measured; `n` counts what the metric averages over (tokens
-    for perplexity); `stderr` is the standard error of `value`; `protocol` is what `protocol()` returns.
+    for perplexity); `stderr` is the standard error of `value`; `protocol` is what `protocol()` returns. `seen` tells,
+    for each stage before that learned from text, its name (`text`), whether it is of the test text's own domain
+    (`in_domain`), and the share of the test text's 13-word sequences that stand in it (`overlap`). It says something
+    of the model, not of the measurement, so it is no part of the protocol.
     """
 
     after: str
@@ -34,6 +37,7 @@ class Score:
     stderr: float | None
     n: int
     protocol: dict[str, Any]
+    seen: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @field_validator("protocol")
     @classmethod

@@ -1,6 +1,7 @@
 """Records to tables; pure."""
 
 import math
+import re
 from typing import Any
 
 import pandas as pd
@@ -9,6 +10,13 @@ from cluscomp.errors import InputError
 from cluscomp.records import Record, Score, differences
 
 ORIGINAL = "original"
+PARTIAL, IN_DOMAIN, SEEN = "partial", "in-domain", "seen"
+_ACCURACY = re.compile(r"acc$|exact_match")
+MARKS = {
+    PARTIAL: "measured on the first windows or rows only (evaluate.limit, tasks.limit)",
+    IN_DOMAIN: "scored on the data set the model learned from; another one beside it: +data@evaluate.texts.NAME=NAME",
+    SEEN: "of the scored text, in sequences of 13 words, stands word for word in what the model learned from",
+}
 
 
 def scores(records: list[Record]) -> pd.DataFrame:
@@ -25,6 +33,8 @@ def scores(records: list[Record]) -> pd.DataFrame:
                 "stderr": score.stderr,
                 "n": score.n,
                 "partial": score.protocol.get("partial", False),
+                "in_domain": any(one["in_domain"] for one in score.seen.values()),
+                "overlap": max((one["overlap"] for one in score.seen.values()), default=0.0),
                 "protocol": score.protocol["hash"],
             }
             | sizes(record, score.after)
@@ -38,6 +48,20 @@ def sizes(record: Record, after: str) -> dict[str, Any]:
     """Bits per weight of the linears and of the model, and bytes of the weights, of the model after a stage."""
     size = record.size["original"] if after == ORIGINAL else record.stages[after]["size"]
     return {key: size[key] for key in ("linear_bits_per_weight", "model_bits_per_weight", "checkpoint_bytes")}
+
+
+def _marked(name: str, partial: bool, in_domain: bool, overlap: float) -> str:
+    """A data set's name with what has to be known of a score on it; `legend` tells what the words mean."""
+    share = f"{overlap:.1%}"
+    applies = {PARTIAL: partial, IN_DOMAIN: in_domain, f"{share} {SEEN}": share != "0.0%"}
+    marks = [mark for mark, whether in applies.items() if whether]
+    return f"{name} ({', '.join(marks)})" if marks else name
+
+
+def legend(table: pd.DataFrame) -> list[str]:
+    """A line for each mark that stands in a table."""
+    cells = " ".join([*map(str, table.columns), *table.astype(str).to_numpy().ravel()])
+    return [f"{mark}: {meaning}" for mark, meaning in MARKS.items() if re.search(rf"[(, ]{mark}[,)]", cells)]
 
 
 def stage_table(records: list[Record], metric: str = "perplexity", *, by_protocol: bool = False) -> pd.DataFrame:
@@ -68,11 +92,37 @@ def stage_table(records: list[Record], metric: str = "perplexity", *, by_protoco
             "bits per weight, model": rows["model_bits_per_weight"].map("{:.3f}".format),
             "weights, MB": (rows["checkpoint_bytes"] / 1e6).map("{:.1f}".format),
             **shown,
-            "data": rows["dataset"] + rows["partial"].map({True: " (partial)", False: ""}),
+            "data": [
+                _marked(*row) for row in zip(rows["dataset"], rows["partial"], rows["in_domain"], rows["overlap"])
+            ],
             metric: rows["value"].map("{:.2f}".format),
             "of the original's": [f"{ratio:.2f}x" if math.isfinite(ratio) else "-" for ratio in ratios],
         }
     )
+
+
+def task_table(records: list[Record]) -> pd.DataFrame:
+    """One row for each run and stage, a column for each task that was named, and for their mean; empty without tasks.
+
+    Of a task its accuracies are shown (acc, exact_match), of one without any all it has; of a group its own number.
+    Raises InputError as `stage_table`.
+    """
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in records:
+        asked = [score for score in record.scores if "task_hash" in score.protocol and score.metric != "flipped"]
+        tasks = record.config["evaluate"]["tasks"] if asked else {"names": [], "mean": None}
+        named = {*tasks["names"], tasks["mean"]}
+        if not {*tasks["names"]} <= {score.dataset for score in asked}:  # the name of a tag has no score
+            named |= {score.dataset for score in asked}
+        for score in asked:
+            accuracies = {one.metric for one in asked if one.dataset == score.dataset and _ACCURACY.match(one.metric)}
+            if score.dataset in named and (score.metric in accuracies or not accuracies):
+                check_protocols(records, score.metric, score.dataset)
+                name = _marked(f"{score.dataset} {score.metric}", score.protocol["partial"], in_domain=False, overlap=0)
+                error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
+                row = rows.setdefault((record.run["name"], score.after), {})
+                row[name] = f"{score.value:.3f}{error}"
+    return pd.DataFrame([{"run": run, "after": after} | row for (run, after), row in rows.items()]).fillna("-")
 
 
 def cost_table(records: list[Record]) -> pd.DataFrame:
@@ -114,11 +164,13 @@ def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
     return found
 
 
-def check_protocols(records: list[Record], metric: str) -> None:
-    """Raise InputError, with what each has, if scores of one data set do not share one protocol."""
+def check_protocols(records: list[Record], metric: str, dataset: str | None = None) -> None:
+    """Raise InputError, with what each has, if scores of one data set (of each, if null) do not share one protocol."""
     seen: dict[str, tuple[str, Score]] = {}
     for record in records:
-        for score in (score for score in record.scores if score.metric == metric):
+        for score in record.scores:
+            if score.metric != metric or dataset not in (None, score.dataset):
+                continue
             run, first = seen.setdefault(score.dataset, (record.run["name"], score))
             if first.protocol["hash"] != score.protocol["hash"]:
                 here, there = differences(score.protocol, first.protocol)

@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from cluscomp.errors import InputError
 from cluscomp.files import file_hash
+from cluscomp.records import content_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,17 +67,23 @@ class Tasks:
     data_root: str | None
 
     def check(self, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Load all tasks with their rows. Raises InputError for an unknown task, missing rows, or what is not there.
-
-        `folder` and `tokenizer` are the model's.
-        """
+        """Raise InputError if the tokenizer lacks what is asked of it; it and `folder` are the model's."""
         if not self.names:
             return
         if self.bos and tokenizer.bos_token_id is None:
             raise InputError(f"tasks.bos=true: the tokenizer of {folder} has no BOS token")
         if self.chat_template and not getattr(tokenizer, "chat_template", None):
             raise InputError(f"tasks.chat_template=true: the tokenizer of {folder} has no chat template")
-        self._load(_manager(self))
+
+    def rows(self) -> str:
+        """A hash of all rows that are asked or shown as examples, whichever way they come; a process reads them once.
+
+        Raises InputError for an unknown task, rows that are missing, or if lm-eval is not there.
+        """
+        name = repr(self)
+        if name not in _ROWS:
+            _ROWS[name] = content_key([_rows(task, self.shots) for task in _leaf_tasks(self._load(_manager(self)))])
+        return _ROWS[name]
 
     def describe(self) -> dict[str, Any]:
         """The settings that decide the scores, with the content of one's own task files in place of where they lie."""
@@ -122,6 +129,20 @@ class Tasks:
                 ) from error
             loaded += made if isinstance(made, list) else [made]
         return loaded
+
+
+_ROWS: dict[str, str] = {}
+
+
+def _leaf_tasks(loaded: list[Any]) -> list[Any]:
+    """The tasks among loaded tasks and groups, and in these."""
+    return [task for one in loaded for task in (one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one])]
+
+
+def _rows(task: Any, shots: int | None) -> list[Any]:
+    """Name and rows of a task, with those that its examples are drawn from if there are any."""
+    examples = shots if shots is not None else task.config.num_fewshot or 0
+    return [task.config.task, list(task.eval_docs), list(task.fewshot_docs()) if examples else []]
 
 
 def _manager(tasks: Tasks) -> Any:

@@ -29,6 +29,12 @@ NODES = {
     for path in sorted(CONF.rglob("*.yaml"))
     if "_target_" in (node := yaml.safe_load(path.read_text()))
 }
+VARIANTS = {  # choices that say only what is other than in another choice of their group
+    str(path.relative_to(CONF)): node
+    for group in {name.split("/")[0] for name in NODES}
+    for path in sorted((CONF / group).glob("*.yaml"))
+    if "_target_" not in (node := yaml.safe_load(path.read_text()))
+}
 GROUPS = sorted({name.split("/")[0] for name in NODES})
 METHODS = [name for name in NODES if name.startswith("method/")]
 STAGES = [name for name, node in NODES.items() if node["_target_"].startswith("cluscomp.stages.")]
@@ -49,6 +55,15 @@ def target(node: dict) -> type:
 def test_yaml_keys_are_the_fields_of_the_settings_class(name):
     keys = NODES[name].keys() - {"_target_", "defaults"}
     assert keys == {field.name for field in dataclasses.fields(target(NODES[name]))}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_sets_fields_of_the_choice_it_builds_on(name):
+    group, _, option = name.removesuffix(".yaml").partition("/")
+    (base,) = (entry for entry in VARIANTS[name]["defaults"] if isinstance(entry, str) and entry != "_self_")
+    whole, own = NODES[f"{group}/{base}.yaml"].keys(), VARIANTS[name].keys() - {"defaults"}
+    assert own < whole - {"_target_"}
+    assert composed("bits=3", f"{group}={option}").order == ["cluster"]
 
 
 @pytest.mark.parametrize("name", NODES)

@@ -141,17 +141,17 @@ def test_what_the_original_predicts_is_kept_and_a_damaged_part_made_anew(ground,
 def test_a_plain_model_is_scored_as_it_is(ground, tiny_folder, tmp_path):
     """With the scores that the original has in a run that goes on to compress it."""
     command = [
-        "model=hub", f"model.id={tiny_folder}", *SMALL[2:], f"data.file={ground / 'first.txt'}",
-        "method=cluscomp_data_free", "method.vector_dim=4", "method.codebook_size=16", f"outputs={tmp_path}",
+        "model=hub", f"model.id={tiny_folder}", *SMALL[2:], f"data.file={ground / 'first.txt'}", f"outputs={tmp_path}",
         f"cache={tmp_path / 'cache'}",
     ]  # fmt: skip
+    how = ["method=cluscomp_data_free", "method.vector_dim=4", "method.codebook_size=16"]
     outcome = pipeline(*command, "order=[evaluate]")
     record = read(outcome.path)
     assert outcome.checkpoint is None and record.stages == {} and record.config["order"] == []
     table = stage_table([record])
     assert list(table["after"]) == ["original"] and list(table["bits per weight, model"]) != ["16.000", "16.000"]
-    longer = read(pipeline(*command, "order=[cluster,evaluate]").path)
+    longer = read(pipeline(*command, *how, "order=[cluster,evaluate]").path)
     assert [row for row in longer.scores if row.after == "original"] == record.scores
     assert [row.after for row in longer.scores][-1] == "cluster"
     with pytest.raises(InputError, match=r"order.*order=\[evaluate\]"):
-        composed(*command, "order=[]")
+        composed(*command, *how, "order=[]")

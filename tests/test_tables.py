@@ -4,7 +4,7 @@ import pytest
 
 from cluscomp.errors import InputError
 from cluscomp.records import SCHEMA, Record, Score, protocol
-from cluscomp.tables import scores, settings_that_differ, sizes, stage_table
+from cluscomp.tables import legend, scores, settings_that_differ, sizes, stage_table, task_table
 
 
 def score(after: str, value: float, *, dataset: str = "pydoc", context: int = 512, partial: bool = False) -> Score:
@@ -67,6 +67,78 @@ def test_without_an_original_the_ratio_is_left_out():
 
 def test_partial_scores_say_so():
     assert list(stage_table([record(rows=[score("original", 20.0, partial=True)])])["data"]) == ["pydoc (partial)"]
+
+
+def seen(in_domain: bool, overlap: float) -> dict:
+    return {"cluster": {"text": "some text", "in_domain": in_domain, "overlap": overlap}}
+
+
+def test_scores_on_what_the_model_learned_from_say_so():
+    """Each mark has its line; the original, which has learned from nothing here, has none."""
+    rows = [
+        score("original", 20.0),
+        Score(**vars(score("cluster", 30.0)) | {"seen": seen(True, 0.0)}),
+        Score(**vars(score("tune", 25.0)) | {"seen": seen(True, 0.0123) | {"tune": seen(False, 0.5)["cluster"]}}),
+        score("original", 25.0, dataset="c4", partial=True),
+    ]
+    found = record(rows=rows)
+    table = stage_table([found])
+    assert list(table["data"]) == ["pydoc", "pydoc (in-domain)", "pydoc (in-domain, 50.0% seen)", "c4 (partial)"]
+    assert [line.partition(":")[0] for line in legend(table)] == ["partial", "in-domain", "seen"]
+    assert [line.partition(":")[0] for line in legend(table[:2])] == ["in-domain"] and legend(table[:1]) == []
+    assert list(scores([found])["in_domain"]) == [False, True, True, False]
+    assert list(scores([found])["overlap"]) == [0, 0, 0.5, 0]
+
+
+def asked(
+    after: str, task: str, metric: str, value: float, stderr: float | None = None, limit: int | None = 4
+) -> Score:
+    fields = protocol(task_hash="abc", limit=limit, partial=limit is not None)
+    return Score(after=after, metric=metric, dataset=task, value=value, stderr=stderr, n=4, protocol=fields)
+
+
+def with_tasks(names: list[str], mean: str | None, rows: list[Score], name: str = "run-a") -> Record:
+    made = record(name, [score("original", 20.0), *rows])
+    made.config["evaluate"] = {"tasks": {"names": names, "mean": mean}}
+    return made
+
+
+def test_the_task_table_by_hand():
+    """Of piqa the accuracy, of the group its own number and none of its parts, of word perplexity all there is."""
+    rows = [
+        asked("original", "piqa", "acc", 0.75, 0.25), asked("original", "piqa", "acc_norm", 0.5, 0.25),
+        asked("original", "mmlu_law", "acc", 0.125), asked("original", "mmlu", "acc", 0.25),
+        asked("original", "wikitext", "word_perplexity", 30.0, limit=None),
+        asked("original", "all", "acc", 0.5), asked("cluster", "piqa", "acc", 0.5),
+        asked("cluster", "piqa", "flipped", 0.5),
+    ]  # fmt: skip
+    table = task_table([with_tasks(["piqa", "mmlu", "wikitext"], "all", rows)])
+    assert table.to_dict("list") == {
+        "run": ["run-a", "run-a"],
+        "after": ["original", "cluster"],
+        "piqa acc (partial)": ["0.750 ± 0.250", "0.500"],
+        "mmlu acc (partial)": ["0.250", "-"],
+        "wikitext word_perplexity": ["30.000", "-"],
+        "all acc (partial)": ["0.500", "-"],
+    }
+    assert [line.partition(":")[0] for line in legend(table)] == ["partial"]
+    assert list(stage_table([with_tasks(["piqa"], None, rows)])["data"]) == ["pydoc"]  # perplexities alone
+
+
+def test_the_tasks_of_a_tag_are_shown_each():
+    rows = [asked("original", "arc_easy", "acc", 0.5), asked("original", "arc_challenge", "acc", 0.25)]
+    table = task_table([with_tasks(["ai2_arc"], None, rows)])
+    assert list(table.columns) == ["run", "after", "arc_easy acc (partial)", "arc_challenge acc (partial)"]
+    assert len(task_table([record()])) == 0
+
+
+def test_tasks_of_two_protocols_are_refused():
+    first, second = (
+        with_tasks(["piqa"], None, [asked("original", "piqa", "acc", 0.5, limit=limit)], f"run-{limit}")
+        for limit in (4, 8)
+    )
+    with pytest.raises(InputError, match="acc on piqa was measured under two protocols"):
+        task_table([first, second])
 
 
 def test_scores_are_tidy():

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,25 @@ def test_a_task_scores_what_its_likelihoods_say(mirror, tiny_folder):
     assert part.n == 5 and part.hash != found.hash and few.describe() != settings.describe()
 
 
+def test_rows_count_by_what_they_say_not_by_where_they_lie(mirror, tmp_path):
+    """The same rows elsewhere have the same hash; one other answer, or examples of another split, another."""
+    known = tasks(mirror).rows()
+    shutil.copytree(mirror / "hub", tmp_path / "hub")
+    assert tasks(mirror, data_root=str(tmp_path / "hub")).rows() == known
+    shutil.copytree(mirror / "hub", tmp_path / "other")
+    file = tmp_path / "other" / "org" / "colours" / "validation.jsonl"
+    lines = file.read_text().splitlines()
+    row = json.loads(lines[3])
+    file.write_text("\n".join([*lines[:3], json.dumps(row | {"answer": (row["answer"] + 1) % 3}), *lines[4:]]))
+    assert tasks(mirror, data_root=str(tmp_path / "other")).rows() != known
+    for name, rows in (("one", lines[:4]), ("two", lines[4:8])):
+        shutil.copytree(tmp_path / "hub", tmp_path / name)
+        (tmp_path / name / "org" / "colours" / "train.jsonl").write_text("\n".join(rows))
+    one, two = (tasks(mirror, data_root=str(tmp_path / name), shots=2).rows() for name in ("one", "two"))
+    assert len({one, two, known}) == 3
+    assert tasks(mirror, data_root=str(tmp_path / "one"), shots=0).rows() == known  # no examples, so they do not count
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -92,8 +112,10 @@ def test_a_task_scores_what_its_likelihoods_say(mirror, tiny_folder):
     ],
 )
 def test_what_cannot_be_asked_is_told_in_a_sentence(mirror, tiny_folder, changes, words):
+    settings = tasks(mirror, **changes)
     with pytest.raises(InputError) as caught:
-        tasks(mirror, **changes).check(tiny_folder, AutoTokenizer.from_pretrained(tiny_folder))
+        settings.check(tiny_folder, AutoTokenizer.from_pretrained(tiny_folder))
+        settings.rows()
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 

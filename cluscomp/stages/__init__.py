@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from cluscomp.contamination import Seen
     from cluscomp.costs import Cost
     from cluscomp.models import Original
     from cluscomp.outline import Outline
@@ -29,6 +30,10 @@ class Stage(Protocol):
 
     def inputs(self) -> dict[str, str]:
         """Hashes of what the stage reads besides model and settings (texts); part of its key."""
+        ...
+
+    def seen(self, original: "Original", seed: int) -> "Seen | None":
+        """What `run` learns from besides model and settings, or None if from nothing."""
         ...
 
     def idle(self) -> set[str]:

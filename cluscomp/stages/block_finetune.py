@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, InstanceOf
 from pydantic.dataclasses import dataclass
 
+from cluscomp.contamination import Seen
 from cluscomp.data import Source, calibration_windows
 from cluscomp.records import read_sealed, write_sealed
 
@@ -63,6 +64,11 @@ class BlockFinetune:
     def inputs(self) -> dict[str, str]:
         """The hash of the calibration text."""
         return {"calibration": self.data.text("calibration").sha256}
+
+    def seen(self, original: "Original", seed: int) -> Seen:
+        """The calibration windows."""
+        text = self.data.text("calibration")
+        return Seen(text.name, self.data.domain, self._windows(original, seed).tolist())
 
     def idle(self) -> set[str]:
         """Where the streams lie changes no result."""

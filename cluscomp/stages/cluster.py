@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, InstanceOf
 from pydantic.dataclasses import dataclass
 
+from cluscomp.contamination import Seen
 from cluscomp.data import Source, calibration_windows
 from cluscomp.errors import InputError
 from cluscomp.methods import Method
@@ -53,6 +54,13 @@ class Cluster:
     def inputs(self) -> dict[str, str]:
         """The hash of the calibration text, if the method looks at any."""
         return {"calibration": self.data.text("calibration").sha256} if self._calibrated else {}
+
+    def seen(self, original: "Original", seed: int) -> Seen | None:
+        """The calibration windows, if the method looks at any."""
+        if not self._calibrated:
+            return None
+        text = self.data.text("calibration")
+        return Seen(text.name, self.data.domain, self._windows(original, seed).tolist())
 
     def idle(self) -> set[str]:
         """The settings of calibration, if the method looks at no text."""

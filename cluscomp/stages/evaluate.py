@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ConfigDict, Field, InstanceOf
 from pydantic.dataclasses import dataclass
 
+from cluscomp.contamination import Seen, overlap
 from cluscomp.data import Source, test_windows
 from cluscomp.errors import InputError
 from cluscomp.records import content_key
@@ -54,8 +55,14 @@ class Evaluate:
             raise ValueError(f"texts: two of them are named '{twice}'")
 
     def inputs(self) -> dict[str, str]:
-        """The hashes of the test texts by name, and of what decides the tasks' scores if there are any."""
-        tasks = {"lm-eval tasks": content_key([self.tasks.describe(), lm_eval_version()])} if self.tasks.names else {}
+        """The hashes of the test texts by name, and of what decides the tasks' scores if there are any.
+
+        Raises InputError if the rows of one of them cannot be had.
+        """
+        tasks: dict[str, str] = {}
+        if self.tasks.names:
+            what = [self.tasks.describe(), self.tasks.rows(), lm_eval_version()]
+            tasks["lm-eval tasks"] = content_key(what)
         return tasks | {source.name: source.text("test").sha256 for source in self.texts.values()}
 
     def idle(self) -> set[str]:
@@ -150,6 +157,26 @@ class Evaluate:
             )
             for metric, mean in found.items()
         ]  # fmt: skip
+
+    def contamination(self, original: "Original", seen: dict[str, Seen]) -> dict[str, dict[str, Any]]:
+        """For each test text by name, and each stage that learned from text, what of the scored windows it had seen.
+
+        The fields are those of a score's `seen`.
+        """
+        decode = partial(original.tokenizer.batch_decode, clean_up_tokenization_spaces=False)
+        learned = {stage: decode(one.windows) for stage, one in seen.items()}
+        found: dict[str, dict[str, Any]] = {}
+        for source in self.texts.values() if seen else ():
+            parts = decode(self._windows(source, original).tolist())
+            found[source.name] = {
+                stage: {
+                    "text": one.text,
+                    "in_domain": one.domain == source.domain,
+                    "overlap": overlap(parts, learned[stage]),
+                }
+                for stage, one in seen.items()
+            }
+        return found
 
     def _reference(
         self, walk: "Walk", windows_WT: "Tensor", original: "Original", after: str, kept: Path

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, InstanceOf
 from pydantic.dataclasses import dataclass
 
+from cluscomp.contamination import Seen
 from cluscomp.errors import InputError
 from cluscomp.instructions import Encoded, Instructions, Tokens
 from cluscomp.steps import Steps
@@ -40,6 +41,12 @@ class _Task(Steps):
     def inputs(self) -> dict[str, str]:
         """The hash of the examples."""
         return {"instructions": self.instructions.fingerprint()}
+
+    def seen(self, original: "Original", seed: int) -> Seen:
+        """The examples it trains on."""
+        _, train, _ = self._examples(original, seed)
+        windows = list({id(one): one.ids for one in train}.values())  # each of them once
+        return Seen(self.instructions.name, self.instructions.domain, windows)
 
     def check(self, original: "Original") -> None:
         """Encode the examples. Raises InputError if they are too few, of another form, or too long for the model."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, InstanceOf
 from pydantic.dataclasses import dataclass
 
+from cluscomp.contamination import Seen
 from cluscomp.data import Source, calibration_windows, split, test_windows
 from cluscomp.steps import Steps, processes, rank
 
@@ -57,6 +58,11 @@ class Recover(Steps):
     def inputs(self) -> dict[str, str]:
         """The hash of the calibration text."""
         return {"calibration": self.data.text("calibration").sha256}
+
+    def seen(self, original: "Original", seed: int) -> Seen:
+        """The windows it trains on."""
+        text = self.data.text("calibration")
+        return Seen(text.name, self.data.domain, self._windows(original, seed)[0].tolist())
 
     def idle(self) -> set[str]:
         """How often the state is written, and how much is kept of a teacher that is not asked."""

@@ -1,0 +1,37 @@
+"""How much of a test text a model has seen before: sequences of words that stand in what it learned from, too."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+WORDS = 13  # of a sequence, as usual since GPT-3 (arXiv 2005.14165, appendix C)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a stage learned from: the text's name and domain, and its windows or examples as token ids.
+
+    Texts of one domain come from one data set (or pieces of it).
+    """
+
+    text: str
+    domain: str
+    windows: list[list[int]]
+
+
+def sequences(text: str) -> set[int]:
+    """Hashes of all runs of 13 words of a text; only letters and digits count, in lower case.
+
+    They differ between processes. A script that puts no spaces between words has hardly any.
+    """
+    words = re.findall(r"\w+", text.lower())
+    return {hash(run) for run in zip(*(words[start:] for start in range(WORDS)))}
+
+
+def overlap(test: Iterable[str], seen: Iterable[str]) -> float:
+    """The share of the test parts' sequences, each counted once, that stand in what was seen; 0 if there are none."""
+    wanted: set[int] = set().union(*map(sequences, test))
+    found: set[int] = set()
+    for part in seen:
+        found |= wanted & sequences(part)
+    return len(found) / len(wanted) if wanted else 0.0
