@@ -29,6 +29,7 @@ from cluscomp.errors import InputError
 from cluscomp.files import file_hash, new_file, new_folder
 from cluscomp.models import compressed, place, unique_tensors
 from cluscomp.records import to_json
+from cluscomp.uniform import UniformWeight
 from cluscomp.weights import CodebookWeight, CompressedLinear, storage_dtype
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ IN_A_FILE = {  # safetensors' names of types, in the order of their tensors in a
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
     torch.int8: "I8", torch.uint8: "U8",
 }  # fmt: skip
-WEIGHTS = {"codebook": CodebookWeight}  # the stored forms by their name in config.json
+WEIGHTS: dict[str, Any] = {"codebook": CodebookWeight, "uniform": UniformWeight}  # by their name in config.json
 
 
 @register_quantization_config(NAME)
@@ -138,7 +139,7 @@ def specs(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Kind and shapes of every stored weight of a model by layer name, as config.json holds them."""
     names = {kind: name for name, kind in WEIGHTS.items()}
     return {
-        name.removesuffix(adapters.BASE): {"kind": names[type(layer.stored)]} | layer.stored.spec()  # type: ignore[index, operator]
+        name.removesuffix(adapters.BASE): {"kind": names[type(layer.stored)]} | layer.stored.spec()  # type: ignore[operator]
         for name, layer in compressed(model).items()
     }
 
@@ -280,7 +281,8 @@ def build(spec: dict[str, Any]) -> nn.Module:
     kind = WEIGHTS.get(str(spec.get("kind")))
     if kind is None:
         raise ValueError(f"a stored weight of kind '{spec.get('kind')}'; this version knows {', '.join(WEIGHTS)}")
-    return kind.empty(**{key: value for key, value in spec.items() if key != "kind"})
+    stored: nn.Module = kind.empty(**{key: value for key, value in spec.items() if key != "kind"})
+    return stored
 
 
 def verify(folder: Path) -> dict[str, str]:

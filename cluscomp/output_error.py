@@ -17,6 +17,8 @@ from cluscomp.kernels.codebook import gradient, rebuild
 BATCH = 64  # inputs whose feedback is gathered before it reaches the rest of the weight
 
 Nearest = Callable[[Float[Tensor, "N D"], Float[Tensor, "K D"]], Int[Tensor, " N"]]
+Wanted = Callable[[int], Tensor]
+Choose = Callable[[int, Wanted, Tensor], Tensor]
 
 
 def output_error(error_OI: Float[Tensor, "O I"], moment_II: Float[Tensor, "I I"]) -> float:
@@ -30,39 +32,62 @@ def damped(moment_II: Float[Tensor, "I I"], damping: float) -> Float[Tensor, "I 
     return moment_II + torch.eye(len(moment_II), device=moment_II.device) * (damping * mean if mean else 1.0)
 
 
+def feedback(
+    weight_IO: Float[Tensor, "I O"], moment_II: Float[Tensor, "I I"], choose: Choose, *, step: int = 1
+) -> None:
+    """Have values chosen for a weight (I, O), `step` inputs at a time, each error handed on to the inputs to come.
+
+    The column rule of GPTQ (arXiv 2210.17323, Algorithm 1): after some inputs have their values, the best correction of
+    the others is taken from H's inverse. `moment_II` is positive definite (see `damped`). In turn
+    `choose(i, wanted, factor)` says what inputs i to i + step - 1 will be, (step, O): `wanted(j)` gives what is best
+    for inputs i to j - 1 after the corrections, (j - i, O). With all later inputs at their best, values v cost an
+    output |(w - v) factor^-1|^2, w being what is wanted of them; `factor` (step, step) is upper triangular.
+    """
+    inputs = len(weight_IO)
+    # the rows of the inverse's Cholesky factor are what is left of the inverse when the inputs before are fixed
+    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(moment_II.double()))
+    factor_II = torch.linalg.cholesky(inverse_II, upper=True).to(weight_IO.dtype)
+    left_IO = weight_IO.clone()
+    batch = max(BATCH // step, 1) * step
+    for start in range(0, inputs, batch):
+        end = min(start + batch, inputs)
+        errors_IO = torch.zeros_like(left_IO[start:end])
+        for i in range(start, end, step):
+            stop = min(i + step, end)
+
+            def wanted(j: int, i: int = i, start: int = start, errors_IO: Tensor = errors_IO) -> Tensor:
+                corrections_IO: Tensor = factor_II[start:i, i:j].T @ errors_IO[: i - start]
+                return left_IO[i:j] - corrections_IO
+
+            factor_DD = factor_II[i:stop, i:stop]
+            error_DO = wanted(stop) - choose(i, wanted, factor_DD)
+            errors_IO[i - start : stop - start] = torch.linalg.solve_triangular(factor_DD.T, error_DO, upper=False)
+        left_IO[end:] -= factor_II[start:end, end:].T @ errors_IO
+
+
 def feedback_codes(
     weight_IO: Float[Tensor, "I O"],
     centroids_KD: Float[Tensor, "K D"],
     moment_II: Float[Tensor, "I I"],
     nearest: Nearest,
 ) -> Int[Tensor, "I G"]:
-    """Codes (I, ceil(O / D)) chosen input by input, each error handed on to the inputs still to come.
+    """Codes (I, ceil(O / D)) of axis "out" chosen by `feedback`, a vector of the codebook for D outputs of an input.
 
-    The column rule of GPTQ (arXiv 2210.17323, Algorithm 1), with a vector of the codebook in the place of a rounded
-    number: after input i is coded, the best correction of the others is taken from H's inverse. Inputs come in the
-    order of falling mean square. `moment_II` is positive definite (see `damped`), `nearest` gives each row's centroid.
+    Inputs come in the order of falling mean square. `moment_II` is positive definite (see `damped`), `nearest` gives
+    each row's centroid.
     """
     inputs, outputs = weight_IO.shape
     dim = centroids_KD.shape[1]
     order_I = moment_II.diagonal().argsort(descending=True, stable=True)
-    # the rows of the inverse's Cholesky factor are what is left of the inverse when the inputs before are fixed
-    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(moment_II[order_I][:, order_I].double()))
-    factor_II = torch.linalg.cholesky(inverse_II, upper=True).to(weight_IO.dtype)
-    left_IO = torch.nn.functional.pad(weight_IO[order_I], (0, -outputs % dim))
-    codes_IG = torch.empty(inputs, left_IO.shape[1] // dim, dtype=torch.int32, device=weight_IO.device)
-    for start in range(0, inputs, BATCH):
-        end = min(start + BATCH, inputs)
-        errors_IO = torch.zeros_like(left_IO[start:end])
-        for i in range(start, end):
-            wanted_O = left_IO[i] - factor_II[start:i, i] @ errors_IO[: i - start]
-            codes_IG[i] = nearest(wanted_O.view(-1, dim), centroids_KD)
-            error_O = torch.sub(wanted_O, centroids_KD[codes_IG[i].long()].flatten(), out=errors_IO[i - start])
-            error_O /= factor_II[i, i]
-            error_O[outputs:] = 0  # of the padding
-        left_IO[end:] -= factor_II[start:end, end:].T @ errors_IO
-    codes = torch.empty_like(codes_IG)
-    codes[order_I] = codes_IG
-    return codes
+    codes_IG = torch.empty(inputs, -(-outputs // dim), dtype=torch.int32, device=weight_IO.device)
+
+    def choose(i: int, wanted: Wanted, _factor: Tensor) -> Tensor:
+        vectors_GD = torch.nn.functional.pad(wanted(i + 1)[0], (0, -outputs % dim)).view(-1, dim)
+        codes_IG[order_I[i]] = codes_G = nearest(vectors_GD, centroids_KD)
+        return centroids_KD[codes_G.long()].flatten()[None, :outputs]
+
+    feedback(weight_IO[order_I], moment_II[order_I][:, order_I], choose)
+    return codes_IG
 
 
 def descend_codes(

@@ -128,14 +128,14 @@ class GgufModel:
         target = cache / f"gguf-{file_hash(path)[:16]}"
         if not (target / "gguf.json").is_file():
             try:
-                quantised = _quantised_types(path)
+                quantised = _types_in(path)
             except (ValueError, IndexError, KeyError, OverflowError) as error:
                 raise InputError(f"model.file={path}: truncated, or not a GGUF file ({error})") from error
             log.info("converting %s into %s", path.name, target)
             with new_folder(target) as unfinished:
                 _convert_gguf(path, unfinished)
                 (unfinished / "gguf.json").write_text(json.dumps({"quantised": quantised}) + "\n")
-        quantised = json.loads((target / "gguf.json").read_text())["quantised"]
+        quantised = quantised_types(target)
         if quantised:
             log.warning(
                 "%s: its weights are already quantised (%s): they lie on that grid, so scores at a similar number "
@@ -238,7 +238,13 @@ def _config_of(key: str, values: dict[str, Any]) -> "PreTrainedConfig":
     return config
 
 
-def _quantised_types(path: Path) -> list[str]:
+def quantised_types(folder: Path) -> list[str]:
+    """The quantised types of the GGUF file that a model's folder was made from; none for other folders."""
+    marked = folder / "gguf.json"
+    return list(json.loads(marked.read_text())["quantised"]) if marked.is_file() else []
+
+
+def _types_in(path: Path) -> list[str]:
     """Names of the quantised types of the file's matrices. Raises ValueError and the like on a damaged file."""
     from gguf import GGMLQuantizationType, GGUFReader
 

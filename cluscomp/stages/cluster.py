@@ -10,6 +10,7 @@ from cluscomp.contamination import Seen
 from cluscomp.data import Source, calibration_windows
 from cluscomp.errors import InputError
 from cluscomp.methods import Method
+from cluscomp.sources import quantised_types
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +69,9 @@ class Cluster:
 
     def check(self, original: "Original") -> None:
         """Ask the method about every linear layer's shape, and cut windows. Raises InputError that names the layer."""
-        self._check_shapes(original.model())
+        model = original.model()
+        self._check_shapes(model)
+        self._check_grids(model, quantised_types(original.folder))
         if self._calibrated:
             original.check_length("cluster.length", self.length)
             self._windows(original, seed=0)
@@ -83,6 +86,29 @@ class Cluster:
                     self.method.check(dense.out_features, dense.in_features)
                 except ValueError as error:
                     raise InputError(f"{name}.{layer}: {error}") from error
+
+    def _check_grids(self, model: "PreTrainedModel", origin: list[str]) -> None:
+        """Raise InputError for 4 bits in groups of 32 or a divisor if the original comes from such a file (GGUF's Q4).
+
+        Its weights lie on that grid, so next to nothing would be lost, and the score say nothing about the method.
+        """
+        import torch
+
+        from cluscomp.models import block_names, blocks, linears
+        from cluscomp.uniform import UniformWeight
+
+        if not any(kind.startswith("Q4") for kind in origin):
+            return
+        for name, block in zip(block_names(model), blocks(model)):
+            for layer, dense in linears(block).items():
+                with torch.device("meta"):
+                    stored = self.method.outline(dense.out_features, dense.in_features)
+                if isinstance(stored, UniformWeight) and stored.lies_on(width=4, group=32):
+                    raise InputError(
+                        f"{name}.{layer}: 4 bits in {stored.scales.shape[1]} groups of its {stored.in_features} inputs "
+                        f"would be void: the original comes from a file of 4 bits in groups of 32 "
+                        f"({', '.join(origin)}), and lies on that grid. Take other bits, or method.group=64"
+                    )
 
     def _windows(self, original: "Original", seed: int) -> "np.ndarray":
         text = self.data.text("calibration")

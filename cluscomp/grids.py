@@ -1,0 +1,96 @@
+"""Width and groups of a uniform grid for a limit of stored bits; torch is not needed to check settings."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from cluscomp.uniform import UniformWeight
+
+SCALE_BITS = 16  # of a group's scale, and of an input's
+MAX_WIDTH = 8
+
+
+class Grid(NamedTuple):
+    """Bits of a number, groups of inputs that each output has, whether its groups have no zero, the stored bits."""
+
+    width: int
+    groups: int
+    symmetric: bool
+    bits: int
+
+
+def check_choice(bits: float | None, width: int | None, group: int | None) -> None:
+    """Raise ValueError unless either `bits` or `width` is given; `group` goes with `width`."""
+    if bits is None and width is None:
+        raise ValueError("give bits=3 (any number from 1 to 8), or method.width and, if not a whole row, method.group")
+    if bits is not None and (width, group) != (None, None):
+        raise ValueError(
+            f"bits={bits} chooses method.width and method.group for each matrix, so they cannot be given too "
+            f"(here {width} and {group})"
+        )
+
+
+def stored_bits(
+    out_features: int, in_features: int, width: int, groups: int, *, symmetric: bool, scaled_inputs: bool = False
+) -> int:
+    """Bits of a uniform weight as stored: numbers, scales, zeros, padding (see `uniform.UniformWeight`)."""
+    from cluscomp.kernels.codes import packed_bytes
+
+    zeros = 0 if symmetric else packed_bytes(out_features * groups, width) * 8
+    scales = SCALE_BITS * (out_features * groups + (in_features if scaled_inputs else 0))
+    return packed_bytes(out_features * in_features, width) * 8 + scales + zeros
+
+
+def grid_of(
+    out_features: int,
+    in_features: int,
+    *,
+    bits: float | None,
+    width: int | None,
+    group: int | None,
+    symmetric: bool,
+    scaled_inputs: bool = False,
+) -> Grid:
+    """The grid for a weight (O, I): the one given by hand, or the best whose stored bits stay at or under `bits`.
+
+    By hand at most `group` inputs share a scale (null: all of an output). With `bits` the width is the largest that
+    leaves room for one group an output (more values beat smaller groups), then there are as many groups as fit. A group
+    costs 16 bits and, if not symmetric, `width`: so what is stored lies at most (16 + width) / I bits per weight under
+    the limit, and whole limits are met one bit lower: at bits=3 numbers of 2 bits in groups of 18, or symmetric of 16.
+    Numbers of 1 bit are always symmetric. Raises ValueError if nothing fits.
+    """
+
+    def grid(width: int, groups: int) -> Grid:
+        even = symmetric or width == 1
+        size = stored_bits(out_features, in_features, width, groups, symmetric=even, scaled_inputs=scaled_inputs)
+        return Grid(width, groups, even, size)
+
+    if bits is None:
+        assert width is not None  # check_choice
+        return grid(width, 1 if group is None else -(-in_features // group))
+    limit = bits * out_features * in_features
+    for tried in range(MAX_WIDTH, 0, -1):
+        one = grid(tried, 1)
+        if one.bits <= limit:
+            each = SCALE_BITS + (0 if one.symmetric else tried)
+            groups = min(1 + int((limit - one.bits) // (each * out_features)), in_features)
+            while grid(tried, groups).bits > limit:  # padding
+                groups -= 1
+            return grid(tried, groups)
+    raise ValueError(
+        f"bits={bits} is out of reach for a {out_features} x {in_features} matrix: "
+        f"the least is {one.bits / (out_features * in_features):.3f}, with method.width=1 and one scale a row"
+    )
+
+
+def outline(out_features: int, in_features: int, grid: Grid, *, scaled_inputs: bool = False) -> "UniformWeight":
+    """The stored form of a grid, empty, on the default device."""
+    from cluscomp.uniform import UniformWeight
+
+    return UniformWeight.empty(
+        out_features=out_features,
+        in_features=in_features,
+        width=grid.width,
+        groups=grid.groups,
+        symmetric=grid.symmetric,
+        scaled_inputs=scaled_inputs,
+    )

@@ -1,0 +1,154 @@
+"""AWQ: inputs that are large on calibration text get finer steps, by a scale of their own (arXiv 2306.00978)."""
+
+from typing import TYPE_CHECKING
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from cluscomp.costs import Work
+    from cluscomp.grids import Grid
+    from cluscomp.moments import SecondMoment
+    from cluscomp.uniform import UniformWeight
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class Awq:
+    """Multiply each input's weights by s = (its mean size)^a, round to uniform grids, and divide by s again.
+
+    Either `bits` is given, the most bits per weight that may be stored, and width and groups are chosen for each matrix
+    (`cluscomp.grids.grid_of` says which limits can be met); or `width`, and `group`, the most inputs that share a scale
+    (null: all of an output). `symmetric`: no zero is stored, and the grid is the same on both sides of 0.
+
+    a is the best of 0, 1/`steps`, 2/`steps`, ... below 1; then each group's grid is narrowed by 5 % as often as helps,
+    `clip` - 1 times at most (0: not at all). The error that counts is that of the layer's output. Unlike the authors',
+    which folds s into the norm before (so layers that share an input share s, and the error is their parent's), ours is
+    each layer's own and stored with its weight in 16 bits an input: no architecture has to be known, and it counts.
+    """
+
+    bits: float | None = Field(ge=1, le=8)
+    width: int | None = Field(ge=1, le=8)
+    group: int | None = Field(ge=1)
+    symmetric: bool
+    steps: int = Field(ge=1)
+    clip: int = Field(ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _either_bits_or_width(self) -> "Awq":
+        from cluscomp.grids import check_choice
+
+        check_choice(self.bits, self.width, self.group)
+        return self
+
+    @property
+    def exact(self) -> bool:
+        """Always: shapes alone decide."""
+        return True
+
+    def _grid(self, out_features: int, in_features: int) -> "Grid":
+        from cluscomp.grids import grid_of
+
+        return grid_of(
+            out_features,
+            in_features,
+            bits=self.bits,
+            width=self.width,
+            group=self.group,
+            symmetric=self.symmetric,
+            scaled_inputs=True,
+        )
+
+    def check(self, out_features: int, in_features: int) -> None:
+        """Whether some grid meets the limit; see `Method.check`."""
+        self._grid(out_features, in_features)
+
+    def outline(self, out_features: int, in_features: int) -> "UniformWeight":
+        """The stored form; see `Method.outline`."""
+        from cluscomp.grids import outline
+
+        return outline(out_features, in_features, self._grid(out_features, in_features), scaled_inputs=True)
+
+    def work(self, out_features: int, in_features: int) -> "Work":
+        """Rounding and the output's error for each a, and within the groups for each clip; see `Method.work`."""
+        from cluscomp.costs import Work
+
+        numbers = float(out_features * in_features)
+        width = in_features / self._grid(out_features, in_features).groups
+        flops = 2.0 * numbers * (in_features * self.steps + width * self.clip)
+        return Work(flops=flops, traffic=60.0 * numbers * (self.steps + self.clip))
+
+    def scratch(self, out_features: int, in_features: int) -> float:
+        """The scaled weight, scales and zeros spread over it, its errors twice; see `Method.scratch`."""
+        return 40.0 * out_features * in_features
+
+    def statistic(self) -> "SecondMoment":
+        """The second moment of the inputs, and their mean size; see `Method.statistic`."""
+        from cluscomp.moments import SecondMoment
+
+        return SecondMoment(full=True)
+
+    def compress(
+        self,
+        weight_OI: "Tensor",
+        statistic: "SecondMoment | None",
+        generator: "torch.Generator",  # noqa: ARG002
+    ) -> "UniformWeight":
+        """Round a weight (O, I) with scaled inputs; see `Method.compress`."""
+        from cluscomp.output_error import output_error
+        from cluscomp.uniform import UniformWeight, grids_for, in_16_bits, nearest, spread
+
+        assert statistic is not None  # statistic() gave one
+        grid, inputs = self._grid(*weight_OI.shape), weight_OI.shape[1]
+        moment_II, size_I = statistic.matrix_II, statistic.magnitude_I.clamp(min=1e-4)
+        best = None
+        for step in range(self.steps):
+            scale_I = size_I ** (step / self.steps)
+            scale_I = scale_I / (scale_I.max() * scale_I.min()).sqrt()
+            inverse_I = in_16_bits(1 / scale_I).float()
+            scaled_OI = weight_OI / inverse_I
+            scales_OG, zeros_OG = grids_for(scaled_OI, grid.width, grid.groups, symmetric=grid.symmetric)
+            error_OI = self._error(scaled_OI, spread(scales_OG, inputs), spread(zeros_OG, inputs), grid.width)
+            error = output_error(error_OI * inverse_I, moment_II)
+            if best is None or error < best[0]:
+                best = error, inverse_I, scales_OG, zeros_OG
+        assert best is not None  # steps >= 1
+        _, inverse_I, scales_OG, zeros_OG = best
+        scaled_OI = weight_OI / inverse_I
+        if self.clip:
+            scaled_II = moment_II * inverse_I * inverse_I[:, None]
+            scales_OG, zeros_OG = self._clipped(scaled_OI, scaled_II, grid)
+        codes_OI = nearest(scaled_OI, spread(scales_OG, inputs), spread(zeros_OG, inputs), grid.width)
+        zeros = None if grid.symmetric else zeros_OG.int()
+        return UniformWeight.from_codes(codes_OI, scales_OG, zeros, grid.width, inverse_I)
+
+    def _clipped(self, weight_OI: "Tensor", moment_II: "Tensor", grid: "Grid") -> "tuple[Tensor, Tensor]":
+        """Scales and zeros (O, G) of each group (O, C) narrowed as its part of the output's error likes best."""
+        import torch
+
+        from cluscomp.uniform import bounds, grid_for
+
+        scales, zeros = [], []
+        for group in bounds(weight_OI.shape[1], grid.groups):
+            weight_OC, moment_CC = weight_OI[:, group], moment_II[group, group]
+            least_O = torch.full_like(weight_OC[:, 0], torch.inf)
+            best_O, best_zero_O = torch.zeros_like(least_O), torch.zeros_like(least_O)
+            for narrower in range(self.clip):
+                shrink = 1 - 0.05 * narrower
+                scale_O, zero_O = grid_for(weight_OC, grid.width, symmetric=grid.symmetric, shrink=shrink)
+                error_OC = self._error(weight_OC, scale_O[:, None], zero_O[:, None], grid.width)
+                error_O = ((error_OC @ moment_CC) * error_OC).sum(1)
+                better_O = error_O < least_O
+                best_O, best_zero_O = torch.where(better_O, scale_O, best_O), torch.where(better_O, zero_O, best_zero_O)
+                least_O = torch.minimum(error_O, least_O)
+            scales.append(best_O)
+            zeros.append(best_zero_O)
+        return torch.stack(scales, 1), torch.stack(zeros, 1)
+
+    def _error(self, weight: "Tensor", scale: "Tensor", zero: "Tensor", width: int) -> "Tensor":
+        """Values of the grid less the weights they stand for; all of one shape, or spread to it."""
+        from cluscomp.uniform import nearest
+
+        return (nearest(weight, scale, zero, width) - zero) * scale - weight

@@ -1,0 +1,128 @@
+"""GPTQ: rounding input by input, each error handed on to the inputs still to come (arXiv 2210.17323)."""
+
+from typing import TYPE_CHECKING
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from cluscomp.costs import Work
+    from cluscomp.grids import Grid
+    from cluscomp.moments import SecondMoment
+    from cluscomp.output_error import Wanted
+    from cluscomp.uniform import UniformWeight
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class Gptq:
+    """Round to uniform grids, and correct the inputs still to come by what their second moment says of each error.
+
+    Either `bits` is given, the most bits per weight that may be stored, and width and groups are chosen for each matrix
+    (`cluscomp.grids.grid_of` says which limits can be met); or `width`, and `group`, the most inputs that share a scale
+    (null: all of an output). `symmetric`: no zero is stored, and the grid is the same on both sides of 0.
+
+    `act_order`: inputs come in the order of falling mean square. `static_groups`: all grids are those of the weights as
+    they were; else a group's grid is taken when its first input comes, from its weights as corrected by then (also by
+    errors of the present batch of inputs, which the authors' code leaves out). With `act_order` groups must be static:
+    others would have to be stored in another order. `damping` is added to the diagonal of the second moment, as a share
+    of its mean. What the blocks before hand on is the stage's to say: the authors' is `cluster.prefix=compressed`.
+    An input that no calibration token uses keeps its weights, rounded (the authors set them to 0).
+    """
+
+    bits: float | None = Field(ge=1, le=8)
+    width: int | None = Field(ge=1, le=8)
+    group: int | None = Field(ge=1)
+    symmetric: bool
+    act_order: bool
+    static_groups: bool
+    damping: float = Field(gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Gptq":
+        from cluscomp.grids import check_choice
+
+        check_choice(self.bits, self.width, self.group)
+        if self.act_order and not self.static_groups:
+            raise ValueError("method.act_order=true needs method.static_groups=true")
+        return self
+
+    @property
+    def exact(self) -> bool:
+        """Always: shapes alone decide."""
+        return True
+
+    def _grid(self, out_features: int, in_features: int) -> "Grid":
+        from cluscomp.grids import grid_of
+
+        return grid_of(
+            out_features, in_features, bits=self.bits, width=self.width, group=self.group, symmetric=self.symmetric
+        )
+
+    def check(self, out_features: int, in_features: int) -> None:
+        """Whether some grid meets the limit; see `Method.check`."""
+        self._grid(out_features, in_features)
+
+    def outline(self, out_features: int, in_features: int) -> "UniformWeight":
+        """The stored form; see `Method.outline`."""
+        from cluscomp.grids import outline
+
+        return outline(out_features, in_features, self._grid(out_features, in_features))
+
+    def work(self, out_features: int, in_features: int) -> "Work":
+        """The inverse of the second moment and the corrections; see `Method.work`."""
+        from cluscomp.costs import Work
+
+        numbers = float(out_features * in_features)
+        return Work(flops=2.0 * in_features**3 + 2.0 * in_features * numbers, traffic=120.0 * numbers)
+
+    def scratch(self, out_features: int, in_features: int) -> float:
+        """The weight with its corrections, its numbers, the inverse in 64 bits; see `Method.scratch`."""
+        return 24.0 * out_features * in_features + 24.0 * in_features**2
+
+    def statistic(self) -> "SecondMoment":
+        """The second moment of the inputs; see `Method.statistic`."""
+        from cluscomp.moments import SecondMoment
+
+        return SecondMoment(full=True)
+
+    def compress(
+        self,
+        weight_OI: "Tensor",
+        statistic: "SecondMoment | None",
+        generator: "torch.Generator",  # noqa: ARG002
+    ) -> "UniformWeight":
+        """Round a weight (O, I) with error feedback; see `Method.compress`."""
+        import torch
+
+        from cluscomp.output_error import damped, feedback
+        from cluscomp.uniform import UniformWeight, bounds, grid_for, grids_for, nearest
+
+        assert statistic is not None  # statistic() gave one
+        grid, inputs = self._grid(*weight_OI.shape), weight_OI.shape[1]
+        moment_II = damped(statistic.matrix_II, self.damping)
+        scales_OG, zeros_OG = grids_for(weight_OI, grid.width, grid.groups, symmetric=grid.symmetric)
+        groups = bounds(inputs, grid.groups)
+        group_of = [number for number, group in enumerate(groups) for _ in range(group.start, group.stop)]
+        order_I = torch.arange(inputs, device=weight_OI.device)
+        if self.act_order:
+            order_I = moment_II.diagonal().argsort(descending=True, stable=True)
+        order = order_I.tolist()
+        codes_IO = torch.empty(inputs, len(weight_OI), dtype=torch.int32, device=weight_OI.device)
+
+        def choose(i: int, wanted: "Wanted", _factor: "Tensor") -> "Tensor":
+            column, number = order[i], group_of[order[i]]
+            if not self.static_groups and column == groups[number].start:
+                scales_OG[:, number], zeros_OG[:, number] = grid_for(
+                    wanted(groups[number].stop).T, grid.width, symmetric=grid.symmetric
+                )
+            scale_O, zero_O = scales_OG[:, number], zeros_OG[:, number]
+            codes_IO[column] = codes_O = nearest(wanted(i + 1)[0], scale_O, zero_O, grid.width)
+            return ((codes_O - zero_O) * scale_O)[None]
+
+        feedback(weight_OI.T[order_I].contiguous(), moment_II[order_I][:, order_I], choose)
+        return UniformWeight.from_codes(
+            codes_IO.T.contiguous(), scales_OG, None if grid.symmetric else zeros_OG.int(), grid.width
+        )

@@ -1,0 +1,232 @@
+"""Weights as whole numbers of a few bits on uniform grids: what round-to-nearest, GPTQ and AWQ store."""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from cluscomp.kernels.codes import pack, packed_bytes, unpack
+
+MOST = 65_504.0  # of a 16-bit float
+
+
+class UniformWeight(nn.Module):
+    """A weight as whole numbers q of 1 to 8 bits: scale (q - zero), with a scale and a zero for each group of inputs.
+
+    Stored: `codes`, uint8, the numbers of (O, I) packed at `width` bits each (kernels/codes.py); `scales` (O, G)
+    float16; unless symmetric `zeros`, uint8, whole numbers of (O, G) packed likewise; and for methods that scale inputs
+    `inputs` (I,) float16, by which the columns are multiplied. An output's inputs are cut into G neighbouring groups as
+    equal as can be. A symmetric grid has its zero at 2^(width - 1), the one of 1 bit between its two values. To be
+    trained the scales are made float32 masters (`loosen`; EfficientQAT, arXiv 2407.11062, trains them likewise).
+    """
+
+    codes: Tensor
+    zeros: Tensor | None
+    inputs: Tensor | None
+
+    def __init__(
+        self,
+        codes: UInt8[Tensor, " bytes"],
+        scales: Float[Tensor, "O G"],
+        zeros: UInt8[Tensor, " zero_bytes"] | None = None,
+        inputs: Float[Tensor, " I"] | None = None,
+        *,
+        out_features: int,
+        in_features: int,
+        width: int,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features, self.width = out_features, in_features, width
+        self.register_buffer("codes", codes)
+        self.scales = nn.Parameter(scales, requires_grad=scales.is_floating_point())
+        self.register_buffer("zeros", zeros)
+        self.register_buffer("inputs", inputs)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes_OI: Int[Tensor, "O I"],
+        scales_OG: Float[Tensor, "O G"],
+        zeros_OG: Tensor | None,
+        width: int,
+        inputs_I: Float[Tensor, " I"] | None = None,
+    ) -> "UniformWeight":
+        """Build from numbers (O, I), scales (O, G), zeros (O, G) or None if symmetric; scales are rounded.
+
+        Raises ValueError if a scale is not finite or does not fit a 16-bit float.
+        """
+        return cls(
+            pack(codes_OI.flatten(), width),
+            in_16_bits(scales_OG),
+            None if zeros_OG is None else pack(zeros_OG.flatten(), width),
+            None if inputs_I is None else in_16_bits(inputs_I),
+            out_features=codes_OI.shape[0],
+            in_features=codes_OI.shape[1],
+            width=width,
+        )
+
+    @classmethod
+    def empty(
+        cls, *, out_features: int, in_features: int, width: int, groups: int, symmetric: bool, scaled_inputs: bool
+    ) -> "UniformWeight":
+        """A module of the given shapes with undefined content, on the default device; to be loaded into."""
+        return cls(
+            torch.empty(packed_bytes(out_features * in_features, width), dtype=torch.uint8),
+            torch.empty(out_features, groups, dtype=torch.float16),
+            None if symmetric else torch.empty(packed_bytes(out_features * groups, width), dtype=torch.uint8),
+            torch.empty(in_features, dtype=torch.float16) if scaled_inputs else None,
+            out_features=out_features,
+            in_features=in_features,
+            width=width,
+        )
+
+    def unpacked(self) -> Int[Tensor, "O I"]:
+        """The numbers as int32 (O, I)."""
+        return unpack(self.codes, self.width, self.out_features * self.in_features).view(-1, self.in_features)
+
+    def offsets(self) -> Float[Tensor, "O G"]:
+        """The zeros (O, G); all groups of a symmetric grid have one."""
+        if self.zeros is None:
+            return torch.full_like(self.scales, middle(self.width), dtype=torch.float32, requires_grad=False)
+        return unpack(self.zeros, self.width, self.scales.numel()).view(self.scales.shape).float()
+
+    def loosen(self) -> None:
+        """Make the scales float32 masters that can be trained."""
+        self.scales.data = self.scales.detach().float().clone()
+        self.scales.requires_grad_(True)
+
+    def settle(self) -> None:
+        """Round the scales to 16 bits. Raises ValueError if one is not finite or does not fit."""
+        self.scales.requires_grad_(False)
+        self.scales.grad = None
+        self.scales.data = in_16_bits(self.scales.data)
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take back the scales of a `state_dict` made before `loosen`."""
+        self.scales.requires_grad_(False)
+        self.scales.grad = None
+        self.scales.data = state["scales"]
+
+    def tiles(self) -> list[slice]:
+        """One: the weight is rebuilt as a whole."""
+        return [slice(0, self.in_features)]
+
+    def forward(self, dtype: torch.dtype, inputs: slice | None = None) -> Float[Tensor, "O I"]:  # noqa: ARG002
+        """The dense weight (O, I) in `dtype`, made in float32; `inputs` is all of them (see `tiles`)."""
+        steps_OI = self.unpacked() - spread(self.offsets(), self.in_features)
+        dense_OI = steps_OI * spread(self.scales.float(), self.in_features)
+        return (dense_OI if self.inputs is None else dense_OI * self.inputs.float()).to(dtype)
+
+    def product(self, x_BI: Float[Tensor, "B I"]) -> None:  # noqa: ARG002
+        """None: rebuilding the dense weight (O, I) is the only way to a product (B, O)."""
+        return
+
+    def ledger(self) -> dict[str, int]:
+        """Stored bits: codes, scales (of inputs too), zeros, padding of the packed streams."""
+        parts = {
+            "codes": self.out_features * self.in_features * self.width,
+            "scales": self.scales.numel() * 16 + (0 if self.inputs is None else self.inputs.numel() * 16),
+            "zeros": 0 if self.zeros is None else self.scales.numel() * self.width,
+        }
+        packed = self.codes.numel() + (0 if self.zeros is None else self.zeros.numel())
+        return parts | {"padding": packed * 8 - parts["codes"] - parts["zeros"]}
+
+    def paper_bits(self) -> int:
+        """Bits as stored, without padding."""
+        return sum(bits for part, bits in self.ledger().items() if part != "padding")
+
+    def spec(self) -> dict[str, Any]:
+        """What `empty` needs to make this module's shapes again."""
+        return {
+            "out_features": self.out_features,
+            "in_features": self.in_features,
+            "width": self.width,
+            "groups": self.scales.shape[1],
+            "symmetric": self.zeros is None,
+            "scaled_inputs": self.inputs is not None,
+        }
+
+    def lies_on(self, *, width: int, group: int) -> bool:
+        """Whether every group of this grid is a part of one of `group` inputs on a grid of the same width."""
+        divides = self.in_features % group == 0 and self.scales.shape[1] * group % self.in_features == 0
+        return self.width == width and self.inputs is None and divides
+
+    def check(self) -> None:
+        """Raise ValueError if a scale is not finite (a damaged file); every number of so many bits is a valid one."""
+        if not bool(self.scales.isfinite().all()):
+            raise ValueError("NaN or infinity among its scales")
+
+
+def in_16_bits(values: Tensor) -> Tensor:
+    """Scales of any shape as 16-bit floats. Raises ValueError if one is not finite or does not fit."""
+    if not bool((values.abs() <= MOST).all()):
+        raise ValueError(f"a scale of size {float(values.abs().max()):.3g} does not fit a 16-bit float")
+    return values.to(torch.float16)
+
+
+def middle(width: int) -> float:
+    """The zero of a symmetric grid: 2^(width - 1), and 1/2 for 1 bit, whose two values are then of one size."""
+    return 2.0 ** (width - 1) if width > 1 else 0.5
+
+
+def bounds(in_features: int, groups: int) -> list[slice]:
+    """The groups' ranges of inputs, as equal as can be: I / G each where that is whole."""
+    ends = [-(-number * in_features // groups) for number in range(groups + 1)]
+    return [slice(a, b) for a, b in pairwise(ends)]
+
+
+def spread(values_OG: Float[Tensor, "O G"], in_features: int) -> Float[Tensor, "O I"]:
+    """The value of each input's group: (O, G) -> (O, I)."""
+    groups = values_OG.shape[1]
+    if in_features % groups == 0:
+        return values_OG.repeat_interleave(in_features // groups, 1)
+    return values_OG.index_select(1, torch.arange(in_features, device=values_OG.device) * groups // in_features)
+
+
+def grid_for(
+    weight_OC: Float[Tensor, "O C"], width: int, *, symmetric: bool, shrink: float = 1.0
+) -> tuple[Float[Tensor, " O"], Float[Tensor, " O"]]:
+    """Scale (O,), as its 16 bits hold it, and zero (O,) for each output's weights (O, C) of one group.
+
+    The grid spans from the least to the largest weight and always has 0; symmetric ones span the largest size both
+    ways. `shrink` narrows it by that factor. Of 1 bit the two values are plus and minus the mean size, the best there
+    are. Raises ValueError for weights that are not finite or too large for a 16-bit scale.
+    """
+    levels = 2**width - 1
+    low_O, high_O = weight_OC.amin(1).clamp(max=0) * shrink, weight_OC.amax(1).clamp(min=0) * shrink
+    if symmetric:
+        size_O = weight_OC.abs().mean(1) if width == 1 else torch.maximum(-low_O, high_O)
+        scale_O = in_16_bits(2 * size_O / levels).float()
+        return scale_O, torch.full_like(scale_O, middle(width))
+    scale_O = in_16_bits((high_O - low_O) / levels).float()
+    return scale_O, (-low_O / divisor(scale_O)).round().clamp(0, levels)
+
+
+def divisor(scale: Tensor) -> Tensor:
+    """Scales of any shape, but 1 for those of 0, which the weights of a dead group (or tiny ones) have."""
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def nearest(values: Tensor, scale: Tensor, zero: Tensor, width: int) -> Tensor:
+    """The numbers (int32) of the grid that are nearest to some values; all of one shape, or spread to it."""
+    return (values / divisor(scale) + zero).round().clamp(0, 2**width - 1).to(torch.int32)
+
+
+def grids_for(
+    weight_OI: Float[Tensor, "O I"], width: int, groups: int, *, symmetric: bool
+) -> tuple[Float[Tensor, "O G"], Float[Tensor, "O G"]]:
+    """Scales and zeros (O, G) of all groups of a weight (O, I); see `grid_for`."""
+    found = [grid_for(weight_OI[:, group], width, symmetric=symmetric) for group in bounds(weight_OI.shape[1], groups)]
+    scales, zeros = zip(*found)
+    return torch.stack(scales, 1), torch.stack(zeros, 1)
+
+
+def rounded_weight(
+    weight_OI: Float[Tensor, "O I"], scales_OG: Tensor, zeros_OG: Tensor, width: int, *, symmetric: bool
+) -> UniformWeight:
+    """Each weight of (O, I) rounded to the nearest number of its group's grid (scales and zeros (O, G))."""
+    inputs = weight_OI.shape[1]
+    codes_OI = nearest(weight_OI, spread(scales_OG, inputs), spread(zeros_OG, inputs), width)
+    return UniformWeight.from_codes(codes_OI, scales_OG, None if symmetric else zeros_OG.int(), width)
