@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from cluscomp import __version__
+from cluscomp.cells import Cell, announce, at_work, collect, folder_of, read_cell, read_cells, status_table
 from cluscomp.errors import InputError
-from cluscomp.experiment import Experiment, Outcome, planned, run
+from cluscomp.experiment import PLACES, Experiment, Outcome, planned, run, settings
 from cluscomp.steps import rank
 
 HERE = Path(__file__).parent
@@ -31,7 +33,7 @@ SHARED = ("method", "data", "instructions", "tasks", "bits", "data_root", "debug
 def main() -> None:
     """The `cluscomp` command. Exit codes: 0 done, 1 failed, 2 input cannot work, 130 interrupted."""
     arguments = sys.argv[1:]
-    command = arguments.pop(0) if arguments[:1] in (["run"], ["plan"]) else "run"
+    command = arguments.pop(0) if arguments[:1] in (["run"], ["plan"], ["status"], ["collect"]) else "run"
     if arguments == ["--version"]:
         print(__version__)
         return
@@ -42,7 +44,12 @@ def main() -> None:
     sys.argv[1:] = arguments
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here whole, to be told in a sentence
     with _told_in_a_sentence():
-        _composed({"run": _run, "plan": _calibrate if calibrating else _plan}[command])
+        if command in ("status", "collect"):
+            {"status": _status, "collect": _collect}[command](arguments)
+        elif command == "run" and {"-m", "--multirun"} & set(arguments):
+            _sweep(arguments)
+        else:
+            _composed({"run": _run, "plan": _calibrate if calibrating else _plan}[command])
 
 
 @contextmanager
@@ -70,9 +77,58 @@ def _composed(command: Callable[[Experiment], None]) -> None:
 
 
 def _run(experiment: Experiment) -> None:
-    outcome = run(experiment)
-    if rank() == 0:
-        show(outcome)
+    if rank() > 0:
+        run(experiment)
+        return
+    with at_work(*_cell(experiment), explain) as records:
+        outcome = run(experiment)
+        records.append(outcome.path)
+    show(outcome)
+
+
+def _cell(experiment: Experiment) -> tuple[Path, list[str]]:
+    """The folder where this run tells of itself, and the overrides it was started with, but for places."""
+    overrides = [item for item in HydraConfig.get().overrides.task if item.partition("=")[0] not in PLACES]
+    outputs = Path(experiment.outputs).expanduser().absolute()
+    return folder_of(outputs, experiment.name, settings(experiment)), overrides
+
+
+def _sweep(arguments: list[str]) -> None:
+    """All cells are composed and listed before the first one works; one that fails does not stop the others."""
+    folders: list[Path] = []
+
+    def list_it(experiment: Experiment) -> None:
+        folder, overrides = _cell(experiment)
+        announce(folder, overrides)
+        folders.append(folder)
+
+    sys.argv[1:] = [item for item in arguments if not re.match(r"\+*hydra[/.]launcher", item)]
+    _composed(list_it)
+    sys.argv[1:] = arguments
+    try:
+        _composed(_run_one_of_many)
+    except Exception as error:  # of a launcher, say of a job that its scheduler ended
+        print(f"cluscomp: {explain(error)[0]}", file=sys.stderr)
+    _show_cells({folder: read_cell(folder) for folder in folders})
+
+
+def _show_cells(cells: dict[Path, Cell]) -> None:
+    """Print what the cells of a sweep do. Exit code 1 unless all are finished."""
+    print(f"\n{status_table(cells).to_markdown(index=False)}\n")
+    undone = sum(cell.state != "finished" for cell in cells.values())
+    if undone:
+        print(
+            f"{undone} of {len(cells)} cells are not finished; the sweep's command goes on with them", file=sys.stderr
+        )
+        sys.exit(1)
+
+
+def _run_one_of_many(experiment: Experiment) -> None:
+    """A cell's failure is told and written down by itself."""
+    try:
+        _run(experiment)
+    except Exception as error:
+        print(f"cluscomp: {explain(error)[0]}", file=sys.stderr)
 
 
 def _plan(experiment: Experiment) -> None:
@@ -89,6 +145,27 @@ def _calibrate(experiment: Experiment) -> None:
     path = write_calibration(Path(experiment.cache).expanduser(), measure())
     print(f"measured: {path}")
     _plan(experiment)
+
+
+def _status(arguments: list[str]) -> None:
+    name, places = _named("status", arguments, {"outputs": "outputs"})
+    _show_cells(read_cells(places["outputs"], name))
+
+
+def _collect(arguments: list[str]) -> None:
+    name, places = _named("collect", arguments, {"outputs": "outputs", "publish": "results"})
+    for path in collect(read_cells(places["outputs"], name), places["publish"] / name):
+        print(path)
+
+
+def _named(command: str, arguments: list[str], places: dict[str, str]) -> tuple[str, dict[str, Path]]:
+    """A sweep's name and the folders given after it as key=value. Raises InputError for anything else."""
+    name, *rest = arguments or [""]
+    given = dict(item.partition("=")[::2] for item in rest)
+    if not name or "=" in name or not given.keys() <= places.keys():
+        usage = " ".join(f"[{key}={value}]" for key, value in places.items())
+        raise InputError(f"cluscomp {command} NAME {usage}: NAME is the `name` of an experiment")
+    return name, {key: Path(value).expanduser() for key, value in (places | given).items()}
 
 
 def build(config: DictConfig) -> Experiment:

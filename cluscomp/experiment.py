@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cluscomp")
 PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
+LOG = "log.txt"  # what the terminal showed, in the run's folder
 ANSWERS = "answers.jsonl.gz"  # to the tasks, of one model
 POLL = 0.2  # seconds between two looks for what the first process writes
 
@@ -227,11 +228,12 @@ def _writable(key: str, value: str) -> Path:
 
 
 def _log_into(folder: Path) -> None:
-    """Send the project's log lines into `folder`/log.txt, too."""
+    """Send the project's log lines into `folder`/log.txt, too, and no longer into that of an earlier run."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in [handler for handler in log.handlers if isinstance(handler, logging.FileHandler)]:
+    for old in [handler for handler in log.handlers if handler.name == LOG]:
         log.removeHandler(old)
-    handler = logging.FileHandler(folder / "log.txt")
+    handler = logging.FileHandler(folder / LOG)
+    handler.set_name(LOG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
 

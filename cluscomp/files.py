@@ -70,6 +70,22 @@ def held_alone(folder: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
+def is_held(folder: Path) -> bool:
+    """Whether some process is in `folder` by `held_alone` right now."""
+    from filelock import FileLock, Timeout
+
+    path = folder / "lock"
+    if not path.exists():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
 def _holder(path: Path) -> str:
     """What the lock's file says of its holder, who may just now be writing it."""
     try:
