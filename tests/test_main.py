@@ -301,6 +301,22 @@ def test_a_sweep_with_a_wrong_value_ends_in_the_sentence(cli):
     assert "seed" in sentence and "'x'" in sentence
 
 
+def test_a_cell_that_fails_does_not_stop_the_others_and_all_are_listed(cli, place):
+    """K = 5000 exceeds the sub-vectors of a matrix, which shows when the model is opened."""
+    more = [item for item in TINY if "codebook_size" not in item]
+    done = cli("-m", *more, "name=sizes", "method.codebook_size=5000,16", "evaluate.after=[]")
+    assert done.code == 1 and "5000 exceeds" in done.err and "1 of 2 cells are not finished" in done.err
+    assert len(list(place.glob("outputs/run-*/record.json"))) == 1
+    listed = cli("status", "sizes")
+    assert listed.code == 1
+    rows = [line.split("|") for line in listed.out.splitlines() if "codebook_size" in line]
+    assert [[part.strip() for part in row[1:3]] for row in rows] == [
+        ["method.codebook_size=16", "finished"], ["method.codebook_size=5000", "failed"]
+    ]  # fmt: skip
+    assert "not finished" in the_sentence(cli("collect", "sizes"))
+    assert "NAME" in the_sentence(cli("status")) and "there are: sizes" in the_sentence(cli("status", "siezs"))
+
+
 def test_ctrl_c_ends_in_a_sentence_and_leaves_no_checkpoint(place):
     """Interrupted within block_finetune's first block, the clustering stays whole and the rest is absent."""
     running = start(
