@@ -1,6 +1,6 @@
-"""A sweep through a real Slurm, a job of which is taken from its machine in the middle.
+"""Sweeps as jobs: local processes by submitit, and a real Slurm, jobs of which are taken from their machine midway.
 
-`tests/slurm/start.sh` brings one up on a single machine; where none answers the test is skipped.
+`tests/slurm/start.sh` brings Slurm up on a single machine; where none answers that test is skipped.
 """
 
 import json
@@ -23,21 +23,15 @@ SLURM = [
 ]  # fmt: skip
 
 
-def answers(*command: str) -> bool:
-    return shutil.which(command[0]) is not None and subprocess.run(command, capture_output=True).returncode == 0
-
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not answers("sinfo"), reason="no Slurm answers here: tests/slurm/start.sh starts one"),
-]
+def slurm_answers() -> bool:
+    return shutil.which("sinfo") is not None and subprocess.run(["sinfo"], capture_output=True).returncode == 0
 
 
 def command(outputs: Path, *more: str) -> list[str]:
     text = outputs.parent / "text.txt"
     text.write_text("\n\n".join(f"Paragraph {i} says that foxes jumped {7 * i} times." for i in range(60)))
     places = [f"data.file={text}", f"outputs={outputs}", f"cache={outputs.parent / 'cache'}"]
-    return [sys.executable, "-m", "cluscomp", "-m", *WORK, *CELLS, *places, *more]
+    return [sys.executable, "-m", "cluscomp", "-m", *WORK, *places, *more]
 
 
 def found(outputs: Path) -> dict[str, str]:
@@ -46,10 +40,25 @@ def found(outputs: Path) -> dict[str, str]:
     return {record["run"]["key"]: record["stages"]["cluster"]["checkpoint_hash"] for record in records}
 
 
+@pytest.mark.slow
+def test_cells_may_be_processes_of_this_machine(tmp_path):
+    outputs = tmp_path / "outputs"
+    done = subprocess.run(
+        command(outputs, "method.iterations=2", "seed=0,1", "hydra/launcher=slurm_local"),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(found(outputs)) == 2 and done.stdout.count("finished") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not slurm_answers(), reason="no Slurm answers here: tests/slurm/start.sh starts one")
 def test_a_job_taken_from_its_machine_is_queued_again_and_goes_on_where_it_stopped(tmp_path):
     outputs = tmp_path / "outputs"
     with (tmp_path / "log").open("w") as log:
-        sweep = subprocess.Popen(command(outputs, *SLURM), stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
+        sweep = subprocess.Popen(command(outputs, *CELLS, *SLURM), stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
         told = lambda: (tmp_path / "log").read_text()  # noqa: E731
         begun: list[Path] = []
         while not begun:
@@ -66,5 +75,5 @@ def test_a_job_taken_from_its_machine_is_queued_again_and_goes_on_where_it_stopp
     )
     assert listed.returncode == 0 and listed.stdout.count("finished") == 4
     quiet = tmp_path / "quiet"
-    subprocess.run(command(quiet), check=True, capture_output=True, cwd=tmp_path)
+    subprocess.run(command(quiet, *CELLS), check=True, capture_output=True, cwd=tmp_path)
     assert len(found(outputs)) == 4 and found(outputs) == found(quiet)
