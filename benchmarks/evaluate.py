@@ -200,7 +200,7 @@ def main() -> None:
         Goal("tasks: scores apart by", 0.0, difference, "", True),
     ]
     figures = {"text": text[0], "perplexity": found | perplexity, "task": answers, "task times": asked}
-    notes = {"method": " ".join(__doc__.split())}
+    notes = {"method": " ".join(__doc__.split()), "rounds": str(options.rounds)}
     finish(goals, figures, notes, options.output, began)
 
 

@@ -193,7 +193,7 @@ def test_every_stage_keeps_the_protocol(name):
     if hasattr(stage, "measure"):  # evaluate measures and changes nothing
         return
     assert stage.takes in {"original", "compressed"}
-    assert callable(stage.run)
+    assert callable(stage.run) and callable(stage.seen)
 
 
 # source

@@ -34,8 +34,8 @@ def words(text: str, *, verbose: bool) -> SimpleNamespace:
 
 def hub(**changes) -> HubText:
     values = {
-        "name": "mirror", "id": "org/name", "config": None, "files": None, "calibration": "train", "test": "test",
-        "column": "text", "separator": "\n\n", "data_root": None,
+        "name": "mirror", "domain": "mirror", "id": "org/name", "config": None, "files": None, "calibration": "train",
+        "test": "test", "column": "text", "separator": "\n\n", "data_root": None,
     }  # fmt: skip
     return HubText(**values | changes)
 

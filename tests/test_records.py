@@ -52,7 +52,7 @@ def test_the_file_holds_the_keys_of_the_schema(tmp_path):
     write(record(), tmp_path / "record.json")
     values = json.loads((tmp_path / "record.json").read_text())
     assert list(values) == ["schema", "run", "config", "scores", "size", "machine", "stages"]
-    assert set(values["scores"][0]) == {"after", "metric", "dataset", "value", "stderr", "n", "protocol"}
+    assert set(values["scores"][0]) == {"after", "metric", "dataset", "value", "stderr", "n", "protocol", "seen"}
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -128,3 +128,12 @@ def test_every_field_counts_in_a_protocols_hash():
     assert len(hashes) == 6
     assert protocol(**dict(reversed(base.items())))["hash"] == protocol(**base)["hash"]
     assert protocol(**base) == base | {"hash": content_key(base)}
+
+
+def test_a_record_of_before_scores_told_what_was_seen_is_read(tmp_path):
+    write(record(), tmp_path / "record.json")
+    values = json.loads((tmp_path / "record.json").read_text())
+    for row in values["scores"]:
+        del row["seen"]
+    (tmp_path / "record.json").write_text(json.dumps(values))
+    assert read(tmp_path / "record.json") == record()

@@ -10,6 +10,7 @@ import torch
 from runs import pipeline
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cluscomp.__main__ import show
 from cluscomp.errors import InputError
 from cluscomp.records import read
 from cluscomp.tasks import Tasks, flipped, read_answers, write_answers
@@ -129,7 +130,7 @@ def test_flips_by_hand(tmp_path):
     assert read_answers(tmp_path / "a.gz") == rows(1.0, 0.0)
 
 
-def test_a_run_keeps_scores_flips_and_answers_beside_its_record(mirror, tmp_path):
+def test_a_run_keeps_scores_flips_and_answers_beside_its_record(mirror, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("\n\n".join(f"Row {number} of a text that says little." for number in range(40)))
     command = [
         "model=tiny", "data=text", f"data.file={tmp_path / 'text.txt'}", "method=cluscomp_data_free",
@@ -148,3 +149,7 @@ def test_a_run_keeps_scores_flips_and_answers_beside_its_record(mirror, tmp_path
     assert len(before) == len(after) == found["cluster", "flipped"].n == 10
     flips = sum(one["acc"] != other["acc"] for one, other in zip(before, after))
     assert found["cluster", "flipped"].value == flips / 10
+    show(outcome)
+    shown = capsys.readouterr().out
+    assert "colours acc (partial)" in shown and f"{found['cluster', 'acc'].value:.3f} ± " in shown
+    assert "partial: measured on the first windows or rows only" in shown

@@ -101,9 +101,9 @@ class Evaluate:
             read = outline.checkpoint_bytes()
         block = {} if outline.compressed else {"a dense block": outline.dense_block}
         compared = 2 if self.distance else 1  # models whose logits are in memory
-        moments = [
-            always | block | {"activations": once.peak}, always | {"logits": compared * logits.peak}, always | loading
-        ]  # fmt: skip
+        moments = [always | loading]
+        if self.texts:
+            moments += [always | block | {"activations": once.peak}, always | {"logits": compared * logits.peak}]
         if (self.prompt is not None or self.tasks.names) and not outline.compressed:
             whole = outline.all_numbers * outline.dtype.itemsize
             moments.append({"embedding, head": outline.outside, "the whole original, for prompt and tasks": whole})
