@@ -18,14 +18,15 @@ class Grid(NamedTuple):
     bits: int
 
 
-def check_choice(bits: float | None, width: int | None, group: int | None) -> None:
-    """Raise ValueError unless either `bits` or `width` is given; `group` goes with `width`."""
-    if bits is None and width is None:
-        raise ValueError("give bits=3 (any number from 1 to 8), or method.width and, if not a whole row, method.group")
-    if bits is not None and (width, group) != (None, None):
+def check_choice(bits: float | None, **shape: int | None) -> None:
+    """Raise ValueError unless either `bits` or the `shape` is given, of which a group may be null."""
+    names = [f"method.{name}" for name in shape]
+    if bits is None and any(value is None for name, value in shape.items() if name != "group"):
+        raise ValueError(f"give bits=3 (any number from 1 to 8), or {' and '.join(names)}")
+    if bits is not None and any(value is not None for value in shape.values()):
         raise ValueError(
-            f"bits={bits} chooses method.width and method.group for each matrix, so they cannot be given too "
-            f"(here {width} and {group})"
+            f"bits={bits} chooses {' and '.join(names)} for each matrix, so they cannot be given too "
+            f"(here {' and '.join(map(str, shape.values()))})"
         )
 
 

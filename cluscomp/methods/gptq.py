@@ -44,7 +44,7 @@ class Gptq:
     def _fits(self) -> "Gptq":
         from cluscomp.grids import check_choice
 
-        check_choice(self.bits, self.width, self.group)
+        check_choice(self.bits, width=self.width, group=self.group)
         if self.act_order and not self.static_groups:
             raise ValueError("method.act_order=true needs method.static_groups=true")
         return self

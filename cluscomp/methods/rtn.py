@@ -33,7 +33,7 @@ class RoundToNearest:
     def _either_bits_or_width(self) -> "RoundToNearest":
         from cluscomp.grids import check_choice
 
-        check_choice(self.bits, self.width, self.group)
+        check_choice(self.bits, width=self.width, group=self.group)
         return self
 
     @property
