@@ -83,6 +83,12 @@ def test_every_experiment_composes_and_builds_under_its_own_name(name):
 # methods
 
 
+def test_settings_tell_methods_apart():
+    """A stage's key holds the method's settings, not its name: two methods with the same fields would share results."""
+    fields = {target(NODES[name]): frozenset(NODES[name]) for name in METHODS}
+    assert len(set(fields.values())) == len(fields)
+
+
 @pytest.fixture(params=METHODS)
 def method(request):
     """Each method with the values of its yaml, made small enough for a tiny weight."""
