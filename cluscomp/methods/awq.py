@@ -57,7 +57,7 @@ class Awq:
             bits=self.bits,
             width=self.width,
             group=self.group,
-            symmetric=self.symmetric,
+            zeros="none" if self.symmetric else "whole",
             scaled_inputs=True,
         )
 

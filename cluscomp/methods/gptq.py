@@ -58,7 +58,12 @@ class Gptq:
         from cluscomp.grids import grid_of
 
         return grid_of(
-            out_features, in_features, bits=self.bits, width=self.width, group=self.group, symmetric=self.symmetric
+            out_features,
+            in_features,
+            bits=self.bits,
+            width=self.width,
+            group=self.group,
+            zeros="none" if self.symmetric else "whole",
         )
 
     def check(self, out_features: int, in_features: int) -> None:
