@@ -3,41 +3,48 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from cluscomp.uniform import UniformWeight
+    from cluscomp.uniform import UniformWeight, Zeros
 
 SCALE_BITS = 16  # of a group's scale, and of an input's
 MAX_WIDTH = 8
 
 
 class Grid(NamedTuple):
-    """Bits of a number, groups of inputs that each output has, whether its groups have no zero, the stored bits."""
+    """Bits of a number, groups of inputs that each output has, how their zeros are stored, the stored bits."""
 
     width: int
     groups: int
-    symmetric: bool
+    zeros: "Zeros"
     bits: int
 
+    @property
+    def symmetric(self) -> bool:
+        """Whether there are no zeros."""
+        return self.zeros == "none"
 
-def check_choice(bits: float | None, width: int | None, group: int | None) -> None:
-    """Raise ValueError unless either `bits` or `width` is given; `group` goes with `width`."""
-    if bits is None and width is None:
-        raise ValueError("give bits=3 (any number from 1 to 8), or method.width and, if not a whole row, method.group")
-    if bits is not None and (width, group) != (None, None):
+
+def check_choice(bits: float | None, **shape: int | None) -> None:
+    """Raise ValueError unless either `bits` or the `shape` is given, of which a group may be null."""
+    names = [f"method.{name}" for name in shape]
+    if bits is None and any(value is None for name, value in shape.items() if name != "group"):
+        raise ValueError(f"give bits=3 (any number from 1 to 8), or {' and '.join(names)}")
+    if bits is not None and any(value is not None for value in shape.values()):
         raise ValueError(
-            f"bits={bits} chooses method.width and method.group for each matrix, so they cannot be given too "
-            f"(here {width} and {group})"
+            f"bits={bits} chooses {' and '.join(names)} for each matrix, so they cannot be given too "
+            f"(here {' and '.join(map(str, shape.values()))})"
         )
 
 
 def stored_bits(
-    out_features: int, in_features: int, width: int, groups: int, *, symmetric: bool, scaled_inputs: bool = False
+    out_features: int, in_features: int, width: int, groups: int, zeros: "Zeros", *, scaled_inputs: bool = False
 ) -> int:
     """Bits of a uniform weight as stored: numbers, scales, zeros, padding (see `uniform.UniformWeight`)."""
     from cluscomp.kernels.codes import packed_bytes
 
-    zeros = 0 if symmetric else packed_bytes(out_features * groups, width) * 8
-    scales = SCALE_BITS * (out_features * groups + (in_features if scaled_inputs else 0))
-    return packed_bytes(out_features * in_features, width) * 8 + scales + zeros
+    number = out_features * groups
+    zero_bits = {"none": 0, "whole": packed_bytes(number, width) * 8, "float16": SCALE_BITS * number}[zeros]
+    scales = SCALE_BITS * (number + (in_features if scaled_inputs else 0))
+    return packed_bytes(out_features * in_features, width) * 8 + scales + zero_bits
 
 
 def grid_of(
@@ -47,22 +54,22 @@ def grid_of(
     bits: float | None,
     width: int | None,
     group: int | None,
-    symmetric: bool,
+    zeros: "Zeros",
     scaled_inputs: bool = False,
 ) -> Grid:
     """The grid for a weight (O, I): the one given by hand, or the best whose stored bits stay at or under `bits`.
 
     By hand at most `group` inputs share a scale (null: all of an output). With `bits` the width is the largest that
     leaves room for one group an output (more values beat smaller groups), then there are as many groups as fit. A group
-    costs 16 bits and, if not symmetric, `width`: so what is stored lies at most (16 + width) / I bits per weight under
-    the limit, and whole limits are met one bit lower: at bits=3 numbers of 2 bits in groups of 18, or symmetric of 16.
-    Numbers of 1 bit are always symmetric. Raises ValueError if nothing fits.
+    costs 16 bits and those of its zero (`width`, 16 or none): so what is stored lies at most that sum over I under the
+    limit, in bits per weight, and whole limits are met one bit lower: at bits=3 by numbers of 2 bits in groups of 18,
+    16 without zeros. Numbers of 1 bit have no room for whole zeros. Raises ValueError if nothing fits.
     """
 
     def grid(width: int, groups: int) -> Grid:
-        even = symmetric or width == 1
-        size = stored_bits(out_features, in_features, width, groups, symmetric=even, scaled_inputs=scaled_inputs)
-        return Grid(width, groups, even, size)
+        kind: Zeros = "none" if width == 1 and zeros == "whole" else zeros
+        size = stored_bits(out_features, in_features, width, groups, kind, scaled_inputs=scaled_inputs)
+        return Grid(width, groups, kind, size)
 
     if bits is None:
         assert width is not None  # check_choice
@@ -71,7 +78,7 @@ def grid_of(
     for tried in range(MAX_WIDTH, 0, -1):
         one = grid(tried, 1)
         if one.bits <= limit:
-            each = SCALE_BITS + (0 if one.symmetric else tried)
+            each = SCALE_BITS + {"none": 0, "whole": tried, "float16": SCALE_BITS}[one.zeros]
             groups = min(1 + int((limit - one.bits) // (each * out_features)), in_features)
             while grid(tried, groups).bits > limit:  # padding
                 groups -= 1
@@ -91,6 +98,6 @@ def outline(out_features: int, in_features: int, grid: Grid, *, scaled_inputs: b
         in_features=in_features,
         width=grid.width,
         groups=grid.groups,
-        symmetric=grid.symmetric,
+        zeros=grid.zeros,
         scaled_inputs=scaled_inputs,
     )

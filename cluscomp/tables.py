@@ -147,6 +147,39 @@ def cost_table(records: list[Record]) -> pd.DataFrame:
     )
 
 
+def method_table(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
+    """Methods ranked by the score after the last stage: one row for each run and data set, best first at each limit.
+
+    `limit` is the `bits` that was asked for ("by hand" without); bits are those stored, and those a paper would count.
+    Minutes and memory are those of all stages together and of the worst. Raises InputError for scores of one data set
+    under different protocols.
+    """
+    check_protocols(records, metric)
+    rows = []
+    for record in records:
+        last, stages = record.config["order"][-1], record.config["order"]
+        size, method = record.stages[last]["size"], record.config["stages"]["cluster"]["method"]
+        values = {(score.dataset, score.after): score.value for score in record.scores if score.metric == metric}
+        for dataset in dict.fromkeys(dataset for dataset, after in values if after == last):
+            value, original = values[dataset, last], values.get((dataset, ORIGINAL), math.nan)
+            rows.append(
+                {
+                    "data": dataset,
+                    "limit": "by hand" if method["bits"] is None else f"{method['bits']:g}",
+                    "method": record.stages["cluster"]["found"].get("method", "cluscomp"),
+                    "after": last,
+                    "stored bits": round(size["linear_bits_per_weight"], 3),
+                    "paper's bits": round(size["paper_bits_per_weight"], 3),
+                    metric: round(value, 2),
+                    "of the original's": round(value / original, 2),
+                    "minutes": round(sum(record.run["seconds"][stage] for stage in stages) / 60, 1),
+                    "peak RAM, GiB": round(max(record.machine["peak_ram"][stage] for stage in stages) / 2**30, 2),
+                    "run": record.run["name"],
+                }
+            )
+    return pd.DataFrame(rows).sort_values(["data", "limit", metric], ascending=[True, False, True], ignore_index=True)
+
+
 def settings_that_differ(records: list[Record]) -> list[dict[str, Any]]:
     """For each record those settings of its stages that are not the same in all of them, by their dotted name."""
     flat = [

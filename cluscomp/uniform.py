@@ -1,7 +1,7 @@
 """Weights as whole numbers of a few bits on uniform grids: what round-to-nearest, GPTQ and AWQ store."""
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -10,16 +10,18 @@ from torch import Tensor, nn
 from cluscomp.kernels.codes import pack, packed_bytes, unpack
 
 MOST = 65_504.0  # of a 16-bit float
+Zeros = Literal["none", "whole", "float16"]
 
 
 class UniformWeight(nn.Module):
     """A weight as whole numbers q of 1 to 8 bits: scale (q - zero), with a scale and a zero for each group of inputs.
 
     Stored: `codes`, uint8, the numbers of (O, I) packed at `width` bits each (kernels/codes.py); `scales` (O, G)
-    float16; unless symmetric `zeros`, uint8, whole numbers of (O, G) packed likewise; and for methods that scale inputs
-    `inputs` (I,) float16, by which the columns are multiplied. An output's inputs are cut into G neighbouring groups as
-    equal as can be. A symmetric grid has its zero at 2^(width - 1), the one of 1 bit between its two values. To be
-    trained the scales are made float32 masters (`loosen`; EfficientQAT, arXiv 2407.11062, trains them likewise).
+    float16; unless symmetric `zeros`, uint8, whole numbers of (O, G) packed likewise, or any numbers, (O, G) float16;
+    and for methods that scale inputs `inputs` (I,) float16, by which the columns are multiplied. An output's inputs are
+    cut into G neighbouring groups as equal as can be. A symmetric grid has its zero at 2^(width - 1), the one of 1 bit
+    between its two values. To be trained the scales are made float32 masters (`loosen`; EfficientQAT, arXiv 2407.11062,
+    trains them likewise).
     """
 
     codes: Tensor
@@ -30,7 +32,7 @@ class UniformWeight(nn.Module):
         self,
         codes: UInt8[Tensor, " bytes"],
         scales: Float[Tensor, "O G"],
-        zeros: UInt8[Tensor, " zero_bytes"] | None = None,
+        zeros: Tensor | None = None,
         inputs: Float[Tensor, " I"] | None = None,
         *,
         out_features: int,
@@ -53,14 +55,15 @@ class UniformWeight(nn.Module):
         width: int,
         inputs_I: Float[Tensor, " I"] | None = None,
     ) -> "UniformWeight":
-        """Build from numbers (O, I), scales (O, G), zeros (O, G) or None if symmetric; scales are rounded.
+        """Build from numbers (O, I), scales (O, G), zeros (O, G) or None if symmetric.
 
-        Raises ValueError if a scale is not finite or does not fit a 16-bit float.
+        Scales, and zeros that are no integers, are rounded to 16 bits. Raises ValueError if one does not fit.
         """
+        whole = zeros_OG is not None and not zeros_OG.is_floating_point()
         return cls(
             pack(codes_OI.flatten(), width),
             in_16_bits(scales_OG),
-            None if zeros_OG is None else pack(zeros_OG.flatten(), width),
+            None if zeros_OG is None else pack(zeros_OG.flatten(), width) if whole else in_16_bits(zeros_OG),
             None if inputs_I is None else in_16_bits(inputs_I),
             out_features=codes_OI.shape[0],
             in_features=codes_OI.shape[1],
@@ -69,13 +72,18 @@ class UniformWeight(nn.Module):
 
     @classmethod
     def empty(
-        cls, *, out_features: int, in_features: int, width: int, groups: int, symmetric: bool, scaled_inputs: bool
+        cls, *, out_features: int, in_features: int, width: int, groups: int, zeros: Zeros, scaled_inputs: bool
     ) -> "UniformWeight":
         """A module of the given shapes with undefined content, on the default device; to be loaded into."""
+        kinds = {
+            "none": None,
+            "whole": torch.empty(packed_bytes(out_features * groups, width), dtype=torch.uint8),
+            "float16": torch.empty(out_features, groups, dtype=torch.float16),
+        }
         return cls(
             torch.empty(packed_bytes(out_features * in_features, width), dtype=torch.uint8),
             torch.empty(out_features, groups, dtype=torch.float16),
-            None if symmetric else torch.empty(packed_bytes(out_features * groups, width), dtype=torch.uint8),
+            kinds[zeros],
             torch.empty(in_features, dtype=torch.float16) if scaled_inputs else None,
             out_features=out_features,
             in_features=in_features,
@@ -90,7 +98,14 @@ class UniformWeight(nn.Module):
         """The zeros (O, G); all groups of a symmetric grid have one."""
         if self.zeros is None:
             return torch.full_like(self.scales, middle(self.width), dtype=torch.float32, requires_grad=False)
+        if self.kind_of_zeros == "float16":
+            return self.zeros.float()
         return unpack(self.zeros, self.width, self.scales.numel()).view(self.scales.shape).float()
+
+    @property
+    def kind_of_zeros(self) -> Zeros:
+        """Whether zeros are stored, and how."""
+        return "none" if self.zeros is None else "float16" if self.zeros.is_floating_point() else "whole"
 
     def loosen(self) -> None:
         """Make the scales float32 masters that can be trained."""
@@ -125,13 +140,14 @@ class UniformWeight(nn.Module):
 
     def ledger(self) -> dict[str, int]:
         """Stored bits: codes, scales (of inputs too), zeros, padding of the packed streams."""
+        zero_bits = {"none": 0, "whole": self.width, "float16": 16}[self.kind_of_zeros]
         parts = {
             "codes": self.out_features * self.in_features * self.width,
             "scales": self.scales.numel() * 16 + (0 if self.inputs is None else self.inputs.numel() * 16),
-            "zeros": 0 if self.zeros is None else self.scales.numel() * self.width,
+            "zeros": self.scales.numel() * zero_bits,
         }
-        packed = self.codes.numel() + (0 if self.zeros is None else self.zeros.numel())
-        return parts | {"padding": packed * 8 - parts["codes"] - parts["zeros"]}
+        stored = sum(tensor.nbytes for tensor in (self.codes, self.zeros) if tensor is not None)
+        return parts | {"padding": stored * 8 - parts["codes"] - parts["zeros"]}
 
     def paper_bits(self) -> int:
         """Bits as stored, without padding."""
@@ -144,7 +160,7 @@ class UniformWeight(nn.Module):
             "in_features": self.in_features,
             "width": self.width,
             "groups": self.scales.shape[1],
-            "symmetric": self.zeros is None,
+            "zeros": self.kind_of_zeros,
             "scaled_inputs": self.inputs is not None,
         }
 
@@ -154,9 +170,9 @@ class UniformWeight(nn.Module):
         return self.width == width and self.inputs is None and divides
 
     def check(self) -> None:
-        """Raise ValueError if a scale is not finite (a damaged file); every number of so many bits is a valid one."""
-        if not bool(self.scales.isfinite().all()):
-            raise ValueError("NaN or infinity among its scales")
+        """Raise ValueError if a scale or zero is not finite (a damaged file); all numbers of so many bits are valid."""
+        if not bool(self.scales.isfinite().all() & self.offsets().isfinite().all()):
+            raise ValueError("NaN or infinity among its scales or zeros")
 
 
 def in_16_bits(values: Tensor) -> Tensor:

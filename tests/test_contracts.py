@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import importlib
 import json
+import math
 import re
 from pathlib import Path
 
@@ -97,6 +98,12 @@ def test_every_experiment_composes_and_builds_under_its_own_name(name):
 # methods
 
 
+def test_settings_tell_methods_apart():
+    """A stage's key holds the method's settings, not its name: two methods with the same fields would share results."""
+    fields = {target(NODES[name]): frozenset(NODES[name]) for name in METHODS}
+    assert len(set(fields.values())) == len(fields)
+
+
 @pytest.fixture(params=METHODS)
 def method(request):
     """Each method with the values of its yaml, made small enough for a tiny weight."""
@@ -175,6 +182,38 @@ def test_gradients_reach_every_parameter(method):
     assert parameters
     for name, parameter in parameters.items():
         assert parameter.grad is not None and bool(parameter.grad.isfinite().all()) and bool(parameter.grad.any()), name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_planner_is_told_what_will_be_stored_and_done(method, shape):
+    method.check(*shape)
+    stored, outline = compress(method, gaussian(*shape)), method.outline(*shape)
+    assert type(outline) is type(stored)
+    if method.exact:
+        assert outline.spec() == stored.spec() and outline.ledger() == stored.ledger()
+    amounts = dataclasses.asdict(method.work(*shape)).values()
+    assert all(math.isfinite(amount) and amount >= 0 for amount in amounts) and any(amounts)
+    assert method.scratch(*shape) > 0
+
+
+def test_training_moves_masters_and_can_be_taken_back(method):
+    """What stages do with any stored form: float32 masters, rounded at the end or put back."""
+    stored = compress(method, gaussian(32, 48))
+    state, before = stored.state_dict(), {name: tensor.clone() for name, tensor in stored.state_dict().items()}
+    dense_OI = stored(torch.float32).detach()
+    stored.loosen()
+    parameters = list(stored.parameters())
+    assert parameters and all(part.dtype == torch.float32 and part.requires_grad for part in parameters)
+    torch.testing.assert_close(stored(torch.float32).detach(), dense_OI)
+    with torch.no_grad():
+        for part in parameters:
+            part.mul_(1.25)
+    stored.settle()
+    assert stored.spec() == compress(method, gaussian(32, 48)).spec()
+    assert not any(part.requires_grad for part in stored.parameters())
+    torch.testing.assert_close(stored(torch.float32), 1.25 * dense_OI, rtol=2e-2, atol=2e-2)
+    stored.restore(state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stored.state_dict().items())
 
 
 def test_what_cannot_be_compressed_is_refused_in_words(method):

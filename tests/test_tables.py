@@ -4,7 +4,7 @@ import pytest
 
 from cluscomp.errors import InputError
 from cluscomp.records import SCHEMA, Record, Score, protocol
-from cluscomp.tables import legend, scores, settings_that_differ, sizes, stage_table, task_table
+from cluscomp.tables import legend, method_table, scores, settings_that_differ, sizes, stage_table, task_table
 
 
 def score(after: str, value: float, *, dataset: str = "pydoc", context: int = 512, partial: bool = False) -> Score:
@@ -208,3 +208,33 @@ def test_only_settings_of_stages_that_were_run_and_differ_are_shown():
         {"cluster.method.init": "random_points", "cluster.method.weighting": "none"},
     ]
     assert settings_that_differ(records[:1]) == [{}]
+
+
+def method_record(name: str, method: str, bits: float | None, value: float, stored: float) -> Record:
+    rows = [score("original", 20.0), score("cluster", value + 5), score("tune", value)]
+    last = size(stored, 8.0, 1) | {"paper_bits_per_weight": 3.25}
+    return Record(
+        schema=SCHEMA,
+        run={"name": name, "seconds": {"cluster": 90.0, "tune": 30.0, "evaluate tune": 999.0}},
+        config={"order": ["cluster", "tune"], "stages": {"cluster": {"method": {"bits": bits}}}},
+        scores=rows,
+        size={},
+        machine={"peak_ram": {"cluster": 2**30, "tune": 2**29, "evaluate tune": 2**33}},
+        stages={"cluster": {"size": {}, "found": {"method": method}}, "tune": {"size": last}},
+    )
+
+
+def test_methods_are_ranked_within_each_limit_by_hand():
+    found = [
+        method_record("a", "rtn", 3.0, 60.0, 2.997),
+        method_record("b", "rtn", 4.0, 25.0, 3.99),
+        method_record("c", "gptq", 3.0, 30.0, 2.997),
+        method_record("d", "gptq", None, 22.0, 3.297),
+    ]
+    table = method_table(found)
+    assert list(table["run"]) == ["d", "b", "c", "a"]
+    assert list(table["limit"]) == ["by hand", "4", "3", "3"]
+    assert table.iloc[2].to_dict() == {
+        "data": "pydoc", "limit": "3", "method": "gptq", "after": "tune", "stored bits": 2.997, "paper's bits": 3.25,
+        "perplexity": 30.0, "of the original's": 1.5, "minutes": 2.0, "peak RAM, GiB": 1.0, "run": "c",
+    }  # fmt: skip

@@ -40,7 +40,7 @@ class Awq:
     def _either_bits_or_width(self) -> "Awq":
         from cluscomp.grids import check_choice
 
-        check_choice(self.bits, self.width, self.group)
+        check_choice(self.bits, width=self.width, group=self.group)
         return self
 
     @property
@@ -57,7 +57,7 @@ class Awq:
             bits=self.bits,
             width=self.width,
             group=self.group,
-            symmetric=self.symmetric,
+            zeros="none" if self.symmetric else "whole",
             scaled_inputs=True,
         )
 

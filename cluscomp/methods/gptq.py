@@ -44,7 +44,7 @@ class Gptq:
     def _fits(self) -> "Gptq":
         from cluscomp.grids import check_choice
 
-        check_choice(self.bits, self.width, self.group)
+        check_choice(self.bits, width=self.width, group=self.group)
         if self.act_order and not self.static_groups:
             raise ValueError("method.act_order=true needs method.static_groups=true")
         return self
@@ -58,7 +58,12 @@ class Gptq:
         from cluscomp.grids import grid_of
 
         return grid_of(
-            out_features, in_features, bits=self.bits, width=self.width, group=self.group, symmetric=self.symmetric
+            out_features,
+            in_features,
+            bits=self.bits,
+            width=self.width,
+            group=self.group,
+            zeros="none" if self.symmetric else "whole",
         )
 
     def check(self, out_features: int, in_features: int) -> None:

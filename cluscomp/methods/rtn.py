@@ -33,7 +33,7 @@ class RoundToNearest:
     def _either_bits_or_width(self) -> "RoundToNearest":
         from cluscomp.grids import check_choice
 
-        check_choice(self.bits, self.width, self.group)
+        check_choice(self.bits, width=self.width, group=self.group)
         return self
 
     @property
@@ -45,7 +45,12 @@ class RoundToNearest:
         from cluscomp.grids import grid_of
 
         return grid_of(
-            out_features, in_features, bits=self.bits, width=self.width, group=self.group, symmetric=self.symmetric
+            out_features,
+            in_features,
+            bits=self.bits,
+            width=self.width,
+            group=self.group,
+            zeros="none" if self.symmetric else "whole",
         )
 
     def check(self, out_features: int, in_features: int) -> None:

@@ -163,8 +163,9 @@ class Cluster:
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Compress the model; finished blocks lie in the job's folder and survive a kill.
 
-        Returns `relative_error`, the squared error over the squared size of all compressed weights, and the same for
-        each layer. Raises InputError, naming the layer, if a weight is not finite or the method refuses it.
+        Returns `relative_error`, the squared error over the squared size of all compressed weights, the same for each
+        layer, and the method's name. Raises InputError, naming the layer, if a weight is not finite or the method
+        refuses it.
         """
         from cluscomp import checkpoint
         from cluscomp.blocks import Walk
@@ -200,6 +201,7 @@ class Cluster:
             progress.step(f"relative error {_ratio(found):.4f}")
         by_layer = {layer: error / size if size else 0.0 for layer, (error, size) in squares.items()}
         errors = {"relative_error": _ratio(squares), "relative_error_by_layer": by_layer}
+        errors |= {"method": type(self.method).__module__.rpartition(".")[2]}
         return errors | ({"calibration": self.data.text("calibration").describe()} if self._calibrated else {})
 
     def _embedded(self, walk: "Walk", job: "Job") -> "list[Tensor]":

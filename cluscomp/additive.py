@@ -1,0 +1,163 @@
+"""Codes and codebooks along the inputs (axis "in"), chosen by what the layer's output loses, tr(E H E^T).
+
+The weight is the sum of M codebooks' sub-vectors. Codes are (M, J, O): of codebook m, for the inputs j D to j D + D - 1
+of an output. H (I, I) is the second moment of the layer's inputs, as in `output_error`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cluscomp.budget import Shape, expected_bits, reachable, stored_bits
+from cluscomp.output_error import Nearest, Wanted, feedback
+from cluscomp.weights import Storage, num_sub_vectors, sub_vectors
+
+
+def shape_for(
+    out_features: int,
+    in_features: int,
+    *,
+    bits: float | None,
+    vector_dim: int | None,
+    codebook_size: int | None,
+    codebooks: int,
+    storage: Storage,
+) -> Shape:
+    """Length D and size K of each of M codebooks for a weight (O, I): by hand, or the best for Gaussian weights.
+
+    Within `bits` for all of them. Raises ValueError if none fits, or K exceeds the number of sub-vectors.
+    """
+    if bits is None:
+        assert vector_dim is not None and codebook_size is not None  # the settings' own check
+        vectors = num_sub_vectors(out_features, in_features, vector_dim, "in")
+        if codebook_size > vectors:
+            raise ValueError(
+                f"method.codebook_size={codebook_size} exceeds the {vectors} sub-vectors of length {vector_dim} "
+                f"in a {out_features} x {in_features} matrix; take fewer, or give bits=3 instead"
+            )
+        return Shape(
+            vector_dim,
+            codebook_size,
+            stored_bits(out_features, in_features, "in", vector_dim, codebook_size, storage),
+        )
+    try:
+        shapes = reachable(out_features, in_features, "in", bits / codebooks, storage)
+    except ValueError as error:
+        raise ValueError(f"{error} (each of {codebooks} codebooks has its share of bits={bits})") from error
+    return max(
+        shapes,
+        key=lambda shape: expected_bits(shape) + (codebooks - 1) * math.log2(shape.codebook_size) / shape.vector_dim,
+    )
+
+
+def vector_weights(diagonal_I: Float[Tensor, " I"], outputs: int, vector_dim: int) -> Float[Tensor, " N"]:
+    """The mean square of each sub-vector's inputs, for K-means: (I,) -> (J O,), the padding counted as nothing."""
+    padded_JD = F.pad(diagonal_I, (0, -len(diagonal_I) % vector_dim)).view(-1, vector_dim)
+    return padded_JD.mean(1).repeat_interleave(outputs)
+
+
+def dense(codes_MJO: Int[Tensor, "M J O"], books_MKD: Float[Tensor, "M K D"], inputs: int) -> Float[Tensor, "O I"]:
+    """The weight (O, I) that codes (M, J, O) into codebooks (M, K, D) stand for."""
+    vectors_JOD = sum(F.embedding(codes_JO, book_KD) for codes_JO, book_KD in zip(codes_MJO, books_MKD))
+    assert isinstance(vectors_JOD, Tensor)  # M >= 1
+    return vectors_JOD.transpose(0, 1).flatten(1)[:, :inputs]
+
+
+def feedback_vectors(
+    weight_OI: Float[Tensor, "O I"],
+    centroids_KD: Float[Tensor, "K D"],
+    moment_II: Float[Tensor, "I I"],
+    nearest: Nearest,
+) -> Int[Tensor, "J O"]:
+    """Codes (J, O) chosen D inputs at a time, each error handed on to the inputs to come (GPTVQ, arXiv 2402.15319).
+
+    A sub-vector's code is the one after which the output loses least, all later inputs being at their best: the nearest
+    in the metric of `output_error.feedback`'s factor. Shapes: (O, I), (K, D), (I, I) positive definite.
+    """
+    dim = centroids_KD.shape[1]
+    codes = []
+
+    def choose(i: int, wanted: Wanted, factor_dd: Tensor) -> Tensor:
+        size = len(factor_dd)  # D, or less at the end
+        both_dN = torch.cat([wanted(i + size), centroids_KD.T[:size]], dim=1)
+        bent_Nd = torch.linalg.solve_triangular(factor_dd.T, both_dN, upper=False).T.contiguous()
+        codes.append(nearest(bent_Nd[: len(weight_OI)], bent_Nd[len(weight_OI) :]))
+        return centroids_KD[codes[-1].long(), :size].T
+
+    feedback(weight_OI.T.contiguous(), moment_II, choose, step=dim)
+    return torch.stack(codes)
+
+
+def descend(
+    weight_OI: Float[Tensor, "O I"],
+    codes_MJO: Int[Tensor, "M J O"],
+    books_MKD: Float[Tensor, "M K D"],
+    moment_II: Float[Tensor, "I I"],
+) -> Int[Tensor, "M J O"]:
+    """Codes (M, J, O) of no greater output error: each in turn is made the best there is, the others standing still.
+
+    One pass over all codes by coordinate descent, AQLM's beam search (arXiv 2401.06118, section 3.2) with a beam of 1,
+    all outputs at once. Shapes: weight (O, I), codebooks (M, K, D), second moment (I, I).
+    """
+    inputs, dim = weight_OI.shape[1], books_MKD.shape[2]
+    spare = -inputs % dim
+    moment_II = F.pad(moment_II, (0, spare, 0, spare))
+    error_OI = F.pad(weight_OI - dense(codes_MJO, books_MKD, inputs), (0, spare))
+    codes_MJO = codes_MJO.clone()
+    for j in range(codes_MJO.shape[1]):
+        at = slice(j * dim, (j + 1) * dim)
+        moment_DD = moment_II[at, at]
+        slope_OD = error_OI @ moment_II[:, at]
+        for codes_JO, book_KD in zip(codes_MJO, books_MKD):
+            present_OD = book_KD[codes_JO[j].long()]
+            size_K = ((book_KD @ moment_DD) * book_KD).sum(1)
+            loss_OK = torch.addmm(size_K, slope_OD + present_OD @ moment_DD, book_KD.T, alpha=-2)
+            codes_JO[j] = loss_OK.argmin(1)
+            change_OD = present_OD - book_KD[codes_JO[j].long()]
+            error_OI[:, at] += change_OD
+            slope_OD = slope_OD + change_OD @ moment_DD
+    return codes_MJO
+
+
+def least_squares_codebooks(
+    weight_OI: Float[Tensor, "O I"],
+    codes_MJO: Int[Tensor, "M J O"],
+    books_MKD: Float[Tensor, "M K D"],
+    moment_II: Float[Tensor, "I I"],
+    steps: int,
+) -> Float[Tensor, "M K D"]:
+    """The codebooks (M, K, D) that minimise tr(E H E^T) with the codes (M, J, O) fixed, from `books_MKD` on.
+
+    A linear least-squares problem in all codebooks together: conjugate gradients with the diagonal of a part of its
+    matrix as preconditioner, at most `steps` of them. Centroids no code points to stay. Shapes: (O, I), (I, I).
+    """
+    inputs, dim = weight_OI.shape[1], books_MKD.shape[2]
+
+    def gather(values_OI: Tensor) -> Tensor:
+        vectors_ND = sub_vectors(values_OI, dim, "in")
+        sums = [
+            torch.zeros_like(book_KD).index_add_(0, codes_JO.flatten(), vectors_ND)
+            for book_KD, codes_JO in zip(books_MKD, codes_MJO)
+        ]
+        return torch.stack(sums)
+
+    x_MKD = books_MKD
+    mass_MKD = gather(moment_II.diagonal().expand_as(weight_OI))
+    scale_MKD = torch.where(mass_MKD > 0, 1 / mass_MKD, 0)
+    residual_MKD = gather((weight_OI - dense(codes_MJO, x_MKD, inputs)) @ moment_II)
+    direction_MKD = scale_MKD * residual_MKD
+    size = first = (residual_MKD * direction_MKD).sum()
+    for _ in range(steps):
+        if bool(size <= 1e-10 * first):
+            break
+        bent_MKD = gather(dense(codes_MJO, direction_MKD, inputs) @ moment_II)
+        length = size / (direction_MKD * bent_MKD).sum().clamp(min=torch.finfo(torch.float32).tiny)
+        x_MKD = x_MKD + length * direction_MKD
+        residual_MKD = residual_MKD - length * bent_MKD
+        scaled_MKD = scale_MKD * residual_MKD
+        before, size = size, (residual_MKD * scaled_MKD).sum()
+        direction_MKD = scaled_MKD + size / before.clamp(min=torch.finfo(torch.float32).tiny) * direction_MKD
+    return x_MKD

@@ -1,0 +1,117 @@
+"""HQQ: the zeros of uniform grids by half-quadratic splitting, without data (Badri and Shaji, 2023)."""
+
+from typing import TYPE_CHECKING
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from cluscomp.costs import Work
+    from cluscomp.grids import Grid
+    from cluscomp.moments import SecondMoment
+    from cluscomp.uniform import UniformWeight
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class Hqq:
+    """Round to uniform grids whose zeros, any 16-bit numbers, are fitted to the sum of |error|^`norm` over the weights.
+
+    Either `bits` is given, the most bits per weight that may be stored, and width and groups are chosen for each matrix
+    (`cluscomp.grids.grid_of` says which limits can be met); or `width`, and `group`, the most inputs that share a scale
+    and a zero (null: all of an output). Scales span from the least to the largest weight and stay.
+
+    Each of at most `iterations` splits the error into a sparse part, what the norm's proximal operator leaves of it
+    (its weight `beta` grows by the factor `kappa`), and one that the zeros take up. The zeros of least mean |error| are
+    kept, and all ends once it falls no more.
+    """
+
+    bits: float | None = Field(ge=1, le=8)
+    width: int | None = Field(ge=1, le=8)
+    group: int | None = Field(ge=1)
+    norm: float = Field(gt=0, le=1)
+    beta: float = Field(gt=0)
+    kappa: float = Field(ge=1)
+    iterations: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _either_bits_or_width(self) -> "Hqq":
+        from cluscomp.grids import check_choice
+
+        check_choice(self.bits, width=self.width, group=self.group)
+        return self
+
+    @property
+    def exact(self) -> bool:
+        """Always: shapes alone decide."""
+        return True
+
+    def _grid(self, out_features: int, in_features: int) -> "Grid":
+        from cluscomp.grids import grid_of
+
+        return grid_of(out_features, in_features, bits=self.bits, width=self.width, group=self.group, zeros="float16")
+
+    def check(self, out_features: int, in_features: int) -> None:
+        """Whether some grid meets the limit; see `Method.check`."""
+        self._grid(out_features, in_features)
+
+    def outline(self, out_features: int, in_features: int) -> "UniformWeight":
+        """The stored form; see `Method.outline`."""
+        from cluscomp.grids import outline
+
+        return outline(out_features, in_features, self._grid(out_features, in_features))
+
+    def work(self, out_features: int, in_features: int) -> "Work":
+        """Some passes over the weight for each iteration; see `Method.work`."""
+        from cluscomp.costs import Work
+
+        return Work(traffic=100.0 * out_features * in_features * (self.iterations + 1))
+
+    def scratch(self, out_features: int, in_features: int) -> float:
+        """The weight's numbers, its error and the error's sparse part; see `Method.scratch`."""
+        return 32.0 * out_features * in_features
+
+    def statistic(self) -> None:
+        """None: no data is looked at."""
+        return
+
+    def compress(
+        self,
+        weight_OI: "Tensor",
+        statistic: "SecondMoment | None",  # noqa: ARG002
+        generator: "torch.Generator",  # noqa: ARG002
+    ) -> "UniformWeight":
+        """Fit zeros to a weight (O, I) and round it; see `Method.compress`."""
+        import torch
+
+        from cluscomp.uniform import UniformWeight, bounds, divisor, in_16_bits, nearest, spread
+
+        grid, inputs = self._grid(*weight_OI.shape), weight_OI.shape[1]
+        groups = bounds(inputs, grid.groups)
+        low_OG = torch.stack([weight_OI[:, group].amin(1) for group in groups], 1)
+        high_OG = torch.stack([weight_OI[:, group].amax(1) for group in groups], 1)
+        flat_OG = low_OG == high_OG  # one number, or all the same: from it to 0
+        low_OG = torch.where(flat_OG, low_OG.clamp(max=0), low_OG)
+        high_OG = torch.where(flat_OG, high_OG.clamp(min=0), high_OG)
+        scales_OG = in_16_bits((high_OG - low_OG) / (2**grid.width - 1)).float()
+        zeros_OG = in_16_bits(-low_OG / divisor(scales_OG)).float()
+        scale_OI = spread(divisor(scales_OG), inputs)
+        best, least, beta = zeros_OG, torch.inf, self.beta
+        for turn in range(self.iterations + 1):
+            zero_OI = spread(zeros_OG, inputs)
+            codes_OI = nearest(weight_OI, scale_OI, zero_OI, grid.width)
+            error_OI = weight_OI - (codes_OI - zero_OI) * scale_OI
+            now = float(error_OI.abs().mean())
+            if now >= least:
+                break
+            best, least = zeros_OG, now
+            if turn < self.iterations:
+                size_OI = error_OI.abs()
+                sparse_OI = error_OI.sign() * (size_OI - size_OI ** (self.norm - 1) / beta).clamp(min=0)
+                wanted_OI = codes_OI - (weight_OI - sparse_OI) / scale_OI
+                zeros_OG = in_16_bits(torch.stack([wanted_OI[:, group].mean(1) for group in groups], 1)).float()
+                beta *= self.kappa
+        codes_OI = nearest(weight_OI, scale_OI, spread(best, inputs), grid.width)
+        return UniformWeight.from_codes(codes_OI, scales_OG, best, grid.width)
