@@ -50,7 +50,7 @@ def test_reachable_finds_the_largest_codebook_of_each_length(out_features, in_fe
         for size in range(2, lines * -(-length // dim) + 1):
             if reference.bits(out_features, in_features, axis, dim, size) <= bits * out_features * in_features:
                 expected[dim] = size
-    found = within_reach(out_features, in_features, axis, bits)
+    found = within_reach([(out_features, in_features)], axis, bits)
     assert {shape.vector_dim: shape.codebook_size for shape in found} == expected
     assert all(shape.bits <= bits for shape in found)
 
@@ -59,7 +59,7 @@ def test_reachable_finds_the_largest_codebook_of_each_length(out_features, in_fe
 @given(st.integers(1, 5000), st.integers(1, 5000), axes, targets)
 def test_one_more_centroid_is_too_many(out_features, in_features, axis, bits):
     lines, length = (in_features, out_features) if axis == "out" else (out_features, in_features)
-    for shape in within_reach(out_features, in_features, axis, bits):
+    for shape in within_reach([(out_features, in_features)], axis, bits):
         dim, size = shape.vector_dim, shape.codebook_size
         stored = reference.bits(out_features, in_features, axis, dim, size) / (out_features * in_features)
         assert stored == pytest.approx(shape.bits) and shape.bits <= bits
@@ -74,7 +74,7 @@ def test_stored_bits_are_those_of_the_stored_weight(out_features, in_features, a
     weight = CodebookWeight.empty(
         out_features=out_features, in_features=in_features, axis=axis, vector_dim=dim, codebook_size=size, codebooks=1
     )
-    bits = stored_bits(out_features, in_features, axis, dim, size)
+    bits = stored_bits([(out_features, in_features)], axis, dim, size)
     assert bits * out_features * in_features == pytest.approx(sum(weight.ledger().values()))
 
 
@@ -107,9 +107,9 @@ def test_a_ledger_that_is_not_the_file_is_refused():
 
 
 def test_equation_3_of_the_paper():
-    assert stored_bits(4096, 4096, "out", 4, 65_500) == pytest.approx(4.25, abs=0.005)
+    assert stored_bits([(4096, 4096)], "out", 4, 65_500) == pytest.approx(4.25, abs=0.005)
     llama2_7b_block = 4 * [(4096, 4096)] + 2 * [(11_008, 4096)] + [(4096, 11_008)]
-    bits = sum(stored_bits(o, i, "out", 9, 45_000) * o * i for o, i in llama2_7b_block)
+    bits = sum(stored_bits([(o, i)], "out", 9, 45_000) * o * i for o, i in llama2_7b_block)
     assert bits / sum(o * i for o, i in llama2_7b_block) == pytest.approx(2.00, abs=0.01)
 
 
@@ -189,10 +189,12 @@ def test_the_choice_is_within_5_percent_of_the_best(kind, bits):
     shape = 64, 96
     weight = WEIGHTS[kind](*shape, 0)
     errors = {}
-    for candidate in reachable(*shape, "out", bits):
+    for candidate in reachable([shape], "out", bits):
         points = sub_vectors(weight, candidate.vector_dim, "out")
         errors[candidate] = kmeans(points, candidate.codebook_size, RECIPE, generator()).inertia
-    chosen = choose(weight, reachable(*shape, "out", bits), "out", RECIPE, generator())
+    chosen = choose(
+        lambda dim: (sub_vectors(weight, dim, "out"), None), reachable([shape], "out", bits), RECIPE, generator()
+    )
     assert errors[chosen] <= 1.05 * min(errors.values()), {
         (s.vector_dim, s.codebook_size): e for s, e in errors.items()
     }
@@ -200,5 +202,5 @@ def test_the_choice_is_within_5_percent_of_the_best(kind, bits):
 
 def test_bits_out_of_reach_say_what_is_within():
     with pytest.raises(ValueError, match=r"1\.5 is out of reach for a 4 x 4 matrix: the least is 3\.000, .*=1 .*=2"):
-        reachable(4, 4, "out", 1.5)
+        reachable([(4, 4)], "out", 1.5)
     # by hand: 16 codes of 1 bit and two centroids of 16 bits, over 16 weights: (16 + 32) / 16

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cluscomp.kernels.codes import code_bits, pack
 from cluscomp.kmeans import nearest
 from cluscomp.moments import SecondMoment
-from cluscomp.output_error import damped, feedback_codes, least_squares_codebook, output_error
+from cluscomp.output_error import Coded, damped, feedback_codes, least_squares_codebook, output_error
 
 
 def layer(inputs, outputs, seed=0, tokens=None):
@@ -65,7 +65,8 @@ def test_least_squares_is_the_solution_of_the_normal_equations(inputs, outputs, 
     start_KD = torch.randn(size, dim, generator=generator)
     moment_II = damped(moment_of(x_TI), 0.01)
     bits = code_bits(size)
-    found_KD = least_squares_codebook(weight_IO, pack(codes_IG.flatten(), bits), bits, start_KD, moment_II, 200)
+    coded = Coded(weight_IO, pack(codes_IG.flatten(), bits), moment_II)
+    found_KD = least_squares_codebook([coded], bits, start_KD, 200)
     root_II = np.linalg.cholesky(moment_II.double().numpy()).T  # H = R^T R
     design, target = np.zeros((inputs * outputs, size * dim)), root_II @ weight_IO.double().numpy()
     for i in range(inputs):
