@@ -87,21 +87,21 @@ class BlockMethod(Method, Protocol):
     """
 
     def check_block(self, places: dict[str, Place]) -> None:
-        """See `Method.check`."""
+        """As `Method.check`, for all layers of a block."""
         ...
 
     def outline_block(self, places: dict[str, Place]) -> "dict[str, nn.Module]":
-        """See `Method.outline`."""
+        """As `Method.outline`: the empty stored form of each layer."""
         ...
 
     def work_block(self, places: dict[str, Place]) -> "Work":
-        """See `Method.work`."""
+        """As `Method.work`, for all layers of a block."""
         ...
 
     def scratch_block(self, places: dict[str, Place]) -> float:
-        """See `Method.scratch`."""
+        """As `Method.scratch`, at the worst moment of a block."""
         ...
 
     def compress_block(self, layers: dict[str, Layer]) -> Iterator[Compressed]:
-        """See `Method.compress`; layers that were given back are not looked at again."""
+        """As `Method.compress`, some layers at a time; those that were given back are not looked at again."""
         ...
