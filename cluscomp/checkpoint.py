@@ -292,7 +292,7 @@ def build(spec: dict[str, Any]) -> nn.Module:
 def build_all(specs: dict[str, dict[str, Any]]) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The stored forms of some layers by name, and of each tensor that another layer stores the name of that one's."""
     stored = {name: build(spec) for name, spec in specs.items()}
-    shared = {}
+    shared: dict[str, str] = {}
     for name, spec in specs.items():
         if first := spec.get(SHARES):
             stored[name].follow(stored[first])  # type: ignore[operator]
