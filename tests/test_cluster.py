@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM
 from cluscomp import checkpoint
 from cluscomp.blocks import Walk
 from cluscomp.data import FileText, calibration_windows
+from cluscomp.errors import InputError
 from cluscomp.methods.cluscomp import ClusComp
 from cluscomp.models import Original, blocks, compressed, linears
+from cluscomp.moments import SecondMoment
 from cluscomp.stages import Job
 from cluscomp.stages.cluster import Cluster, chosen_table, layer_seed
 
@@ -262,3 +264,15 @@ def test_what_was_chosen_is_counted_by_kind_of_layer():
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()][2:] == [
         ["q", "4", "2.500", "2"], ["q", "3", "2.750", "1"],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", [{}, {"bits": 3.0, "vector_dim": None, "codebook_size": None}])
+@pytest.mark.parametrize("share", ["none", "block"])
+def test_inputs_that_overflow_are_told_with_the_layer(tiny_folder, text, target, share):
+    block = blocks(Original(tiny_folder, torch.float32, CPU).load_all())[0]
+    statistics = {}
+    for name, layer in linears(block).items():
+        statistics[name] = SecondMoment(full=True)
+        statistics[name].add(torch.full((2, layer.in_features), 1e30))
+    with pytest.raises(InputError, match=r"block\.self_attn\.q_proj.*: its inputs .* have NaN or infinity"):
+        stage(text, share=share, **target).compress_block(block, "block", 0, statistics)

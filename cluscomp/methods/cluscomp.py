@@ -3,7 +3,7 @@
 And what the layers' inputs can add to it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -141,21 +141,19 @@ class ClusComp:
         self, weight_OI: "Tensor", statistic: "SecondMoment | None", generator: "torch.Generator"
     ) -> "CodebookWeight":
         """Cluster the sub-vectors of a weight (O, I); see `Method.compress`."""
-        group = _Group([Layer(Place(weight_OI.shape[0], weight_OI.shape[1], 0), weight_OI, statistic, generator)], self)
-        return self._clustered(group, self._chosen([lambda: group])[0])[0]
+        place = Place(weight_OI.shape[0], weight_OI.shape[1], 0)
+        group = _Group([Layer(place, weight_OI, statistic, generator)], self)
+        return self._clustered(group, self._shapes_of([lambda: group])[0])[0]
 
     def compress_block(self, layers: dict[str, Layer]) -> Iterator[Compressed]:
         """Group after group of layers that share a codebook; see `BlockMethod.compress_block`."""
-        groups = self._groups({name: layer.place for name, layer in layers.items()})
+        groups = [names for names, _ in self._groups({name: layer.place for name, layer in layers.items()})]
 
         def opened(names: list[str]) -> "_Group":
-            with _named(names):
-                return _Group([layers[name] for name in names], self)
+            return _Group([layers[name] for name in names], self, names)
 
-        shapes = self._chosen([partial(opened, names) for names, _ in groups])
-        for (names, _), shape in zip(groups, shapes):
-            with _named(names):
-                stored = self._clustered(opened(names), shape)
+        for names, shape in zip(groups, self._shapes_of([partial(opened, names) for names in groups])):
+            stored = self._clustered(opened(names), shape)
             yield Compressed(dict(zip(names, stored)), asdict(shape))
 
     def _groups(self, places: dict[str, Place]) -> "list[tuple[list[str], list[tuple[int, int]]]]":
@@ -256,16 +254,21 @@ class ClusComp:
 
         return Recipe(self.iterations, self.init, self.over_relaxation, self.move_centroids)
 
-    def _chosen(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
+    def _shapes_of(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
         """The shape of each group's codebook; one group is open at a time."""
+        policies = {"uniform": self._uniform, "sensitivity": self._by_sensitivity}
+        return policies[self.allocation](groups)
+
+    def _uniform(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
+        """The best shape of `bits` for each group."""
         from cluscomp.budget import choose
 
-        if self.allocation == "sensitivity":
-            return self._by_sensitivity(groups)
-        return [
-            choose(group.points, self._shapes(group.matrices, self.bits), self._recipe, group.generator)
-            for group in (opened() for opened in groups)
-        ]
+        chosen = []
+        for group in (opened() for opened in groups):
+            with _named(group.names):
+                shapes = self._shapes(group.matrices, self.bits)
+                chosen.append(choose(group.points, shapes, self._recipe, group.generator))
+        return chosen
 
     def _by_sensitivity(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
         """The shapes of least total damage in no more bits than the best of `bits` for each group would take.
@@ -275,17 +278,15 @@ class ClusComp:
         from cluscomp.budget import Option, allocate, menu
 
         assert self.bits is not None  # _fit_together
-        menus, numbers = [], []
+        offered, menus = [], []
         for group in (opened() for opened in groups):
-            shapes = partial(self._shapes, group.matrices)
-            measured = menu(group.points, shapes, self.bits, self._recipe, group.generator)
-            numbers.append(group.numbers)
-            damage = group.members / group.energy
-            menus.append(
-                [(shape, Option(round(shape.bits * group.numbers), error * damage)) for shape, error in measured]
-            )
-        options = [[option for _, option in menu_] for menu_ in menus]
-        return [menu_[number][0] for menu_, number in zip(menus, allocate(options))]
+            with _named(group.names):
+                shapes = partial(self._shapes, group.matrices)
+                measured = menu(group.points, shapes, self.bits, self._recipe, group.generator)
+                damage = len(group.matrices) / group.energy
+            offered.append([shape for shape, _ in measured])
+            menus.append([Option(round(shape.bits * group.numbers), error * damage) for shape, error in measured])
+        return [shapes[number] for shapes, number in zip(offered, allocate(menus))]
 
     def _clustered(self, group: "_Group", shape: "Shape") -> "list[CodebookWeight]":
         """The stored forms of a group's layers, with one codebook."""
@@ -294,25 +295,25 @@ class ClusComp:
         from cluscomp.kmeans import kmeans
         from cluscomp.weights import CodebookWeight, num_sub_vectors
 
-        points_ND, weights_N = group.points(shape.vector_dim)
-        found = kmeans(points_ND, shape.codebook_size, self._recipe, group.generator, weights_N)
-        counts = [num_sub_vectors(*matrix, shape.vector_dim, self.axis) for matrix in group.matrices]
-        codes, centroids_KD = list(found.codes_N.split(counts)), found.centroids_KD
-        if self._full:
-            codes, centroids_KD = self._by_output(group, codes, centroids_KD)
-        stored = [
-            CodebookWeight.from_codes(
-                codes_N[None],
-                centroids_KD[None],
-                None if group.scales is None else torch.tensor([scale], device=codes_N.device),
-                out_features=out_features,
-                in_features=in_features,
-                axis=self.axis,
-                storage=self.storage,
-            )
-            for number, (codes_N, (out_features, in_features)) in enumerate(zip(codes, group.matrices))
-            for scale in [1.0 if group.scales is None else group.scales[number]]
-        ]
+        with _named(group.names):
+            points_ND, weights_N = group.points(shape.vector_dim)
+            found = kmeans(points_ND, shape.codebook_size, self._recipe, group.generator, weights_N)
+            counts = [num_sub_vectors(*matrix, shape.vector_dim, self.axis) for matrix in group.matrices]
+            codes, centroids_KD = list(found.codes_N.split(counts)), found.centroids_KD
+            if self._full:
+                codes, centroids_KD = self._by_output(group, codes, centroids_KD)
+            stored = [
+                CodebookWeight.from_codes(
+                    codes_N[None],
+                    centroids_KD[None],
+                    None if scale is None else torch.tensor([scale], device=codes_N.device),
+                    out_features=out_features,
+                    in_features=in_features,
+                    axis=self.axis,
+                    storage=self.storage,
+                )
+                for codes_N, scale, (out_features, in_features) in zip(codes, group.scales, group.matrices)
+            ]
         for weight in stored[1:]:
             weight.follow(stored[0])
         return stored
@@ -348,18 +349,19 @@ class _Group:
     counts by its relative error. Scales are relative to the size of all, so that the codebook is as large as weights.
     """
 
-    def __init__(self, layers: list[Layer], method: ClusComp) -> None:
-        self._layers, self._method = layers, method
+    def __init__(self, layers: list[Layer], method: ClusComp, names: Sequence[str] = ()) -> None:
+        self._layers, self._method, self.names = layers, method, names
         self.weights = [layer.weight_OI.float() for layer in layers]
         self.matrices = [(layer.place.out_features, layer.place.in_features) for layer in layers]
-        self.numbers, self.members = sum(weight.numel() for weight in self.weights), len(layers)
+        self.numbers = sum(weight.numel() for weight in self.weights)
         self.generator = layers[0].generator
-        self.scales: list[float] | None = None
+        self.scales: list[float | None] = [None]
         if len(layers) > 1:
             squares = [float(weight.square().mean()) for weight in self.weights]
             mean = sum(square * weight.numel() for square, weight in zip(squares, self.weights)) / self.numbers
-            self.scales = [(square / mean) ** 0.5 if square else 1.0 for square in squares]
-            self.weights = [weight / scale for weight, scale in zip(self.weights, self.scales)]
+            scales = [(square / mean) ** 0.5 if square else 1.0 for square in squares]
+            self.weights = [weight / scale for weight, scale in zip(self.weights, scales)]
+            self.scales = [*scales]
 
     def points(self, vector_dim: int) -> "tuple[Tensor, Tensor | None]":
         """The sub-vectors (N, D) of all layers and what each counts, (N,), or None."""
@@ -383,7 +385,7 @@ class _Group:
         for layer in self._layers:
             if layer.place.input not in made:
                 made[layer.place.input] = damped(_seen(layer).matrix_II, self._method.damping)
-                if self.scales is not None:
+                if len(self._layers) > 1:
                     made[layer.place.input] /= self._mean(made[layer.place.input].diagonal())
         return [made[layer.place.input] for layer in self._layers]
 
@@ -395,7 +397,7 @@ class _Group:
         return float((squares_N if weights_N is None else squares_N * weights_N).mean()) or 1.0
 
     def _mean(self, diagonal_I: "Tensor") -> float:
-        return 1.0 if self.scales is None else float(diagonal_I.mean()) or 1.0
+        return float(diagonal_I.mean()) or 1.0 if len(self._layers) > 1 else 1.0
 
 
 def _seen(layer: Layer) -> "SecondMoment":
@@ -410,12 +412,12 @@ def _joined(parts: "list[Tensor]") -> "Tensor":
 
 
 @contextmanager
-def _named(names: list[str]) -> Iterator[None]:
-    """Begin the text of a ValueError with the layers' names."""
+def _named(names: Sequence[str]) -> Iterator[None]:
+    """Begin the text of a ValueError with the layers' names, if there are any."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{', '.join(names)}: {error}") from error
+        raise ValueError(f"{', '.join(names)}: {error}" if names else str(error)) from error
 
 
 def _lloyd(vectors: int, shape: "Shape", iterations: int) -> "Work":
