@@ -41,10 +41,10 @@ def shape_for(
         return Shape(
             vector_dim,
             codebook_size,
-            stored_bits(out_features, in_features, "in", vector_dim, codebook_size, storage),
+            stored_bits([(out_features, in_features)], "in", vector_dim, codebook_size, storage),
         )
     try:
-        shapes = reachable(out_features, in_features, "in", bits / codebooks, storage)
+        shapes = reachable([(out_features, in_features)], "in", bits / codebooks, storage)
     except ValueError as error:
         raise ValueError(f"{error} (each of {codebooks} codebooks has its share of bits={bits})") from error
     return max(

@@ -1,23 +1,26 @@
 """Bits: the ledger of a whole model, and the choice of codebook sizes that meets a bit target."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from cluscomp import adapters
 from cluscomp.kernels.codes import MAX_CODE_BITS, code_bits, packed_bytes
 from cluscomp.kmeans import Recipe, kmeans
 from cluscomp.models import compressed, unique_tensors
-from cluscomp.weights import Axis, Storage, codebook_bits, lines_of, num_sub_vectors, storage_dtype, sub_vectors
+from cluscomp.weights import SCALE_BITS, Axis, Storage, codebook_bits, lines_of, num_sub_vectors, storage_dtype
 
 MAX_VECTOR_DIM = 16
 SHORTLIST = 4  # candidates whose error is measured
 SAMPLE = 32_768  # sub-vectors of a measurement, or 16 a centroid if that is more
 MEASURE_ITERATIONS = 10  # with few, small codebooks look worse than they are
+OFFSETS = (-1.0, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75, 1.0)  # bits about the target that a menu offers
+
+Matrices = Sequence[tuple[int, int]]  # (O, I) of those that share a codebook
+Points = Callable[[int], tuple[Tensor, Tensor | None]]  # sub-vectors (N, D) of length D, and their weights (N,) or None
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def check_file(size: Size, tensor_bytes: int) -> None:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sub-vector length D and number of centroids K of one matrix, with its stored bits per weight."""
+    """Sub-vector length D and number of centroids K of a codebook, with the stored bits per weight of its matrices."""
 
     vector_dim: int
     codebook_size: int
@@ -83,46 +86,60 @@ class Shape:
 
 
 def stored_bits(
-    out_features: int, in_features: int, axis: Axis, vector_dim: int, codebook_size: int, storage: Storage = "float16"
+    matrices: Matrices, axis: Axis, vector_dim: int, codebook_size: int, storage: Storage = "float16"
 ) -> float:
-    """Stored bits per weight of one matrix with one codebook: paper Equation 3 with packed codes and padding.
+    """Bits per weight that matrices (O, I) with one codebook take: what their `CodebookWeight.ledger`s add up to.
 
-    (ceil(log2 K) * codes + 16 * K * D) / (O * I), the codes being those of padded lines, in whole groups of 8; with a
-    codebook of 8 bits 8 * K * D + 32 in the place of 16 * K * D.
+    Per matrix ceil(N/8) * 8 * ceil(log2 K) for the codes, the packed stream being padded to a multiple of 8, and if
+    there are several 32 for its scale; for the codebook 16 * K * D, with one of 8 bits 8 * K * D + 32.
     """
-    num_vectors = num_sub_vectors(out_features, in_features, vector_dim, axis)
-    codes = packed_bytes(num_vectors, code_bits(codebook_size)) * 8
-    return (codes + codebook_bits(codebook_size, vector_dim, storage)) / (out_features * in_features)
+    bits = codebook_bits(codebook_size, vector_dim, storage) + _scale_bits(matrices)
+    for out_features, in_features in matrices:
+        vectors = num_sub_vectors(out_features, in_features, vector_dim, axis)
+        bits += packed_bytes(vectors, code_bits(codebook_size)) * 8
+    return bits / _weights(matrices)
 
 
-def reachable(
-    out_features: int, in_features: int, axis: Axis, bits: float, storage: Storage = "float16"
-) -> list[Shape]:
-    """For each D the largest K whose stored bits per weight stay at or under `bits`.
+def _scale_bits(matrices: Matrices) -> int:
+    return SCALE_BITS * len(matrices) if len(matrices) > 1 else 0
+
+
+def _weights(matrices: Matrices) -> int:
+    return sum(out_features * in_features for out_features, in_features in matrices)
+
+
+def reachable(matrices: Matrices, axis: Axis, bits: float, storage: Storage = "float16") -> list[Shape]:
+    """For each D the largest K with which matrices (O, I) that share a codebook stay at or under `bits` a weight.
 
     With D fixed more centroids never fit worse, so nothing else needs to be considered. K never exceeds the number
     of sub-vectors or 65,536. Raises ValueError, with the bits that are within reach, if no codebook fits.
     """
-    _, length = lines_of(out_features, in_features, axis)
+    length = min(lines_of(*matrix, axis)[1] for matrix in matrices)
     fixed, each = codebook_bits(0, 1, storage), codebook_bits(1, 1, storage) - codebook_bits(0, 1, storage)
+    fixed += _scale_bits(matrices)
     dims = range(1, min(MAX_VECTOR_DIM, length) + 1)
     shapes = []
     for vector_dim in dims:
-        num_vectors = num_sub_vectors(out_features, in_features, vector_dim, axis)
+        vectors = [num_sub_vectors(*matrix, vector_dim, axis) for matrix in matrices]
         for width in range(MAX_CODE_BITS, 0, -1):
-            budget = bits * out_features * in_features - packed_bytes(num_vectors, width) * 8 - fixed
-            size = min(int(budget // (each * vector_dim)), 1 << width, num_vectors)
+            budget = bits * _weights(matrices) - sum(packed_bytes(count, width) * 8 for count in vectors) - fixed
+            size = min(int(budget // (each * vector_dim)), 1 << width, sum(vectors))
             if size >= 2 and code_bits(size) == width:
-                actual = stored_bits(out_features, in_features, axis, vector_dim, size, storage)
-                shapes.append(Shape(vector_dim, size, actual))
+                shapes.append(Shape(vector_dim, size, stored_bits(matrices, axis, vector_dim, size, storage)))
                 break
     if not shapes:
-        least, dim = min((stored_bits(out_features, in_features, axis, dim, 2, storage), dim) for dim in dims)
+        least, dim = min((stored_bits(matrices, axis, dim, 2, storage), dim) for dim in dims)
         raise ValueError(
-            f"bits={bits} is out of reach for a {out_features} x {in_features} matrix: "
+            f"bits={bits} is out of reach for {described(matrices)}: "
             f"the least is {least:.3f}, with vector_dim={dim} and codebook_size=2"
         )
     return shapes
+
+
+def described(matrices: Matrices) -> str:
+    """Matrices (O, I) in words."""
+    shapes = " and ".join(f"{out_features} x {in_features}" for out_features, in_features in matrices)
+    return f"a {shapes} matrix" if len(matrices) == 1 else f"matrices of {shapes} with one codebook"
 
 
 def expected_bits(shape: Shape) -> float:
@@ -135,48 +152,104 @@ def expected_bits(shape: Shape) -> float:
     return math.log2(shape.codebook_size) / dim - log_constant / math.log(4)
 
 
-def measured_error(
-    weight_OI: Float[Tensor, "O I"],
-    shape: Shape,
-    axis: Axis,
-    recipe: Recipe,
-    generator: torch.Generator,
-    weights_N: Callable[[int], Float[Tensor, " N"] | None] = lambda _dim: None,
-) -> float:
+def measured_error(points: Points, shape: Shape, recipe: Recipe, generator: torch.Generator) -> float:
     """Squared error per weight that clustering with (D, K) will leave, from a short K-means on a sample of sub-vectors.
 
-    Fewer points per centroid than the whole matrix has make the sample's own error too small; the factor
-    (1 - K/N) / (1 - K/n) corrects that to first order. A test compares the outcome with full clustering.
-    `weights_N(D)` gives the importance of each sub-vector of that length, (N,); then the error is weighted by it.
+    Fewer points per centroid than there are in all make the sample's own error too small; the factor
+    (1 - K/N) / (1 - K/n) corrects that to first order. A test compares the outcome with full clustering. Where the
+    points have weights the error is weighted by them.
     """
-    points_ND = sub_vectors(weight_OI, shape.vector_dim, axis)
-    importance_N = weights_N(shape.vector_dim)
+    points_ND, weights_N = points(shape.vector_dim)
     total = len(points_ND)
     sample = min(total, max(SAMPLE, 16 * shape.codebook_size))
     if sample < total:
         rows_n = torch.randperm(total, generator=generator)[:sample].to(points_ND.device)
         points_ND = points_ND[rows_n]
-        importance_N = None if importance_N is None else importance_N[rows_n]
+        weights_N = None if weights_N is None else weights_N[rows_n]
     short = replace(recipe, iterations=min(MEASURE_ITERATIONS, recipe.iterations))
-    found = kmeans(points_ND, shape.codebook_size, short, generator, importance_N)
+    found = kmeans(points_ND, shape.codebook_size, short, generator, weights_N)
     bias = 1 - shape.codebook_size / sample
     correction = (1 - shape.codebook_size / total) / bias if bias else 1.0
     return found.inertia / points_ND.numel() * correction
 
 
-def choose(
-    weight_OI: Float[Tensor, "O I"],
-    shapes: list[Shape],
-    axis: Axis,
-    recipe: Recipe,
-    generator: torch.Generator,
-    weights_N: Callable[[int], Float[Tensor, " N"] | None] = lambda _dim: None,
-) -> Shape:
+def choose(points: Points, shapes: list[Shape], recipe: Recipe, generator: torch.Generator) -> Shape:
     """The (D, K) of least measured error (see `measured_error`) among the best by `expected_bits`.
 
-    Shapes: (O, I) finite; `shapes` as `reachable` gives them.
+    `shapes` as `reachable` gives them.
     """
     shortlist = sorted(shapes, key=expected_bits, reverse=True)[:SHORTLIST]
     if len(shortlist) == 1:
         return shortlist[0]
-    return min(shortlist, key=lambda shape: measured_error(weight_OI, shape, axis, recipe, generator, weights_N))
+    return min(shortlist, key=lambda shape: measured_error(points, shape, recipe, generator))
+
+
+def menu(
+    points: Points, shapes: Callable[[float], list[Shape]], bits: float, recipe: Recipe, generator: torch.Generator
+) -> list[tuple[Shape, float]]:
+    """Shapes at and around a bit target with their measured errors; the first is the one that `choose` would take.
+
+    `shapes(bits)` is as `reachable` gives them. At the target some are measured, at other rates the best by
+    `expected_bits`.
+    """
+    at_target = sorted(shapes(bits), key=expected_bits, reverse=True)[:SHORTLIST]
+    errors = {shape: measured_error(points, shape, recipe, generator) for shape in at_target}
+    first = min(errors, key=lambda shape: errors[shape])
+    for offset in OFFSETS:
+        try:
+            shape = max(shapes(bits + offset), key=expected_bits)
+        except ValueError:  # fewer bits than any codebook takes
+            continue
+        if shape not in errors:
+            errors[shape] = measured_error(points, shape, recipe, generator)
+    return [(first, errors.pop(first)), *errors.items()]
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a codebook would cost, in bits, and the damage that it would leave."""
+
+    bits: int
+    damage: float
+
+
+def allocate(menus: list[list[Option]]) -> list[int]:
+    """Which option of each menu to take, so that all together do the least damage in the bits of all first options.
+
+    For a price of a bit each menu's best option stands alone (Lagrange); the lowest price that keeps within the bits is
+    found by bisection over the prices at which a choice changes. What is left is spent on the best single changes.
+    Never more bits or damage than the first options together.
+    """
+
+    def at(price: float) -> list[int]:
+        return [min(range(len(menu)), key=lambda i: menu[i].damage + price * menu[i].bits) for menu in menus]
+
+    def total(picked: list[int], what: str) -> float:
+        return float(sum(getattr(menu[i], what) for menu, i in zip(menus, picked)))
+
+    first = [0] * len(menus)
+    budget = total(first, "bits")
+    prices = sorted(
+        {(a.damage - b.damage) / (b.bits - a.bits) for menu in menus for a in menu for b in menu if a.bits < b.bits}
+    )
+    low, high = -1, len(prices)  # just above prices[high] all is within the budget
+    picked = first
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = at(math.nextafter(prices[middle], math.inf))
+        if total(found, "bits") <= budget:
+            high, picked = middle, found
+        else:
+            low = middle
+    while True:
+        left = budget - total(picked, "bits")
+        gains = [
+            (menu[i].damage - option.damage, number, j)
+            for number, (menu, i) in enumerate(zip(menus, picked))
+            for j, option in enumerate(menu)
+            if option.bits - menu[i].bits <= left and option.damage < menu[i].damage
+        ]
+        if not gains:
+            return picked if total(picked, "damage") <= total(first, "damage") else first
+        _, number, j = max(gains)
+        picked = [*picked[:number], j, *picked[number + 1 :]]

@@ -41,6 +41,7 @@ IN_A_FILE = {  # safetensors' names of types, in the order of their tensors in a
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
     torch.int8: "I8", torch.uint8: "U8",
 }  # fmt: skip
+SHARES = "shares"  # in the entry of a layer in config.json: the layer that stores its trainable tensors
 WEIGHTS: dict[str, Any] = {"codebook": CodebookWeight, "uniform": UniformWeight}  # by their name in config.json
 
 
@@ -48,6 +49,7 @@ WEIGHTS: dict[str, Any] = {"codebook": CodebookWeight, "uniform": UniformWeight}
 class CompressedConfig(QuantizationConfigMixin):
     """The `quantization_config` of config.json: for each compressed layer the kind and shapes of its stored weight.
 
+    A layer that has its codebooks from another one names it under "shares"; the file holds them once, there.
     `adapter` says that LoRA adapters lie in that folder inside the checkpoint.
     """
 
@@ -73,10 +75,12 @@ class CompressedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
-        outline_layers(model, self.quantization_config.weights, torch.get_default_dtype())
+        shared = outline_layers(model, self.quantization_config.weights, torch.get_default_dtype())
+        model.all_tied_weights_keys |= shared  # transformers reads them once and ties them
         self.folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         if checkpoint_files:  # transformers fills in what is missing: never for codes and codebooks
             expected = {f"{name}.{key}" for name, layer in compressed(model).items() for key in layer.state_dict()}
+            expected -= model.all_tied_weights_keys.keys()
             missing = sorted(expected.difference(*map(_tensor_names, checkpoint_files)))
             if missing:
                 raise InputError(f"{checkpoint_files[0]}: no tensor {missing[0]} ({len(missing)} missing)")
@@ -111,13 +115,19 @@ def _tensor_names(path: str) -> set[str]:
         return set(file.keys())
 
 
-def outline_layers(model: nn.Module, weights: dict[str, dict[str, Any]], dtype: torch.dtype) -> None:
-    """Put compressed layers of these kinds and shapes, by name, in the place of dense ones: on the meta device."""
-    for name, spec in weights.items():
+def outline_layers(model: nn.Module, weights: dict[str, dict[str, Any]], dtype: torch.dtype) -> dict[str, str]:
+    """Put compressed layers of these kinds and shapes, by name, in the place of dense ones: on the meta device.
+
+    Returns the names of tensors that another layer stores, and of that one's.
+    """
+    with torch.device("meta"):
+        stored, shared = build_all(weights)
+    for name, weight in stored.items():
         dense = model.get_submodule(name)
         with torch.device("meta"):
-            layer = CompressedLinear(build(spec), dense.bias, dtype)  # type: ignore[arg-type]
+            layer = CompressedLinear(weight, dense.bias, dtype)  # type: ignore[arg-type]
         model.set_submodule(name, layer)
+    return shared
 
 
 def check_codes(model: nn.Module) -> None:
@@ -137,11 +147,16 @@ def replace(model: nn.Module, name: str, stored: nn.Module) -> None:
 
 def specs(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Kind and shapes of every stored weight of a model by layer name, as config.json holds them."""
-    names = {kind: name for name, kind in WEIGHTS.items()}
-    return {
-        name.removesuffix(adapters.BASE): {"kind": names[type(layer.stored)]} | layer.stored.spec()  # type: ignore[operator]
-        for name, layer in compressed(model).items()
-    }
+    kinds = {kind: name for name, kind in WEIGHTS.items()}
+    found: dict[str, dict[str, Any]] = {}
+    owners: dict[int, str] = {}
+    for full, layer in compressed(model).items():
+        name = full.removesuffix(adapters.BASE)
+        found[name] = {"kind": kinds[type(layer.stored)]} | layer.stored.spec()  # type: ignore[operator]
+        first = owners.setdefault(id(next(layer.stored.parameters())), name)
+        if first != name:
+            found[name][SHARES] = first
+    return found
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -228,9 +243,10 @@ def read_part(path: Path) -> Part | None:
     if found is None:
         return None
     tensors, notes = found
-    layers = {name: build(spec) for name, spec in notes["specs"].items()}
+    layers, shared = build_all(notes["specs"])
     for name, stored in layers.items():
-        stored.load_state_dict({key: tensors[f"{name}.stored.{key}"] for key in stored.state_dict()})
+        keys = {key: f"{name}.stored.{key}" for key in stored.state_dict()}
+        stored.load_state_dict({key: tensors[shared.get(full, full)] for key, full in keys.items()})
     inside = tuple(f"{name}." for name in layers)
     others = {name: tensor for name, tensor in tensors.items() if not name.startswith(inside)}
     return Part(layers, others, notes["numbers"])
@@ -281,8 +297,19 @@ def build(spec: dict[str, Any]) -> nn.Module:
     kind = WEIGHTS.get(str(spec.get("kind")))
     if kind is None:
         raise ValueError(f"a stored weight of kind '{spec.get('kind')}'; this version knows {', '.join(WEIGHTS)}")
-    stored: nn.Module = kind.empty(**{key: value for key, value in spec.items() if key != "kind"})
+    stored: nn.Module = kind.empty(**{key: value for key, value in spec.items() if key not in ("kind", SHARES)})
     return stored
+
+
+def build_all(specs: dict[str, dict[str, Any]]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The stored forms of some layers by name, and of each tensor that another layer stores the name of that one's."""
+    stored = {name: build(spec) for name, spec in specs.items()}
+    shared: dict[str, str] = {}
+    for name, spec in specs.items():
+        if first := spec.get(SHARES):
+            stored[name].follow(stored[first])  # type: ignore[operator]
+            shared |= {f"{name}.stored.{key}": f"{first}.stored.{key}" for key, _ in stored[name].named_parameters()}
+    return stored, shared
 
 
 def verify(folder: Path) -> dict[str, str]:

@@ -124,8 +124,10 @@ class Original:
         for path in sorted({self._shards[name] for name in names}):
             with safe_open(path, "pt") as shard:
                 for name in (name for name in names if self._shards[name] == path):
-                    tensor = shard.get_tensor(name).to(self.device)
-                    place(model, name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
+                    tensor = shard.get_tensor(name)
+                    dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+                    # a copy, or a norm that stays would keep all that was read of the file in memory
+                    place(model, name, tensor.to(self.device, dtype, copy=True))
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -101,7 +101,7 @@ class Outline:
     @property
     def stored(self) -> float:
         """Bytes of all compressed layers and what else is in the blocks, in memory."""
-        return float(sum(tensor.nbytes for block in blocks(self.model) for tensor in block.state_dict().values()))
+        return float(sum(tensor.nbytes for block in blocks(self.model) for tensor in unique_tensors(block).values()))
 
     @property
     def all_numbers(self) -> int:
@@ -120,15 +120,20 @@ class Outline:
         """Bytes of mapped files that count as memory while a compressed model is read; on a GPU nothing waits there."""
         return float(self.checkpoint_bytes()) if self.device == "cpu" else 0.0
 
-    def inputs(self) -> dict[int, int]:
-        """The lengths of the different inputs that a block's linear layers have."""
-        walk, block, hidden_BTH = self._embedded(1, 2)
-        _, entering = walk.observe(walk.blocks.index(block), block, hidden_BTH, list(self.dense))
-        return {id(x): x.shape[-1] for x in entering.values()}
+    def inputs(self) -> list[dict[str, int]]:
+        """For each block the number of the input of each of its dense linear layers: equal for those that share one."""
+        walk, _, hidden_BTH = self._embedded(1, 2)
+        found = []
+        for index, block in enumerate(walk.blocks):
+            _, entering = walk.observe(index, block, hidden_BTH, list(linears(block)))
+            numbers: dict[int, int] = {}
+            found.append({name: numbers.setdefault(id(x), len(numbers)) for name, x in entering.items()})
+        return found
 
     def codebook_numbers(self, module: nn.Module) -> int:
-        """Numbers in the trainable parts of the stored weights of a module."""
-        return sum(p.numel() for layer in compressed(module).values() for p in layer.stored.parameters())
+        """Numbers in the trainable parts of the stored weights of a module, shared ones once."""
+        parts = {id(p): p for layer in compressed(module).values() for p in layer.stored.parameters()}
+        return sum(part.numel() for part in parts.values())
 
     def stream(self, windows: int, length: int) -> float:
         """Bytes of the hidden states of some windows."""
@@ -171,12 +176,11 @@ class Outline:
     def _walk(self, batch: int, length: int, train: bool) -> Pass:
         walk, block, hidden_BTH = self._embedded(batch, length)
         index = walk.blocks.index(block)
-        states = []
+        states = [(layer.stored, layer.stored.state_dict()) for layer in compressed(block).values() if train]
         dense = list(block.parameters()) if train and not compressed(block) else []  # the whole original learns
         if train:
-            for layer in compressed(block).values():
-                states.append((layer.stored, layer.stored.state_dict()))
-                layer.stored.loosen()  # type: ignore[operator]
+            for stored, _ in states:
+                stored.loosen()  # type: ignore[operator]
             for parameter in dense:
                 parameter.requires_grad_(True)
         target_BTH = torch.empty_like(hidden_BTH)

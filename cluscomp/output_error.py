@@ -6,10 +6,13 @@ bytes K-means has spent, and works for axis "out" (the paper's): a sub-vector's 
 codes_IG[i, g] stands for outputs g D to g D + D - 1 of input i.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from cluscomp.kernels.codebook import gradient, rebuild
@@ -125,39 +128,46 @@ def descend_codes(
     return codes
 
 
+@dataclass(frozen=True)
+class Coded:
+    """A weight (I, O), its codes (I, ceil(O / D)), packed, and the second moment (I, I) of its inputs."""
+
+    weight_IO: Float[Tensor, "I O"]
+    packed: UInt8[Tensor, " bytes"]
+    moment_II: Float[Tensor, "I I"]
+
+
 def least_squares_codebook(
-    weight_IO: Float[Tensor, "I O"],
-    packed: Tensor,
-    bits: int,
-    centroids_KD: Float[Tensor, "K D"],
-    moment_II: Float[Tensor, "I I"],
-    steps: int,
+    layers: Sequence[Coded], bits: int, centroids_KD: Float[Tensor, "K D"], steps: int
 ) -> Float[Tensor, "K D"]:
-    """The codebook (K, D) that minimises tr(E H E^T) with the codes fixed, from `centroids_KD` on.
+    """The codebook (K, D) that minimises the sum of the layers' tr(E H E^T), codes fixed, from `centroids_KD` on.
 
     A linear least-squares problem in the codebook: conjugate gradients with the diagonal of its matrix as
-    preconditioner, at most `steps` of them, each one product of H with a dense weight. The D columns do not touch each
-    other, so each has its own step length. Centroids no code points to stay. `packed` holds codes (I, ceil(O / D)).
+    preconditioner, at most `steps` of them, each one product of H with a dense weight for each layer. The D columns do
+    not touch each other, so each has its own step length. Centroids no code points to stay.
     """
-    (inputs, outputs), (size, dim) = weight_IO.shape, centroids_KD.shape
+    size, dim = centroids_KD.shape
 
-    def gather(values_IO: Tensor) -> Tensor:
-        return gradient(values_IO, packed, bits, size, dim)
+    def gather(values: Callable[[Coded], Tensor]) -> Tensor:
+        return reduce(add, (gradient(values(layer), layer.packed, bits, size, dim) for layer in layers))
 
-    def dense(codebook_KD: Tensor) -> Tensor:
-        return rebuild(codebook_KD, packed, bits, inputs, outputs)
+    def dense(layer: Coded, codebook_KD: Tensor) -> Tensor:
+        return rebuild(codebook_KD, layer.packed, bits, *layer.weight_IO.shape)
+
+    def bend(codebook_KD: Tensor) -> Tensor:
+        return gather(lambda layer: layer.moment_II @ dense(layer, codebook_KD))
 
     x_KD = centroids_KD.float()
-    mass_KD = gather(moment_II.diagonal()[:, None].expand(inputs, outputs).contiguous())
+    mass_KD = gather(lambda layer: layer.moment_II.diagonal()[:, None].expand(layer.weight_IO.shape).contiguous())
     scale_KD = torch.where(mass_KD > 0, 1 / mass_KD, 0)
-    residual_KD = gather(moment_II @ (weight_IO - dense(x_KD)))
+    residual_KD = gather(lambda layer: layer.moment_II @ (layer.weight_IO - dense(layer, x_KD)))
     direction_KD = scale_KD * residual_KD
     size_D = (residual_KD * direction_KD).sum(0)
     first_D = size_D
     for _ in range(steps):
         if bool((size_D <= 1e-10 * first_D).all()):
             break
-        bent_KD = gather(moment_II @ dense(direction_KD))
+        bent_KD = bend(direction_KD)
         length_D = size_D / (direction_KD * bent_KD).sum(0).clamp(min=torch.finfo(torch.float32).tiny)
         x_KD = x_KD + length_D * direction_KD
         residual_KD = residual_KD - length_D * bent_KD

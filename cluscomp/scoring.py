@@ -80,6 +80,7 @@ def window_scores(
             scores |= window_distances(reference.walk.logits(reference.hidden(part), ids_BT), logits_BTV)
         for name, sums_B in scores.items():
             found.setdefault(name, []).append(sums_B)
+        del logits_BTV  # before those of the next batch are made
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

@@ -42,7 +42,8 @@ class Trained:
     @property
     def parameters(self) -> list[Parameter]:
         """All that is trained: the same objects before, during and after."""
-        return [*(part for weight in self._weights for part in weight.parameters()), *self._others.values()]
+        parts = [*(part for weight in self._weights for part in weight.parameters()), *self._others.values()]
+        return list({id(part): part for part in parts}.values())  # weights may share a codebook
 
     def start(self) -> None:
         """Make the copies."""

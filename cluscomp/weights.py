@@ -19,7 +19,8 @@ FEW_TOKENS = 8  # up to so many a product is made straight from the codes
 TILE = 2**21  # entries of a large weight that are rebuilt at a time
 Storage = Literal["float16", "float8", "int8"]  # of codebooks; the paper's are 16-bit floats (section 3.2)
 STORAGE = {"float16": torch.float16, "float8": torch.float8_e4m3fn, "int8": torch.int8}
-LARGEST = {"float8": 448.0, "int8": 127.0}  # kinds of 8 bits have a scale of 32 bits for each codebook
+LARGEST = {"float8": 448.0, "int8": 127.0}  # kinds of 8 bits have a scale for each codebook
+SCALE_BITS = 32
 
 
 class Weight(Protocol):
@@ -61,7 +62,7 @@ class Weight(Protocol):
         ...
 
     def ledger(self) -> dict[str, int]:
-        """Stored bits by part (codes, codebooks, padding, ...)."""
+        """Stored bits by part (codes, codebooks, padding, ...), without what another weight stores."""
         ...
 
     def paper_bits(self) -> int:
@@ -114,7 +115,7 @@ def storage_dtype(tensor: Tensor) -> torch.dtype:
 
 def codebook_bits(codebook_size: int, vector_dim: int, storage: Storage) -> int:
     """Stored bits of one codebook (K, D), its scale included."""
-    return codebook_size * vector_dim * STORAGE[storage].itemsize * 8 + (32 if storage in LARGEST else 0)
+    return codebook_size * vector_dim * STORAGE[storage].itemsize * 8 + (SCALE_BITS if storage in LARGEST else 0)
 
 
 class CodebookWeight(nn.Module):
@@ -123,11 +124,13 @@ class CodebookWeight(nn.Module):
     Stored: `codes` (M, bytes) uint8, packed at ceil(log2 K) bits each (kernels/codes.py), `codebooks` (M, K, D) and,
     for codebooks of 8 bits, `scales` (M,) float32. ClusComp section 3.2 is M = 1 and axis "out", AQLM's form M >= 1 and
     axis "in". To be trained the codebooks are made float32 masters (`loosen`), and rounded to their storage afterwards
-    (`settle`).
+    (`settle`). Weights may share codebooks of 16 bits: those after the first `follow` it, and each has `scales` of its
+    own, which stay.
     """
 
     codes: Tensor
     scales: Tensor | None
+    follows: bool  # whether another weight stores and counts the codebooks
 
     def __init__(
         self,
@@ -142,6 +145,7 @@ class CodebookWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features, self.axis, self.storage = out_features, in_features, axis, storage
+        self.follows = False
         self.register_buffer("codes", codes)
         self.codebooks = nn.Parameter(codebooks, requires_grad=codebooks.is_floating_point())
         self.register_buffer("scales", scales)
@@ -151,19 +155,24 @@ class CodebookWeight(nn.Module):
         cls,
         codes_MN: Tensor,
         codebooks_MKD: Float[Tensor, "M K D"],
+        scales_M: Float[Tensor, " M"] | None = None,
         *,
         out_features: int,
         in_features: int,
         axis: Axis,
         storage: Storage = "float16",
     ) -> "CodebookWeight":
-        """Build from unpacked codes (M, N); centroids are rounded to `storage`. Raises ValueError on overflow."""
+        """Build from unpacked codes (M, N); centroids are rounded to `storage`. Raises ValueError on overflow.
+
+        `scales_M` (M,) float32 multiply codebooks of 16 bits, which then other weights can share.
+        """
         bits = code_bits(codebooks_MKD.shape[1])
         packed = torch.stack([pack(codes_N, bits) for codes_N in codes_MN])
-        stored, scales = rounded(codebooks_MKD, storage)
+        stored, of_storage = rounded(codebooks_MKD, storage)
         return cls(
-            packed, stored, scales, out_features=out_features, in_features=in_features, axis=axis, storage=storage
-        )
+            packed, stored, of_storage if scales_M is None else scales_M,
+            out_features=out_features, in_features=in_features, axis=axis, storage=storage,
+        )  # fmt: skip
 
     @classmethod
     def empty(
@@ -176,18 +185,37 @@ class CodebookWeight(nn.Module):
         codebook_size: int,
         codebooks: int,
         storage: Storage = "float16",
+        scaled: bool = False,
     ) -> "CodebookWeight":
-        """A module of the given shapes with undefined content, on the default device; to be loaded into."""
+        """A module of the given shapes with undefined content, on the default device; to be loaded into.
+
+        `scaled`: with scales of its own over codebooks of 16 bits.
+        """
         size = packed_bytes(num_sub_vectors(out_features, in_features, vector_dim, axis), code_bits(codebook_size))
         return cls(
             torch.empty(codebooks, size, dtype=torch.uint8),
             torch.empty(codebooks, codebook_size, vector_dim, dtype=STORAGE[storage]),
-            torch.empty(codebooks) if storage in LARGEST else None,
+            torch.empty(codebooks) if scaled or storage in LARGEST else None,
             out_features=out_features,
             in_features=in_features,
             axis=axis,
             storage=storage,
         )
+
+    def follow(self, first: "CodebookWeight") -> None:
+        """Share the codebooks of another weight: one parameter, which the other stores and counts.
+
+        Raises ValueError if their shapes differ or they have 8 bits, whose scales would have to be shared too.
+        """
+        if first.codebooks.shape != self.codebooks.shape or self.storage != first.storage or self.storage in LARGEST:
+            mine, other = ((*weight.codebooks.shape, weight.storage) for weight in (self, first))
+            raise ValueError(f"codebooks {mine} cannot be those of another weight, {other}")
+        self.codebooks, self.follows = first.codebooks, True
+
+    @property
+    def _scaled(self) -> bool:
+        """Whether the scales are the weight's own and not its codebooks'."""
+        return self.scales is not None and self.storage not in LARGEST
 
     @property
     def num_codes(self) -> int:
@@ -201,20 +229,26 @@ class CodebookWeight(nn.Module):
 
     def centroids(self, dtype: torch.dtype) -> Float[Tensor, "M K D"]:
         """The codebooks' values (M, K, D) in `dtype`; differentiable."""
+        if self._scaled:  # in float32, or the whole weight would be off by the scale's rounding
+            return (self.codebooks.float() * cast(Tensor, self.scales)[:, None, None]).to(dtype)
         values_MKD = self.codebooks.to(dtype)
         return values_MKD if self.scales is None else values_MKD * self.scales.to(dtype)[:, None, None]
 
     def loosen(self) -> None:
-        """Make the codebooks float32 masters that can be trained."""
-        self.codebooks.data = self.centroids(torch.float32).detach().clone()
-        self.scales = None if self.scales is None else torch.ones_like(self.scales)
+        """Make the codebooks float32 masters that can be trained; of shared ones each weight may do so."""
+        if self._scaled:
+            self.codebooks.data = self.codebooks.data.float()
+        else:
+            self.codebooks.data = self.centroids(torch.float32).detach().clone()
+            self.scales = None if self.scales is None else torch.ones_like(self.scales)
         self.codebooks.requires_grad_(True)
 
     def settle(self) -> None:
         """Round the codebooks to their storage. Raises ValueError if one is not finite or does not fit."""
         self.codebooks.requires_grad_(False)
         self.codebooks.grad = None
-        self.codebooks.data, self.scales = rounded(self.codebooks.data, self.storage)
+        self.codebooks.data, of_storage = rounded(self.codebooks.data, self.storage)
+        self.scales = self.scales if self._scaled else of_storage
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take back the codebooks of a `state_dict` made before `loosen`."""
@@ -267,19 +301,24 @@ class CodebookWeight(nn.Module):
         return cast(Tensor, sum(tables))[None]
 
     def ledger(self) -> dict[str, int]:
-        """Stored bits: codes (those of padded rows too), codebooks with scales, padding of the packed stream."""
-        num_codebooks, size, dim = self.codebooks.shape
+        """Stored bits: codes (those of padded rows too), codebooks, padding of the packed stream.
+
+        Scales of codebooks of 8 bits count as part of them. Codebooks that another weight stores do not count.
+        """
+        num_codebooks, size, _ = self.codebooks.shape
         codes = num_codebooks * self.num_codes * code_bits(size)
-        return {
-            "codes": codes,
-            "codebooks": num_codebooks * codebook_bits(size, dim, self.storage),
-            "padding": self.codes.numel() * 8 - codes,
-        }
+        parts = {"codes": codes, "codebooks": self._codebook_bits(), "padding": self.codes.numel() * 8 - codes}
+        return parts | ({"scales": num_codebooks * SCALE_BITS} if self._scaled else {})
+
+    def _codebook_bits(self) -> int:
+        num_codebooks, size, dim = self.codebooks.shape
+        return 0 if self.follows else num_codebooks * codebook_bits(size, dim, self.storage)
 
     def paper_bits(self) -> int:
         """Bits by Equation 3 of the paper: 16 for each code, whatever the codebook's size, and the codebooks."""
-        num_codebooks, size, dim = self.codebooks.shape
-        return num_codebooks * (16 * self.num_codes + codebook_bits(size, dim, self.storage))
+        num_codebooks = len(self.codebooks)
+        scales = num_codebooks * SCALE_BITS if self._scaled else 0
+        return num_codebooks * 16 * self.num_codes + self._codebook_bits() + scales
 
     def spec(self) -> dict[str, Any]:
         """What `empty` needs to make this module's shapes again."""
@@ -292,7 +331,7 @@ class CodebookWeight(nn.Module):
             "codebook_size": codebook_size,
             "codebooks": num_codebooks,
             "storage": self.storage,
-        }
+        } | ({"scaled": True} if self._scaled else {})
 
     def check(self) -> None:
         """Raise ValueError if a code points past its codebook (a damaged file)."""

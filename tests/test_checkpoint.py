@@ -24,11 +24,12 @@ from cluscomp.stages.cluster import Cluster
 from cluscomp.weights import CompressedLinear
 
 
-def compress(folder, codebook_size=7):
+def compress(folder, codebook_size=7, share="none"):
     """A model with every linear layer compressed, and its tokenizer."""
     original = Original(folder, torch.float32, torch.device("cpu"))
     model = original.load_all()
-    method = ClusComp(bits=None, vector_dim=2, codebook_size=codebook_size, iterations=2, **PAPER, **STORED, **NO_DATA)
+    stored = STORED | {"share": share}
+    method = ClusComp(bits=None, vector_dim=2, codebook_size=codebook_size, iterations=2, **PAPER, **stored, **NO_DATA)
     for name, block in zip(block_names(model), blocks(model)):
         Cluster(method=method, **IDLE).compress_block(block, name, seed=0, statistics={})
     return model, original.tokenizer
@@ -313,3 +314,77 @@ def test_gradients_reach_the_codebooks_of_a_loaded_model(tiny_saved, ids):
     books = [layer.stored.codebooks.requires_grad_(True) for layer in compressed(loaded).values()]
     loaded(ids, labels=ids).loss.backward()
     assert all(book.grad is not None and book.grad.any() for book in books)
+
+
+# codebooks that the layers of a block share
+
+
+@pytest.fixture(scope="module")
+def shared(family, tmp_path_factory):
+    """Of each family in turn: a model with one codebook a block, and the folder it was saved to (read it only)."""
+    model, tokenizer = compress(family, share="block")
+    folder = tmp_path_factory.mktemp("shared") / "model"
+    checkpoint.save(model, tokenizer, folder)
+    return model, folder
+
+
+def books(model) -> list[set[int]]:
+    """The different codebooks of each block, by identity."""
+    return [{id(layer.stored.codebooks) for layer in compressed(block).values()} for block in blocks(model)]
+
+
+def test_shared_codebooks_are_stored_once_and_come_back_shared(shared, ids, tmp_path):
+    model, folder = shared
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert sum(name.endswith(".codebooks") for name in file.keys()) == len(blocks(model))  # noqa: SIM118
+    for again in (AutoModelForCausalLM.from_pretrained(folder), checkpoint.load(folder)):
+        assert all(len(block) == 1 for block in books(again)) and len(set.union(*books(again))) == len(blocks(model))
+        assert not any(parameter.is_meta for parameter in again.parameters())
+        assert torch.equal(logits(again, ids), logits(model, ids))
+        assert size_of(again) == size_of(model)
+    assert sum(size_of(model).ledger.values()) == 8 * checkpoint.tensor_bytes(folder)
+    again.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), ids), logits(model, ids))
+    checkpoint.save(checkpoint.load(folder), AutoTokenizer.from_pretrained(folder), tmp_path / "saved")
+    assert checkpoint.checkpoint_hash(tmp_path / "saved") == checkpoint.checkpoint_hash(folder)
+
+
+def test_gradients_of_a_loaded_model_meet_in_the_shared_codebook(shared, ids):
+    loaded = checkpoint.load(shared[1])
+    for layer in compressed(loaded).values():
+        layer.stored.codebooks.requires_grad_(True)
+    loaded(ids, labels=ids).loss.backward()
+    for block in blocks(loaded):
+        first, *others = compressed(block).values()
+        assert first.stored.codebooks.grad.any()
+        assert all(layer.stored.codebooks is first.stored.codebooks for layer in others)
+
+
+def test_a_part_with_a_shared_codebook_holds_it_once(tiny_folder, tmp_path):
+    model, _ = compress(tiny_folder, share="block")
+    path = tmp_path / "block.safetensors"
+    checkpoint.save_part(path, blocks(model)[1], {})
+    assert sum(name.endswith(".codebooks") for name in load_file(path)) == 1
+    block = blocks(Original(tiny_folder, torch.float32, torch.device("cpu")).load_all())[1]
+    checkpoint.put_part(block, checkpoint.read_part(path))
+    assert len({id(layer.stored.codebooks) for layer in compressed(block).values()}) == 1
+    for name, layer in compressed(blocks(model)[1]).items():
+        assert torch.equal(block.get_submodule(name).stored(torch.float32), layer.stored(torch.float32))
+        assert block.get_submodule(name).stored.ledger() == layer.stored.ledger()
+
+
+def test_a_missing_shared_codebook_is_refused(tiny_folder, tmp_path):
+    model, tokenizer = compress(tiny_folder, share="block")
+    checkpoint.save(model, tokenizer, tmp_path / "model")
+    first = "model.layers.1.self_attn.q_proj.stored.codebooks"
+    edit_tensors(tmp_path / "model", lambda tensors: tensors.pop(first))
+    with pytest.raises(InputError, match=r"model\.layers\.1\.self_attn\.q_proj"):
+        checkpoint.load(tmp_path / "model")
+
+
+def test_a_share_in_a_layer_that_is_not_there_is_refused(tiny_folder, tmp_path):
+    model, tokenizer = compress(tiny_folder, share="block")
+    checkpoint.save(model, tokenizer, tmp_path / "model")
+    edit_config(tmp_path / "model", lambda config: config["weights"][LAYER].update(shares="nothing"))
+    with pytest.raises(InputError, match="nothing"):
+        checkpoint.load(tmp_path / "model")

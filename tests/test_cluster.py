@@ -8,10 +8,12 @@ from transformers import AutoModelForCausalLM
 from cluscomp import checkpoint
 from cluscomp.blocks import Walk
 from cluscomp.data import FileText, calibration_windows
+from cluscomp.errors import InputError
 from cluscomp.methods.cluscomp import ClusComp
 from cluscomp.models import Original, blocks, compressed, linears
+from cluscomp.moments import SecondMoment
 from cluscomp.stages import Job
-from cluscomp.stages.cluster import Cluster
+from cluscomp.stages.cluster import Cluster, chosen_table, layer_seed
 
 CPU = torch.device("cpu")
 CALIBRATION = {"samples": 5, "length": 12, "batch_size": 2}
@@ -143,3 +145,134 @@ def test_codebooks_of_8_bits_are_half_as_large_and_come_back(tiny_folder, text, 
     ids = torch.randint(1, 257, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+# layers that share a codebook, and bits that are shared out
+
+
+def codebooks(block) -> list[set[str]]:
+    """The layers of a block by the codebook they use."""
+    groups: dict[int, set[str]] = {}
+    for name, layer in compressed(block).items():
+        groups.setdefault(id(layer.stored.codebooks), set()).add(name.rpartition(".")[2])
+    return list(groups.values())
+
+
+@pytest.mark.parametrize("share", ["none", "input", "block"])
+def test_layers_share_codebooks_as_asked_for_with_and_without_data(tiny_folder, text, tmp_path, share):
+    projections = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+    expected = {
+        "none": [{name} for names in projections for name in names],
+        "input": projections,
+        "block": [set.union(*projections)],
+    }
+    original = Original(tiny_folder, torch.float32, CPU)
+    for number, free in enumerate(({}, {"weighting": "none", "assign": "nearest", "least_squares": 0})):
+        model, found = run(stage(text, share=share, **free), original, tmp_path / str(number))
+        for block in blocks(model):
+            assert sorted(codebooks(block), key=sorted) == sorted(expected[share], key=sorted)
+        assert len(found["chosen"]) == 3 * len(expected[share])
+        assert {(c["vector_dim"], c["codebook_size"]) for c in found["chosen"].values()} == {(4, 16)}
+
+
+def test_a_block_whose_layers_share_nothing_is_compressed_layer_by_layer(tiny_folder, text, tmp_path):
+    """As the method does with one weight."""
+    original = Original(tiny_folder, torch.float32, CPU)
+    model, _ = run(stage(text), original, tmp_path)
+    walk = Walk(original.load_all())
+    stream = [walk.embed(part) for part in windows(text, original).split(2)]
+    _, statistics = stage(text).observe(walk, 0, stream, count=True)
+    for name, layer in compressed(blocks(model)[0]).items():
+        generator = torch.Generator().manual_seed(layer_seed(0, f"model.layers.0.{name}"))
+        weight_OI = walk.blocks[0].get_submodule(name).weight.detach()
+        alone = method().compress(weight_OI, statistics[name], generator)
+        assert equal(dict(alone.state_dict()), dict(layer.stored.state_dict()))
+
+
+def test_a_codebook_of_a_block_serves_layers_of_any_size(tiny_folder, text, tmp_path):
+    """One matrix a thousand times as large as the others: each layer is met as well as if all were alike."""
+    original = Original(tiny_folder, torch.float32, CPU)
+    walk = Walk(original.load_all())
+    stream = [walk.embed(part) for part in windows(text, original).split(2)]
+    cluster = stage(text, share="block")
+    _, statistics = cluster.observe(walk, 1, stream, count=True)
+    errors = {}
+    for factor in (1.0, 1000.0):
+        block = blocks(original.load_all())[1]
+        block.self_attn.v_proj.weight.data *= factor
+        squares = cluster.compress_block(block, "block", 0, statistics)["squares"]
+        errors[factor] = {name: error / size for name, (error, size) in squares.items()}
+    for name, error in errors[1.0].items():
+        assert errors[1000.0][name] == pytest.approx(error, rel=0.05)
+
+
+@pytest.mark.parametrize("share", ["input", "block"])
+def test_a_stage_that_shares_and_lost_some_parts_ends_with_the_same_bits(tiny_folder, text, tmp_path, share):
+    original = Original(tiny_folder, torch.float32, CPU)
+    whole, found = run(stage(text, share=share), original, tmp_path)
+    (tmp_path / "block-001.safetensors").unlink()
+    again, refound = run(stage(text, share=share), original, tmp_path)
+    assert equal(state(whole), state(again)) and found == refound
+    assert [codebooks(block) for block in blocks(whole)] == [codebooks(block) for block in blocks(again)]
+
+
+@pytest.mark.parametrize("share", ["none", "input"])
+def test_bits_shared_out_by_sensitivity_are_no_more_and_do_less_damage(tiny_folder, text, tmp_path, share):
+    """Damage by the settings' own measure, that of the layers' inputs' squares, and after clustering in full."""
+    original = Original(tiny_folder, torch.float32, CPU)
+    target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "share": share}
+    target |= {"assign": "nearest", "least_squares": 0}
+    bits, damages = [], []
+    ids_WT = windows(text, original)
+    moments = second_moments(original.load_all(), ids_WT)
+    for allocation in ("uniform", "sensitivity"):
+        model, found = run(stage(text, allocation=allocation, **target), original, tmp_path / allocation)
+        bits.append(sum(sum(layer.stored.ledger().values()) for layer in compressed(model).values()))
+        damage = 0.0
+        for index, block in enumerate(blocks(model)):
+            dense = linears(blocks(original.load_all())[index])
+            for name, layer in compressed(block).items():
+                weight_OI = dense[name].weight.double()
+                squares_I = moments[f"{index}.{name}"].diagonal()
+                error_OI = layer.stored(torch.float32).detach().double() - weight_OI
+                damage += float((error_OI.square() * squares_I).sum() / (weight_OI.square() * squares_I).sum())
+        damages.append(damage)
+        assert found["chosen"].keys() >= {"model.layers.0.mlp.down_proj"}
+    assert bits[1] <= bits[0] and damages[1] < damages[0]
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"share": "input", "storage": "int8"}, "share=input needs method.storage=float16"),
+        ({"allocation": "sensitivity"}, "sensitivity needs bits=3"),
+        (
+            {"allocation": "sensitivity", "share": "block", "bits": 3.0, "vector_dim": None, "codebook_size": None},
+            "several codebooks a block",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changed, words):
+    with pytest.raises(ValueError, match=words):
+        method(**changed)
+
+
+def test_what_was_chosen_is_counted_by_kind_of_layer():
+    found = {"layers.1.q": {"vector_dim": 4, "bits": 2.5}, "layers.10.q": {"vector_dim": 4, "bits": 2.5}}
+    found["layers.2.q"] = {"vector_dim": 3, "bits": 2.75}
+    table = chosen_table(found, [f"layers.{number}" for number in range(11)])
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()][2:] == [
+        ["q", "4", "2.500", "2"], ["q", "3", "2.750", "1"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", [{}, {"bits": 3.0, "vector_dim": None, "codebook_size": None}])
+@pytest.mark.parametrize("share", ["none", "block"])
+def test_inputs_that_overflow_are_told_with_the_layer(tiny_folder, text, target, share):
+    block = blocks(Original(tiny_folder, torch.float32, CPU).load_all())[0]
+    statistics = {}
+    for name, layer in linears(block).items():
+        statistics[name] = SecondMoment(full=True)
+        statistics[name].add(torch.full((2, layer.in_features), 1e30))
+    with pytest.raises(InputError, match=r"block\.self_attn\.q_proj.*: its inputs .* have NaN or infinity"):
+        stage(text, share=share, **target).compress_block(block, "block", 0, statistics)

@@ -1,6 +1,7 @@
 """Opening original models block by block against transformers' own loading, and what is refused, by name."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,3 +179,12 @@ def test_the_size_of_the_original_by_hand(tiny_folder):
     size = opened(tiny_folder).size()
     assert size["model_bits_per_weight"] == 32
     assert 0 < size["checkpoint_bytes"] - 4 * numbers < 10_000  # the header
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+def test_what_was_read_of_a_file_is_let_go_of(tiny_folder):
+    """Norms stay when a block is compressed; in the file's own type they could be a view of the mapped file."""
+    original = Original(tiny_folder, torch.float32, torch.device("cpu"))
+    model = original.model()
+    original.load_block(model, 0)
+    assert str(tiny_folder / "model.safetensors") not in Path("/proc/self/maps").read_text()

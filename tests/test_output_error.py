@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from cluscomp.kernels.codes import code_bits, pack
 from cluscomp.kmeans import nearest
 from cluscomp.moments import SecondMoment
-from cluscomp.output_error import damped, descend_codes, feedback_codes, least_squares_codebook, output_error
+from cluscomp.output_error import (
+    Coded,
+    damped,
+    descend_codes,
+    feedback_codes,
+    least_squares_codebook,
+    output_error,
+)
 
 
 def layer(inputs, outputs, seed=0, tokens=None):
@@ -65,7 +72,8 @@ def test_least_squares_is_the_solution_of_the_normal_equations(inputs, outputs, 
     start_KD = torch.randn(size, dim, generator=generator)
     moment_II = damped(moment_of(x_TI), 0.01)
     bits = code_bits(size)
-    found_KD = least_squares_codebook(weight_IO, pack(codes_IG.flatten(), bits), bits, start_KD, moment_II, 200)
+    coded = Coded(weight_IO, pack(codes_IG.flatten(), bits), moment_II)
+    found_KD = least_squares_codebook([coded], bits, start_KD, 200)
     root_II = np.linalg.cholesky(moment_II.double().numpy()).T  # H = R^T R
     design, target = np.zeros((inputs * outputs, size * dim)), root_II @ weight_IO.double().numpy()
     for i in range(inputs):
@@ -181,3 +189,26 @@ def test_inputs_never_seen_and_inputs_that_overflow():
         moment.add(torch.tensor([[1e30, 1.0]]))
         with pytest.raises(ValueError, match="the original model overflows"):
             _ = moment.diagonal_I
+
+
+def test_least_squares_of_a_shared_codebook_is_the_solution_for_all_layers_together():
+    """Against numpy on the design matrix of both layers, one below the other."""
+    dim, size, generator = 2, 6, torch.Generator().manual_seed(0)
+    start_KD, coded, designs, targets = torch.randn(size, dim, generator=generator), [], [], []
+    for inputs, outputs, seed in ((5, 8, 1), (7, 6, 2)):
+        weight_IO, x_TI = layer(inputs, outputs, seed)
+        codes_IG = torch.randint(size, (inputs, outputs // dim), generator=generator, dtype=torch.int32)
+        moment_II = damped(moment_of(x_TI), 0.01)
+        coded.append(Coded(weight_IO, pack(codes_IG.flatten(), 3), moment_II))
+        root_II = np.linalg.cholesky(moment_II.double().numpy()).T
+        design = np.zeros((inputs * outputs, size * dim))
+        for i in range(inputs):
+            for o in range(outputs):
+                design[o::outputs, int(codes_IG[i, o // dim]) * dim + o % dim] += root_II[:, i]
+        designs.append(design)
+        targets.append((root_II @ weight_IO.double().numpy()).flatten())
+    design, target = np.concatenate(designs), np.concatenate(targets)
+    least = np.square(design @ np.linalg.lstsq(design, target, rcond=None)[0] - target).sum()
+    found_KD = least_squares_codebook(coded, 3, start_KD, 200)
+    reached = np.square(design @ found_KD.double().flatten().numpy() - target).sum()
+    assert reached <= least + 1e-4 * np.square(target).sum()

@@ -24,7 +24,7 @@ from cluscomp.models import Original, block_names, blocks, linears, read_config
 from cluscomp.moments import SecondMoment
 from cluscomp.outline import Outline
 from cluscomp.plan import Plan, Row, duration
-from cluscomp.stages.cluster import Cluster
+from cluscomp.stages.cluster import Cluster, places
 from cluscomp.streams import Streams
 from cluscomp.training import Trained
 
@@ -35,24 +35,32 @@ CPU = torch.device("cpu")
 # bits and bytes
 
 
-@pytest.mark.parametrize("stored", [("out", "float16", 3, 11), ("out", "int8", 4, 16), ("in", "float8", 5, 40)])
+@pytest.mark.parametrize(
+    "stored",
+    [
+        ("out", "float16", 3, 11, "none"), ("out", "int8", 4, 16, "none"), ("in", "float8", 5, 40, "none"),
+        ("out", "float16", 3, 50, "input"), ("in", "float16", 4, 99, "block"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_planned_bytes_are_those_of_the_file(families, tmp_path, stored, dtype):
     """Header included, for tied and untied heads, and originals of 32 and of 16 bits."""
-    axis, storage, dim, size = stored
+    axis, storage, dim, size, share = stored
     method = ClusComp(
-        bits=None, vector_dim=dim, codebook_size=size, axis=axis, storage=storage, iterations=1, **PAPER, **NO_DATA
-    )
+        bits=None, vector_dim=dim, codebook_size=size, axis=axis, storage=storage, share=share, allocation="uniform",
+        iterations=1, **PAPER, **NO_DATA,
+    )  # fmt: skip
     folder = families("llama", tie_word_embeddings=axis == "out")
     config = read_config(folder)
     config.dtype = str(dtype).removeprefix("torch.")
     outline = Outline(config, torch.float32, "cpu")
     cluster = Cluster(method=method, **IDLE)
+    layers = places(outline)
     cluster.cost(outline)
     original = Original(folder, dtype, CPU)
     model = original.load_all().float()  # in bfloat16: as a file of 16 bits, read into 32
-    for name, block in zip(block_names(model), blocks(model)):
-        cluster.compress_block(block, name, 0, {})
+    for name, block, here in zip(block_names(model), blocks(model), layers):
+        cluster.compress_block(block, name, 0, {}, here)
     save(model, original.tokenizer, tmp_path / "saved")
     assert outline.checkpoint_bytes() == (tmp_path / "saved" / "model.safetensors").stat().st_size
     assert outline.size() == size_of(model)

@@ -437,3 +437,17 @@ def test_two_processes_do_what_one_does(recovered, ground, tmp_path):
     assert numbers["loss_last"] == pytest.approx(found(alone)["loss_last"], rel=1e-4)
     assert numbers["held_out_after"] == pytest.approx(found(alone)["held_out_after"], rel=1e-3)
     assert record["scores"][0]["value"] == pytest.approx(alone.record.scores[0].value, rel=1e-3)
+
+
+def test_codebooks_that_layers_share_are_trained_once(ground):
+    """By hand: three blocks with one codebook of 32 x 4 numbers each."""
+    more = ["method.share=block", "order=[cluster,block_finetune,recover]", "block_finetune=quick"]
+    more += ["block_finetune.samples=4", "block_finetune.length=32", "block_finetune.norms=false"]
+    outcome = pipeline(ground, ground / "shared", *more)
+    numbers = found(outcome)
+    assert numbers["trained_parameters"] == 3 * 32 * 4 and numbers["kept"]
+    assert numbers["held_out_after"] < numbers["held_out_before"]
+    names = {name for name in load_file(outcome.checkpoint / "model.safetensors") if "codebooks" in name}
+    assert changed(outcome) == names and len(names) == 3
+    assert outcome.record.size["ledger"]["codebooks"] == 3 * 32 * 4 * 16
+    assert outcome.record.stages["block_finetune"]["found"]["kept"] == 0

@@ -1,6 +1,7 @@
 """Perplexity against transformers' own loss, its standard error by hand, and streaming against the model in memory."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -109,3 +110,18 @@ def test_bytes_are_those_of_the_predicted_text(tiny_folder):
     assert len(ids) == len(text.encode())
     assert scored_bytes(tokenizer, ids[None]) == len(text.encode()) - 1
     assert scored_bytes(tokenizer, ids[:40].view(4, 10)) == 4 * 9
+
+
+def test_the_logits_of_one_batch_are_gone_before_those_of_the_next(model, windows_WT):
+    class Watched(Walk):
+        made: weakref.ref | None = None
+
+        def logits(self, hidden_BTH, ids_BT):
+            assert self.made is None or self.made() is None
+            logits_BTV = super().logits(hidden_BTH, ids_BT)
+            self.made = weakref.ref(logits_BTV)
+            return logits_BTV
+
+    walk = Watched(model)
+    window_scores(walk, windows_WT, batch_size=2, label="a model")
+    assert walk.made is not None

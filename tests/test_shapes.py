@@ -15,7 +15,7 @@ CALLS = {
     "pack": lambda: codes.pack(torch.zeros(4, 3, dtype=torch.long), 2),
     "kmeans": lambda: kmeans.kmeans(torch.zeros(4), 2, RECIPE, torch.Generator()),
     "sub_vectors": lambda: weights.sub_vectors(torch.zeros(2, 3, 4), 2, "out"),
-    "choose": lambda: budget.choose(torch.zeros(16), [SHAPE, SHAPE], "out", RECIPE, torch.Generator()),
+    "choose": lambda: budget.choose(lambda _dim: (torch.zeros(16), None), [SHAPE, SHAPE], RECIPE, torch.Generator()),
 }
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from cluscomp import weights
+from cluscomp.training import Trained
 from cluscomp.weights import CodebookWeight, CompressedLinear, storage_dtype, sub_vectors
 
 
@@ -272,3 +273,73 @@ def test_few_tokens_take_a_short_cut_to_the_same_product(axis, codebook_size, to
     torch.testing.assert_close(layer(x), expected)
     short = (stored.product(x) is not None, (tokens <= 8 and axis == "out") or (tokens == 1 and codebook_size == 200))
     assert short[0] == short[1]
+
+
+# weights that share codebooks
+
+
+def sharing(seed=0):
+    """Two weights of one codebook with scales of their own, and a third that shares nothing."""
+    rng, weights = np.random.default_rng(seed), []
+    centroids = torch.from_numpy(rng.standard_normal((1, 5, 3)).astype(np.float32))
+    for outputs, scale in ((6, 0.5), (9, 1.7)):
+        codes = torch.from_numpy(rng.integers(0, 5, (1, 4 * outputs // 3)))
+        sizes = {"out_features": outputs, "in_features": 4, "axis": "out"}
+        weights.append(CodebookWeight.from_codes(codes, centroids, torch.tensor([scale]), **sizes))
+    weights[1].follow(weights[0])
+    return weights
+
+
+def test_a_shared_codebook_is_scaled_for_each_weight_and_counted_once():
+    first, second = sharing()
+    for weight, scale in ((first, 0.5), (second, 1.7)):
+        entries = first.codebooks[0].float()[weight.unpacked()[0].long()].view(4, -1).T
+        torch.testing.assert_close(weight(torch.float32), scale * entries)
+        x = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(weight.product(x), x @ weight(torch.float32).T)
+    assert first.ledger() == {"codes": 8 * 3, "codebooks": 15 * 16, "padding": 0, "scales": 32}
+    assert second.ledger() == {"codes": 12 * 3, "codebooks": 0, "padding": 12, "scales": 32}
+    assert first.paper_bits() == 8 * 16 + 15 * 16 + 32 and second.paper_bits() == 12 * 16 + 32
+
+
+def test_the_gradient_of_a_shared_codebook_is_the_sum_of_both():
+    weights = sharing()
+    for weight in weights:
+        weight.loosen()
+    dense = [weight(torch.float32) for weight in weights]
+    alone = [torch.autograd.grad(one.square().sum(), weights[0].codebooks, retain_graph=True)[0] for one in dense]
+    sum(one.square().sum() for one in dense).backward()
+    torch.testing.assert_close(weights[1].codebooks.grad, alone[0] + alone[1])
+
+
+def test_shared_codebooks_are_trained_settled_and_restored_as_one():
+    weights = sharing()
+    model = nn.ModuleList([CompressedLinear(weight, None, torch.float32) for weight in weights])
+    before = [weight(torch.float32).detach().clone() for weight in weights]
+    trained = Trained(model, codebooks=True, others={})
+    assert len(trained.parameters) == 1
+    trained.start()
+    assert trained.parameters[0].dtype == torch.float32
+    for weight, dense in zip(weights, before):
+        assert torch.equal(weight(torch.float32), dense)
+    trained.parameters[0].data += 0.25
+    moved = trained.parameters[0].data.half()
+    assert trained.finish() is None
+    for weight, scale in zip(weights, (0.5, 1.7)):
+        assert weight.codebooks is trained.parameters[0] and torch.equal(weight.codebooks, moved)
+        assert weight.scales.item() == pytest.approx(scale)
+    trained.restore()
+    for weight, dense in zip(weights, before):
+        assert weight.codebooks.dtype == torch.float16 and torch.equal(weight(torch.float32), dense)
+
+
+def test_codebooks_of_another_shape_or_of_8_bits_are_not_shared():
+    first, _, _ = random_weight(size=5)
+    other, _, _ = random_weight(size=6)
+    with pytest.raises(ValueError, match=r"\(1, 6, 4, 'float16'\) cannot be those of another weight, \(1, 5, 4"):
+        other.follow(first)
+    small = CodebookWeight.empty(
+        out_features=6, in_features=4, axis="out", vector_dim=3, codebook_size=5, codebooks=1, storage="int8"
+    )
+    with pytest.raises(ValueError, match="cannot be those"):
+        small.follow(small)

@@ -1,6 +1,8 @@
 """HOW a weight is compressed: the Method protocol. One file a method; methods do not import each other."""
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -47,4 +49,59 @@ class Method(Protocol):
         `statistic` is what `statistic()` gave, having seen the layer's inputs. The result depends on the weight, the
         statistic, the settings and the generator's seed alone. Raises ValueError as `check`.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight (O, I) stands in its block: layers of a block with the same `input` read the same tensor."""
+
+    out_features: int
+    in_features: int
+    input: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A finite dense weight (O, I) of a block with its place, the statistic of its inputs and its own generator."""
+
+    place: Place
+    weight_OI: "Tensor"
+    statistic: "SecondMoment | None"
+    generator: "torch.Generator"
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """The stored forms of some layers of a block by name, and what was chosen for them, as plain values."""
+
+    stored: "dict[str, nn.Module]"
+    chosen: dict[str, Any]
+
+
+@runtime_checkable
+class BlockMethod(Method, Protocol):
+    """A method that is given the layers of a block at once, by name, to share or trade bits between them.
+
+    Each function is that of `Method` for a block, and is called in its place; errors begin with the layers' names.
+    """
+
+    def check_block(self, places: dict[str, Place]) -> None:
+        """As `Method.check`, for all layers of a block."""
+        ...
+
+    def outline_block(self, places: dict[str, Place]) -> "dict[str, nn.Module]":
+        """As `Method.outline`: the empty stored form of each layer."""
+        ...
+
+    def work_block(self, places: dict[str, Place]) -> "Work":
+        """As `Method.work`, for all layers of a block."""
+        ...
+
+    def scratch_block(self, places: dict[str, Place]) -> float:
+        """As `Method.scratch`, at the worst moment of a block."""
+        ...
+
+    def compress_block(self, layers: dict[str, Layer]) -> Iterator[Compressed]:
+        """As `Method.compress`, some layers at a time; those that were given back are not looked at again."""
         ...

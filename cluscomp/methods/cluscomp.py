@@ -1,16 +1,26 @@
-"""ClusComp: one K-means codebook for each weight (arXiv 2503.13089, section 3.2), and what its input can add to it."""
+"""ClusComp: a K-means codebook for each weight (arXiv 2503.13089, section 3.2), or one for several of a block.
 
-from typing import TYPE_CHECKING, Literal
+And what the layers' inputs can add to it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from cluscomp.methods import Compressed, Layer, Place
+
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from cluscomp.budget import Shape
+    from cluscomp.budget import Matrices, Shape
     from cluscomp.costs import Work
+    from cluscomp.kmeans import Recipe
     from cluscomp.moments import SecondMoment
     from cluscomp.weights import CodebookWeight
 
@@ -22,7 +32,10 @@ class ClusComp:
     Either `bits` is given, the most bits per weight that may be stored (1 to 8), and the length D and number of
     centroids K are chosen for each matrix; or `vector_dim` (D) and `codebook_size` (K) are fixed by hand.
     `axis` "out" is the paper's: a sub-vector is D neighbouring outputs of one input. `storage` is the type of the
-    codebook's values. `iterations`, `init`, `over_relaxation` and `move_centroids` are the recipe of K-means
+    codebook's values. `share`: which weights of a block have one codebook and a scale each, "input" those that read the
+    same input (query, key and value; gate and up), "block" all, "none" (the paper) each its own. `allocation` "uniform"
+    gives every codebook `bits`, "sensitivity" shares out the block's bits so that the layers' relative errors add up
+    to the least. `iterations`, `init`, `over_relaxation` and `move_centroids` are the recipe of K-means
     (`cluscomp.kmeans.Recipe`); the paper's is 20, random_points, 1 and false.
 
     The rest spends no bytes and is not in the paper; any of it needs calibration text and axis "out".
@@ -37,6 +50,8 @@ class ClusComp:
     codebook_size: int | None = Field(ge=2, le=65_536)
     axis: Literal["out", "in"]
     storage: Literal["float16", "float8", "int8"]
+    share: Literal["none", "input", "block"]
+    allocation: Literal["uniform", "sensitivity"]
     iterations: int = Field(ge=1)
     init: Literal["random_points", "kd"]
     over_relaxation: float = Field(gt=0, le=2)
@@ -48,7 +63,7 @@ class ClusComp:
     descent: int = Field(ge=0)
 
     @model_validator(mode="after")
-    def _either_bits_or_shape(self) -> "ClusComp":
+    def _fit_together(self) -> "ClusComp":
         fixed = (self.vector_dim, self.codebook_size)
         if self.bits is None and None in fixed:
             raise ValueError("give bits=3 (any number from 1 to 8), or both method.vector_dim and method.codebook_size")
@@ -56,6 +71,13 @@ class ClusComp:
             raise ValueError(
                 f"bits={self.bits} chooses method.vector_dim and method.codebook_size for each matrix, "
                 f"so they cannot be given too (here {self.vector_dim} and {self.codebook_size})"
+            )
+        if self.share != "none" and self.storage != "float16":
+            raise ValueError(f"method.share={self.share} needs method.storage=float16 (here {self.storage})")
+        if self.allocation == "sensitivity" and (self.bits is None or self.share == "block"):
+            raise ValueError(
+                "method.allocation=sensitivity needs bits=3 (any number from 1 to 8) and several codebooks a block, "
+                "method.share=none or input, to share out bits between"
             )
         if self.axis == "in" and self.statistic() is not None:
             raise ValueError(
@@ -71,142 +93,342 @@ class ClusComp:
 
     def check(self, out_features: int, in_features: int) -> None:
         """Whether a codebook fits a weight of this shape; see `Method.check`."""
-        self._shapes(out_features, in_features)
+        self._shapes([(out_features, in_features)], self.bits)
 
-    def _shapes(self, out_features: int, in_features: int) -> "list[Shape]":
-        """What may be chosen from for a weight of this shape."""
-        from cluscomp.budget import Shape, reachable, stored_bits
-        from cluscomp.weights import num_sub_vectors
-
-        if self.bits is not None:
-            return reachable(out_features, in_features, self.axis, self.bits, self.storage)
-        assert self.vector_dim is not None and self.codebook_size is not None  # _either_bits_or_shape
-        vectors = num_sub_vectors(out_features, in_features, self.vector_dim, self.axis)
-        if self.codebook_size > vectors:
-            raise ValueError(
-                f"method.codebook_size={self.codebook_size} exceeds the {vectors} sub-vectors of length "
-                f"{self.vector_dim} in a {out_features} x {in_features} matrix; take fewer, or give bits=3 instead"
-            )
-        shape = self.vector_dim, self.codebook_size
-        return [Shape(*shape, stored_bits(out_features, in_features, self.axis, *shape, self.storage))]
+    def check_block(self, places: dict[str, Place]) -> None:
+        """Whether a codebook fits each group of layers that share one; see `BlockMethod.check_block`."""
+        for names, matrices in self._groups(places):
+            with _named(names):
+                self._shapes(matrices, self.bits)
 
     def outline(self, out_features: int, in_features: int) -> "CodebookWeight":
         """The stored form with the shape that is best for Gaussian weights; see `Method.outline`."""
-        from cluscomp.budget import expected_bits
-        from cluscomp.weights import CodebookWeight
+        return self._outline([(out_features, in_features)])[0]
 
-        shape = max(self._shapes(out_features, in_features), key=expected_bits)
-        return CodebookWeight.empty(
-            out_features=out_features,
-            in_features=in_features,
-            axis=self.axis,
-            vector_dim=shape.vector_dim,
-            codebook_size=shape.codebook_size,
-            codebooks=1,
-            storage=self.storage,
-        )
+    def outline_block(self, places: dict[str, Place]) -> "dict[str, nn.Module]":
+        """As `outline`, with shared codebooks; see `BlockMethod.outline_block`."""
+        return {
+            name: stored
+            for names, matrices in self._groups(places)
+            for name, stored in zip(names, self._outline(matrices))
+        }
 
     def work(self, out_features: int, in_features: int) -> "Work":
         """K-means, of candidates too, and where asked for codes by feedback and least squares; see `Method.work`."""
-        from cluscomp.budget import MEASURE_ITERATIONS, SAMPLE, SHORTLIST, expected_bits
-        from cluscomp.costs import Work
-        from cluscomp.weights import num_sub_vectors
+        return self._work([(out_features, in_features)])
 
-        shapes = sorted(self._shapes(out_features, in_features), key=expected_bits, reverse=True)[:SHORTLIST]
-        numbers, work = out_features * in_features, Work()
-        for shape in shapes if len(shapes) > 1 else []:
-            vectors = num_sub_vectors(out_features, in_features, shape.vector_dim, self.axis)
-            sample = min(vectors, max(SAMPLE, 16 * shape.codebook_size))
-            work += _lloyd(sample, shape, min(MEASURE_ITERATIONS, self.iterations))
-        vectors = num_sub_vectors(out_features, in_features, shapes[0].vector_dim, self.axis)
-        work += _lloyd(vectors, shapes[0], self.iterations)
-        every_code = Work(
-            distances=float(vectors) * shapes[0].codebook_size,
-            flops=2.0 * in_features * numbers,
-            traffic=12.0 * numbers,
-        )
-        if self.assign == "hessian":
-            work += every_code + Work(flops=2.0 * in_features**3)
-        squares = Work(flops=2.0 * in_features * numbers, traffic=16.0 * numbers) * (self.least_squares + 1)
-        if self.least_squares:
-            work += squares * (self.descent + 1)
-        work += every_code * self.descent
-        return work
+    def work_block(self, places: dict[str, Place]) -> "Work":
+        """The sum over groups of layers; see `BlockMethod.work_block`."""
+        from cluscomp.costs import Work
+
+        return sum((self._work(matrices) for _, matrices in self._groups(places)), start=Work())
 
     def scratch(self, out_features: int, in_features: int) -> float:
         """Points, their sorted copy and codes, or the inverse second moment in 64 bits; see `Method.scratch`."""
-        numbers, moment = float(out_features * in_features), float(in_features) ** 2
-        kmeans = 12 * numbers
-        feedback = 8 * numbers + 24 * moment if self.assign == "hessian" else 0.0
-        descent = 12 * numbers + 4 * moment if self.descent else 0.0
-        squares = 16 * numbers + 4 * moment if self.least_squares else 0.0
-        return max(kmeans, feedback, squares, descent)
+        return self._scratch([(out_features, in_features)])
+
+    def scratch_block(self, places: dict[str, Place]) -> float:
+        """That of the largest group, of several layers their scaled weights too; see `BlockMethod.scratch_block`."""
+        return max(self._scratch(matrices) for _, matrices in self._groups(places))
 
     def statistic(self) -> "SecondMoment | None":
         """The second moment of the inputs or its diagonal, if an option asks for it; see `Method.statistic`."""
-        full = self.assign == "hessian" or self.least_squares > 0 or self.descent > 0
-        if not full and self.weighting == "none":
+        if not self._full and self.weighting == "none":
             return None
         from cluscomp.moments import SecondMoment
 
-        return SecondMoment(full=full)
+        return SecondMoment(full=self._full)
 
     def compress(
         self, weight_OI: "Tensor", statistic: "SecondMoment | None", generator: "torch.Generator"
     ) -> "CodebookWeight":
         """Cluster the sub-vectors of a weight (O, I); see `Method.compress`."""
+        place = Place(weight_OI.shape[0], weight_OI.shape[1], 0)
+        group = _Group([Layer(place, weight_OI, statistic, generator)], self)
+        return self._clustered(group, self._shapes_of([lambda: group])[0])[0]
+
+    def compress_block(self, layers: dict[str, Layer]) -> Iterator[Compressed]:
+        """Group after group of layers that share a codebook; see `BlockMethod.compress_block`."""
+        groups = [names for names, _ in self._groups({name: layer.place for name, layer in layers.items()})]
+
+        def opened(names: list[str]) -> "_Group":
+            return _Group([layers[name] for name in names], self, names)
+
+        for names, shape in zip(groups, self._shapes_of([partial(opened, names) for names in groups])):
+            stored = self._clustered(opened(names), shape)
+            yield Compressed(dict(zip(names, stored)), asdict(shape))
+
+    def _groups(self, places: dict[str, Place]) -> "list[tuple[list[str], list[tuple[int, int]]]]":
+        """Names and shapes of the layers that share a codebook, group after group."""
+        keys = {"none": lambda name: name, "input": lambda name: places[name].input, "block": lambda _name: None}
+        groups: dict[Any, list[str]] = {}
+        for name in places:
+            groups.setdefault(keys[self.share](name), []).append(name)
+        return [
+            (names, [(places[name].out_features, places[name].in_features) for name in names])
+            for names in groups.values()
+        ]
+
+    def _shapes(self, matrices: "Matrices", bits: float | None) -> "list[Shape]":
+        """What may be chosen from for the codebook of matrices of these shapes."""
+        from cluscomp.budget import Shape, described, reachable, stored_bits
+        from cluscomp.weights import num_sub_vectors
+
+        if bits is not None:
+            return reachable(matrices, self.axis, bits, self.storage)
+        assert self.vector_dim is not None and self.codebook_size is not None  # _fit_together
+        vectors = sum(num_sub_vectors(*matrix, self.vector_dim, self.axis) for matrix in matrices)
+        if self.codebook_size > vectors:
+            raise ValueError(
+                f"method.codebook_size={self.codebook_size} exceeds the {vectors} sub-vectors of length "
+                f"{self.vector_dim} in {described(matrices)}; take fewer, or give bits=3 instead"
+            )
+        shape = self.vector_dim, self.codebook_size
+        return [Shape(*shape, stored_bits(matrices, self.axis, *shape, self.storage))]
+
+    def _outline(self, matrices: "Matrices") -> "list[CodebookWeight]":
+        from cluscomp.budget import expected_bits
+        from cluscomp.weights import CodebookWeight
+
+        shape = max(self._shapes(matrices, self.bits), key=expected_bits)
+        stored = [
+            CodebookWeight.empty(
+                out_features=out_features,
+                in_features=in_features,
+                axis=self.axis,
+                vector_dim=shape.vector_dim,
+                codebook_size=shape.codebook_size,
+                codebooks=1,
+                storage=self.storage,
+                scaled=len(matrices) > 1,
+            )
+            for out_features, in_features in matrices
+        ]
+        for weight in stored[1:]:
+            weight.follow(stored[0])
+        return stored
+
+    def _work(self, matrices: "Matrices") -> "Work":
+        from cluscomp.budget import MEASURE_ITERATIONS, OFFSETS, SAMPLE, SHORTLIST, expected_bits
+        from cluscomp.costs import Work
+        from cluscomp.weights import num_sub_vectors
+
+        shapes = sorted(self._shapes(matrices, self.bits), key=expected_bits, reverse=True)[:SHORTLIST]
+        measured = list(shapes) if len(shapes) > 1 else []
+        if self.allocation == "sensitivity":
+            measured += shapes[:1] * len(OFFSETS)
+        work = Work()
+        for shape in measured:
+            vectors = sum(num_sub_vectors(*matrix, shape.vector_dim, self.axis) for matrix in matrices)
+            sample = min(vectors, max(SAMPLE, 16 * shape.codebook_size))
+            work += _lloyd(sample, shape, min(MEASURE_ITERATIONS, self.iterations))
+        vectors = sum(num_sub_vectors(*matrix, shapes[0].vector_dim, self.axis) for matrix in matrices)
+        work += _lloyd(vectors, shapes[0], self.iterations)
+        passes = (self.assign == "hessian") + self.descent  # in which every code is chosen anew
+        work += Work(distances=float(vectors) * shapes[0].codebook_size) * passes
+        for out_features, in_features in matrices:
+            numbers = out_features * in_features
+            work += Work(flops=2.0 * in_features * numbers, traffic=12.0 * numbers) * passes
+            if self.assign == "hessian":
+                work += Work(flops=2.0 * in_features**3)
+            if self.least_squares:
+                products = (self.least_squares + 1) * (self.descent + 1)
+                work += Work(flops=2.0 * in_features * numbers, traffic=16.0 * numbers) * products
+        return work
+
+    def _scratch(self, matrices: "Matrices") -> float:
+        numbers = [float(out_features * in_features) for out_features, in_features in matrices]
+        moments = [float(in_features) ** 2 for _, in_features in matrices]
+        scaled = 4 * sum(numbers) if len(matrices) > 1 else 0.0
+        damped = 4 * sum(moments) if self._full else 0.0
+        kmeans = 12 * sum(numbers)
+        feedback = 8 * max(numbers) + 20 * max(moments) + damped if self.assign == "hessian" else 0.0
+        descent = 12 * max(numbers) + damped if self.descent else 0.0
+        squares = 4 * sum(numbers) + 12 * max(numbers) + damped if self.least_squares else 0.0
+        return scaled + max(kmeans, feedback, descent, squares)
+
+    @property
+    def _full(self) -> bool:
+        """Whether the whole second moment is asked for."""
+        return self.assign == "hessian" or self.least_squares > 0 or self.descent > 0
+
+    @property
+    def _recipe(self) -> "Recipe":
+        from cluscomp.kmeans import Recipe
+
+        return Recipe(self.iterations, self.init, self.over_relaxation, self.move_centroids)
+
+    def _shapes_of(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
+        """The shape of each group's codebook; one group is open at a time."""
+        policies = {"uniform": self._uniform, "sensitivity": self._by_sensitivity}
+        return policies[self.allocation](groups)
+
+    def _uniform(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
+        """The best shape of `bits` for each group."""
         from cluscomp.budget import choose
-        from cluscomp.kmeans import Recipe, kmeans
-        from cluscomp.weights import CodebookWeight, num_sub_vectors, sub_vectors
 
-        out_features, in_features = weight_OI.shape
+        chosen = []
+        for group in (opened() for opened in groups):
+            with _named(group.names):
+                shapes = self._shapes(group.matrices, self.bits)
+                chosen.append(choose(group.points, shapes, self._recipe, group.generator))
+        return chosen
 
-        def importance(vector_dim: int) -> "Tensor | None":
-            if self.weighting == "none" or statistic is None:
-                return None
-            vectors = num_sub_vectors(out_features, in_features, vector_dim, self.axis)
-            return statistic.diagonal_I.repeat_interleave(vectors // in_features)
+    def _by_sensitivity(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
+        """The shapes of least total damage in no more bits than the best of `bits` for each group would take.
 
-        recipe = Recipe(self.iterations, self.init, self.over_relaxation, self.move_centroids)
-        shape = choose(weight_OI, self._shapes(*weight_OI.shape), self.axis, recipe, generator, importance)
-        points_ND = sub_vectors(weight_OI, shape.vector_dim, self.axis)
-        found = kmeans(points_ND, shape.codebook_size, recipe, generator, importance(shape.vector_dim))
-        codes_N, centroids_KD = found.codes_N, found.centroids_KD
-        if statistic is not None and statistic.full:
-            codes_N, centroids_KD = self._by_output(weight_OI, codes_N, centroids_KD, statistic)
-        return CodebookWeight.from_codes(
-            codes_N[None],
-            centroids_KD[None],
-            out_features=out_features,
-            in_features=in_features,
-            axis=self.axis,
-            storage=self.storage,
-        )
+        A layer's damage is the relative error that K-means leaves, weighted as the settings say.
+        """
+        from cluscomp.budget import Option, allocate, menu
+
+        assert self.bits is not None  # _fit_together
+        offered, menus = [], []
+        for group in (opened() for opened in groups):
+            with _named(group.names):
+                shapes = partial(self._shapes, group.matrices)
+                measured = menu(group.points, shapes, self.bits, self._recipe, group.generator)
+                damage = len(group.matrices) / group.energy
+            offered.append([shape for shape, _ in measured])
+            menus.append([Option(round(shape.bits * group.numbers), error * damage) for shape, error in measured])
+        return [shapes[number] for shapes, number in zip(offered, allocate(menus))]
+
+    def _clustered(self, group: "_Group", shape: "Shape") -> "list[CodebookWeight]":
+        """The stored forms of a group's layers, with one codebook."""
+        import torch
+
+        from cluscomp.kmeans import kmeans
+        from cluscomp.weights import CodebookWeight, num_sub_vectors
+
+        with _named(group.names):
+            points_ND, weights_N = group.points(shape.vector_dim)
+            found = kmeans(points_ND, shape.codebook_size, self._recipe, group.generator, weights_N)
+            counts = [num_sub_vectors(*matrix, shape.vector_dim, self.axis) for matrix in group.matrices]
+            codes, centroids_KD = list(found.codes_N.split(counts)), found.centroids_KD
+            if self._full:
+                codes, centroids_KD = self._by_output(group, codes, centroids_KD)
+            stored = [
+                CodebookWeight.from_codes(
+                    codes_N[None],
+                    centroids_KD[None],
+                    None if scale is None else torch.tensor([scale], device=codes_N.device),
+                    out_features=out_features,
+                    in_features=in_features,
+                    axis=self.axis,
+                    storage=self.storage,
+                )
+                for codes_N, scale, (out_features, in_features) in zip(codes, group.scales, group.matrices)
+            ]
+        for weight in stored[1:]:
+            weight.follow(stored[0])
+        return stored
 
     def _by_output(
-        self, weight_OI: "Tensor", codes_N: "Tensor", centroids_KD: "Tensor", statistic: "SecondMoment"
-    ) -> "tuple[Tensor, Tensor]":
-        """Codes (N,) and centroids (K, D) chosen by the error of the layer's output, as far as the settings ask."""
+        self, group: "_Group", codes: "list[Tensor]", centroids_KD: "Tensor"
+    ) -> "tuple[list[Tensor], Tensor]":
+        """Codes (N,) and centroids (K, D) chosen by the error of the layers' outputs, as far as the settings ask."""
         from cluscomp.kernels.codes import code_bits, pack
         from cluscomp.kmeans import nearest
-        from cluscomp.output_error import damped, descend_codes, feedback_codes, least_squares_codebook
+        from cluscomp.output_error import Coded, descend_codes, feedback_codes, least_squares_codebook
         from cluscomp.weights import centroid_values
 
-        weight_IO = weight_OI.T.contiguous()
-        moment_II = damped(statistic.matrix_II, self.damping)
-        codes_IG, bits = codes_N.view(len(weight_IO), -1), code_bits(len(centroids_KD))
+        weights = [weight_OI.T.contiguous() for weight_OI in group.weights]
+        moments, bits = group.moments(), code_bits(len(centroids_KD))
+        coded = [codes_N.view(len(weight_IO), -1) for codes_N, weight_IO in zip(codes, weights)]
         for number in range(self.descent + 1):
             stored_KD = centroid_values(centroids_KD[None], self.storage)[0]
             if number:
-                codes_IG = descend_codes(weight_IO, codes_IG, stored_KD, moment_II, nearest)
+                coded = [
+                    descend_codes(weight_IO, codes_IG, stored_KD, moment_II, nearest)
+                    for weight_IO, codes_IG, moment_II in zip(weights, coded, moments)
+                ]
             elif self.assign == "hessian":
-                codes_IG = feedback_codes(weight_IO, stored_KD, moment_II, nearest)
+                coded = [
+                    feedback_codes(weight_IO, stored_KD, moment_II, nearest)
+                    for weight_IO, moment_II in zip(weights, moments)
+                ]
             if self.least_squares:
-                packed = pack(codes_IG.flatten(), bits)
-                centroids_KD = least_squares_codebook(
-                    weight_IO, packed, bits, centroids_KD, moment_II, self.least_squares
-                )
-        return codes_IG.flatten(), centroids_KD
+                packed = [pack(codes_IG.flatten(), bits) for codes_IG in coded]
+                layers = [Coded(*layer) for layer in zip(weights, packed, moments)]
+                centroids_KD = least_squares_codebook(layers, bits, centroids_KD, self.least_squares)
+        return [codes_IG.flatten() for codes_IG in coded], centroids_KD
+
+
+class _Group:
+    """Layers that share a codebook, as K-means and the choice of codes see them.
+
+    Of several layers each weight is divided by its size and each second moment by its mean diagonal, so that a layer
+    counts by its relative error. Scales are relative to the size of all, so that the codebook is as large as weights.
+    """
+
+    def __init__(self, layers: list[Layer], method: ClusComp, names: Sequence[str] = ()) -> None:
+        self._layers, self._method, self.names = layers, method, names
+        self.weights = [layer.weight_OI.float() for layer in layers]
+        self.matrices = [(layer.place.out_features, layer.place.in_features) for layer in layers]
+        self.numbers = sum(weight.numel() for weight in self.weights)
+        self.generator = layers[0].generator
+        self.scales: list[float | None] = [None]
+        if len(layers) > 1:
+            squares = [float(weight.square().mean()) for weight in self.weights]
+            mean = sum(square * weight.numel() for square, weight in zip(squares, self.weights)) / self.numbers
+            scales = [(square / mean) ** 0.5 if square else 1.0 for square in squares]
+            self.weights = [weight / scale for weight, scale in zip(self.weights, scales)]
+            self.scales = [*scales]
+
+    def points(self, vector_dim: int) -> "tuple[Tensor, Tensor | None]":
+        """The sub-vectors (N, D) of all layers and what each counts, (N,), or None."""
+        from cluscomp.weights import num_sub_vectors, sub_vectors
+
+        points = [sub_vectors(weight, vector_dim, self._method.axis) for weight in self.weights]
+        if self._method.weighting == "none":
+            return _joined(points), None
+        counts = []
+        for layer, (out_features, in_features) in zip(self._layers, self.matrices):
+            diagonal_I = _seen(layer).diagonal_I
+            vectors = num_sub_vectors(out_features, in_features, vector_dim, self._method.axis)
+            counts.append((diagonal_I / self._mean(diagonal_I)).repeat_interleave(vectors // in_features))
+        return _joined(points), _joined(counts)
+
+    def moments(self) -> "list[Tensor]":
+        """The damped second moment (I, I) of each layer's inputs, one for layers with one input."""
+        from cluscomp.output_error import damped
+
+        made: dict[int, Tensor] = {}
+        for layer in self._layers:
+            if layer.place.input not in made:
+                made[layer.place.input] = damped(_seen(layer).matrix_II, self._method.damping)
+                if len(self._layers) > 1:
+                    made[layer.place.input] /= self._mean(made[layer.place.input].diagonal())
+        return [made[layer.place.input] for layer in self._layers]
+
+    @property
+    def energy(self) -> float:
+        """The mean square of the weights, weighted as K-means weights them."""
+        points_ND, weights_N = self.points(1)
+        squares_N = points_ND.square().sum(1)
+        return float((squares_N if weights_N is None else squares_N * weights_N).mean()) or 1.0
+
+    def _mean(self, diagonal_I: "Tensor") -> float:
+        return float(diagonal_I.mean()) or 1.0 if len(self._layers) > 1 else 1.0
+
+
+def _seen(layer: Layer) -> "SecondMoment":
+    assert layer.statistic is not None  # the settings ask for it, so whoever calls has it
+    return layer.statistic
+
+
+def _joined(parts: "list[Tensor]") -> "Tensor":
+    import torch
+
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@contextmanager
+def _named(names: Sequence[str]) -> Iterator[None]:
+    """Begin the text of a ValueError with the layers' names, if there are any."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{', '.join(names)}: {error}" if names else str(error)) from error
 
 
 def _lloyd(vectors: int, shape: "Shape", iterations: int) -> "Work":

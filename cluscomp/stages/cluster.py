@@ -1,5 +1,9 @@
 """Stage cluster: every linear layer inside the blocks is compressed by the method (paper, section 3.2)."""
 
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from copy import deepcopy
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -9,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from cluscomp.contamination import Seen
 from cluscomp.data import Source, calibration_windows
 from cluscomp.errors import InputError
-from cluscomp.methods import Method
+from cluscomp.methods import BlockMethod, Compressed, Layer, Method, Place
 from cluscomp.sources import quantised_types
 
 if TYPE_CHECKING:
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
     from cluscomp.moments import SecondMoment
     from cluscomp.outline import Outline
     from cluscomp.stages import Job
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -70,20 +76,26 @@ class Cluster:
     def check(self, original: "Original") -> None:
         """Ask the method about every linear layer's shape, and cut windows. Raises InputError that names the layer."""
         model = original.model()
-        self._check_shapes(model)
+        self._check_shapes(model, self._places(original))
         self._check_grids(model, quantised_types(original.folder))
         if self._calibrated:
             original.check_length("cluster.length", self.length)
             self._windows(original, seed=0)
 
-    def _check_shapes(self, model: "PreTrainedModel") -> None:
+    def _check_shapes(self, model: "PreTrainedModel", places: "list[dict[str, Place]]") -> None:
         """Raise InputError, naming the layer, for a shape that the method cannot compress."""
-        from cluscomp.models import block_names, blocks, linears
+        from cluscomp.models import block_names
 
-        for name, block in zip(block_names(model), blocks(model)):
-            for layer, dense in linears(block).items():
+        for name, layers in zip(block_names(model), places):
+            if isinstance(self.method, BlockMethod):
                 try:
-                    self.method.check(dense.out_features, dense.in_features)
+                    self.method.check_block(layers)
+                except ValueError as error:
+                    raise InputError(f"{name}.{error}") from error
+                continue
+            for layer, place in layers.items():
+                try:
+                    self.method.check(place.out_features, place.in_features)
                 except ValueError as error:
                     raise InputError(f"{name}.{layer}: {error}") from error
 
@@ -110,6 +122,12 @@ class Cluster:
                         f"({', '.join(origin)}), and lies on that grid. Take other bits, or method.group=64"
                     )
 
+    def _places(self, original: "Original") -> "list[dict[str, Place]]":
+        """The linear layers of each block."""
+        from cluscomp.outline import Outline
+
+        return places(Outline(deepcopy(original.config), original.dtype, original.device.type))
+
     def _windows(self, original: "Original", seed: int) -> "np.ndarray":
         text = self.data.text("calibration")
         return calibration_windows(text, original.tokenizer, samples=self.samples, length=self.length, seed=seed)
@@ -120,14 +138,16 @@ class Cluster:
 
         from cluscomp import checkpoint
         from cluscomp.costs import Cost, Work, worst
-        from cluscomp.models import blocks, linears
+        from cluscomp.models import blocks
 
-        self._check_shapes(outline.model)
-        inputs, observing, work = {}, 0.0, Work(read=outline.all_numbers * outline.file_bytes)
+        all_places = places(outline)
+        places_ = all_places[blocks(outline.model).index(outline.block)]
+        self._check_shapes(outline.model, all_places)
+        observing, work = 0.0, Work(read=outline.all_numbers * outline.file_bytes)
         streams = moments = 0.0
         statistic = self.method.statistic()
         if statistic is not None:
-            inputs = outline.inputs()
+            inputs = {place.input: place.in_features for place in places_.values()}
             moments = sum(4.0 * (size * size if statistic.full else size) for size in inputs.values())
             streams = 2 * outline.stream(self.samples, self.length)
             once = outline.forward(self.batch_size, self.length)
@@ -137,16 +157,19 @@ class Cluster:
             passes = self.samples / self.batch_size * (outline.blocks - 1) * (1 + (self.prefix == "compressed"))
             squares = sum(2.0 * size * (size if statistic.full else 1) for size in inputs.values())
             work += once.work * passes + Work(flops=squares * self.samples * self.length * outline.blocks)
-        for shape in outline.dense.values():
-            work += self.method.work(*shape) * outline.blocks
-        compressing = max(
-            (4.0 if outline.dtype.itemsize < 4 else 0.0) * o * i + max(self.method.scratch(o, i), 24.0 * o * i)
-            for o, i in outline.dense.values()
-        )
+        copies = 4.0 if outline.dtype.itemsize < 4 else 0.0  # of a weight in 32 bits
+        compressing = max((copies + 24.0) * o * i for o, i in outline.dense.values())  # what `compress_block` compares
+        if isinstance(self.method, BlockMethod):
+            work += self.method.work_block(places_) * outline.blocks
+            largest = max(copies * o * i for o, i in outline.dense.values())
+            compressing = max(compressing, largest + self.method.scratch_block(places_))
+        else:
+            for o, i in outline.dense.values():
+                work += self.method.work(o, i) * outline.blocks
+                compressing = max(compressing, copies * o * i + self.method.scratch(o, i))
         with torch.device("meta"):
-            for block in blocks(outline.model):
-                for name, dense in linears(block).items():
-                    stored = self.method.outline(dense.out_features, dense.in_features)
+            for block, layers in zip(blocks(outline.model), all_places):
+                for name, stored in self._outlined(layers).items():
                     checkpoint.replace(block, name, stored)
         here = outline.device == "cpu"
         finished = {"codes and codebooks": outline.stored}
@@ -160,12 +183,17 @@ class Cluster:
         relief = "fewer cluster.samples, or method=cluscomp_data_free" if self._calibrated else ""
         return Cost(device, {} if here else finished, work, relief)
 
+    def _outlined(self, layers: "dict[str, Place]") -> "dict[str, nn.Module]":
+        if isinstance(self.method, BlockMethod):
+            return self.method.outline_block(layers)
+        return {name: self.method.outline(place.out_features, place.in_features) for name, place in layers.items()}
+
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Compress the model; finished blocks lie in the job's folder and survive a kill.
 
         Returns `relative_error`, the squared error over the squared size of all compressed weights, the same for each
-        layer, and the method's name. Raises InputError, naming the layer, if a weight is not finite or the method
-        refuses it.
+        layer, what the method chose for it, if anything, and the method's name. Raises InputError, naming the layer, if
+        a weight is not finite or the method refuses it.
         """
         from cluscomp import checkpoint
         from cluscomp.blocks import Walk
@@ -175,11 +203,13 @@ class Cluster:
 
         progress = Progress("cluster", len(blocks(model)))
         squares: dict[str, list[float]] = {}  # by layer: squared error, squared size
+        chosen: dict[str, dict[str, Any]] = {}  # by the layers of a block that go together
         parts = [job.folder / f"block-{index:03}.safetensors" for index in range(len(blocks(model)))]
         saved = [checkpoint.read_part(part) for part in parts]
         last = max((index for index, part in enumerate(saved) if part is None), default=-1)
         walk = Walk(model)
         stream = self._embedded(walk, job) if self._calibrated and last >= 0 else []
+        all_places = self._places(job.original)
         for index, (name, block) in enumerate(zip(block_names(model), blocks(model))):
             job.original.load_block(model, index)
             part = saved[index]
@@ -188,7 +218,7 @@ class Cluster:
             if index <= last and (part is None or self.prefix == "original"):
                 stream, statistics = self.observe(walk, index, entering, count=part is None)
             if part is None:
-                found = self.compress_block(block, name, job.seed, statistics)
+                found = self.compress_block(block, name, job.seed, statistics, all_places[index])
                 checkpoint.save_part(parts[index], block, found)
             else:
                 checkpoint.put_part(block, part)
@@ -197,12 +227,16 @@ class Cluster:
                 stream, _ = self.observe(walk, index, entering, count=False)
             block.to("cpu")  # what is finished leaves the GPU
             give_memory_back()
-            squares |= {f"{name}.{layer}": numbers for layer, numbers in found.items()}
-            progress.step(f"relative error {_ratio(found):.4f}")
+            squares |= {f"{name}.{layer}": numbers for layer, numbers in found["squares"].items()}
+            chosen |= {f"{name}.{layers}": values for layers, values in found["chosen"].items()}
+            progress.step(f"relative error {_ratio(found['squares']):.4f}")
         by_layer = {layer: error / size if size else 0.0 for layer, (error, size) in squares.items()}
-        errors = {"relative_error": _ratio(squares), "relative_error_by_layer": by_layer}
-        errors |= {"method": type(self.method).__module__.rpartition(".")[2]}
-        return errors | ({"calibration": self.data.text("calibration").describe()} if self._calibrated else {})
+        numbers = {"relative_error": _ratio(squares), "relative_error_by_layer": by_layer}
+        numbers["method"] = type(self.method).__module__.rpartition(".")[2]
+        if chosen:
+            log.info("%s", chosen_table(chosen, block_names(model)))
+            numbers["chosen"] = chosen
+        return numbers | ({"calibration": self.data.text("calibration").describe()} if self._calibrated else {})
 
     def _embedded(self, walk: "Walk", job: "Job") -> "list[Tensor]":
         import torch
@@ -233,29 +267,78 @@ class Cluster:
         return stream, {layer: statistic for layers, statistic in shared.items() for layer in layers}
 
     def compress_block(
-        self, block: "nn.Module", name: str, seed: int, statistics: "dict[str, SecondMoment]"
-    ) -> dict[str, list[float]]:
-        """Replace every linear layer of a block; by layer, the squared error and squared size of its weight."""
+        self,
+        block: "nn.Module",
+        name: str,
+        seed: int,
+        statistics: "dict[str, SecondMoment]",
+        places: dict[str, Place] | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Replace every linear layer of a block; without `places` each has an input of its own.
+
+        Returns `squares`, by layer the squared error and squared size of its weight, and `chosen`, by the names of
+        layers that go together what the method chose for them.
+        """
         import torch
 
         from cluscomp import checkpoint
         from cluscomp.models import linears
 
-        squares = {}
-        for layer, dense in linears(block).items():
-            weight_OI = dense.weight.detach().float()
-            if not bool(weight_OI.isfinite().all()):
+        layers = {}
+        for number, (layer, dense) in enumerate(linears(block).items()):
+            if not bool(dense.weight.isfinite().all()):
                 raise InputError(f"{name}.{layer}: NaN or infinity among its weights; the model is damaged")
             generator = torch.Generator().manual_seed(layer_seed(seed, f"{name}.{layer}"))
+            place = places[layer] if places else Place(dense.out_features, dense.in_features, number)
+            layers[layer] = Layer(place, dense.weight.detach(), statistics.get(layer), generator)
+        squares, chosen = {}, {}
+        try:
+            for compressed in self._compressed(layers):
+                for layer, stored in compressed.stored.items():
+                    checkpoint.replace(block, layer, stored)
+                    weight_OI = layers.pop(layer).weight_OI.float()
+                    with torch.no_grad():
+                        difference_OI = stored(torch.float32) - weight_OI
+                    squares[layer] = [float(matrix.double().square().sum()) for matrix in (difference_OI, weight_OI)]
+                if compressed.chosen:
+                    chosen[", ".join(compressed.stored)] = compressed.chosen
+        except ValueError as error:
+            raise InputError(f"{name}.{error}") from error
+        return {"squares": squares, "chosen": chosen}
+
+    def _compressed(self, layers: dict[str, Layer]) -> Iterator[Compressed]:
+        """What the method makes of the layers; those that were taken back may be removed. Errors begin with a name."""
+        if isinstance(self.method, BlockMethod):
+            yield from self.method.compress_block(layers)
+            return
+        for name, layer in list(layers.items()):
             try:
-                stored = self.method.compress(weight_OI, statistics.get(layer), generator)
+                stored = self.method.compress(layer.weight_OI.float(), layer.statistic, layer.generator)
             except ValueError as error:
-                raise InputError(f"{name}.{layer}: {error}") from error
-            checkpoint.replace(block, layer, stored)
-            with torch.no_grad():
-                difference_OI = stored(torch.float32) - weight_OI
-            squares[layer] = [float(matrix.double().square().sum()) for matrix in (difference_OI, weight_OI)]
-        return squares
+                raise ValueError(f"{name}: {error}") from error
+            yield Compressed({name: stored}, {})
+
+
+def places(outline: "Outline") -> list[dict[str, Place]]:
+    """The linear layers of each block of a model that is not compressed yet."""
+    from cluscomp.models import blocks, linears
+
+    return [
+        {name: Place(dense.out_features, dense.in_features, inputs[name]) for name, dense in linears(block).items()}
+        for block, inputs in zip(blocks(outline.model), outline.inputs())
+    ]
+
+
+def chosen_table(chosen: dict[str, dict[str, Any]], block_names: list[str]) -> str:
+    """What was chosen, as text: for each kind of layers and each choice, in how many blocks."""
+    from tabulate import tabulate
+
+    counts: Counter[tuple[Any, ...]] = Counter()
+    for layers, values in chosen.items():
+        kind = next(layers.removeprefix(f"{name}.") for name in block_names if layers.startswith(f"{name}."))
+        counts[kind, *(f"{value:.3f}" if isinstance(value, float) else value for value in values.values())] += 1
+    head = ["layers", *next(iter(chosen.values())), "blocks"]
+    return tabulate([[*row, count] for row, count in counts.items()], head, "github", disable_numparse=True)
 
 
 def layer_seed(seed: int, name: str) -> int:
