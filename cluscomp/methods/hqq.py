@@ -21,7 +21,8 @@ class Hqq:
 
     Either `bits` is given, the most bits per weight that may be stored, and width and groups are chosen for each matrix
     (`cluscomp.grids.grid_of` says which limits can be met); or `width`, and `group`, the most inputs that share a scale
-    and a zero (null: all of an output). Scales span from the least to the largest weight and stay.
+    and a zero (null: all of an output). Scales span from the least to the largest weight and stay; of 1 bit the two
+    values begin at the mean, less and plus the mean distance from it (the authors': at the extremes).
 
     Each of at most `iterations` splits the error into a sparse part, what the norm's proximal operator leaves of it
     (its weight `beta` grows by the factor `kappa`), and one that the zeros take up. The zeros of least mean |error| are
@@ -92,6 +93,11 @@ class Hqq:
         groups = bounds(inputs, grid.groups)
         low_OG = torch.stack([weight_OI[:, group].amin(1) for group in groups], 1)
         high_OG = torch.stack([weight_OI[:, group].amax(1) for group in groups], 1)
+        if grid.width == 1:
+            mean_OG = torch.stack([weight_OI[:, group].mean(1) for group in groups], 1)
+            away_OI = (weight_OI - spread(mean_OG, inputs)).abs()
+            away_OG = torch.stack([away_OI[:, group].mean(1) for group in groups], 1)
+            low_OG, high_OG = mean_OG - away_OG, mean_OG + away_OG
         flat_OG = low_OG == high_OG  # one number, or all the same: from it to 0
         low_OG = torch.where(flat_OG, low_OG.clamp(max=0), low_OG)
         high_OG = torch.where(flat_OG, high_OG.clamp(min=0), high_OG)
