@@ -213,12 +213,14 @@ class Option:
     damage: float
 
 
-def allocate(menus: list[list[Option]]) -> list[int]:
-    """Which option of each menu to take, so that all together do the least damage in the bits of all first options.
+def allocate(menus: list[list[Option]], budget: float | None = None) -> list[int]:
+    """Which option of each menu to take, so that all together do the least damage in `budget` bits.
+
+    None: in the bits of all first options, which are within any budget.
 
     For a price of a bit each menu's best option stands alone (Lagrange); the lowest price that keeps within the bits is
     found by bisection over the prices at which a choice changes. What is left is spent on the best single changes.
-    Never more bits or damage than the first options together.
+    Never more damage than the first options together.
     """
 
     def at(price: float) -> list[int]:
@@ -228,7 +230,7 @@ def allocate(menus: list[list[Option]]) -> list[int]:
         return float(sum(getattr(menu[i], what) for menu, i in zip(menus, picked)))
 
     first = [0] * len(menus)
-    budget = total(first, "bits")
+    budget = total(first, "bits") if budget is None else budget
     prices = sorted(
         {(a.damage - b.damage) / (b.bits - a.bits) for menu in menus for a in menu for b in menu if a.bits < b.bits}
     )

@@ -221,7 +221,7 @@ def test_bits_shared_out_by_sensitivity_are_no_more_and_do_less_damage(tiny_fold
     """Damage by the settings' own measure, that of the layers' inputs' squares, and after clustering in full."""
     original = Original(tiny_folder, torch.float32, CPU)
     target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "share": share}
-    target |= {"assign": "nearest", "least_squares": 0}
+    target |= {"assign": "nearest", "least_squares": 0, "descent": 0}
     bits, damages = [], []
     ids_WT = windows(text, original)
     moments = second_moments(original.load_all(), ids_WT)
@@ -239,6 +239,25 @@ def test_bits_shared_out_by_sensitivity_are_no_more_and_do_less_damage(tiny_fold
         damages.append(damage)
         assert found["chosen"].keys() >= {"model.layers.0.mlp.down_proj"}
     assert bits[1] <= bits[0] and damages[1] < damages[0]
+
+
+@pytest.mark.parametrize("share", ["none", "input"])
+def test_a_filled_block_takes_all_its_bits_and_does_less_damage(tiny_folder, text, tmp_path, share):
+    original = Original(tiny_folder, torch.float32, CPU)
+    target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "share": share, "weighting": "none"}
+    target |= {"assign": "nearest", "least_squares": 0, "descent": 0}
+    bits, damages = {}, {}
+    for allocation in ("uniform", "fill"):
+        model, _ = run(stage(text, allocation=allocation, **target), original, tmp_path / allocation)
+        size = sum(layer.out_features * layer.in_features for layer in compressed(model).values())
+        bits[allocation] = sum(sum(layer.stored.ledger().values()) for layer in compressed(model).values()) / size
+        damages[allocation] = 0.0
+        for block, dense in zip(blocks(model), blocks(original.load_all())):
+            for name, layer in compressed(block).items():
+                weight_OI = linears(dense)[name].weight.detach()
+                error = (layer.stored(torch.float32).detach() - weight_OI).square().sum() / weight_OI.square().mean()
+                damages[allocation] += float(error)
+    assert bits["uniform"] < bits["fill"] <= 3.0 and damages["fill"] < damages["uniform"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from cluscomp.budget import Matrices, Shape
+    from cluscomp.budget import Matrices, Option, Shape
     from cluscomp.costs import Work
     from cluscomp.kmeans import Recipe
     from cluscomp.moments import SecondMoment
@@ -34,8 +34,9 @@ class ClusComp:
     `axis` "out" is the paper's: a sub-vector is D neighbouring outputs of one input. `storage` is the type of the
     codebook's values. `share`: which weights of a block have one codebook and a scale each, "input" those that read the
     same input (query, key and value; gate and up), "block" all, "none" (the paper) each its own. `allocation` "uniform"
-    gives every codebook `bits`, "sensitivity" shares out the block's bits so that the layers' relative errors add up
-    to the least. `iterations`, `init`, `over_relaxation` and `move_centroids` are the recipe of K-means
+    gives every codebook at most `bits`, which leaves some unspent as codes take whole bits; "fill" spends them, with
+    `bits` as the most of a block; "sensitivity" shares out what "uniform" takes so that the layers' relative errors add
+    up to the least. `iterations`, `init`, `over_relaxation` and `move_centroids` are the recipe of K-means
     (`cluscomp.kmeans.Recipe`); the paper's is 20, random_points, 1 and false.
 
     The rest spends no bytes and is not in the paper; any of it needs calibration text and axis "out".
@@ -51,7 +52,7 @@ class ClusComp:
     axis: Literal["out", "in"]
     storage: Literal["float16", "float8", "int8"]
     share: Literal["none", "input", "block"]
-    allocation: Literal["uniform", "sensitivity"]
+    allocation: Literal["uniform", "fill", "sensitivity"]
     iterations: int = Field(ge=1)
     init: Literal["random_points", "kd"]
     over_relaxation: float = Field(gt=0, le=2)
@@ -74,10 +75,10 @@ class ClusComp:
             )
         if self.share != "none" and self.storage != "float16":
             raise ValueError(f"method.share={self.share} needs method.storage=float16 (here {self.storage})")
-        if self.allocation == "sensitivity" and (self.bits is None or self.share == "block"):
+        if self.allocation != "uniform" and (self.bits is None or self.share == "block"):
             raise ValueError(
-                "method.allocation=sensitivity needs bits=3 (any number from 1 to 8) and several codebooks a block, "
-                "method.share=none or input, to share out bits between"
+                f"method.allocation={self.allocation} needs bits=3 (any number from 1 to 8) and several codebooks a "
+                "block, method.share=none or input, to share out bits between"
             )
         if self.axis == "in" and self.statistic() is not None:
             raise ValueError(
@@ -215,7 +216,7 @@ class ClusComp:
 
         shapes = sorted(self._shapes(matrices, self.bits), key=expected_bits, reverse=True)[:SHORTLIST]
         measured = list(shapes) if len(shapes) > 1 else []
-        if self.allocation == "sensitivity":
+        if self.allocation != "uniform":
             measured += shapes[:1] * len(OFFSETS)
         work = Work()
         for shape in measured:
@@ -260,7 +261,7 @@ class ClusComp:
 
     def _shapes_of(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
         """The shape of each group's codebook; one group is open at a time."""
-        policies = {"uniform": self._uniform, "sensitivity": self._by_sensitivity}
+        policies = {"uniform": self._uniform, "fill": self._fill, "sensitivity": self._by_sensitivity}
         return policies[self.allocation](groups)
 
     def _uniform(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
@@ -274,23 +275,45 @@ class ClusComp:
                 chosen.append(choose(group.points, shapes, self._recipe, group.generator))
         return chosen
 
+    def _fill(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
+        """The shapes of least total damage in the bits that all groups may take together.
+
+        A layer's damage is the relative error that K-means leaves, weighted as the settings say, times its weights.
+        """
+        from cluscomp.budget import allocate
+
+        assert self.bits is not None  # _fit_together
+        offered, menus, numbers = self._menus(groups, lambda group: group.numbers / group.energy)
+        return [shapes[number] for shapes, number in zip(offered, allocate(menus, self.bits * numbers))]
+
     def _by_sensitivity(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
         """The shapes of least total damage in no more bits than the best of `bits` for each group would take.
 
         A layer's damage is the relative error that K-means leaves, weighted as the settings say.
         """
-        from cluscomp.budget import Option, allocate, menu
+        from cluscomp.budget import allocate
+
+        offered, menus, _ = self._menus(groups, lambda group: len(group.matrices) / group.energy)
+        return [shapes[number] for shapes, number in zip(offered, allocate(menus))]
+
+    def _menus(
+        self, groups: "list[Callable[[], _Group]]", damage: "Callable[[_Group], float]"
+    ) -> "tuple[list[list[Shape]], list[list[Option]], int]":
+        """For each group the shapes it may have and what they cost and damage; and the number of all weights."""
+        from cluscomp.budget import Option, menu
 
         assert self.bits is not None  # _fit_together
-        offered, menus = [], []
+        offered, menus, numbers = [], [], 0
         for group in (opened() for opened in groups):
             with _named(group.names):
                 shapes = partial(self._shapes, group.matrices)
                 measured = menu(group.points, shapes, self.bits, self._recipe, group.generator)
-                damage = len(group.matrices) / group.energy
             offered.append([shape for shape, _ in measured])
-            menus.append([Option(round(shape.bits * group.numbers), error * damage) for shape, error in measured])
-        return [shapes[number] for shapes, number in zip(offered, allocate(menus))]
+            menus.append(
+                [Option(round(shape.bits * group.numbers), error * damage(group)) for shape, error in measured]
+            )
+            numbers += group.numbers
+        return offered, menus, numbers
 
     def _clustered(self, group: "_Group", shape: "Shape") -> "list[CodebookWeight]":
         """The stored forms of a group's layers, with one codebook."""
