@@ -84,6 +84,10 @@ def test_every_setting_that_decides_the_result_makes_another_key(assign, stage, 
     """So no state of other settings is ever used again. Where streams lie decides nothing, nor a text nobody reads."""
     experiment = EXPERIMENTS[assign]
     settings = experiment.stages[stage] if part is None else getattr(experiment.stages[stage], part)
+    if field == "allocation":  # of bits, so there must be some
+        settings = replace(settings, bits=3.0, vector_dim=None, codebook_size=None)
+        cluster = replace(experiment.stages[stage], method=settings)
+        experiment = replace(experiment, stages=experiment.stages | {stage: cluster})
     if field == "data":
         changes = {"data": runs.composed(*TINY_TUNED, "data=text", f"data.file={__file__}").stages[stage].data}
     elif field == "bits":
