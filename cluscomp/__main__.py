@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from cluscomp import __version__
 from cluscomp.cells import Cell, announce, at_work, collect, folder_of, read_cell, read_cells, status_table
 from cluscomp.errors import InputError
-from cluscomp.experiment import PLACES, Experiment, Outcome, planned, run, settings
+from cluscomp.experiment import PLACES, Experiment, Outcome, planned, run, settings, writable
 from cluscomp.steps import rank
 
 HERE = Path(__file__).parent
@@ -89,7 +89,7 @@ def _run(experiment: Experiment) -> None:
 def _cell(experiment: Experiment) -> tuple[Path, list[str]]:
     """The folder where this run tells of itself, and the overrides it was started with, but for places."""
     overrides = [item for item in HydraConfig.get().overrides.task if item.partition("=")[0] not in PLACES]
-    outputs = Path(experiment.outputs).expanduser().absolute()
+    outputs = writable("outputs", experiment.outputs)
     return folder_of(outputs, experiment.name, settings(experiment)), overrides
 
 

@@ -111,9 +111,9 @@ class Outcome:
 def run(experiment: Experiment) -> Outcome:
     """Run the stages in order and evaluate; finished parts are re-used. Raises InputError for what cannot work."""
     config = settings(experiment)
-    outputs, cache = _writable("outputs", experiment.outputs), _writable("cache", experiment.cache)
+    outputs, cache = writable("outputs", experiment.outputs), writable("cache", experiment.cache)
     first = rank() == 0
-    publish = None if experiment.publish is None or not first else _writable("publish", experiment.publish)
+    publish = None if experiment.publish is None or not first else writable("publish", experiment.publish)
     if not experiment.machine.here:
         raise InputError(f"machine={experiment.machine.name}: only `cluscomp plan` works for another machine")
     predicted = foreseen(experiment, cache) if first else None
@@ -215,7 +215,7 @@ def stage_keys(experiment: Experiment, root: dict[str, Any]) -> dict[str, str]:
     return keys
 
 
-def _writable(key: str, value: str) -> Path:
+def writable(key: str, value: str) -> Path:
     """A folder that a setting names, made if need be. Raises InputError if it cannot be written."""
     folder = Path(value).expanduser().absolute()
     try:

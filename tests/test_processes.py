@@ -165,7 +165,7 @@ def test_who_waits_takes_over_when_the_holder_is_killed(forks, arguments, undist
     outputs, slow = tmp_path / "outputs", "block_finetune.epochs=20"
     holder = forks.start(tmp_path / "first", *arguments(outputs, slow))
     until(lambda: bool(list(outputs.glob("block_finetune-*/streams.json"))))
-    waiting = forks.start(tmp_path / "second", *arguments(outputs, slow))
+    waiting = forks.start(tmp_path / "second", *arguments(outputs, slow, "name=another"))
     until(lambda: f"block_finetune  waits for process {holder} on " in (tmp_path / "second").read_text())
     forks.kill(holder)
     assert forks.wait(waiting) == 0, (tmp_path / "second").read_text()
