@@ -358,7 +358,7 @@ def test_a_plan_says_what_the_run_then_does(cli, place):
 def test_what_cannot_fit_is_refused_before_anything_is_opened_unless_forced(cli, place):
     large = [*TINY, "evaluate.batch_size=100000000"]  # of which the text then fills two windows
     assert re.search(r"evaluate original would need \d+\.\d GiB of RAM.*force=true", the_sentence(cli(*large)))
-    assert [path.name for path in (place / "outputs").iterdir()] == ["cells"]  # where the refusal is told
+    assert [path.name for path in (place / "outputs").iterdir()] == ["cells"]
     assert cli(*large, "force=true").code == 0
 
 
