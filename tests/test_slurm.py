@@ -14,7 +14,7 @@ import pytest
 
 WORK = [  # some seconds for each block, so that there is a middle
     "model=tiny", "model.config.num_hidden_layers=6", "data=text", "method=cluscomp_data_free", "method.vector_dim=4",
-    "method.codebook_size=256", "evaluate.after=[]", "name=cells", "device=cpu",
+    "method.codebook_size=256", "evaluate.context=32", "evaluate.after=[]", "name=cells", "device=cpu",
 ]  # fmt: skip
 CELLS = ["method.iterations=500,600", "seed=0,1"]
 SLURM = [
