@@ -67,7 +67,7 @@ def test_a_job_taken_from_its_machine_is_queued_again_and_goes_on_where_it_stopp
             begun = [path for path in outputs.glob("cells/cells/*/log.txt") if "block 2/6" in path.read_text()]
         jobs = subprocess.run(["squeue", "-h", "-t", "R", "-o", "%A"], capture_output=True, text=True, check=True)
         for job in jobs.stdout.split():
-            subprocess.run(["scancel", "--signal=USR2", job], check=True)
+            subprocess.run(["scancel", "--signal=USR2", job])  # one may have ended by itself
         assert sweep.wait(timeout=600) == 0, told()
     assert begun[0].read_text().count("block 1/6") >= 2
     listed = subprocess.run(
