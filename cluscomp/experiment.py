@@ -402,12 +402,15 @@ class _measured:
 
 
 def settings(experiment: Experiment) -> dict[str, Any]:
-    """The resolved settings as plain values, as they stand in the record: all but where things lie on this machine."""
+    """The resolved settings as plain values, as they stand in the record: all but where things lie on this machine.
+
+    Of a whole path its last part is kept.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items() if key not in PLACES}
-        return value
+        return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
     return dict(plain(json.loads(json.dumps(asdict(experiment), default=str))))
 

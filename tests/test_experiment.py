@@ -119,6 +119,13 @@ def files(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for name in names for path in folder.glob(f"{name}-*/**/*")}
 
 
+def test_records_name_no_place_of_this_machine(tuned, ground):
+    """So that they can be published: of files of the settings the names are kept."""
+    texts = [value for value in json.dumps(tuned.record.config).split('"') if value.startswith(("/", "~"))]
+    assert not texts and str(ground) not in json.dumps(tuned.record.config)
+    assert tuned.record.config["stages"]["cluster"]["data"]["file"] == "text.txt"
+
+
 def test_the_record_has_the_schema_of_the_design(tuned, ground):
     record = read(tuned.path)
     assert record == tuned.record and record.schema == SCHEMA

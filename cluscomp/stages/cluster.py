@@ -338,7 +338,8 @@ def chosen_table(chosen: dict[str, dict[str, Any]], block_names: list[str]) -> s
         kind = next(layers.removeprefix(f"{name}.") for name in block_names if layers.startswith(f"{name}."))
         counts[kind, *(f"{value:.3f}" if isinstance(value, float) else value for value in values.values())] += 1
     head = ["layers", *next(iter(chosen.values())), "blocks"]
-    return tabulate([[*row, count] for row, count in counts.items()], head, "github", disable_numparse=True)
+    rows = [[*row, count] for row, count in counts.items()]
+    return str(tabulate(rows, head, "github", disable_numparse=True))
 
 
 def layer_seed(seed: int, name: str) -> int:
