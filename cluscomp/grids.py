@@ -1,5 +1,6 @@
 """Width and groups of a uniform grid for a limit of stored bits; torch is not needed to check settings."""
 
+from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -76,13 +77,10 @@ def grid_of(
         return grid(width, 1 if group is None else -(-in_features // group))
     limit = bits * out_features * in_features
     for tried in range(MAX_WIDTH, 0, -1):
-        one = grid(tried, 1)
-        if one.bits <= limit:
-            each = SCALE_BITS + {"none": 0, "whole": tried, "float16": SCALE_BITS}[one.zeros]
-            groups = min(1 + int((limit - one.bits) // (each * out_features)), in_features)
-            while grid(tried, groups).bits > limit:  # padding
-                groups -= 1
+        groups = bisect_right(range(1, in_features + 1), limit, key=lambda groups: grid(tried, groups).bits)
+        if groups:
             return grid(tried, groups)
+    one = grid(1, 1)
     raise ValueError(
         f"bits={bits} is out of reach for a {out_features} x {in_features} matrix: "
         f"the least is {one.bits / (out_features * in_features):.3f}, with method.width=1 and one scale a row"

@@ -10,12 +10,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hypothesis
 import jaxtyping
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels then run on the CPU, for the tests
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The same examples every time, so that a red run is red again; `pytest --hypothesis-profile=search` looks for new ones.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.register_profile("search", print_blob=True)
+hypothesis.settings.load_profile("same")
 
 CHECKED = ["kernels.codes", "kmeans", "weights", "budget", "blocks", "scoring"]
 jaxtyping.install_import_hook([f"cluscomp.{name}" for name in CHECKED], "beartype.beartype")

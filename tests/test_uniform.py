@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference.recipe import IDLE
 from safetensors.torch import load_file
@@ -102,6 +102,7 @@ def test_bits_of_the_literatures_settings():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 60), st.floats(1, 8), st.sampled_from(ZEROS), st.booleans())
+@example(1, 45, 7.0, "whole", False)  # a group more whose zero fits into the padding
 def test_the_grid_is_the_best_under_the_limit_of_all_there_are(out_features, in_features, bits, zeros, scaled):
     """By trying all: the largest width that fits with one group an output, then the most groups."""
     fitting = []
