@@ -282,6 +282,7 @@ class Cluster:
         import torch
 
         from cluscomp import checkpoint
+        from cluscomp.costs import give_memory_back
         from cluscomp.models import linears
 
         layers = {}
@@ -302,6 +303,7 @@ class Cluster:
                     squares[layer] = [float(matrix.double().square().sum()) for matrix in (difference_OI, weight_OI)]
                 if compressed.chosen:
                     chosen[", ".join(compressed.stored)] = compressed.chosen
+                give_memory_back()
         except ValueError as error:
             raise InputError(f"{name}.{error}") from error
         return {"squares": squares, "chosen": chosen}
