@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -193,16 +194,19 @@ def menu(
     `expected_bits`.
     """
     at_target = sorted(shapes(bits), key=expected_bits, reverse=True)[:SHORTLIST]
-    errors = {shape: measured_error(points, shape, recipe, generator) for shape in at_target}
-    first = min(errors, key=lambda shape: errors[shape])
-    for offset in OFFSETS:
-        try:
-            shape = max(shapes(bits + offset), key=expected_bits)
-        except ValueError:  # fewer bits than any codebook takes
-            continue
-        if shape not in errors:
-            errors[shape] = measured_error(points, shape, recipe, generator)
+    measured = dict.fromkeys([*at_target, *around(shapes, bits)])
+    errors = {shape: measured_error(points, shape, recipe, generator) for shape in measured}
+    first = min(at_target, key=lambda shape: errors[shape])
     return [(first, errors.pop(first)), *errors.items()]
+
+
+def around(shapes: Callable[[float], list[Shape]], bits: float) -> list[Shape]:
+    """The best shapes by `expected_bits` at rates around a bit target; `shapes(bits)` is as `reachable` gives them."""
+    found = []
+    for offset in OFFSETS:
+        with suppress(ValueError):  # fewer bits than any codebook takes
+            found.append(max(shapes(bits + offset), key=expected_bits))
+    return found
 
 
 @dataclass(frozen=True)

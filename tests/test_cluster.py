@@ -260,6 +260,13 @@ def test_a_filled_block_takes_all_its_bits_and_does_less_damage(tiny_folder, tex
     assert bits["uniform"] < bits["fill"] <= 3.0 and damages["fill"] < damages["uniform"]
 
 
+def test_with_shapes_by_hand_there_is_nothing_to_fill(tiny_folder, text, tmp_path):
+    original = Original(tiny_folder, torch.float32, CPU)
+    ways = [run(stage(text, allocation=way), original, tmp_path / way)[0] for way in ("uniform", "fill")]
+    for (name, layer), (_, other) in zip(*(compressed(model).items() for model in ways), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(layer.state_dict().values(), other.state_dict().values())), name
+
+
 @pytest.mark.parametrize(
     "changed, words",
     [

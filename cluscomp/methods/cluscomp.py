@@ -35,9 +35,10 @@ class ClusComp:
     codebook's values. `share`: which weights of a block have one codebook and a scale each, "input" those that read the
     same input (query, key and value; gate and up), "block" all, "none" (the paper) each its own. `allocation` "uniform"
     gives every codebook at most `bits`, which leaves some unspent as codes take whole bits; "fill" spends them, with
-    `bits` as the most of a block; "sensitivity" shares out what "uniform" takes so that the layers' relative errors add
-    up to the least. `iterations`, `init`, `over_relaxation` and `move_centroids` are the recipe of K-means
-    (`cluscomp.kmeans.Recipe`); the paper's is 20, random_points, 1 and false.
+    `bits` as the most of a block (nothing else where a block has one codebook, or D and K are fixed); "sensitivity"
+    shares out what "uniform" takes so that the layers' relative errors add up to the least. `iterations`, `init`,
+    `over_relaxation` and `move_centroids` are the recipe of K-means (`cluscomp.kmeans.Recipe`); the paper's is 20,
+    random_points, 1 and false.
 
     The rest spends no bytes and is not in the paper; any of it needs calibration text and axis "out".
     `weighting` "diagonal": a sub-vector counts by the mean square of its input. `assign` "hessian": codes are chosen
@@ -75,9 +76,9 @@ class ClusComp:
             )
         if self.share != "none" and self.storage != "float16":
             raise ValueError(f"method.share={self.share} needs method.storage=float16 (here {self.storage})")
-        if self.allocation != "uniform" and (self.bits is None or self.share == "block"):
+        if self.allocation == "sensitivity" and (self.bits is None or self.share == "block"):
             raise ValueError(
-                f"method.allocation={self.allocation} needs bits=3 (any number from 1 to 8) and several codebooks a "
+                "method.allocation=sensitivity needs bits=3 (any number from 1 to 8) and several codebooks a "
                 "block, method.share=none or input, to share out bits between"
             )
         if self.axis == "in" and self.statistic() is not None:
@@ -104,14 +105,17 @@ class ClusComp:
 
     def outline(self, out_features: int, in_features: int) -> "CodebookWeight":
         """The stored form with the shape that is best for Gaussian weights; see `Method.outline`."""
-        return self._outline([(out_features, in_features)])[0]
+        matrices = [(out_features, in_features)]
+        return self._outline(matrices, *self._expected([matrices]))[0]
 
     def outline_block(self, places: dict[str, Place]) -> "dict[str, nn.Module]":
         """As `outline`, with shared codebooks; see `BlockMethod.outline_block`."""
+        groups = self._groups(places)
+        shapes = self._expected([matrices for _, matrices in groups])
         return {
             name: stored
-            for names, matrices in self._groups(places)
-            for name, stored in zip(names, self._outline(matrices))
+            for (names, matrices), shape in zip(groups, shapes)
+            for name, stored in zip(names, self._outline(matrices, shape))
         }
 
     def work(self, out_features: int, in_features: int) -> "Work":
@@ -187,11 +191,27 @@ class ClusComp:
         shape = self.vector_dim, self.codebook_size
         return [Shape(*shape, stored_bits(matrices, self.axis, *shape, self.storage))]
 
-    def _outline(self, matrices: "Matrices") -> "list[CodebookWeight]":
-        from cluscomp.budget import expected_bits
+    def _expected(self, groups: "Sequence[Matrices]") -> "list[Shape]":
+        """The shapes that groups of matrices would have if their weights were Gaussian, all of one variance."""
+        from cluscomp.budget import Option, allocate, around, expected_bits
+
+        best = [max(self._shapes(matrices, self.bits), key=expected_bits) for matrices in groups]
+        if self.allocation != "fill" or not self._shared_out(len(groups)):
+            return best
+        assert self.bits is not None  # _shared_out
+        numbers = [sum(out_features * in_features for out_features, in_features in matrices) for matrices in groups]
+        offered = [
+            [shape, *around(partial(self._shapes, matrices), self.bits)] for matrices, shape in zip(groups, best)
+        ]
+        menus = [
+            [Option(round(shape.bits * number), number * 4 ** -expected_bits(shape)) for shape in shapes]
+            for shapes, number in zip(offered, numbers)
+        ]
+        return [shapes[number] for shapes, number in zip(offered, allocate(menus, self.bits * sum(numbers)))]
+
+    def _outline(self, matrices: "Matrices", shape: "Shape") -> "list[CodebookWeight]":
         from cluscomp.weights import CodebookWeight
 
-        shape = max(self._shapes(matrices, self.bits), key=expected_bits)
         stored = [
             CodebookWeight.empty(
                 out_features=out_features,
@@ -216,7 +236,7 @@ class ClusComp:
 
         shapes = sorted(self._shapes(matrices, self.bits), key=expected_bits, reverse=True)[:SHORTLIST]
         measured = list(shapes) if len(shapes) > 1 else []
-        if self.allocation != "uniform":
+        if self.allocation != "uniform" and self.bits is not None:
             measured += shapes[:1] * len(OFFSETS)
         work = Work()
         for shape in measured:
@@ -262,7 +282,11 @@ class ClusComp:
     def _shapes_of(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
         """The shape of each group's codebook; one group is open at a time."""
         policies = {"uniform": self._uniform, "fill": self._fill, "sensitivity": self._by_sensitivity}
-        return policies[self.allocation](groups)
+        return policies[self.allocation if self._shared_out(len(groups)) else "uniform"](groups)
+
+    def _shared_out(self, groups: int) -> bool:
+        """Whether bits are given out between groups: not with shapes by hand, or a single codebook."""
+        return self.allocation != "uniform" and self.bits is not None and groups > 1
 
     def _uniform(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
         """The best shape of `bits` for each group."""
