@@ -20,7 +20,9 @@ from pydantic import ValidationError
 from cluscomp import __version__
 from cluscomp.cells import Cell, announce, at_work, collect, folder_of, read_cell, read_cells, status_table
 from cluscomp.errors import InputError
-from cluscomp.experiment import PLACES, Experiment, Outcome, planned, run, settings, writable
+from cluscomp.experiment import PLACES, Experiment, settings
+from cluscomp.preparation import planned, writable
+from cluscomp.run import Outcome, run
 from cluscomp.steps import rank
 
 HERE = Path(__file__).parent

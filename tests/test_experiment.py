@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp.data import calibration_windows
-from cluscomp.experiment import Outcome, stage_keys
+from cluscomp.experiment import stage_keys
 from cluscomp.records import SCHEMA, protocol, read
+from cluscomp.run import Outcome
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
 SMALL = [
