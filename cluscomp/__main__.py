@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cluscomp import __version__
 from cluscomp.cells import Cell, announce, at_work, collect, folder_of, read_cell, read_cells, status_table
 from cluscomp.errors import InputError
 from cluscomp.experiment import PLACES, Experiment, settings
+from cluscomp.files import is_held
 from cluscomp.preparation import planned, writable
 from cluscomp.run import Outcome, run
 from cluscomp.steps import rank
@@ -96,8 +98,12 @@ def _cell(experiment: Experiment) -> tuple[Path, list[str]]:
 
 
 def _sweep(arguments: list[str]) -> None:
-    """All cells are composed and listed before the first one works; one that fails does not stop the others."""
+    """All cells are composed and listed before the first one works; one that fails does not stop the others.
+
+    Cells at which another process is at work are put aside and come last.
+    """
     folders: list[Path] = []
+    aside: set[Path] = set()
 
     def list_it(experiment: Experiment) -> None:
         folder, overrides = _cell(experiment)
@@ -108,7 +114,9 @@ def _sweep(arguments: list[str]) -> None:
     _composed(list_it)
     sys.argv[1:] = arguments
     try:
-        _composed(_run_one_of_many)
+        _composed(partial(_run_or_put_aside, aside=aside))
+        if aside:
+            _composed(partial(_run_what_was_put_aside, aside=aside))
     except Exception as error:  # of a launcher, say of a job that its scheduler ended
         print(f"cluscomp: {explain(error)[0]}", file=sys.stderr)
     _show_cells({folder: read_cell(folder) for folder in folders})
@@ -123,6 +131,20 @@ def _show_cells(cells: dict[Path, Cell]) -> None:
             f"{undone} of {len(cells)} cells are not finished; the sweep's command goes on with them", file=sys.stderr
         )
         sys.exit(1)
+
+
+def _run_or_put_aside(experiment: Experiment, aside: set[Path]) -> None:
+    """Run a cell, unless another process is at work at it. (A job, which has one cell alone, waits for that one.)"""
+    folder, _ = _cell(experiment)
+    if HydraConfig.get().runtime.choices["hydra/launcher"] == "basic" and is_held(folder):
+        aside.add(folder)
+    else:
+        _run_one_of_many(experiment)
+
+
+def _run_what_was_put_aside(experiment: Experiment, aside: set[Path]) -> None:
+    if _cell(experiment)[0] in aside:
+        _run_one_of_many(experiment)
 
 
 def _run_one_of_many(experiment: Experiment) -> None:

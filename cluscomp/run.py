@@ -18,7 +18,7 @@ from cluscomp.experiment import Experiment, settings, stage_keys
 from cluscomp.files import held_alone
 from cluscomp.follower import Follower
 from cluscomp.preparation import device_of, dtype_of, foreseen, writable
-from cluscomp.records import SCHEMA, Record, Score, write
+from cluscomp.records import SCHEMA, Record, Score, read, write
 from cluscomp.runner import Runner
 from cluscomp.steps import rank
 from cluscomp.tasks import flipped, read_answers
@@ -78,12 +78,14 @@ def run(experiment: Experiment) -> Outcome:
             metrics[label] = runner.evaluate(name)
             tracker.log(label, {f"{row['dataset']}/{row['metric']}": row["value"] for row in metrics[label]["scores"]})
     answers = {name: runner.answers(name) for name in experiment.measured if runner.answers(name).is_file()}
-    record = _record(experiment, config, runner.key, metrics, original, answers, predicted)
     path = run_folder / "record.json"
-    if first:
-        for name, place in answers.items():
-            shutil.copy(place, run_folder / f"answers-{name}.jsonl.gz")
-        write(record, path)
+    record = None if runner.worked else _written_before(path)
+    if record is None:
+        record = _record(experiment, config, runner.key, metrics, original, answers, predicted)
+        if first:
+            for name, place in answers.items():
+                shutil.copy(place, run_folder / f"answers-{name}.jsonl.gz")
+            write(record, path)
     if publish is not None:
         write(record, publish / experiment.name / f"{runner.key}.json")
     tracker.end({f"{row.after}/{row.dataset}/{row.metric}": row.value for row in record.scores} | record.size)
@@ -93,6 +95,17 @@ def run(experiment: Experiment) -> Outcome:
         if metrics[f"evaluate {name}"]["sample"] is not None
     }
     return Outcome(record, path, runner.checkpoint(["original", *experiment.order][-1]), samples)
+
+
+def _written_before(path: Path) -> Record | None:
+    """The record of an earlier process with the same run, which stays as it is; None if there is no whole one."""
+    if not path.is_file():
+        return None
+    try:
+        return read(path)
+    except InputError as error:
+        log.warning("%s; it is written anew", error)
+        return None
 
 
 def _log_into(folder: Path) -> None:

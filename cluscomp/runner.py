@@ -36,6 +36,7 @@ class Runner:
         self.experiment, self.outputs, self.original, self.keys = experiment, outputs, original, keys
         evaluate = experiment.evaluate
         self.evaluation = [key_settings(evaluate), evaluate.inputs(), original.device.type, versions(), WORDS]
+        self.worked = False  # whether anything was computed that had not been finished before
 
     @property
     def key(self) -> str:
@@ -96,6 +97,7 @@ class Runner:
             else:
                 log.info("%s  finished before, %s", name, folder)
                 return finished
+        self.worked = True
         with _Measured() as cost:
             model = self._model_before(name)
             job = Job(folder, self.experiment.seed, self.original)
@@ -115,6 +117,7 @@ class Runner:
         if finished is not None:
             # The same model may have been reached under another name.
             return finished | {"scores": [row | {"after": name} for row in finished["scores"]]}
+        self.worked = True
         with _Measured() as cost:
             seen = evaluate.contamination(self.original, self._seen(name))
             model = self._model(name)
