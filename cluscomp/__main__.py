@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from cluscomp import __version__
 from cluscomp.cells import Cell, announce, at_work, collect, folder_of, read_cell, read_cells, status_table
+from cluscomp.confidential import Discreet, hide, hide_override
 from cluscomp.errors import InputError
 from cluscomp.experiment import PLACES, Experiment, settings
 from cluscomp.files import is_held
@@ -65,7 +66,7 @@ def _told_in_a_sentence() -> Iterator[None]:
         if "debug=true" in map(str.lower, sys.argv):
             raise
         message, code = explain(error)
-        print(f"cluscomp: {message}", file=sys.stderr)
+        print(f"cluscomp: {hide(message)}", file=sys.stderr)
         sys.exit(code)
 
 
@@ -84,15 +85,17 @@ def _run(experiment: Experiment) -> None:
     if rank() > 0:
         run(experiment)
         return
-    with at_work(*_cell(experiment), explain) as records:
-        outcome = run(experiment)
+    folder, overrides = _cell(experiment)
+    with at_work(folder, overrides, explain) as records:
+        outcome = run(experiment, overrides)
         records.append(outcome.path)
     show(outcome)
 
 
 def _cell(experiment: Experiment) -> tuple[Path, list[str]]:
     """The folder where this run tells of itself, and the overrides it was started with, but for places."""
-    overrides = [item for item in HydraConfig.get().overrides.task if item.partition("=")[0] not in PLACES]
+    given = HydraConfig.get().overrides.task
+    overrides = [hide_override(item) for item in given if item.partition("=")[0] not in PLACES]
     outputs = writable("outputs", experiment.outputs)
     return folder_of(outputs, experiment.name, settings(experiment)), overrides
 
@@ -118,7 +121,7 @@ def _sweep(arguments: list[str]) -> None:
         if aside:
             _composed(partial(_run_what_was_put_aside, aside=aside))
     except Exception as error:  # of a launcher, say of a job that its scheduler ended
-        print(f"cluscomp: {explain(error)[0]}", file=sys.stderr)
+        print(f"cluscomp: {hide(explain(error)[0])}", file=sys.stderr)
     _show_cells({folder: read_cell(folder) for folder in folders})
 
 
@@ -152,7 +155,7 @@ def _run_one_of_many(experiment: Experiment) -> None:
     try:
         _run(experiment)
     except Exception as error:
-        print(f"cluscomp: {explain(error)[0]}", file=sys.stderr)
+        print(f"cluscomp: {hide(explain(error)[0])}", file=sys.stderr)
 
 
 def _plan(experiment: Experiment) -> None:
@@ -294,7 +297,9 @@ def _quiet_libraries() -> None:
     """Our own lines on the terminal, from other libraries only errors."""
     import transformers
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(Discreet("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[terminal])
     logging.getLogger("cluscomp").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

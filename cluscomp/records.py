@@ -52,7 +52,8 @@ class Score:
 class Record:
     """What a run did and found.
 
-    run: name, experiment, key, date, seconds per stage (on the clock; of all cores together), commit, dirty, status.
+    run: name, experiment, key, date, seconds per stage (on the clock; of all cores together), status, commit of the
+    code and of each stage, `dirty` (some of it was computed by code that no commit holds).
     config: the resolved settings.
     size: `paper_bits_per_weight` (16-bit codes), `linear_bits_per_weight` (as stored), `model_bits_per_weight`,
     `checkpoint_bytes`, `ledger` (bits by part).

@@ -7,12 +7,14 @@ Of the processes of one run (torchrun) the first does and writes everything; the
 import logging
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluscomp.capsule import commit, versions
+from cluscomp.capsule import commit, seal, versions
+from cluscomp.confidential import Discreet, hide_all
 from cluscomp.errors import InputError
 from cluscomp.experiment import Experiment, settings, stage_keys
 from cluscomp.files import held_alone
@@ -41,9 +43,12 @@ class Outcome:
     samples: dict[str, str]
 
 
-def run(experiment: Experiment) -> Outcome:
-    """Run the stages in order and evaluate; finished parts are re-used. Raises InputError for what cannot work."""
-    config = settings(experiment)
+def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
+    """Run the stages in order and evaluate; finished parts are re-used. Raises InputError for what cannot work.
+
+    `overrides` are what the user gave, for the run's capsule.
+    """
+    config = hide_all(settings(experiment))
     outputs, cache = writable("outputs", experiment.outputs), writable("cache", experiment.cache)
     first = rank() == 0
     publish = None if experiment.publish is None or not first else writable("publish", experiment.publish)
@@ -67,6 +72,7 @@ def run(experiment: Experiment) -> Outcome:
     run_folder = outputs / f"run-{runner.key}"
     if first:
         _log_into(run_folder)
+        seal(run_folder, list(overrides), {"settings": config, "device": str(device), "read": root, **runner.read()})
     tracker.begin(f"{experiment.name}-{runner.key}", config, run_folder)
     metrics: dict[str, dict[str, Any]] = {}
     for name in ["original", *experiment.order]:
@@ -115,7 +121,7 @@ def _log_into(folder: Path) -> None:
         log.removeHandler(old)
     handler = logging.FileHandler(folder / LOG)
     handler.set_name(LOG)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.setFormatter(Discreet("%(asctime)s %(message)s"))
     log.addHandler(handler)
 
 
@@ -139,6 +145,7 @@ def _record(
     scores = [Score(**row) for found in metrics.values() for row in found.get("scores", [])]
     scores += _flips(scores, answers)
     hash_, dirty = commit()
+    unclean = any(found.get("dirty") for found in metrics.values())  # of a stage that an earlier process finished
     return Record(
         schema=SCHEMA,
         run={
@@ -149,7 +156,8 @@ def _record(
             "seconds": {name: found["seconds"] for name, found in metrics.items()},
             "cpu_seconds": {name: found["cpu_seconds"] for name, found in metrics.items() if "cpu_seconds" in found},
             "commit": hash_,
-            "dirty": dirty,
+            "dirty": unclean or dirty,
+            "commits": {name: found["commit"] for name, found in metrics.items() if "commit" in found},
             "status": "finished",
         },
         config=config,

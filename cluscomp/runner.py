@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluscomp.capsule import versions
+from cluscomp.capsule import commit, versions
 from cluscomp.contamination import WORDS
 from cluscomp.errors import InputError
 from cluscomp.experiment import Experiment, key_settings
@@ -42,6 +42,12 @@ class Runner:
     def key(self) -> str:
         """The run's: a hash of all that decides its record."""
         return content_key([self.keys, self.evaluation, self.experiment.measured, self.experiment.name])
+
+    def read(self) -> dict[str, Any]:
+        """Hashes of all that the run reads besides the model, stage by stage, and the keys of the stages."""
+        stages = self.experiment.stages
+        data = {name: stages[name].inputs() for name in self.experiment.order}
+        return {"data": data | {"evaluate": self.experiment.evaluate.inputs()}, "keys": self.keys, "run": self.key}
 
     def check(self) -> None:
         """Ask every stage that is not finished whether it can work. Raises InputError before any long work."""
@@ -107,7 +113,7 @@ class Runner:
         budget.check_file(counted, checkpoint.tensor_bytes(folder / "checkpoint"))
         size = asdict(counted) | {"checkpoint_bytes": checkpoint.weight_bytes(folder / "checkpoint")}
         hash_ = checkpoint.checkpoint_hash(folder / "checkpoint")
-        metrics = cost | {"found": found, "size": size, "checkpoint_hash": hash_}
+        metrics = cost | _code() | {"found": found, "size": size, "checkpoint_hash": hash_}
         write_sealed(folder / "metrics.json", metrics)
         return metrics
 
@@ -128,7 +134,7 @@ class Runner:
         scores = [row | {"seen": seen.get(row["dataset"], {})} for row in scores]
         if answers:
             write_answers(folder / ANSWERS, answers)
-        metrics = cost | {"scores": scores, "sample": sample}
+        metrics = cost | _code() | {"scores": scores, "sample": sample}
         for row in scores:
             log.info("evaluate  %s after %s: %.3f on %s", row["metric"], name, row["value"], row["dataset"])
         write_sealed(folder / "metrics.json", metrics)
@@ -183,6 +189,11 @@ class _Measured:
         if torch.cuda.is_available():
             self.cost["peak_vram"] = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
+
+
+def _code() -> dict[str, Any]:
+    """Of which commit the code is that computes, and whether it differs from it."""
+    return dict(zip(("commit", "dirty"), commit()))
 
 
 def _keep_alone(folder: Path, *names: str) -> None:
