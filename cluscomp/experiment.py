@@ -40,6 +40,7 @@ class Experiment:
     cache: str
     publish: str | None
     force: bool
+    objective: str = Field(min_length=1)
 
     @field_validator("order", mode="after")
     @classmethod

@@ -81,6 +81,13 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> tuple[list[str
     return [f"{key}={first.get(key)}" for key in keys], [f"{key}={second.get(key)}" for key in keys]
 
 
+def objective(record: Record, metric: str) -> float | None:
+    """A record as one number: the metric's mean over texts or tasks after the last stage measured; None without it."""
+    rows = [score for score in record.scores if score.metric == metric]
+    values = [score.value for score in rows if score.after == rows[-1].after]
+    return sum(values) / len(values) if values else None
+
+
 def content_key(content: Any) -> str:
     """16 hexadecimal digits that name a JSON value by its content."""
     return sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -28,6 +28,7 @@ from cluscomp.tasks import flipped, read_answers
 if TYPE_CHECKING:
     from cluscomp.models import Original
     from cluscomp.plan import Plan
+    from cluscomp.tracking import Tracker
 
 log = logging.getLogger("cluscomp")
 LOG = "log.txt"  # what the terminal showed, in the run's folder
@@ -61,28 +62,24 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
     from cluscomp.checkpoint import FORMAT
     from cluscomp.models import fingerprint
     from cluscomp.quantised import opened
-    from cluscomp.tracking import NoTracker
+    from cluscomp.tracking import Forgiving, NoTracker
 
     device, dtype = device_of(experiment.device), dtype_of(experiment)
     original = opened(folder, dtype, device, to_score=not experiment.order)
     root = {"model": fingerprint(folder), "dtype": str(dtype), "device": device.type, "format": FORMAT}
     runner = (Runner if first else Follower)(experiment, outputs, original, stage_keys(experiment, root))
     runner.check()
-    tracker = experiment.tracker if first else NoTracker()
+    tracker = Forgiving(experiment.tracker if first else NoTracker())
     run_folder = outputs / f"run-{runner.key}"
     if first:
         _log_into(run_folder)
         seal(run_folder, list(overrides), {"settings": config, "device": str(device), "read": root, **runner.read()})
     tracker.begin(f"{experiment.name}-{runner.key}", config, run_folder)
-    metrics: dict[str, dict[str, Any]] = {}
-    for name in ["original", *experiment.order]:
-        if name != "original":
-            metrics[name] = runner.stage(name)
-            tracker.log(name, _numbers(metrics[name]))
-        if name in experiment.measured:
-            label = f"evaluate {name}"
-            metrics[label] = runner.evaluate(name)
-            tracker.log(label, {f"{row['dataset']}/{row['metric']}": row["value"] for row in metrics[label]["scores"]})
+    try:
+        metrics = _fold(experiment, runner, tracker)
+    except BaseException:
+        tracker.end(None)
+        raise
     answers = {name: runner.answers(name) for name in experiment.measured if runner.answers(name).is_file()}
     path = run_folder / "record.json"
     record = None if runner.worked else _written_before(path)
@@ -101,6 +98,20 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
         if metrics[f"evaluate {name}"]["sample"] is not None
     }
     return Outcome(record, path, runner.checkpoint(["original", *experiment.order][-1]), samples)
+
+
+def _fold(experiment: Experiment, runner: Runner, tracker: "Tracker") -> dict[str, dict[str, Any]]:
+    """The metrics of all stages and evaluations, in the order of the run."""
+    metrics: dict[str, dict[str, Any]] = {}
+    for name in ["original", *experiment.order]:
+        if name != "original":
+            metrics[name] = runner.stage(name)
+            tracker.log(name, _numbers(metrics[name]))
+        if name in experiment.measured:
+            label = f"evaluate {name}"
+            metrics[label] = runner.evaluate(name)
+            tracker.log(label, {f"{row['dataset']}/{row['metric']}": row["value"] for row in metrics[label]["scores"]})
+    return metrics
 
 
 def _written_before(path: Path) -> Record | None:
