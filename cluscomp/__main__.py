@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,13 @@ from pydantic import ValidationError
 
 from cluscomp import __version__
 from cluscomp.cells import Cell, announce, at_work, collect, folder_of, read_cell, read_cells, status_table
+from cluscomp.confidential import Discreet, hide, hide_override
 from cluscomp.errors import InputError
-from cluscomp.experiment import PLACES, Experiment, Outcome, planned, run, settings, writable
+from cluscomp.experiment import PLACES, Experiment, settings
+from cluscomp.files import is_held
+from cluscomp.preparation import planned, writable
+from cluscomp.records import objective
+from cluscomp.run import Outcome, run
 from cluscomp.steps import rank
 
 HERE = Path(__file__).parent
@@ -61,55 +67,76 @@ def _told_in_a_sentence() -> Iterator[None]:
         if "debug=true" in map(str.lower, sys.argv):
             raise
         message, code = explain(error)
-        print(f"cluscomp: {message}", file=sys.stderr)
+        print(f"cluscomp: {hide(message)}", file=sys.stderr)
         sys.exit(code)
 
 
-def _composed(command: Callable[[Experiment], None]) -> None:
+def _composed(command: Callable[[Experiment], float | None]) -> None:
+    """Compose the settings (of every cell, with -m) and hand them on; what comes back goes to Hydra's sweeper."""
+
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-    def compose(config: DictConfig) -> None:
+    def compose(config: DictConfig) -> float | None:
         with _told_in_a_sentence():  # before Hydra sees it, which would add lines of its own
             experiment = build(config)
             _quiet_libraries()
-            command(experiment)
+            return command(experiment)
+        return None
 
     compose()
 
 
-def _run(experiment: Experiment) -> None:
+def _run(experiment: Experiment) -> float | None:
+    """The score that a search looks at (`objective`), or None if it was not measured."""
     if rank() > 0:
         run(experiment)
-        return
-    with at_work(*_cell(experiment), explain) as records:
-        outcome = run(experiment)
+        return None
+    folder, overrides = _cell(experiment)
+    with at_work(folder, overrides, explain) as records:
+        outcome = run(experiment, overrides)
         records.append(outcome.path)
     show(outcome)
+    return objective(outcome.record, experiment.objective)
 
 
 def _cell(experiment: Experiment) -> tuple[Path, list[str]]:
     """The folder where this run tells of itself, and the overrides it was started with, but for places."""
-    overrides = [item for item in HydraConfig.get().overrides.task if item.partition("=")[0] not in PLACES]
+    given = HydraConfig.get().overrides.task
+    overrides = [hide_override(item) for item in given if item.partition("=")[0] not in PLACES]
     outputs = writable("outputs", experiment.outputs)
     return folder_of(outputs, experiment.name, settings(experiment)), overrides
 
 
 def _sweep(arguments: list[str]) -> None:
-    """All cells are composed and listed before the first one works; one that fails does not stop the others."""
+    """All cells are composed and listed before the first one works; one that fails does not stop the others.
+
+    Cells at which another process is at work are put aside and come last. Of a search (hydra/sweeper=...), which makes
+    its cells as it goes, nothing is known before.
+    """
     folders: list[Path] = []
+    aside: set[Path] = set()
 
     def list_it(experiment: Experiment) -> None:
+        if HydraConfig.get().runtime.choices["hydra/sweeper"] != "basic":
+            raise InputError("a search is asked for on the command line: hydra/sweeper=NAME")
         folder, overrides = _cell(experiment)
         announce(folder, overrides)
         folders.append(folder)
 
-    sys.argv[1:] = [item for item in arguments if not re.match(r"\+*hydra[/.]launcher", item)]
-    _composed(list_it)
-    sys.argv[1:] = arguments
+    searching = any(re.match(r"\+*hydra/sweeper=(?!basic$)", item) for item in arguments)
+    if not searching:
+        sys.argv[1:] = [item for item in arguments if not re.match(r"\+*hydra[/.]launcher", item)]
+        _composed(list_it)
+        sys.argv[1:] = arguments
     try:
-        _composed(_run_one_of_many)
+        _composed(_run_one_of_many if searching else partial(_run_or_put_aside, aside=aside))
+        if aside:
+            _composed(partial(_run_what_was_put_aside, aside=aside))
     except Exception as error:  # of a launcher, say of a job that its scheduler ended
-        print(f"cluscomp: {explain(error)[0]}", file=sys.stderr)
-    _show_cells({folder: read_cell(folder) for folder in folders})
+        if searching:
+            raise
+        print(f"cluscomp: {hide(explain(error)[0])}", file=sys.stderr)
+    if not searching:
+        _show_cells({folder: read_cell(folder) for folder in folders})
 
 
 def _show_cells(cells: dict[Path, Cell]) -> None:
@@ -123,12 +150,26 @@ def _show_cells(cells: dict[Path, Cell]) -> None:
         sys.exit(1)
 
 
-def _run_one_of_many(experiment: Experiment) -> None:
-    """A cell's failure is told and written down by itself."""
+def _run_or_put_aside(experiment: Experiment, aside: set[Path]) -> float | None:
+    """Run a cell, unless another process is at work at it. (A job, which has one cell alone, waits for that one.)"""
+    folder, _ = _cell(experiment)
+    if HydraConfig.get().runtime.choices["hydra/launcher"] == "basic" and is_held(folder):
+        aside.add(folder)
+        return None
+    return _run_one_of_many(experiment)
+
+
+def _run_what_was_put_aside(experiment: Experiment, aside: set[Path]) -> float | None:
+    return _run_one_of_many(experiment) if _cell(experiment)[0] in aside else None
+
+
+def _run_one_of_many(experiment: Experiment) -> float | None:
+    """A cell's failure is told and written down by itself; to a search it has no score."""
     try:
-        _run(experiment)
+        return _run(experiment)
     except Exception as error:
-        print(f"cluscomp: {explain(error)[0]}", file=sys.stderr)
+        print(f"cluscomp: {hide(explain(error)[0])}", file=sys.stderr)
+        return None
 
 
 def _plan(experiment: Experiment) -> None:
@@ -270,7 +311,9 @@ def _quiet_libraries() -> None:
     """Our own lines on the terminal, from other libraries only errors."""
     import transformers
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(Discreet("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[terminal])
     logging.getLogger("cluscomp").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cluscomp.confidential import Discreet, hide
 from cluscomp.errors import InputError
 from cluscomp.files import held_alone, is_held, new_file
 from cluscomp.records import content_key, read, write
@@ -65,16 +66,16 @@ def at_work(
         began = Cell(overrides, "running", _now(), f"process {os.getpid()} on {platform.node()}")
         _write(folder, began)
         handler = logging.FileHandler(folder / LOG)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        handler.setFormatter(Discreet("%(asctime)s %(message)s"))
         log.addHandler(handler)
         records: list[Path] = []
         try:
             yield records
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt)
-            problem = "" if stopped else explain(error)[0]
+            problem = "" if stopped else hide(explain(error)[0])
             with (folder / LOG).open("a") as file:
-                traceback.print_exc(file=file)
+                file.write(hide(traceback.format_exc()))
             _write(folder, replace(began, state="interrupted" if stopped else "failed", since=_now(), problem=problem))
             raise
         finally:

@@ -3,16 +3,22 @@
 import hashlib
 import logging
 import os
-import platform
 import shutil
+import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
+
+if TYPE_CHECKING:
+    from filelock import LeaseCompromise, SoftFileLease
 
 log = logging.getLogger(__name__)
 POLL = 0.2  # seconds between two looks at a lock that another process holds
+LEASE = 120.0  # seconds without a touch after which the holder of a lock, on another machine, counts as dead
 
 
 @contextmanager
@@ -49,49 +55,58 @@ def new_file(target: Path) -> Iterator[Path]:
 def held_alone(folder: Path, what: str) -> Iterator[None]:
     """Let one process at a time into `folder`, which is made if need be; others wait, with a line in the log.
 
-    The lock is the system's: it is free as soon as its holder ends, however it ends. The file `lock` names the holder
-    and disappears after use. Raises OSError if the folder cannot be written.
+    The file `lock` names the holder, who touches it all the while, so that it holds on a file system that several
+    machines share. That a holder on this machine has ended, however it ended, is seen at once; one on another machine
+    counts as dead when its lock was not touched for LEASE seconds. A holder that was stopped for so long itself (a
+    suspended job) and finds another in its place is interrupted. Raises OSError if the folder cannot be written.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lock"
-    lock = FileLock(path)
+    lock = _lease(folder)
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        log.info("%s  waits for %s, which holds %s", what, _holder(path), path)
+        log.info("%s  waits for %s, which holds %s", what, _holder(lock), lock.lock_file)
         lock.acquire(poll_interval=POLL)
     try:
-        path.write_text(f"process {os.getpid()} on {platform.node()}\n")
         yield
     finally:
-        path.unlink(missing_ok=True)
         lock.release()
 
 
 def is_held(folder: Path) -> bool:
     """Whether some process is in `folder` by `held_alone` right now."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
-    path = folder / "lock"
-    if not path.exists():
+    try:
+        touched = (folder / "lock").stat().st_mtime
+    except FileNotFoundError:
         return False
-    lock = FileLock(path)
+    lock = _lease(folder)
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        return True
+        return time.time() - touched < LEASE  # else its holder died on another machine
     lock.release()
     return False
 
 
-def _holder(path: Path) -> str:
+def _lease(folder: Path) -> "SoftFileLease":
+    from filelock import SoftFileLease
+
+    return SoftFileLease(folder / "lock", lease_duration=LEASE, on_compromise=_interrupt)
+
+
+def _interrupt(lost: "LeaseCompromise") -> None:
+    log.warning("another process has taken %s, for this one did not touch it in time: interrupted", lost.lock_file)
+    os.kill(os.getpid(), signal.SIGINT)  # this is not the main thread, which alone can be interrupted
+
+
+def _holder(lock: "SoftFileLease") -> str:
     """What the lock's file says of its holder, who may just now be writing it."""
-    try:
-        return path.read_text().strip() or "another process"
-    except OSError:
-        return "another process"
+    owner = lock.owner
+    return "another process" if owner is None else f"process {owner.pid} on {owner.hostname}"
 
 
 def file_hash(path: Path) -> str:

@@ -52,7 +52,8 @@ class Score:
 class Record:
     """What a run did and found.
 
-    run: name, experiment, key, date, seconds per stage (on the clock; of all cores together), commit, dirty, status.
+    run: name, experiment, key, date, seconds per stage (on the clock; of all cores together), status, commit of the
+    code and of each stage, `dirty` (some of it was computed by code that no commit holds).
     config: the resolved settings.
     size: `paper_bits_per_weight` (16-bit codes), `linear_bits_per_weight` (as stored), `model_bits_per_weight`,
     `checkpoint_bytes`, `ledger` (bits by part).
@@ -78,6 +79,13 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> tuple[list[str
     """In what two protocols differ: as `key=value`, what the first has and what the second has."""
     keys = [key for key in sorted((first.keys() | second.keys()) - {"hash"}) if first.get(key) != second.get(key)]
     return [f"{key}={first.get(key)}" for key in keys], [f"{key}={second.get(key)}" for key in keys]
+
+
+def objective(record: Record, metric: str) -> float | None:
+    """A record as one number: the metric's mean over texts or tasks after the last stage measured; None without it."""
+    rows = [score for score in record.scores if score.metric == metric]
+    values = [score.value for score in rows if score.after == rows[-1].after]
+    return sum(values) / len(values) if values else None
 
 
 def content_key(content: Any) -> str:

@@ -3,10 +3,11 @@
 import gc
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from cluscomp.costs import give_memory_back
@@ -74,9 +75,39 @@ class Tracker(Protocol):
         """A stage ended with these numbers."""
         ...
 
-    def end(self, summary: dict[str, Any]) -> None:
-        """The run ended; `summary` holds scores and size, flat."""
+    def end(self, summary: dict[str, Any] | None) -> None:
+        """The run ended; `summary` holds scores and size, flat; None: it failed."""
         ...
+
+
+class Forgiving:
+    """A tracker whose failure ends in one warning: the run goes on without it, for the record is enough."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker, self.works = tracker, True
+
+    def begin(self, name: str, config: dict[str, Any], folder: Path) -> None:
+        """A run starts. Raises InputError for what the user can mend at once, a package that is not installed."""
+        self._try(lambda: self.tracker.begin(name, config, folder))
+
+    def log(self, stage: str, numbers: dict[str, Any]) -> None:
+        """A stage ended with these numbers."""
+        self._try(lambda: self.tracker.log(stage, numbers))
+
+    def end(self, summary: dict[str, Any] | None) -> None:
+        """The run ended."""
+        self._try(lambda: self.tracker.end(summary))
+
+    def _try(self, call: Callable[[], None]) -> None:
+        if not self.works:
+            return
+        try:
+            call()
+        except InputError:
+            raise
+        except Exception as error:
+            self.works = False
+            log.warning("this run is tracked no further (%s); its record will be whole", " ".join(str(error).split()))
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -89,30 +120,36 @@ class NoTracker:
     def log(self, stage: str, numbers: dict[str, Any]) -> None:
         """Nothing to do."""
 
-    def end(self, summary: dict[str, Any]) -> None:
+    def end(self, summary: dict[str, Any] | None) -> None:
         """Nothing to do."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
 class WandbTracker:
-    """Weights & Biases. "offline" needs no key and no network; `wandb sync` uploads later."""
+    """Weights & Biases. "offline" needs no key and no network; `wandb sync` uploads later.
+
+    The server is waited for at most `timeout` seconds, at the beginning and at the end. Online a run that goes on after
+    it was killed goes on there, too. W&B does not learn the command line, which its own metadata would hold.
+    """
 
     project: str
     entity: str | None
     mode: Literal["online", "offline"]
+    timeout: float = Field(gt=0)
 
     def begin(self, name: str, config: dict[str, Any], folder: Path) -> None:
-        """Start the run. Raises InputError if wandb is not installed or refuses."""
+        """Start the run. Raises InputError if wandb is not installed."""
         try:
             import wandb
         except ImportError as error:
             raise InputError("tracker=wandb needs the package: pip install 'cluscomp[wandb]'") from error
-        try:
-            wandb.init(
-                project=self.project, entity=self.entity, mode=self.mode, name=name, config=config, dir=str(folder)
-            )
-        except wandb.errors.Error as error:
-            raise InputError(f"tracker.mode={self.mode}: {error}; tracker.mode=offline needs no key") from error
+        quiet = wandb.Settings(
+            init_timeout=self.timeout, finish_timeout=self.timeout, silent=True, disable_git=True, x_disable_meta=True
+        )
+        wandb.init(
+            project=self.project, entity=self.entity, mode=self.mode, name=name, id=name, config=config,
+            dir=str(folder), resume="allow" if self.mode == "online" else None, settings=quiet,
+        )  # fmt: skip
 
     def log(self, stage: str, numbers: dict[str, Any]) -> None:
         """One step of the run, named after the stage."""
@@ -120,10 +157,10 @@ class WandbTracker:
 
         wandb.log({f"{stage}/{key}": value for key, value in numbers.items()})
 
-    def end(self, summary: dict[str, Any]) -> None:
-        """Store the summary and close the run."""
+    def end(self, summary: dict[str, Any] | None) -> None:
+        """Store the summary and close the run; without one as failed."""
         import wandb
 
-        if wandb.run is not None:
+        if wandb.run is not None and summary is not None:
             wandb.run.summary.update(summary)
-        wandb.finish()
+        wandb.finish(exit_code=int(summary is None))

@@ -3,7 +3,8 @@
 import hydra
 
 from cluscomp.__main__ import CONF, build
-from cluscomp.experiment import Experiment, Outcome, run
+from cluscomp.experiment import Experiment
+from cluscomp.run import Outcome, run
 
 
 def composed(*overrides: str) -> Experiment:

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp.data import calibration_windows
-from cluscomp.experiment import Outcome, stage_keys
+from cluscomp.experiment import stage_keys
 from cluscomp.records import SCHEMA, protocol, read
+from cluscomp.run import Outcome
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
 SMALL = [
@@ -130,7 +131,7 @@ def test_the_record_has_the_schema_of_the_design(tuned, ground):
     record = read(tuned.path)
     assert record == tuned.record and record.schema == SCHEMA
     assert set(record.run) == {
-        "name", "experiment", "key", "date", "seconds", "cpu_seconds", "commit", "dirty", "status",
+        "name", "experiment", "key", "date", "seconds", "cpu_seconds", "commit", "commits", "dirty", "status",
     }  # fmt: skip
     assert record.run["status"] == "finished" and tuned.path.parent.name == f"run-{record.run['key']}"
     steps = ["evaluate original", "cluster", "evaluate cluster", "block_finetune", "evaluate block_finetune"]

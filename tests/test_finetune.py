@@ -15,9 +15,9 @@ from cluscomp import adapters, checkpoint
 from cluscomp.budget import size_of
 from cluscomp.end_to_end import IGNORED
 from cluscomp.errors import InputError
-from cluscomp.experiment import Outcome
 from cluscomp.instructions import Plain, Rows, Tokens
 from cluscomp.models import Original, compressed
+from cluscomp.run import Outcome
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"

@@ -18,12 +18,12 @@ from cluscomp.budget import size_of
 from cluscomp.checkpoint import replace, save
 from cluscomp.costs import CORE, GIB, Limits, Machine, Work, limits, resident, worst, write_calibration
 from cluscomp.errors import InputError
-from cluscomp.experiment import planned
 from cluscomp.methods.cluscomp import ClusComp
 from cluscomp.models import Original, block_names, blocks, linears, read_config
 from cluscomp.moments import SecondMoment
 from cluscomp.outline import Outline
 from cluscomp.plan import Plan, Row, duration
+from cluscomp.preparation import planned
 from cluscomp.stages.cluster import Cluster, places
 from cluscomp.streams import Streams
 from cluscomp.training import Trained

@@ -6,40 +6,14 @@ Processes are forked from one that has imported everything, which saves some sec
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
+from forks import Forks, until
 
-FORKS = """
-import json, os, sys
-import torch, transformers
-import cluscomp.checkpoint, cluscomp.end_to_end, cluscomp.scoring, cluscomp.streams, cluscomp.tables
-from cluscomp.__main__ import main
-
-for line in sys.stdin:
-    command = json.loads(line)
-    if "wait" in command:
-        print(os.waitstatus_to_exitcode(os.waitpid(command["wait"], 0)[1]), flush=True)
-    elif pid := os.fork():
-        print(pid, flush=True)
-    else:
-        log = os.open(command["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2)
-        sys.argv = ["cluscomp", *command["arguments"]]
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        sys.stdout.flush()
-        os._exit(code)
-"""
 BLOCKS = 6
 SMALL = [
     "model=tiny", f"model.config.num_hidden_layers={BLOCKS}", "data=text", "method.vector_dim=4",
@@ -68,31 +42,6 @@ VARIANTS = [
     ],
 ]  # fmt: skip
 KILLS = int(os.environ.get("CLUSCOMP_KILLS", "10"))  # of each variant
-
-
-class Forks:
-    """`cluscomp ARGUMENTS` in processes of their own."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def _ask(self, **command) -> int:
-        print(json.dumps(command), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
-
-    def start(self, log: Path, *arguments: str) -> int:
-        log.touch()
-        return self._ask(log=str(log), arguments=list(arguments))
-
-    def wait(self, pid: int) -> int:
-        """The exit code; minus the number of the signal that ended it."""
-        return self._ask(wait=pid)
-
-    def kill(self, pid: int) -> None:
-        subprocess.run(["kill", "-KILL", str(pid)], check=True)
-        assert self.wait(pid) == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -133,13 +82,6 @@ def undisturbed(forks, arguments, tmp_path_factory) -> Callable[..., dict[str, s
         return made[more]
 
     return run
-
-
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_two_processes_at_once_do_the_work_once(forks, arguments, undisturbed, tmp_path):

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from cluscomp.blocks import Walk
 from cluscomp.errors import InputError
-from cluscomp.experiment import planned
 from cluscomp.models import blocks, compressed, linears
+from cluscomp.preparation import planned
 from cluscomp.quantised import Quantised, opened
 from cluscomp.records import read
 

@@ -22,8 +22,8 @@ from cluscomp.blocks import Walk
 from cluscomp.data import Text, split
 from cluscomp.end_to_end import IGNORED, Objective, _rematerialised_blocks, padded, train_whole
 from cluscomp.errors import InputError
-from cluscomp.experiment import Outcome
 from cluscomp.models import Original, block_names, blocks, compressed, linears
+from cluscomp.run import Outcome
 from cluscomp.teacher import Teacher, divergence
 from cluscomp.training import Trained
 from cluscomp.weights import CodebookWeight

@@ -3,19 +3,24 @@
 import json
 import logging
 import mmap
+import os
+import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from cluscomp.records import read
 from cluscomp.tracking import NoTracker, Progress, WandbTracker, peak_memory, reset_peak_memory
 
 TRACK = """
 import sys
 from pathlib import Path
 from cluscomp.tracking import WandbTracker
-tracker = WandbTracker(project="tests", entity=None, mode="offline")
+tracker = WandbTracker(project="tests", entity=None, mode="offline", timeout=30.0)
 tracker.begin("run-1", {"seed": 3, "method": {"bits": 2.5}}, Path(sys.argv[1]))
 tracker.log("cluster", {"relative_error": 0.25, "seconds": 1.5})
 tracker.log("evaluate cluster", {"perplexity": 12.5})
@@ -51,9 +56,100 @@ def test_a_run_that_fails_is_not_marked_as_finished(tmp_path):
     assert found["exit_code"] == 1
 
 
+SWEEP = [
+    "-m", "model=tiny", "data=text", "method=cluscomp_data_free", "method.vector_dim=4", "method.iterations=2",
+    "order=[cluster,block_finetune]", "block_finetune=quick", "block_finetune.length=32", "block_finetune.samples=4",
+    "evaluate.context=32", "evaluate.limit=2", "device=cpu", "tracker=wandb",
+]  # fmt: skip
+
+
+def sweep(place: Path, *more: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    text = place / "text.txt"
+    text.write_text("\n\n".join(f"Paragraph {i} says that foxes jumped {7 * i} times." for i in range(60)))
+    places = [f"data.file={text}", f"outputs={place / 'outputs'}", f"cache={place / 'cache'}"]
+    command = [sys.executable, "-m", "cluscomp", *SWEEP, *places, *more]
+    return subprocess.run(command, capture_output=True, text=True, cwd=place, env=os.environ | variables)
+
+
+@pytest.mark.slow
+def test_what_wandb_holds_of_a_sweep_equals_its_records(tmp_path):
+    pytest.importorskip("wandb")
+    done = sweep(tmp_path, "method.codebook_size=8,16")
+    assert done.returncode == 0, done.stderr
+    folders = [path.parent for path in tmp_path.glob("outputs/run-*/record.json")]
+    assert len(folders) == 2
+    for folder in folders:
+        record = read(folder / "record.json")
+        lines = [json.loads(line) for line in inspect(folder).splitlines()]
+        (run,) = [line["run"] for line in lines if line["type"] == "run"]
+        config = {key: value for key, value in run["config"]["update"].items() if key != "_wandb"}
+        assert config == record.config and run["run_id"] == run["display_name"] == record.run["name"]
+        items = [line["history"]["item"] for line in lines if line["type"] == "history"]
+        history = [{key: value for key, value in item.items() if key[0] != "_"} for item in items]
+        expected = []
+        for step, seconds in record.run["seconds"].items():  # in the order of the run
+            if step.startswith("evaluate "):
+                rows = [row for row in record.scores if f"evaluate {row.after}" == step]
+                expected.append({f"{step}/{row.dataset}/{row.metric}": row.value for row in rows})
+            else:
+                stage = record.stages[step]
+                numbers = stage["found"] | stage["size"] | {"seconds": seconds}
+                numbers |= {"peak_ram": record.machine["peak_ram"][step]}
+                expected.append({f"{step}/{k}": v for k, v in numbers.items() if isinstance(v, int | float)})
+        assert history == expected and len(history) == 5
+        summary = json.loads(inspect(folder, "--summary"))["summary"]
+        for row in record.scores:
+            assert summary[f"{row.after}/{row.dataset}/{row.metric}"] == row.value
+
+
+class Refusal(BaseHTTPRequestHandler):
+    """A server that knows nobody."""
+
+    def do_POST(self) -> None:
+        body = b'{"errors": [{"message": "user is not logged in", "code": 401}]}'
+        self.send_response(401)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(params=["no server", "a wrong key", "no key"])
+def address(request):
+    """Of a W&B that cannot be used, and the key for it."""
+    if request.param == "no server":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))  # nobody listens
+            yield f"http://127.0.0.1:{free.getsockname()[1]}", "0" * 40
+        return
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", "0" * 40 if request.param == "a wrong key" else ""
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_be_used_costs_one_warning_and_no_result(tmp_path, address):
+    pytest.importorskip("wandb")
+    base, key = address
+    variables = {"WANDB_BASE_URL": base, "WANDB_API_KEY": key, "HOME": str(tmp_path)}
+    done = sweep(tmp_path, "tracker.mode=online", "tracker.timeout=4.0", "method.codebook_size=8", **variables)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("outputs/run-*/record.json")
+    assert read(path).run["status"] == "finished" and len(read(path).scores) > 0
+    assert done.stderr.count("is tracked no further") == 1 and "Traceback" not in done.stderr
+    assert not key or key not in done.stderr + done.stdout
+
+
 def test_a_mode_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="mode"):
-        WandbTracker(project="tests", entity=None, mode="sometimes")
+        WandbTracker(project="tests", entity=None, mode="sometimes", timeout=1.0)
 
 
 def test_no_tracker_writes_nothing(tmp_path):
