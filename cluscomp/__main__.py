@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from cluscomp import __version__
-from cluscomp.cells import Cell, announce, at_work, collect, folder_of, read_cell, read_cells, status_table
+from cluscomp import __version__, commands
+from cluscomp.cells import announce, at_work, folder_of, read_cell
 from cluscomp.errors import InputError
 from cluscomp.experiment import PLACES, Experiment, Outcome, planned, run, settings, writable
 from cluscomp.steps import rank
@@ -33,7 +33,8 @@ SHARED = ("method", "data", "instructions", "tasks", "bits", "data_root", "debug
 def main() -> None:
     """The `cluscomp` command. Exit codes: 0 done, 1 failed, 2 input cannot work, 130 interrupted."""
     arguments = sys.argv[1:]
-    command = arguments.pop(0) if arguments[:1] in (["run"], ["plan"], ["status"], ["collect"]) else "run"
+    plain = {"status": commands.status, "collect": commands.collected, "table": commands.table, "plot": commands.plot}
+    command = arguments.pop(0) if arguments and arguments[0] in {"run", "plan", *plain} else "run"
     if arguments == ["--version"]:
         print(__version__)
         return
@@ -44,8 +45,8 @@ def main() -> None:
     sys.argv[1:] = arguments
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here whole, to be told in a sentence
     with _told_in_a_sentence():
-        if command in ("status", "collect"):
-            {"status": _status, "collect": _collect}[command](arguments)
+        if command in plain:
+            plain[command](arguments)
         elif command == "run" and {"-m", "--multirun"} & set(arguments):
             _sweep(arguments)
         else:
@@ -109,18 +110,7 @@ def _sweep(arguments: list[str]) -> None:
         _composed(_run_one_of_many)
     except Exception as error:  # of a launcher, say of a job that its scheduler ended
         print(f"cluscomp: {explain(error)[0]}", file=sys.stderr)
-    _show_cells({folder: read_cell(folder) for folder in folders})
-
-
-def _show_cells(cells: dict[Path, Cell]) -> None:
-    """Print what the cells of a sweep do. Exit code 1 unless all are finished."""
-    print(f"\n{status_table(cells).to_markdown(index=False)}\n")
-    undone = sum(cell.state != "finished" for cell in cells.values())
-    if undone:
-        print(
-            f"{undone} of {len(cells)} cells are not finished; the sweep's command goes on with them", file=sys.stderr
-        )
-        sys.exit(1)
+    commands.show_cells({folder: read_cell(folder) for folder in folders})
 
 
 def _run_one_of_many(experiment: Experiment) -> None:
@@ -145,27 +135,6 @@ def _calibrate(experiment: Experiment) -> None:
     path = write_calibration(Path(experiment.cache).expanduser(), measure())
     print(f"measured: {path}")
     _plan(experiment)
-
-
-def _status(arguments: list[str]) -> None:
-    name, places = _named("status", arguments, {"outputs": "outputs"})
-    _show_cells(read_cells(places["outputs"], name))
-
-
-def _collect(arguments: list[str]) -> None:
-    name, places = _named("collect", arguments, {"outputs": "outputs", "publish": "results"})
-    for path in collect(read_cells(places["outputs"], name), places["publish"] / name):
-        print(path)
-
-
-def _named(command: str, arguments: list[str], places: dict[str, str]) -> tuple[str, dict[str, Path]]:
-    """A sweep's name and the folders given after it as key=value. Raises InputError for anything else."""
-    name, *rest = arguments or [""]
-    given = dict(item.partition("=")[::2] for item in rest)
-    if not name or "=" in name or not given.keys() <= places.keys():
-        usage = " ".join(f"[{key}={value}]" for key, value in places.items())
-        raise InputError(f"cluscomp {command} NAME {usage}: NAME is the `name` of an experiment")
-    return name, {key: Path(value).expanduser() for key, value in (places | given).items()}
 
 
 def build(config: DictConfig) -> Experiment:
