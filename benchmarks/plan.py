@@ -24,6 +24,10 @@ CONFIGURATIONS = {
     "data-free D4 K256": [*DATA_FREE, "order=[cluster,block_finetune]", "block_finetune.epochs=1", *SHORT],
     "inputs D8 K4096": ["method.vector_dim=8", "method.codebook_size=4096", "cluster.samples=8", *SHORT],
     "data-free 3 bits": ["method=cluscomp_data_free", "bits=3", *SHORT],
+    "inputs D4 K1024 bfloat16": [
+        *("dtype=bfloat16", "method.vector_dim=4", "method.codebook_size=1024", "cluster.samples=8"),
+        *("order=[cluster,block_finetune]", *SHORT),
+    ],
     "demo": ["experiment=demo"],
 }
 
@@ -58,7 +62,7 @@ def main() -> None:
             for stage, value in measured[kind].items():
                 ratio = told[kind][stage] / value
                 print(
-                    f"{name:20s} {stage:24s} {kind:9s} {told[kind][stage]:14.1f} {value:14.1f} {ratio:6.2f}", flush=True
+                    f"{name:24s} {stage:24s} {kind:9s} {told[kind][stage]:14.1f} {value:14.1f} {ratio:6.2f}", flush=True
                 )
                 goals.append(Goal(f"{name}: {kind} of {stage}, predicted off by", most, abs(ratio - 1), "", True))
     finish(goals, figures, {"method": " ".join(__doc__.split())}, options.output, began)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cluscomp.budget import Size
 
 CONTEXT = 0.5 * GIB  # of GPU memory and of RAM, that CUDA itself takes
+STARTED = 0.08 * GIB  # of RAM, that tokenizer, texts and the first matrix products leave behind (0.05 to 0.1 were seen)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,13 @@ def plan(experiment: Any, config: "PreTrainedConfig", dtype: "torch.dtype", devi
     machine: Machine = experiment.machine
     can = limits(machine, device, Path(experiment.cache).expanduser())
     outline = Outline(config, dtype, device)
-    base = resident()  # with all libraries
+    costs: dict[str, Cost] = {}
+    for name in ["original", *experiment.order]:
+        if name != "original":
+            costs[name] = experiment.stages[name].cost(outline)
+        if name in experiment.measured:
+            costs[f"evaluate {name}"] = experiment.evaluate.cost(outline)
+    base = resident() + STARTED  # the walks above have brought in nearly all libraries
 
     def row(name: str, cost: Cost) -> Row:
         here, there = sum(cost.host.values()), sum(cost.device.values())
@@ -130,12 +137,7 @@ def plan(experiment: Any, config: "PreTrainedConfig", dtype: "torch.dtype", devi
         ram, vram = (base + here + there, None) if device == "cpu" else (base + CONTEXT + here, CONTEXT + there)
         return Row(name, ram, vram, cost.work.flops, can.seconds(cost.work), parts, cost.relief)
 
-    rows = []
-    for name in ["original", *experiment.order]:
-        if name != "original":
-            rows.append(row(name, experiment.stages[name].cost(outline)))
-        if name in experiment.measured:
-            rows.append(row(f"evaluate {name}", experiment.evaluate.cost(outline)))
+    rows = [row(name, cost) for name, cost in costs.items()]
     stages = [experiment.stages[name] for name in experiment.order]
     exact = all(getattr(stage, "exact", True) for stage in stages) and outline.exact
     return Plan(rows, outline.size(), outline.checkpoint_bytes(), exact, can, machine.name)

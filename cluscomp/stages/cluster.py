@@ -286,6 +286,7 @@ class Cluster:
         import torch
 
         from cluscomp import checkpoint
+        from cluscomp.costs import give_memory_back
         from cluscomp.distribution import of_codes, of_entries
         from cluscomp.models import linears
         from cluscomp.weights import CodebookWeight
@@ -311,6 +312,7 @@ class Cluster:
                         distributed[layer] |= of_codes(stored.unpacked(), stored.codebooks.shape[1])
                 if compressed.chosen:
                     chosen[", ".join(compressed.stored)] = compressed.chosen
+                give_memory_back()
         except ValueError as error:
             raise InputError(f"{name}.{error}") from error
         return {"squares": squares, "distributed": distributed, "chosen": chosen}

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from cluscomp.records import Score
     from cluscomp.scoring import Mean, Reference
 
+TASK_TOKENS = 128  # assumed of the longest rows of tasks
+LM_EVAL = 0.1 * 2**30  # bytes of RAM that lm-eval and its requests take
+
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
 class Evaluate:
@@ -82,7 +85,8 @@ class Evaluate:
     def cost(self, outline: "Outline") -> "Cost":
         """All windows' hidden states of one text after the other, one block, and the logits of one batch.
 
-        A prompt and tasks want the whole original; what tasks compute is not counted.
+        A prompt and tasks want the whole original. Of tasks lm-eval and the logits of a batch of rows of `TASK_TOKENS`
+        are counted, the time they take is not.
         """
         from cluscomp.costs import Cost, Work, worst
 
@@ -104,13 +108,21 @@ class Evaluate:
         moments = [always | loading]
         if self.texts:
             moments += [always | block | {"activations": once.peak}, always | {"logits": compared * logits.peak}]
-        if (self.prompt is not None or self.tasks.names) and not outline.compressed:
-            whole = outline.all_numbers * outline.dtype.itemsize
-            moments.append({"embedding, head": outline.outside, "the whole original, for prompt and tasks": whole})
+        whole = {
+            "embedding, head": outline.outside,
+            "the whole original, for prompt and tasks": outline.all_numbers * outline.dtype.itemsize - outline.outside,
+        }
+        model = always if outline.compressed else whole
+        if self.prompt is not None:
+            moments.append(model)
+        if self.tasks.names:
+            row = TASK_TOKENS * outline.vocabulary * (outline.dtype.itemsize + 8.0)  # and their logarithms, in 32 bits
+            moments.append(model | {"logits of tasks": self.tasks.batch_size * row})
         batches = sum(windows) / self.batch_size
         work = (once.work * outline.blocks + logits.work * compared) * batches + Work(read=read)
+        host = {"lm-eval": LM_EVAL} if self.tasks.names else {}
         return Cost(
-            worst(*moments), {}, work, "evaluate.batch_size=1, a smaller evaluate.limit, or evaluate.prompt=null"
+            worst(*moments), host, work, "evaluate.batch_size=1, a smaller evaluate.limit, or evaluate.prompt=null"
         )
 
     def _windows(self, source: Source, original: "Original") -> "Tensor":

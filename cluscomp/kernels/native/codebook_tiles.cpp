@@ -211,11 +211,13 @@ INLINE __m512i look_up_64(__m512i code, const uint8_t* table) {
   return _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), first, second);
 }
 
-constexpr int BLOCK = 4096;  // outputs at a time: their sums stay in the nearest cache
+constexpr int BLOCK = 2048;  // outputs at a time: their sums stay in the nearest cache
+constexpr int AHEAD = 8;     // rows between that of the codes in use and that asked for meanwhile
 
-// The codes of outputs i ... i + 63 of `width`; 0 beyond. Those of a later row are asked for meanwhile.
-INLINE __m512i codes_64(const uint8_t* code, int64_t i, int64_t width, int64_t later) {
-  __builtin_prefetch(code + i + later);
+// The codes of outputs i ... i + 63 of `width`; 0 beyond. Those AHEAD rows on come into the second cache: the nearest
+// one is full of sums and tables.
+INLINE __m512i codes_64(const uint8_t* code, int64_t i, int64_t width, int64_t stride) {
+  __builtin_prefetch(code + i + AHEAD * stride, 0, 2);
   const __mmask64 there = width - i < 64 ? (uint64_t(1) << (width - i)) - 1 : ~uint64_t(0);
   return _mm512_maskz_loadu_epi8(there, code + i);
 }
@@ -242,7 +244,7 @@ void look_up(const uint8_t* code, int64_t stride, int64_t n, int64_t G, const ui
     memset(sums, 0, sizeof sums);
     for (int64_t g = 0; g < G; g++)
       for (int64_t i = 0; i < width; i += 64) {
-        const __m512i c = codes_64(code + g * stride + o, i, width, 2 * stride);
+        const __m512i c = codes_64(code + g * stride + o, i, width, stride);
         const uint8_t* t = tables + 1024 * g;
         const __m512i b0 = look_up_64(c, t), b1 = look_up_64(c, t + 256), b2 = look_up_64(c, t + 512), b3 = look_up_64(c, t + 768);
         const __m512i low[2] = {_mm512_unpacklo_epi8(b0, b1), _mm512_unpackhi_epi8(b0, b1)};
@@ -297,7 +299,7 @@ void look_up_short(const uint8_t* code, int64_t stride, int64_t n, int64_t G, co
       for (int64_t g = start; g < end; g += 2) {
         const uint8_t *a = code + g * stride + o, *b = g + 1 < G ? a + stride : a, *t = tables + 512 * g;
         for (int64_t i = 0; i < width; i += 64) {
-          const __m512i ca = codes_64(a, i, width, 2 * stride), cb = codes_64(b, i, width, 2 * stride);
+          const __m512i ca = codes_64(a, i, width, stride), cb = codes_64(b, i, width, stride);
           const __m512i la = look_up_64(ca, t), lb = look_up_64(cb, t + 512);
           const __m512i ha = look_up_64(ca, t + 256), hb = look_up_64(cb, t + 768);
           const __m512i part[2][2] = {{_mm512_maddubs_epi16(_mm512_unpacklo_epi8(la, lb), ones),
