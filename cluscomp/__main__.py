@@ -7,7 +7,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import hydra
@@ -21,6 +23,8 @@ from cluscomp import __version__, commands
 from cluscomp.cells import announce, at_work, folder_of, read_cell
 from cluscomp.errors import InputError
 from cluscomp.experiment import PLACES, Experiment, Outcome, planned, run, settings, writable
+from cluscomp.records import read
+from cluscomp.replay import changed, compare, overrides_of, quoted, scoring_alone, verdict_table, worst
 from cluscomp.steps import rank
 
 HERE = Path(__file__).parent
@@ -34,7 +38,7 @@ def main() -> None:
     """The `cluscomp` command. Exit codes: 0 done, 1 failed, 2 input cannot work, 130 interrupted."""
     arguments = sys.argv[1:]
     plain = {"status": commands.status, "collect": commands.collected, "table": commands.table, "plot": commands.plot}
-    command = arguments.pop(0) if arguments and arguments[0] in {"run", "plan", *plain} else "run"
+    command = arguments.pop(0) if arguments and arguments[0] in {"run", "plan", "verify", *plain} else "run"
     if arguments == ["--version"]:
         print(__version__)
         return
@@ -47,6 +51,8 @@ def main() -> None:
     with _told_in_a_sentence():
         if command in plain:
             plain[command](arguments)
+        elif command == "verify":
+            _verify(arguments)
         elif command == "run" and {"-m", "--multirun"} & set(arguments):
             _sweep(arguments)
         else:
@@ -135,6 +141,43 @@ def _calibrate(experiment: Experiment) -> None:
     path = write_calibration(Path(experiment.cache).expanduser(), measure())
     print(f"measured: {path}")
     _plan(experiment)
+
+
+def _verify(arguments: list[str]) -> None:
+    """Measure a record's models again, or with full=true make them anew, too. Exit code 1 if a score is different."""
+    given = dict(item.partition("=")[::2] for item in arguments[1:])
+    if not arguments or "=" in arguments[0]:
+        raise InputError("cluscomp verify RECORD [outputs=outputs] [full=true] [SETTINGS]: RECORD is a record's file")
+    record, outputs = read(Path(arguments[0])), Path(given.get("outputs", "outputs")).expanduser().absolute()
+    full = given.get("full", "false") == "true"
+    rest = [item for item in arguments[1:] if item.partition("=")[0] not in {"outputs", "full", "publish"}]
+    places = [item for item in rest if item.partition("=")[0] in PLACES]
+    overrides = [item for item in rest if item not in places] or overrides_of(record, outputs)
+    _quiet_libraries()
+    settings_now = settings(_composed_here([*overrides, *places]))
+    places += ["publish=null", "tracker=none"]
+    overrides = [item for item in overrides if not item.startswith("tracker")]
+    with TemporaryDirectory(prefix="verify-", dir=writable("outputs", str(outputs))) as folder:
+        places.append(f"outputs={quoted(folder)}")
+        again, machine = [], {}
+        for after in ["full"] if full else dict.fromkeys(score.after for score in record.scores):
+            alone = [] if full else scoring_alone(record, after, outputs)
+            kept = [item for item in overrides if not (item.startswith("model") and "model=hub" in alone)]
+            made = run(_composed_here([*kept, *alone, *places])).record
+            again += made.scores if full else [replace(score, after=after) for score in made.scores]
+            machine = made.machine
+    print(f"\n{verdict_table(record, again)}\n")
+    for line in changed(record, settings_now, machine):
+        print(f"not as it was: {line}")
+    verdict = worst(compare(record.scores, again))
+    print(f"{record.run['name']}: {verdict}")
+    sys.exit(int(verdict == "different"))
+
+
+def _composed_here(overrides: list[str]) -> Experiment:
+    """The settings that overrides make, without a run of Hydra's own around them."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return build(hydra.compose("config", overrides=overrides))
 
 
 def build(config: DictConfig) -> Experiment:
