@@ -1,13 +1,18 @@
 # make demo   set up, then compress a real language model and score it
 # make test   set up, then run all tests
 # make check  set up, then style, types, floors
+# make tables     set up, then all tables and figures of the records in results/, and the README's
+# make notebooks  set up, then all notebooks as HTML, in analysis/html/
 # make bench  set up, then speed and memory beside other people's code
 
 PYTHON ?= python3
 VENV := .venv
 RUN := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m
 
-.PHONY: demo test check bench
+# experiments with records
+RECORDS := $(filter-out bench,$(notdir $(patsubst %/,%,$(sort $(dir $(wildcard results/*/*.json))))))
+
+.PHONY: demo test check tables notebooks bench
 demo: $(VENV)/ready
 	$(RUN) cluscomp experiment=demo
 
@@ -19,6 +24,15 @@ check: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+tables: $(VENV)/ready
+	for name in $(RECORDS); do $(RUN) cluscomp table $$name && $(RUN) cluscomp plot $$name || exit 1; done
+	$(RUN) cluscomp table recovery into=README.md
+
+# Those of experiments without records are left out: they say that nothing was run yet.
+notebooks: $(VENV)/ready
+	$(VENV)/bin/python -m nbconvert --to html --execute --output-dir analysis/html \
+	    $(foreach name,$(RECORDS),$(wildcard analysis/??-$(name).ipynb)) $(wildcard analysis/??-all_*.ipynb)
 
 bench: $(VENV)/ready
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/kmeans.py

@@ -7,8 +7,10 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import hydra
@@ -18,14 +20,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from cluscomp import __version__
-from cluscomp.cells import Cell, announce, at_work, collect, folder_of, read_cell, read_cells, status_table
+from cluscomp import __version__, commands
+from cluscomp.cells import announce, at_work, folder_of, read_cell
 from cluscomp.confidential import Discreet, hide, hide_override
 from cluscomp.errors import InputError
 from cluscomp.experiment import PLACES, Experiment, settings
 from cluscomp.files import is_held
 from cluscomp.preparation import planned, writable
-from cluscomp.records import objective
+from cluscomp.records import objective, read
+from cluscomp.replay import changed, compare, overrides_of, quoted, scoring_alone, verdict_table, worst
 from cluscomp.run import Outcome, run
 from cluscomp.steps import rank
 
@@ -39,7 +42,8 @@ SHARED = ("method", "data", "instructions", "tasks", "bits", "data_root", "debug
 def main() -> None:
     """The `cluscomp` command. Exit codes: 0 done, 1 failed, 2 input cannot work, 130 interrupted."""
     arguments = sys.argv[1:]
-    command = arguments.pop(0) if arguments[:1] in (["run"], ["plan"], ["status"], ["collect"]) else "run"
+    plain = {"status": commands.status, "collect": commands.collected, "table": commands.table, "plot": commands.plot}
+    command = arguments.pop(0) if arguments and arguments[0] in {"run", "plan", "verify", *plain} else "run"
     if arguments == ["--version"]:
         print(__version__)
         return
@@ -50,8 +54,10 @@ def main() -> None:
     sys.argv[1:] = arguments
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here whole, to be told in a sentence
     with _told_in_a_sentence():
-        if command in ("status", "collect"):
-            {"status": _status, "collect": _collect}[command](arguments)
+        if command in plain:
+            plain[command](arguments)
+        elif command == "verify":
+            _verify(arguments)
         elif command == "run" and {"-m", "--multirun"} & set(arguments):
             _sweep(arguments)
         else:
@@ -136,18 +142,7 @@ def _sweep(arguments: list[str]) -> None:
             raise
         print(f"cluscomp: {hide(explain(error)[0])}", file=sys.stderr)
     if not searching:
-        _show_cells({folder: read_cell(folder) for folder in folders})
-
-
-def _show_cells(cells: dict[Path, Cell]) -> None:
-    """Print what the cells of a sweep do. Exit code 1 unless all are finished."""
-    print(f"\n{status_table(cells).to_markdown(index=False)}\n")
-    undone = sum(cell.state != "finished" for cell in cells.values())
-    if undone:
-        print(
-            f"{undone} of {len(cells)} cells are not finished; the sweep's command goes on with them", file=sys.stderr
-        )
-        sys.exit(1)
+        commands.show_cells({folder: read_cell(folder) for folder in folders})
 
 
 def _run_or_put_aside(experiment: Experiment, aside: set[Path]) -> float | None:
@@ -188,25 +183,41 @@ def _calibrate(experiment: Experiment) -> None:
     _plan(experiment)
 
 
-def _status(arguments: list[str]) -> None:
-    name, places = _named("status", arguments, {"outputs": "outputs"})
-    _show_cells(read_cells(places["outputs"], name))
+def _verify(arguments: list[str]) -> None:
+    """Measure a record's models again, or with full=true make them anew, too. Exit code 1 if a score is different."""
+    given = dict(item.partition("=")[::2] for item in arguments[1:])
+    if not arguments or "=" in arguments[0]:
+        raise InputError("cluscomp verify RECORD [outputs=outputs] [full=true] [SETTINGS]: RECORD is a record's file")
+    record, outputs = read(Path(arguments[0])), Path(given.get("outputs", "outputs")).expanduser().absolute()
+    full = given.get("full", "false") == "true"
+    rest = [item for item in arguments[1:] if item.partition("=")[0] not in {"outputs", "full", "publish"}]
+    places = [item for item in rest if item.partition("=")[0] in PLACES]
+    overrides = [item for item in rest if item not in places] or overrides_of(record, outputs)
+    _quiet_libraries()
+    settings_now = settings(_composed_here([*overrides, *places]))
+    places += ["publish=null", "tracker=none"]
+    overrides = [item for item in overrides if not item.startswith("tracker")]
+    with TemporaryDirectory(prefix="verify-", dir=writable("outputs", str(outputs))) as folder:
+        places.append(f"outputs={quoted(folder)}")
+        again, machine = [], {}
+        for after in ["full"] if full else dict.fromkeys(score.after for score in record.scores):
+            alone = [] if full else scoring_alone(record, after, outputs)
+            kept = [item for item in overrides if not (item.startswith("model") and "model=hub" in alone)]
+            made = run(_composed_here([*kept, *alone, *places])).record
+            again += made.scores if full else [replace(score, after=after) for score in made.scores]
+            machine = made.machine
+    print(f"\n{verdict_table(record, again)}\n")
+    for line in changed(record, settings_now, machine):
+        print(f"not as it was: {line}")
+    verdict = worst(compare(record.scores, again))
+    print(f"{record.run['name']}: {verdict}")
+    sys.exit(int(verdict == "different"))
 
 
-def _collect(arguments: list[str]) -> None:
-    name, places = _named("collect", arguments, {"outputs": "outputs", "publish": "results"})
-    for path in collect(read_cells(places["outputs"], name), places["publish"] / name):
-        print(path)
-
-
-def _named(command: str, arguments: list[str], places: dict[str, str]) -> tuple[str, dict[str, Path]]:
-    """A sweep's name and the folders given after it as key=value. Raises InputError for anything else."""
-    name, *rest = arguments or [""]
-    given = dict(item.partition("=")[::2] for item in rest)
-    if not name or "=" in name or not given.keys() <= places.keys():
-        usage = " ".join(f"[{key}={value}]" for key, value in places.items())
-        raise InputError(f"cluscomp {command} NAME {usage}: NAME is the `name` of an experiment")
-    return name, {key: Path(value).expanduser() for key, value in (places | given).items()}
+def _composed_here(overrides: list[str]) -> Experiment:
+    """The settings that overrides make, without a run of Hydra's own around them."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return build(hydra.compose("config", overrides=overrides))
 
 
 def build(config: DictConfig) -> Experiment:

@@ -7,10 +7,17 @@ from typing import Any
 import pandas as pd
 
 from cluscomp.errors import InputError
+from cluscomp.published import MODELS
 from cluscomp.records import Record, Score, differences
 
 ORIGINAL = "original"
 PARTIAL, IN_DOMAIN, SEEN = "partial", "in-domain", "seen"
+VARIANTS = {  # of ClusComp by the stages it begins with
+    1: (["cluster"], "ClusComp-"),
+    2: (["cluster", "block_finetune"], "ClusComp"),
+    3: (["cluster", "block_finetune", "recover"], "ClusComp+"),
+}
+USUAL = {"share": "none", "allocation": "uniform", "descent": 0, "storage": "float16"}  # of ClusComp's settings
 _ACCURACY = re.compile(r"acc$|exact_match")
 MARKS = {
     PARTIAL: "measured on the first windows or rows only (evaluate.limit, tasks.limit)",
@@ -20,12 +27,15 @@ MARKS = {
 
 
 def scores(records: list[Record]) -> pd.DataFrame:
-    """All scores of some records, one a row, with the run's key, method bits and the protocol's hash."""
+    """All scores of some records, one a row, with the run's name, model and method, bits and the protocol's hash."""
     return pd.DataFrame(
         [
             {
                 "run": record.run["name"],
                 "seed": record.config["seed"],
+                "model": model_name(record),
+                "limit": limit(record),
+                "method": method_name(record, score.after),
                 "after": score.after,
                 "metric": score.metric,
                 "dataset": score.dataset,
@@ -50,7 +60,44 @@ def sizes(record: Record, after: str) -> dict[str, Any]:
     return {key: size[key] for key in ("linear_bits_per_weight", "model_bits_per_weight", "checkpoint_bytes")}
 
 
-def _marked(name: str, partial: bool, in_domain: bool, overlap: float) -> str:
+def model_name(record: Record) -> str:
+    """What papers call the model, or its id on the hub, or its file, or how it was made."""
+    model = record.config["model"]
+    name = str(model.get("id") or model.get("file") or model.get("architecture"))
+    return MODELS.get(name, name.rpartition("/")[2].removesuffix(".gguf"))
+
+
+def limit(record: Record) -> str:
+    """The `bits` that were asked for; "by hand" where a method's own settings were given, "-" without a method."""
+    if "cluster" not in record.config["order"]:
+        return "-"
+    bits = record.config["stages"]["cluster"]["method"]["bits"]
+    return "by hand" if bits is None else f"{bits:g}"
+
+
+def method_name(record: Record, after: str) -> str:
+    """The method and the stages up to `after`, as the paper calls them: ClusComp-, ClusComp, ClusComp+, GPTQ, ...
+
+    Of ClusComp the settings that are not the default's are told: "(paper)" is K-means as in the paper's code,
+    "(data-free)" our recipe without a look at the inputs.
+    """
+    if after == ORIGINAL:
+        return ORIGINAL
+    order = record.config["order"][: record.config["order"].index(after) + 1]
+    settings = record.config["stages"]["cluster"]["method"]
+    method = record.stages["cluster"]["found"].get("method", "cluscomp")
+    if method != "cluscomp":
+        return " + ".join([method.upper(), *order[1:]])
+    known = max(length for length in VARIANTS if VARIANTS[length][0] == order[: len(VARIANTS[length][0])])
+    recipe = "" if settings.get("weighting", "none") != "none" or settings.get("assign") == "hessian" else "data-free"
+    recipe = "paper" if settings["init"] == "random_points" else recipe
+    told = [recipe] if recipe else []
+    told += [f"{key}={settings[key]}" for key, usual in USUAL.items() if settings.get(key, usual) != usual]
+    name = VARIANTS[known][1] + (f" ({', '.join(told)})" if told else "")
+    return " + ".join([name, *order[known:]])
+
+
+def marked(name: str, partial: bool, in_domain: bool, overlap: float) -> str:
     """A data set's name with what has to be known of a score on it; `legend` tells what the words mean."""
     share = f"{overlap:.1%}"
     applies = {PARTIAL: partial, IN_DOMAIN: in_domain, f"{share} {SEEN}": share != "0.0%"}
@@ -60,7 +107,7 @@ def _marked(name: str, partial: bool, in_domain: bool, overlap: float) -> str:
 
 def legend(table: pd.DataFrame) -> list[str]:
     """A line for each mark that stands in a table."""
-    cells = " ".join([*map(str, table.columns), *table.astype(str).to_numpy().ravel()])
+    cells = " ".join([*map(str, table.columns), *map(str, table.to_numpy().ravel())])
     return [f"{mark}: {meaning}" for mark, meaning in MARKS.items() if re.search(rf"[(, ]{mark}[,)]", cells)]
 
 
@@ -92,9 +139,7 @@ def stage_table(records: list[Record], metric: str = "perplexity", *, by_protoco
             "bits per weight, model": rows["model_bits_per_weight"].map("{:.3f}".format),
             "weights, MB": (rows["checkpoint_bytes"] / 1e6).map("{:.1f}".format),
             **shown,
-            "data": [
-                _marked(*row) for row in zip(rows["dataset"], rows["partial"], rows["in_domain"], rows["overlap"])
-            ],
+            "data": [marked(*row) for row in zip(rows["dataset"], rows["partial"], rows["in_domain"], rows["overlap"])],
             metric: rows["value"].map("{:.2f}".format),
             "of the original's": [f"{ratio:.2f}x" if math.isfinite(ratio) else "-" for ratio in ratios],
         }
@@ -118,11 +163,44 @@ def task_table(records: list[Record]) -> pd.DataFrame:
             accuracies = {one.metric for one in asked if one.dataset == score.dataset and _ACCURACY.match(one.metric)}
             if score.dataset in named and (score.metric in accuracies or not accuracies):
                 check_protocols(records, score.metric, score.dataset)
-                name = _marked(f"{score.dataset} {score.metric}", score.protocol["partial"], in_domain=False, overlap=0)
+                name = marked(f"{score.dataset} {score.metric}", score.protocol["partial"], in_domain=False, overlap=0)
                 error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
                 row = rows.setdefault((record.run["name"], score.after), {})
                 row[name] = f"{score.value:.3f}{error}"
     return pd.DataFrame([{"run": run, "after": after} | row for (run, after), row in rows.items()]).fillna("-")
+
+
+def cost_until(record: Record, after: str) -> dict[str, float]:
+    """Minutes of all stages up to one, without evaluation, and the most memory of any; NaN of the original."""
+    order = record.config["order"][: record.config["order"].index(after) + 1] if after != ORIGINAL else []
+    peak = max((record.machine["peak_ram"][stage] for stage in order), default=math.nan)
+    seconds = sum(record.run["seconds"][stage] for stage in order) if order else math.nan
+    return {"minutes": round(seconds / 60, 1), "peak RAM, GiB": round(peak / 2**30, 2)}
+
+
+def prediction_table(records: list[Record]) -> pd.DataFrame:
+    """One row for each run and stage that was planned: seconds and peak memory, predicted and measured, and ratios.
+
+    A ratio is measured over predicted. Without a record that holds a plan the table is empty.
+    """
+    return pd.DataFrame(
+        [
+            {
+                "run": record.run["name"],
+                "stage": stage,
+                "seconds planned": plan["seconds"][stage],
+                "seconds": record.run["seconds"][stage],
+                "seconds, ratio": record.run["seconds"][stage] / plan["seconds"][stage],
+                "GiB planned": plan["peak_ram"][stage] / 2**30,
+                "GiB": record.machine["peak_ram"][stage] / 2**30,
+                "GiB, ratio": record.machine["peak_ram"][stage] / plan["peak_ram"][stage],
+            }
+            for record in records
+            if (plan := record.machine.get("predicted")) is not None
+            for stage in record.run["seconds"]
+            if plan["seconds"].get(stage) and plan["peak_ram"].get(stage)
+        ]
+    ).round(2)
 
 
 def cost_table(records: list[Record]) -> pd.DataFrame:
@@ -157,25 +235,24 @@ def method_table(records: list[Record], metric: str = "perplexity") -> pd.DataFr
     check_protocols(records, metric)
     rows = []
     for record in records:
-        last, stages = record.config["order"][-1], record.config["order"]
-        size, method = record.stages[last]["size"], record.config["stages"]["cluster"]["method"]
+        last = record.config["order"][-1]
+        size = record.stages[last]["size"]
         values = {(score.dataset, score.after): score.value for score in record.scores if score.metric == metric}
         for dataset in dict.fromkeys(dataset for dataset, after in values if after == last):
             value, original = values[dataset, last], values.get((dataset, ORIGINAL), math.nan)
             rows.append(
                 {
                     "data": dataset,
-                    "limit": "by hand" if method["bits"] is None else f"{method['bits']:g}",
-                    "method": record.stages["cluster"]["found"].get("method", "cluscomp"),
+                    "limit": limit(record),
+                    "method": method_name(record, "cluster"),
                     "after": last,
                     "stored bits": round(size["linear_bits_per_weight"], 3),
                     "paper's bits": round(size["paper_bits_per_weight"], 3),
                     metric: round(value, 2),
                     "of the original's": round(value / original, 2),
-                    "minutes": round(sum(record.run["seconds"][stage] for stage in stages) / 60, 1),
-                    "peak RAM, GiB": round(max(record.machine["peak_ram"][stage] for stage in stages) / 2**30, 2),
-                    "run": record.run["name"],
                 }
+                | cost_until(record, last)
+                | {"run": record.run["name"]}
             )
     return pd.DataFrame(rows).sort_values(["data", "limit", metric], ascending=[True, False, True], ignore_index=True)
 

@@ -23,11 +23,16 @@ def record(name: str = "run-a", rows: list[Score] | None = None) -> Record:
     return Record(
         schema=SCHEMA,
         run={"name": name},
-        config={"seed": 7},
+        config={
+            "seed": 7,
+            "model": {"id": "meta-llama/Llama-2-7b-hf"},
+            "order": ["cluster", "tune"],
+            "stages": {"cluster": {"method": {"bits": 3.0, "init": "kd", "weighting": "diagonal"}}},
+        },
         scores=[score("original", 20.0), score("cluster", 30.0), score("tune", 25.0)] if rows is None else rows,
         size=last | {"original": size(16.0, 16.0, 269_060_000)},
         machine={},
-        stages={"cluster": {"size": size(2.9994, 8.0, 124_550_000)}, "tune": {"size": last}},
+        stages={"cluster": {"size": size(2.9994, 8.0, 124_550_000), "found": {}}, "tune": {"size": last}},
     )
 
 
@@ -235,6 +240,6 @@ def test_methods_are_ranked_within_each_limit_by_hand():
     assert list(table["run"]) == ["d", "b", "c", "a"]
     assert list(table["limit"]) == ["by hand", "4", "3", "3"]
     assert table.iloc[2].to_dict() == {
-        "data": "pydoc", "limit": "3", "method": "gptq", "after": "tune", "stored bits": 2.997, "paper's bits": 3.25,
+        "data": "pydoc", "limit": "3", "method": "GPTQ", "after": "tune", "stored bits": 2.997, "paper's bits": 3.25,
         "perplexity": 30.0, "of the original's": 1.5, "minutes": 2.0, "peak RAM, GiB": 1.0, "run": "c",
     }  # fmt: skip

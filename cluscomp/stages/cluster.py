@@ -192,7 +192,8 @@ class Cluster:
         """Compress the model; finished blocks lie in the job's folder and survive a kill.
 
         Returns `relative_error`, the squared error over the squared size of all compressed weights, the same for each
-        layer, what the method chose for it, if anything, and the method's name. Raises InputError, naming the layer, if
+        layer, how its entries and codes are distributed (cluscomp/distribution.py), what the method chose for it, if
+        anything, and the method's name. Raises InputError, naming the layer, if
         a weight is not finite or the method refuses it.
         """
         from cluscomp import checkpoint
@@ -204,6 +205,7 @@ class Cluster:
         progress = Progress("cluster", len(blocks(model)))
         squares: dict[str, list[float]] = {}  # by layer: squared error, squared size
         chosen: dict[str, dict[str, Any]] = {}  # by the layers of a block that go together
+        distributed: dict[str, dict[str, float]] = {}  # by layer
         parts = [job.folder / f"block-{index:03}.safetensors" for index in range(len(blocks(model)))]
         saved = [checkpoint.read_part(part) for part in parts]
         last = max((index for index, part in enumerate(saved) if part is None), default=-1)
@@ -229,9 +231,11 @@ class Cluster:
             give_memory_back()
             squares |= {f"{name}.{layer}": numbers for layer, numbers in found["squares"].items()}
             chosen |= {f"{name}.{layers}": values for layers, values in found["chosen"].items()}
+            distributed |= {f"{name}.{layer}": values for layer, values in found.get("distributed", {}).items()}
             progress.step(f"relative error {_ratio(found['squares']):.4f}")
         by_layer = {layer: error / size if size else 0.0 for layer, (error, size) in squares.items()}
         numbers = {"relative_error": _ratio(squares), "relative_error_by_layer": by_layer}
+        numbers["distribution_by_layer"] = distributed
         numbers["method"] = type(self.method).__module__.rpartition(".")[2]
         if chosen:
             log.info("%s", chosen_table(chosen, block_names(model)))
@@ -276,14 +280,16 @@ class Cluster:
     ) -> dict[str, dict[str, Any]]:
         """Replace every linear layer of a block; without `places` each has an input of its own.
 
-        Returns `squares`, by layer the squared error and squared size of its weight, and `chosen`, by the names of
-        layers that go together what the method chose for them.
+        Returns `squares`, by layer the squared error and squared size of its weight, `distributed`, by layer how its
+        entries and codes are, and `chosen`, by the names of layers that go together what the method chose for them.
         """
         import torch
 
         from cluscomp import checkpoint
         from cluscomp.costs import give_memory_back
+        from cluscomp.distribution import of_codes, of_entries
         from cluscomp.models import linears
+        from cluscomp.weights import CodebookWeight
 
         layers = {}
         for number, (layer, dense) in enumerate(linears(block).items()):
@@ -292,7 +298,7 @@ class Cluster:
             generator = torch.Generator().manual_seed(layer_seed(seed, f"{name}.{layer}"))
             place = places[layer] if places else Place(dense.out_features, dense.in_features, number)
             layers[layer] = Layer(place, dense.weight.detach(), statistics.get(layer), generator)
-        squares, chosen = {}, {}
+        squares, distributed, chosen = {}, {}, {}
         try:
             for compressed in self._compressed(layers):
                 for layer, stored in compressed.stored.items():
@@ -301,12 +307,15 @@ class Cluster:
                     with torch.no_grad():
                         difference_OI = stored(torch.float32) - weight_OI
                     squares[layer] = [float(matrix.double().square().sum()) for matrix in (difference_OI, weight_OI)]
+                    distributed[layer] = of_entries(weight_OI)
+                    if isinstance(stored, CodebookWeight):
+                        distributed[layer] |= of_codes(stored.unpacked(), stored.codebooks.shape[1])
                 if compressed.chosen:
                     chosen[", ".join(compressed.stored)] = compressed.chosen
                 give_memory_back()
         except ValueError as error:
             raise InputError(f"{name}.{error}") from error
-        return {"squares": squares, "chosen": chosen}
+        return {"squares": squares, "distributed": distributed, "chosen": chosen}
 
     def _compressed(self, layers: dict[str, Layer]) -> Iterator[Compressed]:
         """What the method makes of the layers; those that were taken back may be removed. Errors begin with a name."""

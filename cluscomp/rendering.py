@@ -1,0 +1,97 @@
+"""Tables as Markdown, LaTeX, HTML or CSV: numbers rounded alike, the best in bold, what is missing shown as missing."""
+
+import html
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import pandas as pd
+
+Format = Literal["md", "latex", "html", "csv"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+SUFFIX = {"md": "md", "latex": "tex", "html": "html", "csv": "csv"}
+MISSING = "–"
+DIGITS = {r"bits$": 3, r"error|kurtosis|outliers|dead|rare|entropy": 4, r"MB|minutes|seconds": 1, r"centroids|seeds": 0}
+
+
+def rendered(
+    table: pd.DataFrame,
+    format_: Format,
+    *,
+    title: str = "",
+    within: Sequence[str] = (),
+    scores: Sequence[str] = (),
+    highest: bool = False,
+) -> str:
+    """A table in a format. Of each column of `scores` the best of the rows that agree in `within` are bold.
+
+    Best is the smallest, or with `highest` the largest; a group of one row has no best, and the original takes no
+    part. CSV has all digits, no bold and empty cells where something is missing; so it can be read again.
+    """
+    if format_ == "csv":
+        return table.to_csv(index=False, lineterminator="\n")
+    names = list(map(str, table.columns))
+    cells = pd.DataFrame({name: [shown(value, name) for value in table[name]] for name in names})
+    bold = _best(table, within, scores, max if highest else min)
+    numeric = ["right" if pd.api.types.is_numeric_dtype(table[name]) else "left" for name in names]
+    if format_ == "md":
+        for row, column in bold:
+            cells.iloc[row, column] = f"**{cells.iloc[row, column]!s}**"
+        heading = f"**{title}**\n\n" if title else ""
+        return heading + cells.to_markdown(index=False, disable_numparse=True, colalign=numeric) + "\n"
+    style = (
+        cells.style.hide(axis="index")
+        .set_uuid("table")
+        .set_caption(html.escape(title) if format_ == "html" else _escaped(title))
+    )
+    marks = pd.DataFrame("", cells.index, cells.columns)
+    for row, column in bold:
+        marks.iloc[row, column] = "font-weight: bold"
+    style = style.apply(lambda _: marks, axis=None)
+    if format_ == "html":
+        aligned: Any = {name: [{"selector": "", "props": f"text-align: {side}"}] for name, side in zip(names, numeric)}
+        return (
+            style.format(escape="html").format_index(escape="html", axis=1).set_table_styles(aligned).to_html() + "\n"
+        )
+    columns = "".join(side[0] for side in numeric)
+    style = style.format(escape="latex").format_index(escape="latex", axis=1)
+    return "% \\usepackage{booktabs}\n" + style.to_latex(
+        hrules=True, convert_css=True, column_format=columns, position_float="centering"
+    )
+
+
+def _escaped(title: str) -> str:
+    return re.sub(r"([&%$#_{}])", r"\\\1", title)
+
+
+def shown(value: Any, column: str = "") -> str:
+    """A cell as text: missing as a dash, large numbers short, digits by what the column holds."""
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return MISSING
+    if isinstance(value, bool) or not isinstance(value, float):
+        return {True: "yes", False: ""}[value] if isinstance(value, bool) else str(value)
+    if math.isinf(value) or abs(value) >= 1e5:
+        return f"{value:.1e}" if math.isfinite(value) else "inf"
+    digits = next((digits for pattern, digits in DIGITS.items() if re.search(pattern, column)), 2)
+    return f"{value:.{digits}f}"
+
+
+def _best(
+    table: pd.DataFrame, within: Sequence[str], scores: Sequence[str], best_of: Callable[[list[float]], float]
+) -> set[tuple[int, int]]:
+    """Row and column of each cell that is best among its like."""
+    within = [name for name in within if name in table.columns]
+    groups = table.groupby(within, sort=False).indices.values() if within else [range(len(table))]
+    methods = table["method"] if "method" in table.columns else pd.Series("", table.index)
+    found = set()
+    for column, name in enumerate(table.columns):
+        if name not in scores:
+            continue
+        values = table[name].astype(float).where(methods != "original")
+        for rows in groups:
+            known = {int(row): value for row in rows if not math.isnan(value := values.iloc[int(row)])}
+            if len(known) > 1:
+                best = best_of(list(known.values()))
+                found |= {(row, column) for row, value in known.items() if value == best}
+    return found
