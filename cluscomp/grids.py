@@ -1,7 +1,11 @@
 """Width and groups of a uniform grid for a limit of stored bits; torch is not needed to check settings."""
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
 
 if TYPE_CHECKING:
     from cluscomp.uniform import UniformWeight, Zeros
@@ -99,3 +103,67 @@ def outline(out_features: int, in_features: int, grid: Grid, *, scaled_inputs: b
         zeros=grid.zeros,
         scaled_inputs=scaled_inputs,
     )
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class Grids(ABC):
+    """Settings that methods on uniform grids share, and what follows from them: all but the work itself.
+
+    Either `bits` is given, the most bits per weight that may be stored, and width and groups are chosen for each matrix
+    (`grid_of` says which limits can be met); or `width`, and `group`, the most inputs that share a scale (null: all of
+    an output). A method says how its zeros are stored (`zeros`), and whether each input has a scale (`scaled_inputs`).
+    """
+
+    scaled_inputs: ClassVar[bool] = False
+    bits: float | None = Field(ge=1, le=8)
+    width: int | None = Field(ge=1, le=8)
+    group: int | None = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _either_bits_or_width(self) -> "Grids":
+        check_choice(self.bits, width=self.width, group=self.group)
+        return self
+
+    @property
+    @abstractmethod
+    def zeros(self) -> "Zeros":
+        """How the zeros of groups are stored."""
+
+    @property
+    def exact(self) -> bool:
+        """Always: shapes alone decide."""
+        return True
+
+    def grid(self, out_features: int, in_features: int) -> Grid:
+        """The grid for a weight (O, I). Raises ValueError as `grid_of`."""
+        return grid_of(
+            out_features,
+            in_features,
+            bits=self.bits,
+            width=self.width,
+            group=self.group,
+            zeros=self.zeros,
+            scaled_inputs=self.scaled_inputs,
+        )
+
+    def check(self, out_features: int, in_features: int) -> None:
+        """Whether some grid meets the limit; see `Method.check`."""
+        self.grid(out_features, in_features)
+
+    def outline(self, out_features: int, in_features: int) -> "UniformWeight":
+        """The stored form; see `Method.outline`."""
+        return outline(
+            out_features, in_features, self.grid(out_features, in_features), scaled_inputs=self.scaled_inputs
+        )
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class WholeGrids(Grids):
+    """Grids with whole numbers as zeros; if `symmetric` none is stored, and the grid is the same on both sides of 0."""
+
+    symmetric: bool
+
+    @property
+    def zeros(self) -> "Zeros":
+        """None or whole numbers."""
+        return "none" if self.symmetric else "whole"
