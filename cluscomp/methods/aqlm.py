@@ -39,7 +39,7 @@ class Aqlm(InputCodebooks):
 
     @property
     def added(self) -> int:
-        """As many as `codebooks` says."""
+        """M: as many as `codebooks` says."""
         return self.codebooks
 
     def work(self, out_features: int, in_features: int) -> "Work":

@@ -276,7 +276,7 @@ class ClusComp:
         """
         from cluscomp.budget import allocate
 
-        assert self.bits is not None  # check_choice
+        assert self.bits is not None  # _fit_together
         offered, menus, numbers = self._menus(groups, lambda group: group.numbers / group.energy)
         return [shapes[number] for shapes, number in zip(offered, allocate(menus, self.bits * numbers))]
 
@@ -296,7 +296,7 @@ class ClusComp:
         """For each group the shapes it may have and what they cost and damage; and the number of all weights."""
         from cluscomp.budget import Option, menu
 
-        assert self.bits is not None  # check_choice
+        assert self.bits is not None  # _fit_together
         offered, menus, numbers = [], [], 0
         for group in (opened() for opened in groups):
             with _named(group.names):

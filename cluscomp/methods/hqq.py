@@ -36,7 +36,7 @@ class Hqq(Grids):
 
     @property
     def zeros(self) -> "Zeros":
-        """Any numbers."""
+        """Any numbers of 16 bits."""
         return "float16"
 
     def work(self, out_features: int, in_features: int) -> "Work":
