@@ -4,53 +4,13 @@ The weight is the sum of M codebooks' sub-vectors. Codes are (M, J, O): of codeb
 of an output. H (I, I) is the second moment of the layer's inputs, as in `output_error`.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cluscomp.budget import Shape, expected_bits, reachable, stored_bits
-from cluscomp.output_error import Nearest, Wanted, feedback
-from cluscomp.weights import Storage, num_sub_vectors, sub_vectors
-
-
-def shape_for(
-    out_features: int,
-    in_features: int,
-    *,
-    bits: float | None,
-    vector_dim: int | None,
-    codebook_size: int | None,
-    codebooks: int,
-    storage: Storage,
-) -> Shape:
-    """Length D and size K of each of M codebooks for a weight (O, I): by hand, or the best for Gaussian weights.
-
-    Within `bits` for all of them. Raises ValueError if none fits, or K exceeds the number of sub-vectors.
-    """
-    if bits is None:
-        assert vector_dim is not None and codebook_size is not None  # the settings' own check
-        vectors = num_sub_vectors(out_features, in_features, vector_dim, "in")
-        if codebook_size > vectors:
-            raise ValueError(
-                f"method.codebook_size={codebook_size} exceeds the {vectors} sub-vectors of length {vector_dim} "
-                f"in a {out_features} x {in_features} matrix; take fewer, or give bits=3 instead"
-            )
-        return Shape(
-            vector_dim,
-            codebook_size,
-            stored_bits([(out_features, in_features)], "in", vector_dim, codebook_size, storage),
-        )
-    try:
-        shapes = reachable([(out_features, in_features)], "in", bits / codebooks, storage)
-    except ValueError as error:
-        raise ValueError(f"{error} (each of {codebooks} codebooks has its share of bits={bits})") from error
-    return max(
-        shapes,
-        key=lambda shape: expected_bits(shape) + (codebooks - 1) * math.log2(shape.codebook_size) / shape.vector_dim,
-    )
+from cluscomp.output_error import Nearest, Wanted, conjugate_gradients, feedback
+from cluscomp.weights import sub_vectors
 
 
 def vector_weights(diagonal_I: Float[Tensor, " I"], outputs: int, vector_dim: int) -> Float[Tensor, " N"]:
@@ -144,20 +104,9 @@ def least_squares_codebooks(
         ]
         return torch.stack(sums)
 
-    x_MKD = books_MKD
+    def bend(books_MKD: Tensor) -> Tensor:
+        return gather(dense(codes_MJO, books_MKD, inputs) @ moment_II)
+
     mass_MKD = gather(moment_II.diagonal().expand_as(weight_OI))
-    scale_MKD = torch.where(mass_MKD > 0, 1 / mass_MKD, 0)
-    residual_MKD = gather((weight_OI - dense(codes_MJO, x_MKD, inputs)) @ moment_II)
-    direction_MKD = scale_MKD * residual_MKD
-    size = first = (residual_MKD * direction_MKD).sum()
-    for _ in range(steps):
-        if bool(size <= 1e-10 * first):
-            break
-        bent_MKD = gather(dense(codes_MJO, direction_MKD, inputs) @ moment_II)
-        length = size / (direction_MKD * bent_MKD).sum().clamp(min=torch.finfo(torch.float32).tiny)
-        x_MKD = x_MKD + length * direction_MKD
-        residual_MKD = residual_MKD - length * bent_MKD
-        scaled_MKD = scale_MKD * residual_MKD
-        before, size = size, (residual_MKD * scaled_MKD).sum()
-        direction_MKD = scaled_MKD + size / before.clamp(min=torch.finfo(torch.float32).tiny) * direction_MKD
-    return x_MKD
+    residual_MKD = gather((weight_OI - dense(codes_MJO, books_MKD, inputs)) @ moment_II)
+    return conjugate_gradients(books_MKD, residual_MKD, mass_MKD, bend, steps)

@@ -27,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from cluscomp import adapters
 from cluscomp.errors import InputError
 from cluscomp.files import file_hash, new_file, new_folder
+from cluscomp.lookup import LookupWeight
 from cluscomp.models import compressed, place, unique_tensors
 from cluscomp.records import to_json
 from cluscomp.uniform import UniformWeight
@@ -42,7 +43,11 @@ IN_A_FILE = {  # safetensors' names of types, in the order of their tensors in a
     torch.int8: "I8", torch.uint8: "U8",
 }  # fmt: skip
 SHARES = "shares"  # in the entry of a layer in config.json: the layer that stores its trainable tensors
-WEIGHTS: dict[str, Any] = {"codebook": CodebookWeight, "uniform": UniformWeight}  # by their name in config.json
+WEIGHTS: dict[str, Any] = {  # by their name in config.json
+    "codebook": CodebookWeight,
+    "uniform": UniformWeight,
+    "lookup": LookupWeight,
+}
 
 
 @register_quantization_config(NAME)

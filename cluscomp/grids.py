@@ -1,7 +1,12 @@
 """Width and groups of a uniform grid for a limit of stored bits; torch is not needed to check settings."""
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
 
 if TYPE_CHECKING:
     from cluscomp.uniform import UniformWeight, Zeros
@@ -60,30 +65,47 @@ def grid_of(
 ) -> Grid:
     """The grid for a weight (O, I): the one given by hand, or the best whose stored bits stay at or under `bits`.
 
-    By hand at most `group` inputs share a scale (null: all of an output). With `bits` the width is the largest that
-    leaves room for one group an output (more values beat smaller groups), then there are as many groups as fit. A group
-    costs 16 bits and those of its zero (`width`, 16 or none): so what is stored lies at most that sum over I under the
-    limit, in bits per weight, and whole limits are met one bit lower: at bits=3 by numbers of 2 bits in groups of 18,
-    16 without zeros. Numbers of 1 bit have no room for whole zeros. Raises ValueError if nothing fits.
+    See `widest`. A group costs 16 bits and those of its zero (`width`, 16 or none): so what is stored lies at most that
+    sum over I under the limit, in bits per weight, and whole limits are met one bit lower: at bits=3 by numbers of 2
+    bits in groups of 18, 16 without zeros. Numbers of 1 bit have no room for whole zeros. Raises ValueError if nothing
+    fits.
     """
 
-    def grid(width: int, groups: int) -> Grid:
+    def sized(width: int, groups: int) -> Grid:
         kind: Zeros = "none" if width == 1 and zeros == "whole" else zeros
         size = stored_bits(out_features, in_features, width, groups, kind, scaled_inputs=scaled_inputs)
         return Grid(width, groups, kind, size)
 
+    return widest(out_features, in_features, sized, bits=bits, width=width, group=group)
+
+
+def widest(
+    out_features: int,
+    in_features: int,
+    sized: Callable[[int, int], Grid],
+    *,
+    bits: float | None,
+    width: int | None,
+    group: int | None,
+) -> Grid:
+    """What numbers of some width in some groups take, `sized`, where they are the best at or under `bits`.
+
+    By hand at most `group` inputs of an output go together (null: all). With `bits` the width is the largest that
+    leaves room for one group an output (more values beat smaller groups), then there are as many groups as fit. Raises
+    ValueError if nothing fits.
+    """
     if bits is None:
         assert width is not None  # check_choice
-        return grid(width, 1 if group is None else -(-in_features // group))
+        return sized(width, 1 if group is None else -(-in_features // group))
     limit = bits * out_features * in_features
     for tried in range(MAX_WIDTH, 0, -1):
-        groups = bisect_right(range(1, in_features + 1), limit, key=lambda groups: grid(tried, groups).bits)
+        groups = bisect_right(range(1, in_features + 1), limit, key=lambda groups: sized(tried, groups).bits)
         if groups:
-            return grid(tried, groups)
-    one = grid(1, 1)
+            return sized(tried, groups)
+    least = sized(1, 1).bits / (out_features * in_features)
     raise ValueError(
         f"bits={bits} is out of reach for a {out_features} x {in_features} matrix: "
-        f"the least is {one.bits / (out_features * in_features):.3f}, with method.width=1 and one scale a row"
+        f"the least is {least:.3f}, with method.width=1 and one group a row"
     )
 
 
@@ -99,3 +121,80 @@ def outline(out_features: int, in_features: int, grid: Grid, *, scaled_inputs: b
         zeros=grid.zeros,
         scaled_inputs=scaled_inputs,
     )
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class Groups(ABC):
+    """Settings of methods that store numbers of a few bits, and something for each group of an output's inputs.
+
+    Either `bits` is given, the most bits per weight that may be stored, and width and groups are chosen for each matrix
+    (see `widest`); or `width`, and `group`, the most inputs that go together (null: all of an output).
+    """
+
+    bits: float | None = Field(ge=1, le=8)
+    width: int | None = Field(ge=1, le=8)
+    group: int | None = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _either_bits_or_width(self) -> "Groups":
+        check_choice(self.bits, width=self.width, group=self.group)
+        return self
+
+    @property
+    def exact(self) -> bool:
+        """Always: shapes alone decide."""
+        return True
+
+    @abstractmethod
+    def grid(self, out_features: int, in_features: int) -> Grid:
+        """The grid for a weight (O, I). Raises ValueError if none meets the limit."""
+
+    def check(self, out_features: int, in_features: int) -> None:
+        """Whether some grid meets the limit; see `Method.check`."""
+        self.grid(out_features, in_features)
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class Grids(Groups):
+    """Settings that methods on uniform grids share, and what follows from them: all but the work itself.
+
+    A method says how its zeros are stored (`zeros`), and whether each input has a scale (`scaled_inputs`);
+    `grid_of` says which limits can be met.
+    """
+
+    scaled_inputs: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def zeros(self) -> "Zeros":
+        """How the zeros of groups are stored."""
+
+    def grid(self, out_features: int, in_features: int) -> Grid:
+        """The grid for a weight (O, I). Raises ValueError as `grid_of`."""
+        return grid_of(
+            out_features,
+            in_features,
+            bits=self.bits,
+            width=self.width,
+            group=self.group,
+            zeros=self.zeros,
+            scaled_inputs=self.scaled_inputs,
+        )
+
+    def outline(self, out_features: int, in_features: int) -> "UniformWeight":
+        """The stored form; see `Method.outline`."""
+        return outline(
+            out_features, in_features, self.grid(out_features, in_features), scaled_inputs=self.scaled_inputs
+        )
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class WholeGrids(Grids):
+    """Grids with whole numbers as zeros; if `symmetric` none is stored, and the grid is the same on both sides of 0."""
+
+    symmetric: bool
+
+    @property
+    def zeros(self) -> "Zeros":
+        """None or whole numbers."""
+        return "none" if self.symmetric else "whole"

@@ -157,21 +157,43 @@ def least_squares_codebook(
     def bend(codebook_KD: Tensor) -> Tensor:
         return gather(lambda layer: layer.moment_II @ dense(layer, codebook_KD))
 
-    x_KD = centroids_KD.float()
+    start_KD = centroids_KD.float()
     mass_KD = gather(lambda layer: layer.moment_II.diagonal()[:, None].expand(layer.weight_IO.shape).contiguous())
-    scale_KD = torch.where(mass_KD > 0, 1 / mass_KD, 0)
-    residual_KD = gather(lambda layer: layer.moment_II @ (layer.weight_IO - dense(layer, x_KD)))
-    direction_KD = scale_KD * residual_KD
-    size_D = (residual_KD * direction_KD).sum(0)
-    first_D = size_D
+    residual_KD = gather(lambda layer: layer.moment_II @ (layer.weight_IO - dense(layer, start_KD)))
+    return conjugate_gradients(start_KD, residual_KD, mass_KD, bend, steps, apart=True)
+
+
+def conjugate_gradients(
+    start: Tensor,
+    residual: Tensor,
+    diagonal: Tensor,
+    bend: Callable[[Tensor], Tensor],
+    steps: int,
+    *,
+    apart: bool = False,
+) -> Tensor:
+    """The minimum of a quadratic form after at most `steps` of conjugate gradients, from `start` on; all of one shape.
+
+    `residual` is the form's negative gradient at the start, `bend` its matrix times a direction, and `diagonal` (not
+    negative) a part of the matrix' diagonal, the preconditioner; where it is 0 the start stays. `apart`: the columns,
+    along the last dimension, do not touch each other, and each has its own step length.
+    """
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(0) if apart else (a * b).sum()
+
+    tiny = torch.finfo(torch.float32).tiny
+    x, scale = start, torch.where(diagonal > 0, 1 / diagonal, 0)
+    direction = scale * residual
+    size = first = product(residual, direction)
     for _ in range(steps):
-        if bool((size_D <= 1e-10 * first_D).all()):
+        if bool((size <= 1e-10 * first).all()):
             break
-        bent_KD = bend(direction_KD)
-        length_D = size_D / (direction_KD * bent_KD).sum(0).clamp(min=torch.finfo(torch.float32).tiny)
-        x_KD = x_KD + length_D * direction_KD
-        residual_KD = residual_KD - length_D * bent_KD
-        scaled_KD = scale_KD * residual_KD
-        before_D, size_D = size_D, (residual_KD * scaled_KD).sum(0)
-        direction_KD = scaled_KD + size_D / before_D.clamp(min=torch.finfo(torch.float32).tiny) * direction_KD
-    return x_KD
+        bent = bend(direction)
+        length = size / product(direction, bent).clamp(min=tiny)
+        x = x + length * direction
+        residual = residual - length * bent
+        scaled = scale * residual
+        before, size = size, product(residual, scaled)
+        direction = scaled + size / before.clamp(min=tiny) * direction
+    return x

@@ -1,7 +1,8 @@
 """What is trained of a model, as float32 masters, and the fit loop of training block by block."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -10,11 +11,13 @@ from torch.nn import Parameter
 from torch.nn.utils import parametrize
 
 from cluscomp.models import compressed
+from cluscomp.rounding import LearnedRounding
+from cluscomp.uniform import UniformWeight
 from cluscomp.weights import CompressedLinear, Weight
 
 Batch = TypeVar("Batch")
 LINEAR = (CompressedLinear, nn.Linear)
-Schedule = Literal["constant", "cosine"]
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 def norms(model: nn.Module) -> dict[str, Parameter]:
@@ -94,6 +97,19 @@ class Trained:
         return self._model.get_submodule(place), attribute
 
 
+@contextmanager
+def rounding(block: nn.Module, dense: dict[str, Tensor], *, offsets: bool) -> Iterator[None]:
+    """Let the uniform weights of a block learn their grids from the `dense` ones (by layer), `offsets` see there."""
+    layers = compressed(block)
+    for name, layer in layers.items():
+        layer.stored = LearnedRounding(dense[name], cast(UniformWeight, layer.stored), offsets=offsets)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.stored = cast(LearnedRounding, layer.stored).stored
+
+
 class _Cast(nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -114,14 +130,19 @@ def fit(
     warmup: float,
     clip: float | None,
     half: bool,
+    signed: bool = False,
 ) -> str | None:
     """Minimise `loss_of(batch)` over the float32 `parameters` with AdamW (torch's betas), one step for each batch.
+
+    If `signed`, each number moves by the learning rate against its gradient's sign instead, without decay.
 
     The learning rate is `lr` times `rate(...)`; `clip` bounds the norm of all gradients together; `half` scales the
     loss as computing in float16 needs. Stops at the first loss or gradient that is not finite, with the parameters as
     they then are, and returns what it was, in words; otherwise None.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    if signed:
+        optimizer = torch.optim.SGD(parameters, lr=lr)
     scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=half)
     for step, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = lr * rate(schedule, step, len(batches), warmup)
@@ -136,17 +157,21 @@ def fit(
             return f"step {step + 1} of {len(batches)}: loss {float(loss.detach()):.3g}, gradient {float(norm):.3g}"
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        if signed:
+            for gradient in gradients:
+                gradient.sign_()
         scaler.step(optimizer)
         scaler.update()
     return None
 
 
 def rate(schedule: Schedule, step: int, steps: int, warmup: float) -> float:
-    """The share of the learning rate at a step, counted from 0: a linear rise, then "constant" or "cosine" down to 0.
+    """The share of the learning rate at a step, counted from 0: a linear rise, then "constant" or down to 0.
 
     The rise takes the share `warmup` of all steps.
     """
     rise = round(warmup * steps)
     if step < rise:
         return (step + 1) / rise
-    return 1.0 if schedule == "constant" else (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
+    part = (step - rise) / (steps - rise)
+    return {"constant": 1.0, "linear": 1 - part, "cosine": (1 + math.cos(math.pi * part)) / 2}[schedule]

@@ -1,7 +1,8 @@
 """Weights as whole numbers of a few bits on uniform grids: what round-to-nearest, GPTQ and AWQ store."""
 
+from abc import ABC, abstractmethod
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -13,18 +14,93 @@ MOST = 65_504.0  # of a 16-bit float
 Zeros = Literal["none", "whole", "float16"]
 
 
-class UniformWeight(nn.Module):
-    """A weight as whole numbers q of 1 to 8 bits: scale (q - zero), with a scale and a zero for each group of inputs.
+class PackedWeight(nn.Module, ABC):
+    """What weights as numbers of a few bits, with values for each group of inputs, have in common.
 
-    Stored: `codes`, uint8, the numbers of (O, I) packed at `width` bits each (kernels/codes.py); `scales` (O, G)
-    float16; unless symmetric `zeros`, uint8, whole numbers of (O, G) packed likewise, or any numbers, (O, G) float16;
-    and for methods that scale inputs `inputs` (I,) float16, by which the columns are multiplied. An output's inputs are
-    cut into G neighbouring groups as equal as can be. A symmetric grid has its zero at 2^(width - 1), the one of 1 bit
-    between its two values. To be trained the scales are made float32 masters (`loosen`; EfficientQAT, arXiv 2407.11062,
-    trains them likewise).
+    `codes`, uint8, are the numbers of (O, I) packed at `width` bits each (kernels/codes.py). The values are a parameter
+    of float16 named `learned`; to be trained it is made a float32 master (`loosen`).
     """
 
+    learned: ClassVar[str]
     codes: Tensor
+
+    def __init__(
+        self, codes: UInt8[Tensor, " bytes"], values: Tensor, *, out_features: int, in_features: int, width: int
+    ) -> None:
+        """The values are (O, G, ...): of G groups of inputs for each output."""
+        super().__init__()
+        self.out_features, self.in_features, self.width = out_features, in_features, width
+        self.register_buffer("codes", codes)
+        self.register_parameter(self.learned, nn.Parameter(values, requires_grad=values.is_floating_point()))
+
+    @property
+    def values(self) -> nn.Parameter:
+        """What can be trained, (O, G, ...)."""
+        return self.get_parameter(self.learned)
+
+    @property
+    def groups(self) -> int:
+        """G, the groups of inputs that each output has."""
+        return self.values.shape[1]
+
+    def unpacked(self) -> Int[Tensor, "O I"]:
+        """The numbers as int32 (O, I)."""
+        return unpack(self.codes, self.width, self.out_features * self.in_features).view(-1, self.in_features)
+
+    def loosen(self) -> None:
+        """Make the values float32 masters that can be trained."""
+        self.values.data = self.values.detach().float().clone()
+        self.values.requires_grad_(True)
+
+    def settle(self) -> None:
+        """Round the values to 16 bits. Raises ValueError if one is not finite or does not fit."""
+        self.values.requires_grad_(False)
+        self.values.grad = None
+        self.values.data = in_16_bits(self.values.data)
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take back the values of a `state_dict` made before `loosen`."""
+        self.values.requires_grad_(False)
+        self.values.grad = None
+        self.values.data = state[self.learned]
+
+    def tiles(self) -> list[slice]:
+        """One: the weight is rebuilt as a whole."""
+        return [slice(0, self.in_features)]
+
+    def product(self, x_BI: Float[Tensor, "B I"]) -> None:  # noqa: ARG002
+        """None: rebuilding the dense weight (O, I) is the only way to a product (B, O)."""
+        return
+
+    @abstractmethod
+    def ledger(self) -> dict[str, int]:
+        """Stored bits by part."""
+
+    def paper_bits(self) -> int:
+        """Bits as stored, without padding."""
+        return sum(bits for part, bits in self.ledger().items() if part != "padding")
+
+    @abstractmethod
+    def lies_on(self, *, width: int, group: int) -> bool:
+        """Whether every group can hold what lies on a grid of `width` in groups of `group` inputs, without loss."""
+
+    def divides(self, group: int) -> bool:
+        """Whether every group is a part of one of `group` neighbouring inputs."""
+        return self.in_features % group == 0 and self.groups * group % self.in_features == 0
+
+
+class UniformWeight(PackedWeight):
+    """A weight as whole numbers q of 1 to 8 bits: scale (q - zero), with a scale and a zero for each group of inputs.
+
+    Stored: `codes`; `scales` (O, G) float16; unless symmetric `zeros`, uint8, whole numbers of (O, G) packed likewise,
+    or any numbers, (O, G) float16; and for methods that scale inputs `inputs` (I,) float16, by which the columns are
+    multiplied. An output's inputs are cut into G neighbouring groups as equal as can be. A symmetric grid has its zero
+    at 2^(width - 1), the one of 1 bit between its two values. Scales can be trained (EfficientQAT, arXiv 2407.11062,
+    does likewise).
+    """
+
+    learned = "scales"
+    scales: nn.Parameter
     zeros: Tensor | None
     inputs: Tensor | None
 
@@ -39,10 +115,7 @@ class UniformWeight(nn.Module):
         in_features: int,
         width: int,
     ) -> None:
-        super().__init__()
-        self.out_features, self.in_features, self.width = out_features, in_features, width
-        self.register_buffer("codes", codes)
-        self.scales = nn.Parameter(scales, requires_grad=scales.is_floating_point())
+        super().__init__(codes, scales, out_features=out_features, in_features=in_features, width=width)
         self.register_buffer("zeros", zeros)
         self.register_buffer("inputs", inputs)
 
@@ -90,10 +163,6 @@ class UniformWeight(nn.Module):
             width=width,
         )
 
-    def unpacked(self) -> Int[Tensor, "O I"]:
-        """The numbers as int32 (O, I)."""
-        return unpack(self.codes, self.width, self.out_features * self.in_features).view(-1, self.in_features)
-
     def offsets(self) -> Float[Tensor, "O G"]:
         """The zeros (O, G); all groups of a symmetric grid have one."""
         if self.zeros is None:
@@ -107,36 +176,11 @@ class UniformWeight(nn.Module):
         """Whether zeros are stored, and how."""
         return "none" if self.zeros is None else "float16" if self.zeros.is_floating_point() else "whole"
 
-    def loosen(self) -> None:
-        """Make the scales float32 masters that can be trained."""
-        self.scales.data = self.scales.detach().float().clone()
-        self.scales.requires_grad_(True)
-
-    def settle(self) -> None:
-        """Round the scales to 16 bits. Raises ValueError if one is not finite or does not fit."""
-        self.scales.requires_grad_(False)
-        self.scales.grad = None
-        self.scales.data = in_16_bits(self.scales.data)
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Take back the scales of a `state_dict` made before `loosen`."""
-        self.scales.requires_grad_(False)
-        self.scales.grad = None
-        self.scales.data = state["scales"]
-
-    def tiles(self) -> list[slice]:
-        """One: the weight is rebuilt as a whole."""
-        return [slice(0, self.in_features)]
-
     def forward(self, dtype: torch.dtype, inputs: slice | None = None) -> Float[Tensor, "O I"]:  # noqa: ARG002
         """The dense weight (O, I) in `dtype`, made in float32; `inputs` is all of them (see `tiles`)."""
         steps_OI = self.unpacked() - spread(self.offsets(), self.in_features)
         dense_OI = steps_OI * spread(self.scales.float(), self.in_features)
         return (dense_OI if self.inputs is None else dense_OI * self.inputs.float()).to(dtype)
-
-    def product(self, x_BI: Float[Tensor, "B I"]) -> None:  # noqa: ARG002
-        """None: rebuilding the dense weight (O, I) is the only way to a product (B, O)."""
-        return
 
     def ledger(self) -> dict[str, int]:
         """Stored bits: codes, scales (of inputs too), zeros, padding of the packed streams."""
@@ -149,25 +193,20 @@ class UniformWeight(nn.Module):
         stored = sum(tensor.nbytes for tensor in (self.codes, self.zeros) if tensor is not None)
         return parts | {"padding": stored * 8 - parts["codes"] - parts["zeros"]}
 
-    def paper_bits(self) -> int:
-        """Bits as stored, without padding."""
-        return sum(bits for part, bits in self.ledger().items() if part != "padding")
-
     def spec(self) -> dict[str, Any]:
         """What `empty` needs to make this module's shapes again."""
         return {
             "out_features": self.out_features,
             "in_features": self.in_features,
             "width": self.width,
-            "groups": self.scales.shape[1],
+            "groups": self.groups,
             "zeros": self.kind_of_zeros,
             "scaled_inputs": self.inputs is not None,
         }
 
     def lies_on(self, *, width: int, group: int) -> bool:
         """Whether every group of this grid is a part of one of `group` inputs on a grid of the same width."""
-        divides = self.in_features % group == 0 and self.scales.shape[1] * group % self.in_features == 0
-        return self.width == width and self.inputs is None and divides
+        return self.width == width and self.inputs is None and self.divides(group)
 
     def check(self) -> None:
         """Raise ValueError if a scale or zero is not finite (a damaged file); all numbers of so many bits are valid."""

@@ -50,9 +50,9 @@ def clustered(families, tmp_path_factory):
 
 def stage(text: FileText, **changed) -> BlockFinetune:
     values = {
-        "samples": SAMPLES, "length": LENGTH, "target": "fp_stream", "norms": False, "loss": "mse", "epochs": 4,
-        "batch_size": 2, "order": "fixed", "lr": 3e-3, "weight_decay": 0.0, "schedule": "cosine", "warmup": 0.0,
-        "clip": None, "streams": "memory",
+        "samples": SAMPLES, "length": LENGTH, "target": "fp_stream", "norms": False, "learns": "values",
+        "loss": "mse", "epochs": 4, "batch_size": 2, "order": "fixed", "lr": 3e-3, "weight_decay": 0.0,
+        "schedule": "cosine", "warmup": 0.0, "clip": None, "streams": "memory",
     }  # fmt: skip
     return BlockFinetune(data=text, **values | changed)
 

@@ -394,6 +394,7 @@ def test_no_call_of_the_compiled_code_can_crash(arguments, threads):
         lambda: native.assign(*arguments[:4], threads),
         lambda: native.lloyd(*arguments[:5], 3, threads > 0, True, 1.5, 0, threads, "choose", "", None),
         lambda: native.best_groups([1.0, 2.0], [1.0], threads),
+        lambda: native.best_levels(*arguments[:3], threads),
     ):
         try:
             call()

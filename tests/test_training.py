@@ -35,6 +35,8 @@ def test_rates_are_those_of_torchs_schedulers():
     parts = [LinearLR(two, 0.25, 1.0, total_iters=3), CosineAnnealingLR(two, 16)]
     assert rates("cosine", 20, 0.2) == pytest.approx(stepped(SequentialLR(two, parts, [4]), two, 20))
     assert rates("constant", 4, 1.0) == [0.25, 0.5, 0.75, 1.0]
+    three = optimizer()
+    assert rates("linear", 10, 0.0) == pytest.approx(stepped(LinearLR(three, 1.0, 0.0, total_iters=10), three, 10))
 
 
 def targets(count=6):
@@ -53,6 +55,18 @@ def test_fit_is_adamw_with_clipped_gradients():
         optimizer.step()
     assert torch.allclose(parameter, by_hand, atol=1e-6)
     assert not torch.allclose(parameter, torch.ones(3), atol=1e-2)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_signed_steps_are_as_long_as_the_learning_rate(half):
+    parameter, by_hand = Parameter(torch.zeros(3)), torch.zeros(3)
+    settings = PLAIN | {"schedule": "linear", "half": half, "weight_decay": 0.5}
+    assert (
+        fit([parameter], lambda target: (parameter - target).square().sum(), targets(), **settings, signed=True) is None
+    )
+    for step, target in enumerate(targets()):
+        by_hand -= 0.1 * (1 - step / 6) * (by_hand - target).sign()
+    torch.testing.assert_close(parameter.detach(), by_hand)
 
 
 def test_float16_losses_are_scaled_so_that_small_gradients_survive():

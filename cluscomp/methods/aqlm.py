@@ -1,28 +1,26 @@
 """AQLM: sub-vectors of a few inputs as sums of M centroids, chosen by the layer's output (arXiv 2401.06118)."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+from cluscomp.codebooks import InputCodebooks
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cluscomp.budget import Shape
     from cluscomp.costs import Work
     from cluscomp.moments import SecondMoment
     from cluscomp.weights import CodebookWeight
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
-class Aqlm:
+class Aqlm(InputCodebooks):
     """Add the centroids of M `codebooks` for every D neighbouring inputs of an output.
 
-    Either `bits` is given, the most bits per weight that may be stored, and D and the codebooks' size K are chosen for
-    each matrix, the best for Gaussian weights (as K beyond a power of two costs a bit a code, what is stored lies up to
-    0.5 below the limit); or `vector_dim` (D) and `codebook_size` (K) are fixed by hand. `storage` is the type of the
-    codebooks' values.
+    The codebooks' shape is chosen as `cluscomp.codebooks.InputCodebooks` says.
 
     The start is K-means (`iterations` rounds, sub-vectors weighted by the mean square of their inputs) of the weight,
     then of what is left, and so on. Then in each of `rounds` the codebooks are solved for the codes (`least_squares`
@@ -33,65 +31,22 @@ class Aqlm:
     squares in the place of Adam; no scale for each output. Their finetuning of blocks is the stage block_finetune.
     """
 
-    bits: float | None = Field(ge=1, le=8)
-    vector_dim: int | None = Field(ge=1, le=64)
-    codebook_size: int | None = Field(ge=2, le=65_536)
     codebooks: int = Field(ge=1, le=8)
-    storage: Literal["float16", "float8", "int8"]
     iterations: int = Field(ge=1)
     rounds: int = Field(ge=0)
     least_squares: int = Field(ge=1)
     damping: float = Field(gt=0, le=1)
 
-    @model_validator(mode="after")
-    def _either_bits_or_shape(self) -> "Aqlm":
-        from cluscomp.grids import check_choice
-
-        check_choice(self.bits, vector_dim=self.vector_dim, codebook_size=self.codebook_size)
-        return self
-
     @property
-    def exact(self) -> bool:
-        """Always: shapes alone decide."""
-        return True
-
-    def check(self, out_features: int, in_features: int) -> None:
-        """Whether the codebooks fit a weight of this shape; see `Method.check`."""
-        self._shape(out_features, in_features)
-
-    def _shape(self, out_features: int, in_features: int) -> "Shape":
-        from cluscomp.additive import shape_for
-
-        return shape_for(
-            out_features,
-            in_features,
-            bits=self.bits,
-            vector_dim=self.vector_dim,
-            codebook_size=self.codebook_size,
-            codebooks=self.codebooks,
-            storage=self.storage,
-        )
-
-    def outline(self, out_features: int, in_features: int) -> "CodebookWeight":
-        """The stored form; see `Method.outline`."""
-        from cluscomp.weights import CodebookWeight
-
-        shape = self._shape(out_features, in_features)
-        return CodebookWeight.empty(
-            out_features=out_features,
-            in_features=in_features,
-            axis="in",
-            vector_dim=shape.vector_dim,
-            codebook_size=shape.codebook_size,
-            codebooks=self.codebooks,
-            storage=self.storage,
-        )
+    def added(self) -> int:
+        """M: as many as `codebooks` says."""
+        return self.codebooks
 
     def work(self, out_features: int, in_features: int) -> "Work":
         """K-means, and in each round losses of all candidates and conjugate gradients; see `Method.work`."""
         from cluscomp.costs import Work
 
-        shape, numbers = self._shape(out_features, in_features), float(out_features * in_features)
+        shape, numbers = self.shape(out_features, in_features), float(out_features * in_features)
         candidates = numbers / shape.vector_dim * shape.codebook_size * self.codebooks
         squares = Work(flops=2.0 * in_features * numbers, traffic=24.0 * numbers * self.codebooks)
         codes = Work(flops=2.0 * in_features * numbers, distances=candidates)
@@ -100,15 +55,9 @@ class Aqlm:
 
     def scratch(self, out_features: int, in_features: int) -> float:
         """Points and what is left of them, codes in 32 bits, losses of all candidates; see `Method.scratch`."""
-        shape, numbers = self._shape(out_features, in_features), float(out_features * in_features)
+        shape, numbers = self.shape(out_features, in_features), float(out_features * in_features)
         codes = 8.0 * self.codebooks * numbers / shape.vector_dim
         return 24 * numbers + codes + 8.0 * in_features**2 + 8.0 * out_features * shape.codebook_size
-
-    def statistic(self) -> "SecondMoment":
-        """The second moment of the inputs; see `Method.statistic`."""
-        from cluscomp.moments import SecondMoment
-
-        return SecondMoment(full=True)
 
     def compress(
         self, weight_OI: "Tensor", statistic: "SecondMoment | None", generator: "torch.Generator"
@@ -123,7 +72,7 @@ class Aqlm:
 
         assert statistic is not None  # statistic() gave one
         outputs, inputs = weight_OI.shape
-        shape = self._shape(outputs, inputs)
+        shape = self.shape(outputs, inputs)
         moment_II = damped(statistic.matrix_II, self.damping)
         recipe = Recipe(self.iterations, "kd", 1.9, move_centroids=True)
         importance_N = vector_weights(moment_II.diagonal(), outputs, shape.vector_dim)

@@ -1,27 +1,26 @@
 """AWQ: inputs that are large on calibration text get finer steps, by a scale of their own (arXiv 2306.00978)."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+from cluscomp.grids import Grid, WholeGrids
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from cluscomp.costs import Work
-    from cluscomp.grids import Grid
     from cluscomp.moments import SecondMoment
     from cluscomp.uniform import UniformWeight
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
-class Awq:
+class Awq(WholeGrids):
     """Multiply each input's weights by s = (its mean size)^a, round to uniform grids, and divide by s again.
 
-    Either `bits` is given, the most bits per weight that may be stored, and width and groups are chosen for each matrix
-    (`cluscomp.grids.grid_of` says which limits can be met); or `width`, and `group`, the most inputs that share a scale
-    (null: all of an output). `symmetric`: no zero is stored, and the grid is the same on both sides of 0.
+    `bits`, `width`, `group` and `symmetric` choose the grids, as `cluscomp.grids.WholeGrids` says.
 
     a is the best of 0, 1/`steps`, 2/`steps`, ... below 1; then each group's grid is narrowed by 5 % as often as helps,
     `clip` - 1 times at most (0: not at all). The error that counts is that of the layer's output. Unlike the authors',
@@ -29,54 +28,16 @@ class Awq:
     each layer's own and stored with its weight in 16 bits an input: no architecture has to be known, and it counts.
     """
 
-    bits: float | None = Field(ge=1, le=8)
-    width: int | None = Field(ge=1, le=8)
-    group: int | None = Field(ge=1)
-    symmetric: bool
+    scaled_inputs: ClassVar[bool] = True
     steps: int = Field(ge=1)
     clip: int = Field(ge=0, le=20)
-
-    @model_validator(mode="after")
-    def _either_bits_or_width(self) -> "Awq":
-        from cluscomp.grids import check_choice
-
-        check_choice(self.bits, width=self.width, group=self.group)
-        return self
-
-    @property
-    def exact(self) -> bool:
-        """Always: shapes alone decide."""
-        return True
-
-    def _grid(self, out_features: int, in_features: int) -> "Grid":
-        from cluscomp.grids import grid_of
-
-        return grid_of(
-            out_features,
-            in_features,
-            bits=self.bits,
-            width=self.width,
-            group=self.group,
-            zeros="none" if self.symmetric else "whole",
-            scaled_inputs=True,
-        )
-
-    def check(self, out_features: int, in_features: int) -> None:
-        """Whether some grid meets the limit; see `Method.check`."""
-        self._grid(out_features, in_features)
-
-    def outline(self, out_features: int, in_features: int) -> "UniformWeight":
-        """The stored form; see `Method.outline`."""
-        from cluscomp.grids import outline
-
-        return outline(out_features, in_features, self._grid(out_features, in_features), scaled_inputs=True)
 
     def work(self, out_features: int, in_features: int) -> "Work":
         """Rounding and the output's error for each a, and within the groups for each clip; see `Method.work`."""
         from cluscomp.costs import Work
 
         numbers = float(out_features * in_features)
-        width = in_features / self._grid(out_features, in_features).groups
+        width = in_features / self.grid(out_features, in_features).groups
         flops = 2.0 * numbers * (in_features * self.steps + width * self.clip)
         return Work(flops=flops, traffic=60.0 * numbers * (self.steps + self.clip))
 
@@ -101,7 +62,7 @@ class Awq:
         from cluscomp.uniform import UniformWeight, grids_for, in_16_bits, nearest, spread
 
         assert statistic is not None  # statistic() gave one
-        grid, inputs = self._grid(*weight_OI.shape), weight_OI.shape[1]
+        grid, inputs = self.grid(*weight_OI.shape), weight_OI.shape[1]
         moment_II, size_I = statistic.matrix_II, statistic.magnitude_I.clamp(min=1e-4)
         best = None
         for step in range(self.steps):
@@ -124,7 +85,7 @@ class Awq:
         zeros = None if grid.symmetric else zeros_OG.int()
         return UniformWeight.from_codes(codes_OI, scales_OG, zeros, grid.width, inverse_I)
 
-    def _clipped(self, weight_OI: "Tensor", moment_II: "Tensor", grid: "Grid") -> "tuple[Tensor, Tensor]":
+    def _clipped(self, weight_OI: "Tensor", moment_II: "Tensor", grid: Grid) -> "tuple[Tensor, Tensor]":
         """Scales and zeros (O, G) of each group (O, C) narrowed as its part of the output's error likes best."""
         import torch
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from cluscomp.grids import check_choice
 from cluscomp.methods import Compressed, Layer, Place
 
 if TYPE_CHECKING:
@@ -66,14 +67,7 @@ class ClusComp:
 
     @model_validator(mode="after")
     def _fit_together(self) -> "ClusComp":
-        fixed = (self.vector_dim, self.codebook_size)
-        if self.bits is None and None in fixed:
-            raise ValueError("give bits=3 (any number from 1 to 8), or both method.vector_dim and method.codebook_size")
-        if self.bits is not None and fixed != (None, None):
-            raise ValueError(
-                f"bits={self.bits} chooses method.vector_dim and method.codebook_size for each matrix, "
-                f"so they cannot be given too (here {self.vector_dim} and {self.codebook_size})"
-            )
+        check_choice(self.bits, vector_dim=self.vector_dim, codebook_size=self.codebook_size)
         if self.share != "none" and self.storage != "float16":
             raise ValueError(f"method.share={self.share} needs method.storage=float16 (here {self.storage})")
         if self.allocation == "sensitivity" and (self.bits is None or self.share == "block"):
@@ -181,7 +175,7 @@ class ClusComp:
 
         if bits is not None:
             return reachable(matrices, self.axis, bits, self.storage)
-        assert self.vector_dim is not None and self.codebook_size is not None  # _fit_together
+        assert self.vector_dim is not None and self.codebook_size is not None  # check_choice
         vectors = sum(num_sub_vectors(*matrix, self.vector_dim, self.axis) for matrix in matrices)
         if self.codebook_size > vectors:
             raise ValueError(

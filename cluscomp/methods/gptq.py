@@ -5,24 +5,23 @@ from typing import TYPE_CHECKING
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from cluscomp.grids import WholeGrids
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from cluscomp.costs import Work
-    from cluscomp.grids import Grid
     from cluscomp.moments import SecondMoment
     from cluscomp.output_error import Wanted
     from cluscomp.uniform import UniformWeight
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
-class Gptq:
+class Gptq(WholeGrids):
     """Round to uniform grids, and correct the inputs still to come by what their second moment says of each error.
 
-    Either `bits` is given, the most bits per weight that may be stored, and width and groups are chosen for each matrix
-    (`cluscomp.grids.grid_of` says which limits can be met); or `width`, and `group`, the most inputs that share a scale
-    (null: all of an output). `symmetric`: no zero is stored, and the grid is the same on both sides of 0.
+    `bits`, `width`, `group` and `symmetric` choose the grids, as `cluscomp.grids.WholeGrids` says.
 
     `act_order`: inputs come in the order of falling mean square. `static_groups`: all grids are those of the weights as
     they were; else a group's grid is taken when its first input comes, from its weights as corrected by then (also by
@@ -32,49 +31,15 @@ class Gptq:
     An input that no calibration token uses keeps its weights, rounded (the authors set them to 0).
     """
 
-    bits: float | None = Field(ge=1, le=8)
-    width: int | None = Field(ge=1, le=8)
-    group: int | None = Field(ge=1)
-    symmetric: bool
     act_order: bool
     static_groups: bool
     damping: float = Field(gt=0, le=1)
 
     @model_validator(mode="after")
-    def _fits(self) -> "Gptq":
-        from cluscomp.grids import check_choice
-
-        check_choice(self.bits, width=self.width, group=self.group)
+    def _static_if_in_another_order(self) -> "Gptq":
         if self.act_order and not self.static_groups:
             raise ValueError("method.act_order=true needs method.static_groups=true")
         return self
-
-    @property
-    def exact(self) -> bool:
-        """Always: shapes alone decide."""
-        return True
-
-    def _grid(self, out_features: int, in_features: int) -> "Grid":
-        from cluscomp.grids import grid_of
-
-        return grid_of(
-            out_features,
-            in_features,
-            bits=self.bits,
-            width=self.width,
-            group=self.group,
-            zeros="none" if self.symmetric else "whole",
-        )
-
-    def check(self, out_features: int, in_features: int) -> None:
-        """Whether some grid meets the limit; see `Method.check`."""
-        self._grid(out_features, in_features)
-
-    def outline(self, out_features: int, in_features: int) -> "UniformWeight":
-        """The stored form; see `Method.outline`."""
-        from cluscomp.grids import outline
-
-        return outline(out_features, in_features, self._grid(out_features, in_features))
 
     def work(self, out_features: int, in_features: int) -> "Work":
         """The inverse of the second moment and the corrections; see `Method.work`."""
@@ -106,7 +71,7 @@ class Gptq:
         from cluscomp.uniform import UniformWeight, bounds, grid_for, grids_for, nearest
 
         assert statistic is not None  # statistic() gave one
-        grid, inputs = self._grid(*weight_OI.shape), weight_OI.shape[1]
+        grid, inputs = self.grid(*weight_OI.shape), weight_OI.shape[1]
         moment_II = damped(statistic.matrix_II, self.damping)
         scales_OG, zeros_OG = grids_for(weight_OI, grid.width, grid.groups, symmetric=grid.symmetric)
         groups = bounds(inputs, grid.groups)

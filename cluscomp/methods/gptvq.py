@@ -1,28 +1,26 @@
 """GPTVQ: sub-vectors of a few inputs coded with error feedback (arXiv 2402.15319)."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+from cluscomp.codebooks import InputCodebooks
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cluscomp.budget import Shape
     from cluscomp.costs import Work
     from cluscomp.moments import SecondMoment
     from cluscomp.weights import CodebookWeight
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
-class Gptvq:
+class Gptvq(InputCodebooks):
     """GPTQ with a vector of a codebook for D neighbouring inputs of an output in the place of a rounded number.
 
-    Either `bits` is given, the most bits per weight that may be stored, and D and the codebook's size K are chosen for
-    each matrix, the best for Gaussian weights (as K beyond a power of two costs a bit a code, what is stored lies up to
-    0.5 below the limit); or `vector_dim` (D) and `codebook_size` (K) are fixed by hand. `storage` is the type of the
-    codebook's values (the authors': int8).
+    The codebooks' shape is chosen as `cluscomp.codebooks.InputCodebooks` says. The authors' `storage` is int8.
 
     The codebook is that of K-means (`iterations` rounds, sub-vectors weighted by the mean square of their inputs); the
     codes are chosen D inputs at a time, errors handed on to the inputs to come; then come `least_squares` steps of
@@ -33,63 +31,15 @@ class Gptvq:
     sub-vectors in K-means, least squares in the place of Adam.
     """
 
-    bits: float | None = Field(ge=1, le=8)
-    vector_dim: int | None = Field(ge=1, le=64)
-    codebook_size: int | None = Field(ge=2, le=65_536)
-    storage: Literal["float16", "float8", "int8"]
     iterations: int = Field(ge=1)
     least_squares: int = Field(ge=0)
     damping: float = Field(gt=0, le=1)
-
-    @model_validator(mode="after")
-    def _either_bits_or_shape(self) -> "Gptvq":
-        from cluscomp.grids import check_choice
-
-        check_choice(self.bits, vector_dim=self.vector_dim, codebook_size=self.codebook_size)
-        return self
-
-    @property
-    def exact(self) -> bool:
-        """Always: shapes alone decide."""
-        return True
-
-    def check(self, out_features: int, in_features: int) -> None:
-        """Whether the codebook fits a weight of this shape; see `Method.check`."""
-        self._shape(out_features, in_features)
-
-    def _shape(self, out_features: int, in_features: int) -> "Shape":
-        from cluscomp.additive import shape_for
-
-        return shape_for(
-            out_features,
-            in_features,
-            bits=self.bits,
-            vector_dim=self.vector_dim,
-            codebook_size=self.codebook_size,
-            codebooks=1,
-            storage=self.storage,
-        )
-
-    def outline(self, out_features: int, in_features: int) -> "CodebookWeight":
-        """The stored form; see `Method.outline`."""
-        from cluscomp.weights import CodebookWeight
-
-        shape = self._shape(out_features, in_features)
-        return CodebookWeight.empty(
-            out_features=out_features,
-            in_features=in_features,
-            axis="in",
-            vector_dim=shape.vector_dim,
-            codebook_size=shape.codebook_size,
-            codebooks=1,
-            storage=self.storage,
-        )
 
     def work(self, out_features: int, in_features: int) -> "Work":
         """K-means, the inverse of the second moment and the corrections, conjugate gradients; see `Method.work`."""
         from cluscomp.costs import Work
 
-        shape, numbers = self._shape(out_features, in_features), float(out_features * in_features)
+        shape, numbers = self.shape(out_features, in_features), float(out_features * in_features)
         search = Work(distances=numbers / shape.vector_dim * shape.codebook_size)
         squares = Work(flops=2.0 * in_features * numbers, traffic=24.0 * numbers)
         feedback = Work(flops=2.0 * in_features**3 + 2.0 * in_features * numbers, traffic=20.0 * numbers)
@@ -99,12 +49,6 @@ class Gptvq:
         """Points and their sorted copy, or the inverse second moment in 64 bits; see `Method.scratch`."""
         numbers, moment = float(out_features * in_features), float(in_features) ** 2
         return 24 * numbers + 24 * moment
-
-    def statistic(self) -> "SecondMoment":
-        """The second moment of the inputs; see `Method.statistic`."""
-        from cluscomp.moments import SecondMoment
-
-        return SecondMoment(full=True)
 
     def compress(
         self, weight_OI: "Tensor", statistic: "SecondMoment | None", generator: "torch.Generator"
@@ -117,7 +61,7 @@ class Gptvq:
 
         assert statistic is not None  # statistic() gave one
         outputs, inputs = weight_OI.shape
-        shape = self._shape(outputs, inputs)
+        shape = self.shape(outputs, inputs)
         moment_II = damped(statistic.matrix_II, self.damping)
         found = kmeans(
             sub_vectors(weight_OI, shape.vector_dim, "in"),

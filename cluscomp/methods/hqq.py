@@ -2,67 +2,42 @@
 
 from typing import TYPE_CHECKING
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+from cluscomp.grids import Grids
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from cluscomp.costs import Work
-    from cluscomp.grids import Grid
     from cluscomp.moments import SecondMoment
-    from cluscomp.uniform import UniformWeight
+    from cluscomp.uniform import UniformWeight, Zeros
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
-class Hqq:
+class Hqq(Grids):
     """Round to uniform grids whose zeros, any 16-bit numbers, are fitted to the sum of |error|^`norm` over the weights.
 
-    Either `bits` is given, the most bits per weight that may be stored, and width and groups are chosen for each matrix
-    (`cluscomp.grids.grid_of` says which limits can be met); or `width`, and `group`, the most inputs that share a scale
-    and a zero (null: all of an output). Scales span from the least to the largest weight and stay; of 1 bit the two
-    values begin at the mean, less and plus the mean distance from it (the authors': at the extremes).
+    `bits`, `width` and `group` choose the grids, as `cluscomp.grids.Grids` says. Scales span from the least to the
+    largest weight and stay; of 1 bit the two values begin at the mean, less and plus the mean distance from it (the
+    authors': at the extremes).
 
     Each of at most `iterations` splits the error into a sparse part, what the norm's proximal operator leaves of it
     (its weight `beta` grows by the factor `kappa`), and one that the zeros take up. The zeros of least mean |error| are
     kept, and all ends once it falls no more.
     """
 
-    bits: float | None = Field(ge=1, le=8)
-    width: int | None = Field(ge=1, le=8)
-    group: int | None = Field(ge=1)
     norm: float = Field(gt=0, le=1)
     beta: float = Field(gt=0)
     kappa: float = Field(ge=1)
     iterations: int = Field(ge=0)
 
-    @model_validator(mode="after")
-    def _either_bits_or_width(self) -> "Hqq":
-        from cluscomp.grids import check_choice
-
-        check_choice(self.bits, width=self.width, group=self.group)
-        return self
-
     @property
-    def exact(self) -> bool:
-        """Always: shapes alone decide."""
-        return True
-
-    def _grid(self, out_features: int, in_features: int) -> "Grid":
-        from cluscomp.grids import grid_of
-
-        return grid_of(out_features, in_features, bits=self.bits, width=self.width, group=self.group, zeros="float16")
-
-    def check(self, out_features: int, in_features: int) -> None:
-        """Whether some grid meets the limit; see `Method.check`."""
-        self._grid(out_features, in_features)
-
-    def outline(self, out_features: int, in_features: int) -> "UniformWeight":
-        """The stored form; see `Method.outline`."""
-        from cluscomp.grids import outline
-
-        return outline(out_features, in_features, self._grid(out_features, in_features))
+    def zeros(self) -> "Zeros":
+        """Any numbers of 16 bits."""
+        return "float16"
 
     def work(self, out_features: int, in_features: int) -> "Work":
         """Some passes over the weight for each iteration; see `Method.work`."""
@@ -89,7 +64,7 @@ class Hqq:
 
         from cluscomp.uniform import UniformWeight, bounds, divisor, in_16_bits, nearest, spread
 
-        grid, inputs = self._grid(*weight_OI.shape), weight_OI.shape[1]
+        grid, inputs = self.grid(*weight_OI.shape), weight_OI.shape[1]
         groups = bounds(inputs, grid.groups)
         low_OG = torch.stack([weight_OI[:, group].amin(1) for group in groups], 1)
         high_OG = torch.stack([weight_OI[:, group].amax(1) for group in groups], 1)

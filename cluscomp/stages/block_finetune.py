@@ -3,6 +3,7 @@
 import logging
 import math
 import random
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, InstanceOf
@@ -10,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from cluscomp.contamination import Seen
 from cluscomp.data import Source, calibration_windows
+from cluscomp.errors import InputError
 from cluscomp.records import read_sealed, write_sealed
 
 if TYPE_CHECKING:
@@ -38,9 +40,12 @@ class BlockFinetune:
     with what the original model makes of it, "same_input" with the original block fed the same as the compressed one;
     "both" adds the two errors (the paper code's option `aug_loss`). Codes and biases of linear layers stay; `norms`
     lets the block's norms learn, too. `loss` "relative" divides the error by the mean square of the target: the same
-    optimum, with gradients of like size in all blocks. `order` "fixed" takes the windows as they come (the paper code),
-    "shuffled" anew in each epoch. `clip` bounds the norm of the gradient; `warmup` is the share of steps in which the
-    learning rate rises. `streams` says where the hidden states are, and changes no result.
+    optimum, with gradients of like size in all blocks. `learns` "values": codebooks, or the scales of uniform grids. On
+    such grids weights may be rounded anew, from the original's: "clipping" learns how far each grid spans (OmniQuant),
+    "rounding" also which way each weight is rounded, by the gradient's sign (AutoRound). `order` "fixed" takes the
+    windows as they come (the paper code), "shuffled" anew in each epoch. `clip` bounds the norm of the gradient;
+    `warmup` is the share of steps in which the learning rate rises. `streams` says where the hidden states are, and
+    changes no result.
     """
 
     takes: ClassVar[str] = "compressed"
@@ -50,13 +55,14 @@ class BlockFinetune:
     length: int = Field(ge=2)
     target: Literal["fp_stream", "same_input", "both"]
     norms: bool
+    learns: Literal["values", "clipping", "rounding"]
     loss: Literal["mse", "relative"]
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     order: Literal["fixed", "shuffled"]
     lr: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
-    schedule: Literal["constant", "cosine"]
+    schedule: Literal["constant", "linear", "cosine"]
     warmup: float = Field(ge=0, le=1)
     clip: float | None = Field(gt=0)
     streams: Literal["memory", "disk"]
@@ -71,8 +77,8 @@ class BlockFinetune:
         return Seen(text.name, self.data.domain, self._windows(original, seed).tolist())
 
     def idle(self) -> set[str]:
-        """Where the streams lie changes no result."""
-        return {"streams"}
+        """Where the streams lie changes no result, nor does `learns` as it was before there was a choice."""
+        return {"streams"} | ({"learns"} if self.learns == "values" else set())
 
     def check(self, original: "Original") -> None:
         """Cut the windows. Raises InputError if the text is too short or a window longer than the model takes."""
@@ -89,7 +95,11 @@ class BlockFinetune:
 
         train = outline.training(self.batch_size, self.length)
         once = outline.forward(self.batch_size, self.length)
+        self._check_weights(outline)
         trained = outline.codebook_numbers(outline.block)
+        sizes = [float(o * i) for o, i in outline.dense.values()]
+        of_each = {"values": 0.0, "clipping": 4.0, "rounding": 12.0}[self.learns]  # with offsets and their gradients
+        rounded = of_each * sum(sizes) + (24.0 * max(sizes) if of_each else 0.0)
         streams = 4 if self.target == "both" else 3
         kept = outline.stream(self.samples, self.length) * (streams if self.streams == "memory" else 0)
         always = {
@@ -104,13 +114,27 @@ class BlockFinetune:
         work += Work(traffic=6.0 * outline.stream(self.samples, self.length))  # hashes and files of streams
         device = worst(
             always | {"a dense block": outline.dense_block, "activations": once.peak},
-            always | {"one block's training": train.peak, "masters and AdamW's state": 12.0 * trained},
+            always
+            | {"one block's training": train.peak, "masters and AdamW's state": 12.0 * trained}
+            | {"weights to be rounded": rounded},
             always | {"writing the checkpoint": outline.writing},
             {name: part for name, part in always.items() if name != "streams"} | {"reading": outline.reading},
         )
         relief = "block_finetune.streams=disk or a smaller block_finetune.batch_size"
         read = Work(read=outline.all_numbers * outline.file_bytes + outline.checkpoint_bytes())
         return Cost(device, {}, work * outline.blocks + read, relief)
+
+    def _check_weights(self, outline: "Outline") -> None:
+        """Raise InputError, naming the layer, if weights are to be rounded anew that lie on no grid."""
+        from cluscomp.models import compressed
+        from cluscomp.uniform import UniformWeight
+
+        for name, layer in compressed(outline.model).items():
+            if self.learns != "values" and not isinstance(layer.stored, UniformWeight):
+                raise InputError(
+                    f"block_finetune.learns={self.learns} needs a method on uniform grids, such as method=rtn: {name} "
+                    f"is a {type(layer.stored).__name__}"
+                )
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Train block after block; the dense original is in memory one block at a time, beside the streams.
@@ -121,8 +145,10 @@ class BlockFinetune:
         import torch
 
         from cluscomp.blocks import Walk
+        from cluscomp.models import linears
         from cluscomp.streams import Streams
         from cluscomp.tracking import Progress
+        from cluscomp.training import rounding
 
         ids_WT = torch.from_numpy(self._windows(job.original, job.seed)).to(job.original.device)
         walk, teacher = Walk(model), Walk(job.original.model(), job.original)
@@ -139,14 +165,18 @@ class BlockFinetune:
             progress.skip(len(done))
         for index in range(len(done), len(walk)):
             targets: list[Tensor] = []
+            dense: dict[str, Tensor] = {}
             with torch.no_grad(), teacher.block(index) as block:
+                if self.learns != "values":
+                    dense = {name: linear.weight.detach().float() for name, linear in linears(block).items()}
                 if self.target != "same_input":
                     original = self._apply(teacher, index, block, original, streams.new("original", index + 1))
                     targets.append(original)
                 if self.target != "fp_stream":
                     targets.append(self._apply(teacher, index, block, student, streams.new("target", index + 1)))
             leaving = streams.new("student", index + 1)
-            numbers = self.finetune_block(walk, index, student, targets, leaving, job.seed)
+            with rounding(walk.blocks[index], dense, offsets=self.learns == "rounding") if dense else nullcontext():
+                numbers = self.finetune_block(walk, index, student, targets, leaving, job.seed)
             student = leaving
             done.append(numbers)
             self._save(job.folder, walk.blocks[index], done, student, original, streams)
@@ -218,6 +248,7 @@ class BlockFinetune:
                 warmup=self.warmup,
                 clip=self.clip,
                 half=leaving_WTH.dtype == torch.float16,
+                signed=self.learns == "rounding",
             )
             unfit = trained.finish()
             problem = problem or unfit

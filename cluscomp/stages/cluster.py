@@ -107,7 +107,7 @@ class Cluster:
         import torch
 
         from cluscomp.models import block_names, blocks, linears
-        from cluscomp.uniform import UniformWeight
+        from cluscomp.uniform import PackedWeight
 
         if not any(kind.startswith("Q4") for kind in origin):
             return
@@ -115,9 +115,9 @@ class Cluster:
             for layer, dense in linears(block).items():
                 with torch.device("meta"):
                     stored = self.method.outline(dense.out_features, dense.in_features)
-                if isinstance(stored, UniformWeight) and stored.lies_on(width=4, group=32):
+                if isinstance(stored, PackedWeight) and stored.lies_on(width=4, group=32):
                     raise InputError(
-                        f"{name}.{layer}: 4 bits in {stored.scales.shape[1]} groups of its {stored.in_features} inputs "
+                        f"{name}.{layer}: 4 bits in {stored.groups} groups of its {stored.in_features} inputs "
                         f"would be void: the original comes from a file of 4 bits in groups of 32 "
                         f"({', '.join(origin)}), and lies on that grid. Take other bits, or method.group=64"
                     )

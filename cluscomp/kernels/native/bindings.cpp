@@ -138,6 +138,14 @@ static std::vector<int32_t> py_best_groups(const std::vector<double>& values, co
   return groups;
 }
 
+static void py_best_levels(FloatRows values, FloatRows mass, Out2<float> levels, int threads) {
+  const int64_t R = values.shape(0), C = values.shape(1), K = levels.shape(1);
+  require(int64_t(mass.shape(0)) == R && int64_t(mass.shape(1)) == C && int64_t(levels.shape(0)) == R, "sizes differ");
+  require(C >= 1 && C < (int64_t(1) << 31) && K >= 1 && K <= 65536, "rows must hold 1 to 2^31 - 1 numbers, levels be 1 to 65536");
+  const Workers workers = interruptible(threads);
+  without_gil([&] { best_levels(values.data(), mass.data(), R, C, int(K), levels.data(), workers); });
+}
+
 // ---- codebook layers ----
 
 using Packed = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -234,6 +242,7 @@ NB_MODULE(_native, m) {
         nb::arg("seed"), nb::arg("threads"), nb::arg("search") = "choose", nb::arg("isa") = "",
         nb::arg("progress").none() = nb::none());
   m.def("best_groups", py_best_groups, nb::arg("values"), nb::arg("mass"), nb::arg("K"));
+  m.def("best_levels", py_best_levels, nb::arg("values"), nb::arg("mass"), nb::arg("levels"), nb::arg("threads"));
   m.def("pack", py_pack, nb::arg("codes"), nb::arg("bits"), nb::arg("packed"));
   m.def("unpack", py_unpack, nb::arg("packed"), nb::arg("bits"), nb::arg("codes"));
   m.def("decode", py_decode, nb::arg("packed"), nb::arg("bits"), nb::arg("centroids"), nb::arg("weight"), nb::arg("threads"), nb::arg("isa") = "");

@@ -3,7 +3,9 @@
 // and the best i does not fall when j rises: so the middle j is solved first, and halves the choice for the others.
 #include "scalar.h"
 
+#include <algorithm>
 #include <limits>
+#include <utility>
 
 namespace {
 
@@ -55,4 +57,38 @@ std::vector<int32_t> best_groups(const std::vector<double>& values, const std::v
   });
   for (int64_t k = K - 1, j = M; k >= 0; k--) groups[k] = int32_t(j = cuts[k * (M + 1) + j]);
   return groups;
+}
+
+void best_levels(const float* values, const float* mass, int64_t R, int64_t C, int K, float* levels, const Workers& workers) {
+  workers.run(R, [&](int64_t r, int) {
+    std::vector<std::pair<float, double>> row(C);
+    double total = 0;
+    for (int64_t c = 0; c < C; c++) total += mass[r * C + c];
+    for (int64_t c = 0; c < C; c++) row[c] = {values[r * C + c], total > 0 ? mass[r * C + c] : 1};
+    std::sort(row.begin(), row.end());
+    std::vector<double> value, weight;  // the distinct ones
+    for (const auto& [v, m] : row) {
+      if (m <= 0) continue;
+      if (value.empty() || value.back() != v) value.push_back(v), weight.push_back(0);
+      weight.back() += m;
+    }
+    const int64_t M = int64_t(value.size());
+    const int used = int(std::min<int64_t>(K, M));
+    std::vector<int32_t> starts(used);
+    if (M > K) {
+      starts = best_groups(value, weight, K, Workers{});
+    } else {
+      for (int k = 0; k < used; k++) starts[k] = k;
+    }
+    for (int k = 0; k < K; k++) {
+      if (k >= used) {
+        levels[r * K + k] = levels[r * K + used - 1];
+        continue;
+      }
+      const int64_t end = k + 1 < used ? starts[k + 1] : M;
+      double w = 0, s = 0;
+      for (int64_t i = starts[k]; i < end; i++) w += weight[i], s += weight[i] * value[i];
+      levels[r * K + k] = float(s / w);
+    }
+  });
 }

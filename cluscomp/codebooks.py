@@ -1,0 +1,100 @@
+"""Length and size of codebooks along the inputs for a limit of stored bits; torch is not needed to check settings."""
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from cluscomp.grids import check_choice
+
+if TYPE_CHECKING:
+    from cluscomp.budget import Shape
+    from cluscomp.moments import SecondMoment
+    from cluscomp.weights import CodebookWeight
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class InputCodebooks:
+    """Settings that methods with codebooks along the inputs share, and what follows from them.
+
+    Either `bits` is given, the most bits per weight that may be stored, and length D and size K of the codebooks are
+    chosen for each matrix, the best for Gaussian weights (as K beyond a power of two costs a bit a code, what is stored
+    lies up to 0.5 below the limit); or `vector_dim` (D) and `codebook_size` (K) are fixed by hand. `storage` is the
+    type of the codebooks' values. A method says how many codebooks it adds (`added`).
+    """
+
+    bits: float | None = Field(ge=1, le=8)
+    vector_dim: int | None = Field(ge=1, le=64)
+    codebook_size: int | None = Field(ge=2, le=65_536)
+    storage: Literal["float16", "float8", "int8"]
+
+    @model_validator(mode="after")
+    def _either_bits_or_shape(self) -> "InputCodebooks":
+        check_choice(self.bits, vector_dim=self.vector_dim, codebook_size=self.codebook_size)
+        return self
+
+    @property
+    def added(self) -> int:
+        """M, the codebooks whose centroids are added."""
+        return 1
+
+    @property
+    def exact(self) -> bool:
+        """Always: shapes alone decide."""
+        return True
+
+    def check(self, out_features: int, in_features: int) -> None:
+        """Whether the codebooks fit a weight of this shape; see `Method.check`."""
+        self.shape(out_features, in_features)
+
+    def outline(self, out_features: int, in_features: int) -> "CodebookWeight":
+        """The stored form; see `Method.outline`."""
+        from cluscomp.weights import CodebookWeight
+
+        shape = self.shape(out_features, in_features)
+        return CodebookWeight.empty(
+            out_features=out_features,
+            in_features=in_features,
+            axis="in",
+            vector_dim=shape.vector_dim,
+            codebook_size=shape.codebook_size,
+            codebooks=self.added,
+            storage=self.storage,
+        )
+
+    def statistic(self) -> "SecondMoment":
+        """The second moment of the inputs; see `Method.statistic`."""
+        from cluscomp.moments import SecondMoment
+
+        return SecondMoment(full=True)
+
+    def shape(self, out_features: int, in_features: int) -> "Shape":
+        """Length D and size K of each codebook for a weight (O, I): by hand, or the best within `bits` for all of them.
+
+        Raises ValueError if none fits, or K exceeds the number of sub-vectors.
+        """
+        from cluscomp.budget import Shape, expected_bits, reachable, stored_bits
+        from cluscomp.weights import num_sub_vectors
+
+        matrices = [(out_features, in_features)]
+        if self.bits is None:
+            assert self.vector_dim is not None and self.codebook_size is not None  # check_choice
+            vectors = num_sub_vectors(out_features, in_features, self.vector_dim, "in")
+            if self.codebook_size > vectors:
+                raise ValueError(
+                    f"method.codebook_size={self.codebook_size} exceeds the {vectors} sub-vectors of length "
+                    f"{self.vector_dim} in a {out_features} x {in_features} matrix; take fewer, or give bits=3 instead"
+                )
+            by_hand = self.vector_dim, self.codebook_size
+            return Shape(*by_hand, stored_bits(matrices, "in", *by_hand, self.storage))
+        try:
+            shapes = reachable(matrices, "in", self.bits / self.added, self.storage)
+        except ValueError as error:
+            raise ValueError(f"{error} (each of {self.added} codebooks has its share of bits={self.bits})") from error
+        return max(
+            shapes,
+            key=lambda shape: (
+                expected_bits(shape) + (self.added - 1) * math.log2(shape.codebook_size) / shape.vector_dim
+            ),
+        )

@@ -1,0 +1,82 @@
+"""SqueezeLLM: each weight one of a few values that are free for every output (arXiv 2306.07629), the dense part."""
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from cluscomp.grids import Grid, Groups, widest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from cluscomp.costs import Work
+    from cluscomp.lookup import LookupWeight
+    from cluscomp.moments import SecondMoment
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class SqueezeLlm(Groups):
+    """K-means of single numbers, solved exactly, with a table of 2^width values for each group of an output's inputs.
+
+    A table takes 16 bits a value, and counts: `bits`, `width` and `group` choose it as `cluscomp.grids.Groups` says.
+    With `weighting` "diagonal" a weight counts by the mean square of its input, "none" all alike (no data).
+
+    Unlike the authors': they weight by the squared gradient of the model's loss, not by the input, which needs a
+    backward pass through the whole model; and they keep outliers apart in a sparse matrix, which is not done here.
+    """
+
+    weighting: Literal["none", "diagonal"]
+
+    def grid(self, out_features: int, in_features: int) -> Grid:
+        """Width and groups for a weight (O, I). Raises ValueError as `widest`."""
+        from cluscomp.kernels.codes import packed_bytes
+
+        def sized(width: int, groups: int) -> Grid:
+            tables = 16 * out_features * groups * 2**width
+            return Grid(width, groups, "none", packed_bytes(out_features * in_features, width) * 8 + tables)
+
+        return widest(out_features, in_features, sized, bits=self.bits, width=self.width, group=self.group)
+
+    def outline(self, out_features: int, in_features: int) -> "LookupWeight":
+        """The stored form; see `Method.outline`."""
+        from cluscomp.lookup import LookupWeight
+
+        grid = self.grid(out_features, in_features)
+        return LookupWeight.empty(
+            out_features=out_features, in_features=in_features, width=grid.width, groups=grid.groups
+        )
+
+    def work(self, out_features: int, in_features: int) -> "Work":
+        """For each value the places where a group of sorted weights may end; see `Method.work`."""
+        from cluscomp.costs import Work
+
+        grid, numbers = self.grid(out_features, in_features), float(out_features * in_features)
+        return Work(traffic=40.0 * numbers * 2**grid.width * math.log2(2 + in_features / grid.groups))
+
+    def scratch(self, out_features: int, in_features: int) -> float:
+        """One group's weights and masses, the numbers before they are packed; see `Method.scratch`."""
+        return 24.0 * out_features * in_features
+
+    def statistic(self) -> "SecondMoment | None":
+        """The mean square of the inputs, if `weighting` asks for it; see `Method.statistic`."""
+        if self.weighting == "none":
+            return None
+        from cluscomp.moments import SecondMoment
+
+        return SecondMoment(full=False)
+
+    def compress(
+        self,
+        weight_OI: "Tensor",
+        statistic: "SecondMoment | None",
+        generator: "torch.Generator",  # noqa: ARG002
+    ) -> "LookupWeight":
+        """Find the tables of a weight (O, I); see `Method.compress`."""
+        from cluscomp.lookup import LookupWeight, tables_for
+
+        grid = self.grid(*weight_OI.shape)
+        importance_I = weight_OI.new_ones(weight_OI.shape[1]) if statistic is None else statistic.diagonal_I
+        return LookupWeight.nearest(weight_OI, tables_for(weight_OI, importance_I, grid.width, grid.groups))
