@@ -41,6 +41,7 @@ bench: $(VENV)/ready
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/gpu.py
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/evaluate.py
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/plan.py --calibrate
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/sweep.py
 
 # torch first, from constraints.txt: anything that needs torch would otherwise bring another build of it
 $(VENV)/ready: pyproject.toml constraints.txt
