@@ -153,3 +153,8 @@ def read_folder(folder: Path) -> list[Record]:
     if not paths:
         raise InputError(f"{folder}: no records in it")
     return [read(path) for path in paths]
+
+
+def read_tree(results: Path) -> list[Record]:
+    """All records of all experiments in a folder. Raises InputError as `read`."""
+    return [read(path) for path in sorted(results.glob("*/*.json")) if path.parent.name != "bench"]

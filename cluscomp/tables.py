@@ -84,6 +84,8 @@ def method_name(record: Record, after: str) -> str:
     if after == ORIGINAL:
         return ORIGINAL
     order = record.config["order"][: record.config["order"].index(after) + 1]
+    if "cluster" not in order:
+        return " + ".join([ORIGINAL, *order])
     settings = record.config["stages"]["cluster"]["method"]
     method = record.stages["cluster"]["found"].get("method", "cluscomp")
     if method != "cluscomp":
@@ -244,10 +246,10 @@ def method_table(records: list[Record], metric: str = "perplexity") -> pd.DataFr
                 {
                     "data": dataset,
                     "limit": limit(record),
-                    "method": method_name(record, "cluster"),
+                    "method": method_name(record, record.config["order"][0]),
                     "after": last,
                     "stored bits": round(size["linear_bits_per_weight"], 3),
-                    "paper's bits": round(size["paper_bits_per_weight"], 3),
+                    "paper's bits": round(size.get("paper_bits_per_weight", math.nan), 3),
                     metric: round(value, 2),
                     "of the original's": round(value / original, 2),
                 }

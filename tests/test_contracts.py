@@ -332,12 +332,30 @@ def test_notebooks_are_thin_and_hold_no_outputs(path):
             assert not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda | ast.For | ast.While)
 
 
+@pytest.fixture(scope="module")
+def records_of_all(tmp_path_factory):
+    """A copy of results/ in which experiments without records have some of others, with what those do not tell yet."""
+    place = tmp_path_factory.mktemp("notebooks")
+    for path in (ROOT / "results").glob("*/*.json"):
+        (place / "results" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (place / "results" / path.parent.name / path.name).write_text(path.read_text())
+    told = {"kurtosis": 4.5, "outliers": 1e-4, "centroids": 256, "dead": 0.01, "rare": 0.02, "entropy": 7.5}
+    for name in [path.stem[3:] for path in NOTEBOOKS if path.stem[3:] not in results()]:
+        (place / "results" / name).mkdir()
+        for method, path in zip(("rtn", "cluscomp"), sorted((ROOT / "results" / "recovery").glob("*.json"))):
+            record = json.loads(path.read_text())
+            found = record["stages"]["cluster"]["found"]
+            found["method"] = method
+            found["distribution_by_layer"] = dict.fromkeys(found["relative_error_by_layer"], told)
+            (place / "results" / name / path.name).write_text(json.dumps(record))
+    return place
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_run_on_the_records_at_hand(path):
-    if path.stem[3:] not in results():
-        pytest.skip("no records of this experiment yet")
+def test_notebooks_run_on_records(path, records_of_all):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(path.parent)}}).execute()
-    assert any(cell.get("outputs") for cell in notebook.cells)
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(records_of_all)}}).execute()
+    shown = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.rstrip()[-1] == ")"]
+    assert any(cell.outputs for cell in shown)

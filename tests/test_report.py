@@ -76,6 +76,7 @@ def test_models_of_different_tokenizers_stand_in_one_table():
         (["cluster", "block_finetune", "recover"], "recover", {}, "ClusComp+"),
         (["cluster", "block_finetune", "recover"], "block_finetune", {}, "ClusComp"),
         (["cluster", "block_finetune", "finetune"], "finetune", {}, "ClusComp + finetune"),
+        (["finetune"], "finetune", {}, "original + finetune"),
         (["cluster", "recover"], "recover", {}, "ClusComp- + recover"),
         (["cluster"], "cluster", {"weighting": "none", "assign": "nearest"}, "ClusComp- (data-free)"),
         (["cluster"], "cluster", {"init": "random_points", "weighting": "none"}, "ClusComp- (paper)"),
