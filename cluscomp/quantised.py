@@ -1,4 +1,8 @@
-"""A model that is already quantised, by us or by another quantizer that transformers knows: to be scored as it is."""
+"""A model that is already quantised: to be scored as it is.
+
+By us, by another quantizer that transformers knows, or by any library that wrote the dense weights its numbers stand
+for and beside them what these really take (`Stated`).
+"""
 
 import json
 from collections.abc import Iterator
@@ -10,15 +14,69 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from cluscomp import checkpoint
 from cluscomp.budget import size_of
 from cluscomp.errors import InputError
 from cluscomp.models import Original, block_names, blocks, linears, quantizer, read_config, unique_tensors
+
+STATED = "stored_bits.json"
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class Stated:
+    """What the file stored_bits.json in a folder of dense weights says of the quantised ones these stand for.
+
+    `method` and `library` are words for the record; `ledger` holds the bits that the matrices inside the blocks take,
+    all together and by part (codes, scales, zeros, codebooks, ...), those that stayed in 16 bits too.
+    """
+
+    method: str = Field(min_length=1)
+    library: str = Field(min_length=1)
+    ledger: dict[str, int] = Field(min_length=1)
+
+
+class Dequantised(Original):
+    """A folder of dense weights that another library's numbers stand for, which says itself what those take."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises InputError as `Original`, and for a stored_bits.json that cannot be right."""
+        super().__init__(folder, dtype, device)
+        try:
+            self._stated = TypeAdapter(Stated).validate_json((folder / STATED).read_text())
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            place = ".".join(map(str, wrong["loc"])) or "the file"
+            raise InputError(f"{folder / STATED}: {place}: {wrong['msg']}") from error
+        bits, weights = sum(self._stated.ledger.values()), sum(self._matrices.values())
+        if not 0 < bits <= 16 * weights:
+            raise InputError(
+                f"{folder / STATED}: {bits} bits in all for {weights} weights inside the blocks; "
+                "more than 0 and at most 16 each can be"
+            )
+
+    @cached_property
+    def _matrices(self) -> dict[str, int]:
+        return matrices(dense_outline(self.config))
+
+    def size(self) -> dict[str, Any]:
+        """Bits per weight and bytes as stated, with 16 bits for each number outside of the matrices."""
+        numbers = sum(tensor.numel() for tensor in unique_tensors(dense_outline(self.config)).values())
+        inside, bits = sum(self._matrices.values()), sum(self._stated.ledger.values())
+        in_all = bits + 16 * (numbers - inside)
+        return {
+            "paper_bits_per_weight": bits / inside,
+            "linear_bits_per_weight": bits / inside,
+            "model_bits_per_weight": in_all / numbers,
+            "checkpoint_bytes": -(-in_all // 8),
+            "stated": asdict(self._stated),
+        }
 
 
 class Quantised(Original):
@@ -78,14 +136,8 @@ class Quantised(Original):
         """
         config = copy(self.config)
         del config.quantization_config
-        with torch.device("meta"):
-            dense: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        dense.tie_weights()
-        weights = {
-            f"{name}.{layer}": linear.out_features * linear.in_features
-            for name, block in zip(block_names(dense), blocks(dense))
-            for layer, linear in linears(block).items()
-        }
+        dense = dense_outline(config)
+        weights = matrices(dense)
         stored = dict.fromkeys(weights, 0)
         for name, bits in self._stored_bits().items():
             layer = next((part for part in _parents(name) if part in stored), None)
@@ -120,7 +172,28 @@ def _parents(name: str) -> Iterator[str]:
         yield name
 
 
+def dense_outline(config: PreTrainedConfig) -> PreTrainedModel:
+    """The dense model of a config, on the meta device."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
+
+
+def matrices(dense: PreTrainedModel) -> dict[str, int]:
+    """The number of weights of each matrix inside the blocks of a dense model, by layer name."""
+    return {
+        f"{name}.{layer}": linear.out_features * linear.in_features
+        for name, block in zip(block_names(dense), blocks(dense))
+        for layer, linear in linears(block).items()
+    }
+
+
 def opened(folder: Path, dtype: torch.dtype, device: torch.device, *, to_score: bool) -> Original:
     """The model of a folder; one that is quantised only `to_score`. Raises InputError if it cannot be used."""
+    if (folder / STATED).is_file():
+        if not to_score:
+            raise InputError(f"{folder}: by its {STATED} it is quantised already; it can be scored, order=[evaluate]")
+        return Dequantised(folder, dtype, device)
     kind = Quantised if to_score and quantizer(read_config(folder)) is not None else Original
     return kind(folder, dtype, device)

@@ -1,6 +1,7 @@
 """Models that are already quantised are scored as they are, against the run or the dense numbers they come from."""
 
 import json
+import math
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -187,3 +188,49 @@ def test_blocks_stay_in_memory(compressing, ids):
         logits = model(ids).logits
     walk = Walk(model, original)
     assert torch.equal(walk.logits(walk.through([ids], "test")[0], ids), logits)
+
+
+LEDGER = {"codes": 3 * 1000, "scales": 500}
+
+
+@pytest.fixture
+def stated(tiny_folder, tmp_path) -> Path:
+    """A dense folder that says what the numbers it stands for take."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "stated")
+    said = {"method": "gptq", "library": "some library 1.0", "ledger": LEDGER}
+    (folder / "stored_bits.json").write_text(json.dumps(said))
+    return folder
+
+
+def test_a_dequantised_folder_scores_as_what_it_is_and_counts_as_it_says(stated, tiny_folder, command):
+    record, dense = (read(scored(folder, command).path) for folder in (stated, tiny_folder))
+    assert [row.value for row in record.scores] == [row.value for row in dense.scores]
+    tensors = load_file(stated / "model.safetensors")
+    inside = sum(t.numel() for name, t in tensors.items() if ".layers." in name and t.ndim == 2)
+    numbers = sum(t.numel() for t in tensors.values())
+    size = record.size["original"]
+    assert size["linear_bits_per_weight"] == 3500 / inside
+    assert size["model_bits_per_weight"] == (3500 + 16 * (numbers - inside)) / numbers
+    assert size["checkpoint_bytes"] == math.ceil((3500 + 16 * (numbers - inside)) / 8)
+    assert size["stated"] == {"method": "gptq", "library": "some library 1.0", "ledger": LEDGER}
+
+
+def test_a_dequantised_folder_is_not_compressed(stated, command):
+    with pytest.raises(InputError, match=r"stored_bits\.json it is quantised already.*order=\[evaluate\]"):
+        pipeline("model=hub", f"model.id={stated}", *command, *HOW)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("3 bits", r"stored_bits\.json: the file: .*JSON"),
+        ('{"method": "gptq", "library": "x"}', r"ledger: Field required"),
+        ('{"method": "gptq", "library": "x", "ledger": {"codes": "3"}}', r"ledger\.codes: .*integer"),
+        ('{"method": "gptq", "library": "x", "ledger": {"codes": 0}}', r"0 bits in all for \d+ weights"),
+        ('{"method": "gptq", "library": "x", "ledger": {"codes": 1000000000}}', r"at most 16 each"),
+    ],
+)
+def test_what_a_folder_cannot_mean_is_told(stated, command, text, words):
+    (stated / "stored_bits.json").write_text(text)
+    with pytest.raises(InputError, match=words):
+        scored(stated, command)
