@@ -3,10 +3,12 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from cluscomp.files import new_file
 from cluscomp.frontier import BITS, BYTES, higher_is_better
@@ -15,7 +17,6 @@ from cluscomp.records import content_key
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which people with colour-blindness tell apart; the markers tell the same without any colour.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -31,15 +32,26 @@ STYLE: Any = {
 UNITS = {BITS: "stored bits per weight of the linear layers", BYTES: "weights on disk, MB"}
 
 
+class Picture(Figure):
+    """A figure that a notebook shows by itself."""
+
+    def _repr_png_(self) -> bytes:
+        import matplotlib as mpl
+
+        content = BytesIO()
+        with mpl.rc_context(STYLE):
+            self.savefig(content, format="png", dpi=STYLE["figure.dpi"])
+        return content.getvalue()
+
+
 @contextmanager
 def _panels(rows: int, columns: int) -> "Iterator[tuple[Figure, list[list[Axes]]]]":
     """A figure of panels in the style, without a window."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
+        figure = Picture(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
 
@@ -72,6 +84,9 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
                 axes.set_xlabel(UNITS[size])
                 axes.set_title(f"{model}, {data}")
             row[0].set_ylabel(f"{metric} (log)" if not higher_is_better(metric) else metric)
+        panels[0][0].plot(
+            [], [], "o", color=GREY, markerfacecolor="none", label="hollow: another is no larger and better"
+        )
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure

@@ -27,7 +27,8 @@ def rendered(
     """A table in a format. Of each column of `scores` the best of the rows that agree in `within` are bold.
 
     Best is the smallest, or with `highest` the largest; a group of one row has no best, and the original takes no
-    part. CSV has all digits, no bold and empty cells where something is missing; so it can be read again.
+    part. CSV has all digits, no bold and empty cells where something is missing; so it can be read again. In HTML the
+    title names a table's styles: two tables of one page need two.
     """
     if format_ == "csv":
         return table.to_csv(index=False, lineterminator="\n")
@@ -42,7 +43,7 @@ def rendered(
         return heading + cells.to_markdown(index=False, disable_numparse=True, colalign=numeric) + "\n"
     style = (
         cells.style.hide(axis="index")
-        .set_uuid("table")
+        .set_uuid(re.sub(r"\W+", "-", title) or "table")
         .set_caption(html.escape(title) if format_ == "html" else _escaped(title))
     )
     marks = pd.DataFrame("", cells.index, cells.columns)

@@ -359,3 +359,7 @@ def test_notebooks_run_on_records(path, records_of_all):
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(records_of_all)}}).execute()
     shown = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.rstrip()[-1] == ")"]
     assert any(cell.outputs for cell in shown)
+    drawn = [cell for cell in shown if cell.source.splitlines()[-1].startswith("plots.")]
+    assert all("image/png" in cell.outputs[-1].data for cell in drawn)
+    tables = [cell for cell in shown if "_table(found)" in cell.source.splitlines()[-1]]
+    assert all("text/html" in cell.outputs[-1].data for cell in tables)

@@ -223,6 +223,12 @@ def test_the_best_is_bold_and_the_original_takes_no_part(format_, best, plain):
     assert best not in highest
 
 
+def test_tables_of_one_page_do_not_style_each_other():
+    first, second = (rendered(TABLE, "html", title=title, scores=["ppl"]) for title in ("one: a", "two: b"))
+    names = [set(re.findall(r"#(T_[\w-]+?)(?:_row|_level|[ ,{])", text)) for text in (first, second)]
+    assert names[0] and names[1] and not names[0] & names[1]
+
+
 def test_latex_is_booktabs():
     text = rendered(TABLE, "latex", title="50% of_it")
     assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule")) and r"50\% of\_it" in text
