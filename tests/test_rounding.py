@@ -184,3 +184,29 @@ def test_it_is_counted_as_memory_and_keys_are_those_of_before(families, text):
     peaks = [sum(stage(text, learns=learns).cost(outline).device.values()) for learns in LEARN]
     assert peaks[0] < peaks[1] < peaks[2]
     assert stage(text).idle() == {"streams", "learns"} and stage(text, learns="rounding").idle() == {"streams"}
+
+
+def test_values_and_gradients_are_those_of_the_autoround_package():
+    """Of a layer on 2 bits with whole zeros: numbers, and what factors and offsets learn from them."""
+    package = pytest.importorskip("auto_round.data_type.int", reason="auto-round is not installed")
+    weight_OI, _ = correlated(6, 24, 3)
+    stored = METHODS["whole zeros"].compress(weight_OI, None, torch.Generator()).requires_grad_(False)
+    learned = LearnedRounding(weight_OI, stored, offsets=True)
+    learned.loosen()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for factor in (learned.low, learned.high):
+            factor.copy_(0.5 + 0.5 * torch.rand(factor.shape, generator=generator))
+        learned.offset.copy_(torch.rand(weight_OI.shape, generator=generator) - 0.5)
+    parts = [learned.low, learned.high, learned.offset]
+    theirs = [part.detach().clone().requires_grad_(True) for part in parts]
+    low, high, offset = (theirs[0].flatten(), theirs[1].flatten(), theirs[2].view(-1, 8))
+    dense_OI, _, _ = package.quant_tensor_asym(
+        weight_OI, bits=2, group_size=8, v=offset, min_scale=low, max_scale=high, scale_dtype=torch.float32
+    )
+    torch.testing.assert_close(learned(torch.float32), dense_OI)
+    wanted_OI = torch.randn(weight_OI.shape, generator=generator)
+    found = torch.autograd.grad((learned(torch.float32) * wanted_OI).sum(), parts)
+    expected = torch.autograd.grad((dense_OI * wanted_OI).sum(), theirs)
+    for ours, their in zip(found, expected):
+        torch.testing.assert_close(ours, their, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,137 @@
+"""Every method on the layers of one block of SmolLM2-135M at 3 stored bits: time, memory, error of the weights.
+
+    python benchmarks/methods.py [--methods NAME ...] [--rounds 3] [--output FILE]
+
+Each method works in a process of its own, on one thread; the statistics of the layers' inputs (8 windows of 512 tokens
+of Python's manual) are made before and not in the time. Peak memory is the operating system's count for the process,
+libraries included. HQQ is also run at 3 bits in groups of 64 beside its authors' package, where that is installed, in
+turn: the goal is at most 1.1 of its time.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from goals import Goal, finish, installed, paired, show_times, timed
+
+from cluscomp.__main__ import CONF, build
+from cluscomp.blocks import Walk
+from cluscomp.experiment import Experiment
+from cluscomp.methods.hqq import Hqq
+from cluscomp.models import Original, block_names, linears
+from cluscomp.outline import Outline
+from cluscomp.stages.cluster import places
+
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+BLOCK, BITS, MOST = 2, 3, 1.1
+CALIBRATION = ["data=pydoc", "cluster.samples=8", "cluster.length=512"]
+
+
+def composed(*overrides: str) -> Experiment:
+    """What the command line would build."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return build(hydra.compose("config", overrides=[*overrides, *CALIBRATION]))
+
+
+def opened(experiment: Experiment) -> Original:
+    folder = experiment.model.folder(Path(experiment.cache).expanduser())
+    return Original(folder, torch.float32, torch.device("cpu"))
+
+
+def measure(method: str) -> dict[str, Any]:
+    """Compress the block once, in this process."""
+    torch.set_num_threads(1)
+    experiment = composed(f"method={method}", f"bits={BITS}")
+    cluster: Any = experiment.stages["cluster"]
+    original = opened(experiment)
+    model = original.model()
+    walk = Walk(model)
+    statistics: dict[str, Any] = {}
+    if cluster.method.statistic() is not None:
+        windows = torch.from_numpy(cluster._windows(original, 0))
+        with torch.no_grad():
+            stream = [walk.embed(ids_BT) for ids_BT in windows.split(cluster.batch_size)]
+            for index in range(BLOCK + 1):
+                with original.block(model, index):
+                    stream, statistics = cluster.observe(walk, index, stream, count=index == BLOCK)
+    original.load_block(model, BLOCK)
+    block = walk.blocks[BLOCK]
+    of_block = places(Outline(original.config, torch.float32, "cpu"))[BLOCK]
+    found, times = timed(lambda: cluster.compress_block(block, block_names(model)[BLOCK], 0, statistics, of_block))
+    layers = [module.stored for module in block.modules() if hasattr(module, "stored")]
+    weights = sum(layer.out_features * layer.in_features for layer in layers)
+    error, size = (sum(values) for values in zip(*found["squares"].values()))
+    return times | {
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "bits": sum(sum(layer.ledger().values()) for layer in layers) / weights,
+        "relative_error": error / size,
+    }
+
+
+def measured(method: str) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    with tempfile.NamedTemporaryFile() as file:
+        command = [sys.executable, __file__, "--one", method, "--output", file.name]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return dict(json.loads(Path(file.name).read_text()))
+
+
+def beside_hqq(rounds: int) -> dict[str, dict[str, float]]:
+    """Times of HQQ's own package and ours for all layers of the block."""
+    from hqq.core.quantize import Quantizer
+
+    torch.set_num_threads(1)
+    experiment = composed("method=hqq", "bits=null", "method.width=3", "method.group=64")
+    original, cluster = opened(experiment), experiment.stages["cluster"]
+    method: Hqq = cluster.method  # type: ignore[attr-defined]
+    with original.block(original.model(), BLOCK) as block:
+        dense = [layer.weight.detach().float() for layer in linears(block).values()]
+
+    def theirs() -> None:
+        for weight_OI in dense:
+            Quantizer.quantize(weight_OI, nbits=3, group_size=64, axis=1, device="cpu", compute_dtype=torch.float32)
+
+    def ours() -> None:
+        for weight_OI in dense:
+            method.compress(weight_OI, None, torch.Generator())
+
+    return paired({"hqq package": theirs, "hqq, ours": ours}, rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--one", choices=METHODS, help="measure this one in this process, and write it to the output")
+    parser.add_argument("--output", type=Path, default=Path("results/bench/methods.json"))
+    options = parser.parse_args()
+    if options.one:
+        options.output.write_text(json.dumps(measure(options.one)))
+        return
+    began = datetime.now(UTC)
+    rows = {method: measured(method) for method in options.methods}
+    show_times(f"layers of block {BLOCK} at {BITS} bits", rows)
+    goals = []
+    for method, row in rows.items():
+        goals += [
+            Goal(f"{method}: CPU time of a block", None, row["cpu_ms"] / 1000, "s"),
+            Goal(f"{method}: peak memory", None, row["peak_gib"], "GiB"),
+            Goal(f"{method}: stored bits at most", BITS, row["bits"], "", True),
+        ]
+    if installed("hqq") is not None:
+        rows |= beside_hqq(options.rounds)
+        ratio = rows["hqq, ours"]["cpu_ms"] / rows["hqq package"]["cpu_ms"]
+        goals.append(Goal("hqq, 3 bits in groups of 64: ours beside the package", MOST, ratio, "x", True))
+    finish(goals, rows, {"method": " ".join(__doc__.split())}, options.output, began)
+
+
+if __name__ == "__main__":
+    main()
