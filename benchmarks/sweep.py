@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import hydra
+import transformers
 from goals import Goal, finish
 
 from cluscomp.__main__ import CONF, build
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/bench/sweep.json"))
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    transformers.utils.logging.disable_progress_bar()
     began = datetime.now(UTC)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

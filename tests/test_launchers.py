@@ -55,10 +55,10 @@ def test_a_search_finds_the_cell_with_the_best_score(tmp_path):
     ]
     done = sweep(tmp_path, *search, "method.codebook_size=choice(2,64)", "hydra.sweeper.sampler.seed=0")
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {
-        record["config"]["stages"]["cluster"]["method"]["codebook_size"]: record["scores"][-1]["value"]
-        for record in records(tmp_path)
-    }
+    found = {}
+    for record in records(tmp_path):
+        perplexity = [row["value"] for row in record["scores"] if row["metric"] == "perplexity"][-1]
+        found[record["config"]["stages"]["cluster"]["method"]["codebook_size"]] = perplexity
     best = (tmp_path / "outputs" / "optimization_results.yaml").read_text()
     assert f"best_value: {min(found.values())}" in best
     assert f"method.codebook_size: {min(found, key=found.__getitem__)}" in best
