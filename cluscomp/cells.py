@@ -64,7 +64,8 @@ def at_work(
     """
     with held_alone(folder, "the same cell"):
         began = Cell(overrides, "running", _now(), f"process {os.getpid()} on {platform.node()}")
-        _write(folder, began)
+        if not _is_finished(folder):  # else it only is looked at again, and stays finished while that lasts
+            _write(folder, began)
         handler = logging.FileHandler(folder / LOG)
         handler.setFormatter(Discreet("%(asctime)s %(message)s"))
         log.addHandler(handler)
@@ -137,6 +138,15 @@ def collect(cells: dict[Path, Cell], into: Path) -> list[Path]:
     for record in found:
         write(record, into / f"{record.run['key']}.json")
     return [into / f"{record.run['key']}.json" for record in found]
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether a cell was finished, and its record is still there."""
+    try:
+        cell = read_cell(folder)
+    except FileNotFoundError:
+        return False
+    return cell.state == "finished" and (folder / cell.record).is_file()
 
 
 def _write(folder: Path, cell: Cell) -> None:

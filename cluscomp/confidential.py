@@ -48,5 +48,5 @@ class Discreet(logging.Formatter):
     """A formatter of log lines, and of the exceptions they tell of, without what is secret."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """The line of a record, with what is secret hidden."""
         return hide(super().format(record))

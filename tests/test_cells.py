@@ -27,8 +27,9 @@ def record(path, **run):
 
 def finish(outputs, name, number, **run):
     folder = folder_of(outputs, name, {"seed": number})
+    again = (folder / "cell.json").exists() and read_cell(folder).state == "finished"
     with at_work(folder, [f"seed={number}", "bits=3"], told) as records:
-        assert read_cell(folder).state == "running"
+        assert read_cell(folder).state == ("finished" if again else "running")  # looked at again, it stays finished
         records.append(record(outputs / f"run-{number}" / "record.json", **run))
     return folder
 

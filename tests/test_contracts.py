@@ -28,7 +28,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 NODES = {
     str(path.relative_to(CONF)): node
     for path in sorted(CONF.rglob("*.yaml"))
-    if "_target_" in (node := yaml.safe_load(path.read_text()))
+    if path.relative_to(CONF).parts[0] != "hydra"  # Hydra's own settings
+    and "_target_" in (node := yaml.safe_load(path.read_text()))
 }
 VARIANTS = {  # choices that say only what is other than in another choice of their group
     str(path.relative_to(CONF)): node
@@ -90,8 +91,9 @@ def test_every_choice_of_every_group_composes_and_builds(name):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_builds_under_its_own_name(name):
     written = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())
-    chosen = [group for entry in written["defaults"] for group in entry.values()]
-    bits = [] if "bits" in written or "cluscomp_paper" in chosen else ["bits=3"]
+    chosen = [group for entry in written["defaults"] if isinstance(entry, dict) for group in entry.values()]
+    papers = "paper" in written["defaults"] or "cluscomp_paper" in chosen
+    bits = [] if "bits" in written or papers else ["bits=3"]
     assert composed(f"experiment={name}", *bits).name == name
 
 
