@@ -28,7 +28,6 @@ from cluscomp.experiment import PLACES, Experiment, settings
 from cluscomp.files import is_held
 from cluscomp.preparation import planned, writable
 from cluscomp.records import objective, read
-from cluscomp.replay import changed, compare, overrides_of, quoted, scoring_alone, verdict_table, worst
 from cluscomp.run import Outcome, run
 from cluscomp.steps import rank
 
@@ -185,6 +184,8 @@ def _calibrate(experiment: Experiment) -> None:
 
 def _verify(arguments: list[str]) -> None:
     """Measure a record's models again, or with full=true make them anew, too. Exit code 1 if a score is different."""
+    from cluscomp.replay import changed, compare, overrides_of, quoted, scoring_alone, verdict_table, worst
+
     given = dict(item.partition("=")[::2] for item in arguments[1:])
     if not arguments or "=" in arguments[0]:
         raise InputError("cluscomp verify RECORD [outputs=outputs] [full=true] [SETTINGS]: RECORD is a record's file")

@@ -146,14 +146,14 @@ def test_a_wrong_setting_costs_a_second_and_one_sentence(process, arguments, nam
 
 
 @pytest.mark.parametrize("arguments", [["bits=99"], ["bits=3", "order=[x]"], ["bits=3", "sede=1"], ["--help"]])
-def test_settings_are_checked_before_torch_is_imported(place, arguments):
+def test_settings_are_checked_before_what_takes_long_is_imported(place, arguments):
     script = """
 import sys
 from cluscomp.__main__ import main
 try:
     main()
 finally:
-    print([name for name in ("torch", "transformers", "datasets") if name in sys.modules])
+    print([name for name in ("torch", "transformers", "datasets", "pandas") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
