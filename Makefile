@@ -17,7 +17,7 @@ demo: $(VENV)/ready
 	$(RUN) cluscomp experiment=demo
 
 test: $(VENV)/ready
-	HF_HUB_OFFLINE=1 $(RUN) pytest
+	HF_HUB_OFFLINE=1 $(RUN) pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -31,13 +31,13 @@ NODES = {
     if path.relative_to(CONF).parts[0] != "hydra"  # Hydra's own settings
     and "_target_" in (node := yaml.safe_load(path.read_text()))
 }
+GROUPS = sorted({name.split("/")[0] for name in NODES})
 VARIANTS = {  # choices that say only what is other than in another choice of their group
     str(path.relative_to(CONF)): node
-    for group in {name.split("/")[0] for name in NODES}
+    for group in GROUPS
     for path in sorted((CONF / group).glob("*.yaml"))
     if "_target_" not in (node := yaml.safe_load(path.read_text()))
 }
-GROUPS = sorted({name.split("/")[0] for name in NODES})
 METHODS = [name for name in NODES if name.startswith("method/")]
 STAGES = [name for name, node in NODES.items() if node["_target_"].startswith("cluscomp.stages.")]
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -277,7 +277,7 @@ def test_every_public_name_says_what_it_does_and_in_which_shapes(name):
             assert described, f"takes or gives tensors of certain shapes, but says nothing of them: {text}"
 
 
-@pytest.mark.parametrize("path", PACKAGE.rglob("__init__.py"), ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_init_files_define_protocols_or_a_version_and_export_nothing_else(path):
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom | ast.Import):  # for the definitions below, nothing of our own
