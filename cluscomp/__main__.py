@@ -24,7 +24,7 @@ from cluscomp import __version__, commands
 from cluscomp.cells import announce, at_work, folder_of, read_cell
 from cluscomp.confidential import Discreet, hide, hide_override
 from cluscomp.errors import InputError
-from cluscomp.experiment import PLACES, Experiment, settings
+from cluscomp.experiment import ASIDE, PLACES, Experiment, settings
 from cluscomp.files import is_held
 from cluscomp.preparation import planned, writable
 from cluscomp.records import objective, read
@@ -106,7 +106,7 @@ def _run(experiment: Experiment) -> float | None:
 def _cell(experiment: Experiment) -> tuple[Path, list[str]]:
     """The folder where this run tells of itself, and the overrides it was started with, but for places."""
     given = HydraConfig.get().overrides.task
-    overrides = [hide_override(item) for item in given if item.partition("=")[0] not in PLACES]
+    overrides = [hide_override(item) for item in given if item.partition("=")[0] not in ASIDE]
     outputs = writable("outputs", experiment.outputs)
     return folder_of(outputs, experiment.name, settings(experiment)), overrides
 
@@ -145,8 +145,13 @@ def _sweep(arguments: list[str]) -> None:
 
 
 def _run_or_put_aside(experiment: Experiment, aside: set[Path]) -> float | None:
-    """Run a cell, unless another process is at work at it. (A job, which has one cell alone, waits for that one.)"""
+    """Run a cell, unless another process is at work at it. (A job, which has one cell alone, waits for that one.)
+
+    With `retry` only cells that failed or were interrupted are run.
+    """
     folder, _ = _cell(experiment)
+    if experiment.retry and read_cell(folder).state not in ("failed", "interrupted"):
+        return None
     if HydraConfig.get().runtime.choices["hydra/launcher"] == "basic" and is_held(folder):
         aside.add(folder)
         return None

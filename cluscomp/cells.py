@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cluscomp.confidential import Discreet, hide
+from cluscomp.confidential import hide, log_file
 from cluscomp.errors import InputError
 from cluscomp.files import held_alone, is_held, new_file
 from cluscomp.records import content_key, read, write
@@ -66,8 +66,7 @@ def at_work(
         began = Cell(overrides, "running", _now(), f"process {os.getpid()} on {platform.node()}")
         if not _is_finished(folder):  # else it only is looked at again, and stays finished while that lasts
             _write(folder, began)
-        handler = logging.FileHandler(folder / LOG)
-        handler.setFormatter(Discreet("%(asctime)s %(message)s"))
+        handler = log_file(folder / LOG)
         log.addHandler(handler)
         records: list[Path] = []
         try:

@@ -3,6 +3,8 @@
 import logging
 import os
 import re
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import Any
 
 HIDDEN = "(hidden)"
@@ -15,6 +17,7 @@ SHAPES = re.compile(
     r"\bhf_\w{16,}|\bgh[a-z]_\w{16,}|\bgithub_pat_\w{16,}|\bsk-[\w-]{16,}"
     r"|(?:(?<=://)|(?<=:/))[^/\s:@]+:[^/\s@]+(?=@)"
 )
+LOG_BYTES = 10 * 2**20  # of a log file; one older file is kept beside it
 SHORTEST = 8  # a shorter value of an environment variable may stand in any text
 
 
@@ -50,3 +53,10 @@ class Discreet(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record, with what is secret hidden."""
         return hide(super().format(record))
+
+
+def log_file(path: Path) -> logging.Handler:
+    """A handler that appends log lines with their time to a file, without what is secret. Raises OSError."""
+    handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=1)
+    handler.setFormatter(Discreet("%(asctime)s %(message)s"))
+    return handler

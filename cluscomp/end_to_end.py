@@ -26,6 +26,7 @@ from cluscomp.files import file_hash
 from cluscomp.records import read_sealed, write_sealed
 from cluscomp.steps import LOGITS, Steps
 from cluscomp.teacher import divergence
+from cluscomp.tracking import told
 from cluscomp.training import Trained
 
 log = logging.getLogger(__name__)
@@ -292,6 +293,7 @@ class _Watch(TrainerCallback):
                 "%s  step %*d/%d  loss %.4f  lr %.2e  %.0f tokens/s  %d:%02d left",
                 self.name, len(str(last)), step, last, logs["loss"], logs["learning_rate"],
                 self.tokens_of_a_step / of_a_step, *divmod(round(of_a_step * (last - step)), 60),
+                extra=told(f"{self.name} steps", {"loss": logs["loss"], "lr": logs["learning_rate"]}, step),
             )  # fmt: skip
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002

@@ -17,6 +17,7 @@ from cluscomp.costs import Machine
 from cluscomp.records import content_key
 
 PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
+ASIDE = (*PLACES, "retry")  # and which cells of a sweep are run: settings that decide nothing of a run's result
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -40,6 +41,7 @@ class Experiment:
     cache: str
     publish: str | None
     force: bool
+    retry: bool
     objective: str = Field(min_length=1)
 
     @field_validator("order", mode="after")
@@ -73,14 +75,14 @@ class Experiment:
 
 
 def settings(experiment: Experiment) -> dict[str, Any]:
-    """The resolved settings as plain values, as they stand in the record: all but where things lie on this machine.
+    """The resolved settings as plain values, as they stand in the record: all but `ASIDE`.
 
     Of a whole path its last part is kept.
     """
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items() if key not in PLACES}
+            return {key: plain(item) for key, item in value.items() if key not in ASIDE}
         return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
     return dict(plain(json.loads(json.dumps(asdict(experiment), default=str))))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluscomp.capsule import commit, seal, versions
-from cluscomp.confidential import Discreet, hide_all
+from cluscomp.confidential import hide_all, log_file
 from cluscomp.errors import InputError
 from cluscomp.experiment import Experiment, settings, stage_keys
 from cluscomp.files import held_alone
@@ -28,7 +28,7 @@ from cluscomp.tasks import flipped, read_answers
 if TYPE_CHECKING:
     from cluscomp.models import Original
     from cluscomp.plan import Plan
-    from cluscomp.tracking import Tracker
+    from cluscomp.tracking import Session
 
 log = logging.getLogger("cluscomp")
 LOG = "log.txt"  # what the terminal showed, in the run's folder
@@ -69,16 +69,17 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
     root = {"model": fingerprint(folder), "dtype": str(dtype), "device": device.type, "format": FORMAT}
     runner = (Runner if first else Follower)(experiment, outputs, original, stage_keys(experiment, root))
     runner.check()
-    tracker = Forgiving(experiment.tracker if first else NoTracker())
     run_folder = outputs / f"run-{runner.key}"
     if first:
         _log_into(run_folder)
         seal(run_folder, list(overrides), {"settings": config, "device": str(device), "read": root, **runner.read()})
-    tracker.begin(f"{experiment.name}-{runner.key}", config, run_folder)
+    tracker = experiment.tracker if first else NoTracker()
+    session = Forgiving(tracker, f"{experiment.name}-{runner.key}", config, run_folder)
     try:
-        metrics = _fold(experiment, runner, tracker)
+        with session.listening():
+            metrics = _fold(experiment, runner, session)
     except BaseException:
-        tracker.end(None)
+        session.end(None)
         raise
     answers = {name: runner.answers(name) for name in experiment.measured if runner.answers(name).is_file()}
     path = run_folder / "record.json"
@@ -91,7 +92,7 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
             write(record, path)
     if publish is not None:
         write(record, publish / experiment.name / f"{runner.key}.json")
-    tracker.end({f"{row.after}/{row.dataset}/{row.metric}": row.value for row in record.scores} | record.size)
+    session.end({f"{row.after}/{row.dataset}/{row.metric}": row.value for row in record.scores} | record.size)
     samples = {
         name: metrics[f"evaluate {name}"]["sample"]
         for name in experiment.measured
@@ -100,17 +101,17 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
     return Outcome(record, path, runner.checkpoint(["original", *experiment.order][-1]), samples)
 
 
-def _fold(experiment: Experiment, runner: Runner, tracker: "Tracker") -> dict[str, dict[str, Any]]:
+def _fold(experiment: Experiment, runner: Runner, session: "Session") -> dict[str, dict[str, Any]]:
     """The metrics of all stages and evaluations, in the order of the run."""
     metrics: dict[str, dict[str, Any]] = {}
     for name in ["original", *experiment.order]:
         if name != "original":
             metrics[name] = runner.stage(name)
-            tracker.log(name, _numbers(metrics[name]))
+            session.log(name, _numbers(metrics[name]))
         if name in experiment.measured:
             label = f"evaluate {name}"
             metrics[label] = runner.evaluate(name)
-            tracker.log(label, {f"{row['dataset']}/{row['metric']}": row["value"] for row in metrics[label]["scores"]})
+            session.log(label, {f"{row['dataset']}/{row['metric']}": row["value"] for row in metrics[label]["scores"]})
     return metrics
 
 
@@ -130,9 +131,8 @@ def _log_into(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for old in [handler for handler in log.handlers if handler.name == LOG]:
         log.removeHandler(old)
-    handler = logging.FileHandler(folder / LOG)
+    handler = log_file(folder / LOG)
     handler.set_name(LOG)
-    handler.setFormatter(Discreet("%(asctime)s %(message)s"))
     log.addHandler(handler)
 
 

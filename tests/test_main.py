@@ -314,6 +314,9 @@ def test_a_cell_that_fails_does_not_stop_the_others_and_all_are_listed(cli, plac
     assert [[part.strip() for part in row[1:3]] for row in rows] == [
         ["method.codebook_size=16", "finished"], ["method.codebook_size=5000", "failed"]
     ]  # fmt: skip
+    again = cli("-m", *more, "name=sizes", "method.codebook_size=5000,16,32", "evaluate.after=[]", "retry=true")
+    assert again.code == 1 and "5000 exceeds" in again.err and "2 of 3 cells are not finished" in again.err
+    assert "finished before" not in again.err and len(list(place.glob("outputs/run-*/record.json"))) == 1
     assert "not finished" in the_sentence(cli("collect", "sizes"))
     assert "NAME" in the_sentence(cli("status")) and "there are: sizes" in the_sentence(cli("status", "siezs"))
 

@@ -1,4 +1,4 @@
-"""W&B offline, read back by wandb's own inspector; progress lines; peak memory against an allocation of known size."""
+"""W&B and TensorBoard, read back by their own readers; progress lines; peak memory against a known allocation."""
 
 import json
 import logging
@@ -21,10 +21,17 @@ import sys
 from pathlib import Path
 from cluscomp.tracking import WandbTracker
 tracker = WandbTracker(project="tests", entity=None, mode="offline", timeout=30.0)
-tracker.begin("run-1", {"seed": 3, "method": {"bits": 2.5}}, Path(sys.argv[1]))
-tracker.log("cluster", {"relative_error": 0.25, "seconds": 1.5})
-tracker.log("evaluate cluster", {"perplexity": 12.5})
-tracker.end({"cluster/perplexity": 12.5, "linear_bits_per_weight": 2.5})
+session = tracker.begin("run-1", {"seed": 3, "method": {"bits": 2.5}}, Path(sys.argv[1]))
+session.log("cluster", {"relative_error": 0.25, "seconds": 1.5})
+session.log("evaluate cluster", {"perplexity": 12.5})
+session.end({"cluster/perplexity": 12.5, "linear_bits_per_weight": 2.5})
+"""
+
+
+SHOWN = """
+import logging, sys
+logging.basicConfig(stream=sys.stdout)
+logging.getLogger("cluscomp").setLevel(logging.INFO)
 """
 
 
@@ -50,7 +57,7 @@ def test_wandb_offline_holds_config_stages_and_summary(tmp_path):
 def test_a_run_that_fails_is_not_marked_as_finished(tmp_path):
     """Without end() W&B must see the failure: the exit code in its summary is not 0."""
     pytest.importorskip("wandb")
-    failing = TRACK.replace("tracker.end(", "sys.exit(1)\ntracker.end(")
+    failing = TRACK.replace("session.end(", "sys.exit(1)\nsession.end(")
     subprocess.run([sys.executable, "-c", failing, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
     found = json.loads(inspect(tmp_path, "--summary"))
     assert found["exit_code"] == 1
@@ -86,6 +93,13 @@ def test_what_wandb_holds_of_a_sweep_equals_its_records(tmp_path):
         assert config == record.config and run["run_id"] == run["display_name"] == record.run["name"]
         items = [line["history"]["item"] for line in lines if line["type"] == "history"]
         history = [{key: value for key, value in item.items() if key[0] != "_"} for item in items]
+        blocks = [row for row in history if "cluster blocks/step" in row]
+        errors = list(record.stages["cluster"]["found"]["relative_error_by_layer"].values())
+        assert [row["cluster blocks/step"] for row in blocks] == [1, 2, 3]
+        assert min(errors) < blocks[0]["cluster blocks/relative_error"] < max(errors)
+        losses = [row["block_finetune blocks/after"] for row in history if "block_finetune blocks/after" in row]
+        assert losses == [found["after"] for found in record.stages["block_finetune"]["found"]["blocks"]]
+        history = [row for row in history if not any(" blocks/" in key for key in row)]
         expected = []
         for step, seconds in record.run["seconds"].items():  # in the order of the run
             if step.startswith("evaluate "):
@@ -147,16 +161,42 @@ def test_a_server_that_cannot_be_used_costs_one_warning_and_no_result(tmp_path, 
     assert not key or key not in done.stderr + done.stdout
 
 
+@pytest.mark.parametrize("key", ["", "0" * 40], ids=["no key", "a wrong key"])
+def test_without_a_key_that_works_wandb_is_offline_and_says_so(tmp_path, key):
+    pytest.importorskip("wandb")
+    variables = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": key, "HOME": str(tmp_path)}
+    script = TRACK.replace('mode="offline"', 'mode="auto"').replace("import sys\n", SHOWN)
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | variables)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("W&B  offline") == 1 and done.stdout.count("cannot be reached") == bool(key)
+    assert json.loads(inspect(tmp_path, "--summary"))["summary"]["cluster/perplexity"] == 12.5
+
+
+@pytest.mark.slow
+def test_what_tensorboard_shows_equals_the_record(tmp_path):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    done = sweep(tmp_path, "tracker=tensorboard", "method.codebook_size=8")
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("outputs/run-*/record.json")
+    record, events = read(path), reading.EventAccumulator(str(path.parent / "tensorboard")).Reload()
+    losses = [(point.step, point.value) for point in events.Scalars("block_finetune blocks/after")]
+    found = record.stages["block_finetune"]["found"]["blocks"]
+    assert losses == [(i, pytest.approx(block["after"])) for i, block in enumerate(found, 1)]
+    for row in record.scores:
+        (point,) = events.Scalars(f"evaluate {row.after}/{row.dataset}/{row.metric}")
+        assert point.value == pytest.approx(row.value)
+
+
 def test_a_mode_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="mode"):
         WandbTracker(project="tests", entity=None, mode="sometimes", timeout=1.0)
 
 
 def test_no_tracker_writes_nothing(tmp_path):
-    tracker = NoTracker()
-    tracker.begin("run-1", {}, tmp_path)
-    tracker.log("cluster", {"relative_error": 0.25})
-    tracker.end({"a": 1.0})
+    session = NoTracker().begin("run-1", {}, tmp_path)
+    session.log("cluster", {"relative_error": 0.25})
+    session.end({"a": 1.0})
     assert list(tmp_path.iterdir()) == []
 
 

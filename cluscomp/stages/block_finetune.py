@@ -184,7 +184,8 @@ class BlockFinetune:
             if numbers["kept"]:
                 fate = "kept as it was"
             line = f"loss {numbers['before']:.3e} -> {numbers['after']:.3e}"
-            progress.step(f"{line}  {fate}" if numbers["reasons"] else line)
+            line = f"{line}  {fate}" if numbers["reasons"] else line
+            progress.step(line, **{key: numbers[key] for key in ("before", "after", "attempts")})
         return {
             "calibration": self.data.text("calibration").describe(),
             "tokens": ids_WT.numel(),

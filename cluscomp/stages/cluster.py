@@ -232,7 +232,8 @@ class Cluster:
             squares |= {f"{name}.{layer}": numbers for layer, numbers in found["squares"].items()}
             chosen |= {f"{name}.{layers}": values for layers, values in found["chosen"].items()}
             distributed |= {f"{name}.{layer}": values for layer, values in found.get("distributed", {}).items()}
-            progress.step(f"relative error {_ratio(found['squares']):.4f}")
+            error = _ratio(found["squares"])
+            progress.step(f"relative error {error:.4f}", relative_error=error)
         by_layer = {layer: error / size if size else 0.0 for layer, (error, size) in squares.items()}
         numbers = {"relative_error": _ratio(squares), "relative_error_by_layer": by_layer}
         numbers["distribution_by_layer"] = distributed
