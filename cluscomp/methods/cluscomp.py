@@ -4,7 +4,6 @@ And what the layers' inputs can add to it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from cluscomp.budget import Matrices, Option, Shape
+    from cluscomp.budget import Matrices, Shape
     from cluscomp.costs import Work
     from cluscomp.kmeans import Recipe
     from cluscomp.moments import SecondMoment
@@ -93,8 +92,10 @@ class ClusComp:
 
     def check_block(self, places: dict[str, Place]) -> None:
         """Whether a codebook fits each group of layers that share one; see `BlockMethod.check_block`."""
+        from cluscomp.allocation import named
+
         for names, matrices in self._groups(places):
-            with _named(names):
+            with named(names):
                 self._shapes(matrices, self.bits)
 
     def outline(self, out_features: int, in_features: int) -> "CodebookWeight":
@@ -275,72 +276,27 @@ class ClusComp:
 
     def _shapes_of(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
         """The shape of each group's codebook; one group is open at a time."""
-        policies = {"uniform": self._uniform, "fill": self._fill, "sensitivity": self._by_sensitivity}
-        return policies[self.allocation if self._shared_out(len(groups)) else "uniform"](groups)
+        from cluscomp import allocation
+
+        if not self._shared_out(len(groups)):
+            return allocation.uniform(groups, self._shapes, self.bits, self._recipe)
+        assert self.bits is not None  # _shared_out
+        policy = {"fill": allocation.fill, "sensitivity": allocation.sensitivity}[self.allocation]
+        return policy(groups, self._shapes, self.bits, self._recipe)
 
     def _shared_out(self, groups: int) -> bool:
         """Whether bits are given out between groups: not with shapes by hand, or a single codebook."""
         return self.allocation != "uniform" and self.bits is not None and groups > 1
 
-    def _uniform(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
-        """The best shape of `bits` for each group."""
-        from cluscomp.budget import choose
-
-        chosen = []
-        for group in (opened() for opened in groups):
-            with _named(group.names):
-                shapes = self._shapes(group.matrices, self.bits)
-                chosen.append(choose(group.points, shapes, self._recipe, group.generator))
-        return chosen
-
-    def _fill(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
-        """The shapes of least total damage in the bits that all groups may take together.
-
-        A layer's damage is the relative error that K-means leaves, weighted as the settings say, times its weights.
-        """
-        from cluscomp.budget import allocate
-
-        assert self.bits is not None  # _fit_together
-        offered, menus, numbers = self._menus(groups, lambda group: group.numbers / group.energy)
-        return [shapes[number] for shapes, number in zip(offered, allocate(menus, self.bits * numbers))]
-
-    def _by_sensitivity(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
-        """The shapes of least total damage in no more bits than the best of `bits` for each group would take.
-
-        A layer's damage is the relative error that K-means leaves, weighted as the settings say.
-        """
-        from cluscomp.budget import allocate
-
-        offered, menus, _ = self._menus(groups, lambda group: len(group.matrices) / group.energy)
-        return [shapes[number] for shapes, number in zip(offered, allocate(menus))]
-
-    def _menus(
-        self, groups: "list[Callable[[], _Group]]", damage: "Callable[[_Group], float]"
-    ) -> "tuple[list[list[Shape]], list[list[Option]], int]":
-        """For each group the shapes it may have and what they cost and damage; and the number of all weights."""
-        from cluscomp.budget import Option, menu
-
-        assert self.bits is not None  # _fit_together
-        offered, menus, numbers = [], [], 0
-        for group in (opened() for opened in groups):
-            with _named(group.names):
-                shapes = partial(self._shapes, group.matrices)
-                measured = menu(group.points, shapes, self.bits, self._recipe, group.generator)
-            offered.append([shape for shape, _ in measured])
-            menus.append(
-                [Option(round(shape.bits * group.numbers), error * damage(group)) for shape, error in measured]
-            )
-            numbers += group.numbers
-        return offered, menus, numbers
-
     def _clustered(self, group: "_Group", shape: "Shape") -> "list[CodebookWeight]":
         """The stored forms of a group's layers, with one codebook."""
         import torch
 
+        from cluscomp.allocation import named
         from cluscomp.kmeans import kmeans
         from cluscomp.weights import CodebookWeight, num_sub_vectors
 
-        with _named(group.names):
+        with named(group.names):
             points_ND, weights_N = group.points(shape.vector_dim)
             found = kmeans(points_ND, shape.codebook_size, self._recipe, group.generator, weights_N)
             counts = [num_sub_vectors(*matrix, shape.vector_dim, self.axis) for matrix in group.matrices]
@@ -461,15 +417,6 @@ def _joined(parts: "list[Tensor]") -> "Tensor":
     import torch
 
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-@contextmanager
-def _named(names: Sequence[str]) -> Iterator[None]:
-    """Begin the text of a ValueError with the layers' names, if there are any."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{', '.join(names)}: {error}" if names else str(error)) from error
 
 
 def _lloyd(vectors: int, shape: "Shape", iterations: int) -> "Work":
