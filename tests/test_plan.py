@@ -134,6 +134,9 @@ def test_a_calibration_counts_for_this_machine_alone(tmp_path):
     found = limits(here, "cpu", tmp_path)
     assert found.calibrated and found.rates == rates and found.vram is None
     assert found.seconds(Work(flops=CORE["flops"], read=4 * CORE["read"])) == pytest.approx(0.5 + 2)
+    write_calibration(tmp_path, rates | {"flops_bfloat16": 5e9})
+    assert limits(here, "cpu", tmp_path).rates == rates
+    assert limits(here, "cpu", tmp_path, "bfloat16").rates == rates | {"flops": 5e9}
     card = Machine(name="card", ram=64.0, vram=24.0, tflops=100.0, bandwidth=500.0)
     assert limits(card, "cuda", tmp_path).vram == 24 * GIB and not limits(card, "cuda", tmp_path).calibrated
     path.write_text("{")
