@@ -79,19 +79,21 @@ class Hqq(Grids):
         scales_OG = in_16_bits((high_OG - low_OG) / (2**grid.width - 1)).float()
         zeros_OG = in_16_bits(-low_OG / divisor(scales_OG)).float()
         scale_OI = spread(divisor(scales_OG), inputs)
+        steps_OI = weight_OI / scale_OI  # what follows is in steps of the grids
         best, least, beta = zeros_OG, torch.inf, self.beta
         for turn in range(self.iterations + 1):
             zero_OI = spread(zeros_OG, inputs)
-            codes_OI = nearest(weight_OI, scale_OI, zero_OI, grid.width)
-            error_OI = weight_OI - (codes_OI - zero_OI) * scale_OI
-            now = float(error_OI.abs().mean())
+            codes_OI = (steps_OI + zero_OI).round_().clamp_(0, 2**grid.width - 1)
+            error_OI = (steps_OI + zero_OI).sub_(codes_OI).mul_(scale_OI)
+            size_OI = error_OI.abs()
+            now = float(size_OI.mean())
             if now >= least:
                 break
             best, least = zeros_OG, now
             if turn < self.iterations:
-                size_OI = error_OI.abs()
-                sparse_OI = error_OI.sign() * (size_OI - size_OI ** (self.norm - 1) / beta).clamp(min=0)
-                wanted_OI = codes_OI - (weight_OI - sparse_OI) / scale_OI
+                shrunk_OI = size_OI.sub_(size_OI.pow(self.norm - 1).div_(beta)).clamp_(min=0)
+                sparse_OI = shrunk_OI.copysign_(error_OI).div_(scale_OI)
+                wanted_OI = codes_OI.sub_(steps_OI).add_(sparse_OI)
                 zeros_OG = in_16_bits(torch.stack([wanted_OI[:, group].mean(1) for group in groups], 1)).float()
                 beta *= self.kappa
         codes_OI = nearest(weight_OI, scale_OI, spread(best, inputs), grid.width)
