@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from cluscomp.records import Record
-from cluscomp.tables import ORIGINAL, check_protocols, model_name, scores
+from cluscomp.tables import IN_DOMAIN, ORIGINAL, check_protocols, model_name, scores
 
 BITS, BYTES = "stored bits", "MB"
 
@@ -15,8 +15,9 @@ def pareto(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
     """One row for each model, data set, run and stage but the original: size, score, and what dominates it.
 
     `dominated by bits` tells whether another row of the same model and data is no larger and no worse, and better in
-    one of both; `dominated by bytes` the same of the whole file. Lower is better but for acc and exact_match. Raises
-    InputError if scores of one model and data set were measured under different protocols.
+    one of both; `dominated by bytes` the same of the whole file. `in-domain`: the method learned from that data set.
+    Lower is better but for acc and exact_match. Raises InputError if scores of one model and data set were measured
+    under different protocols.
     """
     for model in dict.fromkeys(map(model_name, records)):
         check_protocols([record for record in records if model_name(record) == model], metric)
@@ -30,6 +31,7 @@ def pareto(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
             BITS: rows["linear_bits_per_weight"].round(3),
             BYTES: (rows["checkpoint_bytes"] / 1e6).round(1),
             metric: rows["value"],
+            IN_DOMAIN: rows["in_domain"],
         }
     ).drop_duplicates(ignore_index=True)
     sign = -1 if higher_is_better(metric) else 1

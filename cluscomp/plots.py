@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from cluscomp.files import new_file
 from cluscomp.frontier import BITS, BYTES, higher_is_better
 from cluscomp.records import content_key
+from cluscomp.tables import IN_DOMAIN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,7 +83,7 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
                     axes.set_yscale("log")
                     _logarithmic(axes.yaxis, axes.get_ylim())
                 axes.set_xlabel(UNITS[size])
-                axes.set_title(f"{model}, {data}")
+                axes.set_title(f"{model}, {data}{_domain(here[IN_DOMAIN])}")
             row[0].set_ylabel(f"{metric} (log)" if not higher_is_better(metric) else metric)
         panels[0][0].plot(
             [], [], "o", color=GREY, markerfacecolor="none", label="hollow: another is no larger and better"
@@ -90,6 +91,11 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
+
+
+def _domain(learned_from: pd.Series) -> str:
+    """What a panel's title says of methods that learned from its data."""
+    return f" ({IN_DOMAIN}{'' if learned_from.all() else ' of some'})" if learned_from.any() else ""
 
 
 def _logarithmic(axis: "Axis", ends: tuple[float, float]) -> None:

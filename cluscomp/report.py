@@ -62,7 +62,8 @@ VIEWS = [
     ),
     View(
         "pareto", "Who wins at which size", frontier.pareto,
-        "Dominated: another row of the same data is no larger and no worse, and better in one of both.",
+        "Dominated: another row of the same data is no larger and no worse, and better in one of both. In-domain: the "
+        "method learned from that data set.",
     ),
     View(
         "seeds", "Spread over seeds", _several_seeds,

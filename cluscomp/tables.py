@@ -18,6 +18,7 @@ VARIANTS = {  # of ClusComp by the stages it begins with
     3: (["cluster", "block_finetune", "recover"], "ClusComp+"),
 }
 USUAL = {"share": "none", "allocation": "uniform", "descent": 0, "storage": "float16"}  # of ClusComp's settings
+LEARNED = {("rtn", "rounding"): "AutoRound", ("rtn", "clipping"): "OmniQuant"}  # by method and block_finetune.learns
 _ACCURACY = re.compile(r"acc$|exact_match")
 MARKS = {
     PARTIAL: "measured on the first windows or rows only (evaluate.limit, tasks.limit)",
@@ -87,9 +88,11 @@ def method_name(record: Record, after: str) -> str:
     if "cluster" not in order:
         return " + ".join([ORIGINAL, *order])
     settings = record.config["stages"]["cluster"]["method"]
-    method = record.stages["cluster"]["found"].get("method", "cluscomp")
+    method = str(record.stages["cluster"]["found"].get("method", "cluscomp"))
     if method != "cluscomp":
-        return " + ".join([method.upper(), *order[1:]])
+        learns = record.config["stages"]["block_finetune"].get("learns", "values") if "block_finetune" in order else ""
+        learned = LEARNED.get((method, learns))
+        return " + ".join([learned, *order[2:]] if learned else [method.upper(), *order[1:]])
     known = max(length for length in VARIANTS if VARIANTS[length][0] == order[: len(VARIANTS[length][0])])
     recipe = "" if settings.get("weighting", "none") != "none" or settings.get("assign") == "hessian" else "data-free"
     recipe = "paper" if settings["init"] == "random_points" else recipe

@@ -92,6 +92,30 @@ def test_methods_are_called_what_the_paper_calls_them(order, after, settings, na
     assert method_name(method_record("a", "gptq", 3.0, 1.0, 3.0), "tune") == "GPTQ + tune"
 
 
+@pytest.mark.parametrize(
+    ("method", "learns", "name"),
+    [
+        ("rtn", "rounding", "AutoRound"), ("rtn", "clipping", "OmniQuant"), ("rtn", "values", "RTN + block_finetune"),
+        ("gptq", "rounding", "GPTQ + block_finetune"), ("gptq", None, "GPTQ + block_finetune"),
+    ],
+)  # fmt: skip
+def test_what_block_finetune_learns_of_uniform_grids_has_the_name_of_its_paper(method, learns, name):
+    made = run_of("a", 30.0, method=method)
+    made.config["order"] = ["cluster", "block_finetune"]
+    made.config["stages"]["block_finetune"] = {} if learns is None else {"learns": learns}
+    assert method_name(made, "block_finetune") == name and method_name(made, "cluster") == method.upper()
+
+
+def test_the_pareto_front_tells_what_learned_from_the_data_it_is_scored_on():
+    seen = {"cluster": {"text": "pydoc/calibration", "in_domain": True, "overlap": 0.0}}
+    runs = [run_of("a", 30.0), run_of("b", 60.0, method="rtn")]
+    runs[0] = replace(runs[0], scores=[replace(row, seen=seen) for row in runs[0].scores])
+    table = pareto(runs)
+    assert dict(zip(table["method"], table["in-domain"])) == {"ClusComp-": True, "RTN": False}
+    titles = [axes.get_title() for axes in plots.pareto(table).axes]
+    assert titles == ["Llama-2-7B, pydoc (in-domain of some)"] * 2
+
+
 def test_the_zeroshot_table_is_in_percent():
     rows = [asked("original", "piqa", "acc", 0.7512), asked("cluster", "piqa", "acc", 0.5)]
     made = with_tasks(["piqa"], None, rows)
