@@ -94,14 +94,14 @@ class Limits:
         return float(sum(getattr(work, name) / rate for name, rate in self.rates.items()))
 
 
-def limits(machine: Machine, device: str, cache: Path, dtype: str = "float32") -> Limits:
-    """What a machine can do on `device` (cpu or cuda) in `dtype`; this machine as `calibrate` measured it, if ever."""
+def limits(machine: Machine, device: str, cache: Path) -> Limits:
+    """What a machine can do on `device` (cpu or cuda); of this machine, as `calibrate` measured it if it did."""
     ram = ram_for_this_process() if machine.ram is None else machine.ram * GIB
     vram, rates, calibrated = None, dict(CORE), False
     if device == "cpu":
         cores = _cores()
         rates = {name: rate * (1 if name == "read" else cores) for name, rate in CORE.items()}
-        rates, calibrated = _measured(cache, rates, dtype)
+        rates, calibrated = _measured(cache, rates)
     else:
         tflops, bandwidth = machine.tflops or 50.0, machine.bandwidth or 500.0
         # brute-force search pads a centroid to 32 numbers and compares: a fifth of the matrix rate, over 64 a distance
@@ -118,10 +118,10 @@ def write_calibration(cache: Path, rates: dict[str, float]) -> Path:
     return path
 
 
-def _measured(cache: Path, rates: dict[str, float], dtype: str) -> tuple[dict[str, float], bool]:
+def _measured(cache: Path, rates: dict[str, float]) -> tuple[dict[str, float], bool]:
     try:
         found = json.loads((cache / CALIBRATION).read_text())
-        known = {name: float(found["rates"].get(f"{name}_{dtype}", found["rates"][name])) for name in rates}
+        known = {name: float(found["rates"][name]) for name in rates}
     except (OSError, ValueError, KeyError, TypeError):
         return rates, False
     return (known, True) if found["cores"] == _cores() and all(known.values()) else (rates, False)

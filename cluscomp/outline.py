@@ -1,7 +1,7 @@
 """A model's outline: its shapes without its weights, walked to learn what a stage will hold and do."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -65,8 +65,13 @@ class Outline:
         self.largest_outside = max((tensor.numel() for tensor in outside), default=0)
         self.vocabulary = int(config.get_text_config().vocab_size)
         self.exact = self.kept_bytes == 2 and quantizer(config) is None  # whether what is kept surely takes these bytes
+        self._rounded: set[str] = set()  # names of what training leaves in float16
         if quantizer(config) is not None:
             checkpoint.outline_layers(model, config.quantization_config["weights"], dtype)
+
+    def train(self, names: Iterable[str]) -> None:
+        """Parameters that are kept learn, too: they end as 16 bits hold them, of 32 in float16."""
+        self._rounded |= set(names) if self.dtype.itemsize > 2 else set()
 
     @property
     def block(self) -> nn.Module:
@@ -206,14 +211,14 @@ class Outline:
         """Bytes of the checkpoint's weight file, header included."""
         kept = torch.float32 if self.kept_bytes == 4 else torch.bfloat16
         inside = tuple(f"{name}.stored." for name in compressed(self.model))
-        shapes = {
-            name: (
-                tensor.dtype if name.startswith(inside) else kept if tensor.numel() else torch.bfloat16,
-                tensor.shape,
-            )
-            for name, tensor in unique_tensors(self.model).items()
-        }
-        return checkpoint.file_bytes(shapes)
+
+        def dtype(name: str, tensor: Tensor) -> torch.dtype:
+            if name.startswith(inside):
+                return tensor.dtype
+            return torch.float16 if name in self._rounded else kept if tensor.numel() else torch.bfloat16
+
+        tensors = unique_tensors(self.model)
+        return checkpoint.file_bytes({name: (dtype(name, tensor), tensor.shape) for name, tensor in tensors.items()})
 
 
 class _Count(TorchDispatchMode):

@@ -121,7 +121,7 @@ def plan(experiment: Any, config: "PreTrainedConfig", dtype: "torch.dtype", devi
     if experiment.order:
         check_dense(config)
     machine: Machine = experiment.machine
-    can = limits(machine, device, Path(experiment.cache).expanduser(), str(dtype).removeprefix("torch."))
+    can = limits(machine, device, Path(experiment.cache).expanduser())
     outline = Outline(config, dtype, device)
     costs: dict[str, Cost] = {}
     for name in ["original", *experiment.order]:

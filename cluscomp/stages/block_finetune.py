@@ -92,7 +92,12 @@ class BlockFinetune:
     def cost(self, outline: "Outline") -> "Cost":
         """The compressed model, the original's frame, streams and the training of one block; see `Stage.cost`."""
         from cluscomp.costs import Cost, Work, worst
+        from cluscomp.models import block_names, blocks
+        from cluscomp.training import norms
 
+        if self.norms:
+            for name, block in zip(block_names(outline.model), blocks(outline.model)):
+                outline.train(f"{name}.{norm}" for norm in norms(block))
         train = outline.training(self.batch_size, self.length)
         once = outline.forward(self.batch_size, self.length)
         self._check_weights(outline)

@@ -125,6 +125,10 @@ class Finetune(_Task):
 
     def cost(self, outline: "Outline") -> "Cost":
         """See `Stage.cost`; adapters' activations are left out."""
+        from cluscomp.training import norms
+
+        if self.norms:
+            outline.train(norms(outline.model))
         trained = outline.codebook_numbers(outline.model)
         if self.trainable == "lora":
             trained = self.rank * outline.blocks * sum(o + i for o, i in outline.dense.values())

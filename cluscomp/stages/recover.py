@@ -87,7 +87,10 @@ class Recover(Steps):
         """The compressed model, masters of its codebooks, the blocks' inputs and one block; see `Stage.cost`."""
         from cluscomp.costs import Work
         from cluscomp.outline import end_to_end
+        from cluscomp.training import norms
 
+        if self.norms:
+            outline.train(norms(outline.model))
         trained = outline.codebook_numbers(outline.model)
         teaching = Work()
         if "kl" in self.loss:
