@@ -52,6 +52,29 @@ def codebook_table(records: list[Record]) -> pd.DataFrame:
     return means.round(4).reset_index()
 
 
+def drift_table(records: list[Record]) -> pd.DataFrame:
+    """One row for each run with stage block_finetune and block: how far it moved what is stored, and what that gave.
+
+    `moved` is the squared change of codebooks (or grids) over their squared size, NaN in older records; `loss` is the
+    error of the block's outputs after over that before.
+    """
+    return pd.DataFrame(
+        [
+            {
+                "model": model_name(record),
+                "limit": limit(record),
+                "method": method_name(record, "block_finetune"),
+                "block": number,
+                "layer": "all layers of a block",
+                "moved": found.get("moved", math.nan),
+                "loss": found["after"] / found["before"] if found["before"] else math.nan,
+            }
+            for record in records
+            for number, found in enumerate(record.stages.get("block_finetune", {}).get("found", {}).get("blocks", []))
+        ]
+    )
+
+
 def weight_table(records: list[Record]) -> pd.DataFrame:
     """The paper's pilot study, one row for each kind of layer: kurtosis, outliers, errors of methods by limit."""
     table = layer_table(records)

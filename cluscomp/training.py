@@ -76,6 +76,16 @@ class Trained:
             return str(error)
         return None
 
+    def moved(self) -> float:
+        """How far codebooks (or grids) went until now: squared change over squared size before."""
+        change = size = 0.0
+        for weight, before in zip(self._weights, self._states):
+            for name, now in cast(nn.Module, weight).named_parameters():
+                if name in before:
+                    change += float((now.detach().float() - before[name].float()).square().sum())
+                    size += float(before[name].float().square().sum())
+        return change / size if size else 0.0
+
     def restore(self) -> None:
         """Put back what was there at first."""
         for weight, state in zip(self._weights, self._states):

@@ -117,6 +117,7 @@ def test_the_losses_are_those_of_plain_transformers(clustered, text, tmp_path, f
         square = sum(mse(t[index], torch.zeros(())) for t in targets) / len(targets)
         assert numbers["square"] == pytest.approx(square, rel=1e-4)
         assert numbers["after"] < numbers["before"] and numbers["attempts"] == 1 and numbers["reasons"] == []
+        assert 0 < numbers["moved"] < 0.1
     assert found[0]["before"] == pytest.approx(sum(mse(start, t[0]) for t in targets), rel=1e-4)
 
 
@@ -260,7 +261,7 @@ def test_a_block_that_never_gets_better_keeps_the_codebooks_after_three_attempts
     assert found["kept"] == 3 and same(tensors(model), before)
     for numbers in found["blocks"]:
         assert numbers["kept"] and numbers["attempts"] == 3 and len(numbers["reasons"]) == 3
-        assert numbers["after"] == numbers["before"] and numbers["lr"] is None
+        assert numbers["after"] == numbers["before"] and numbers["lr"] is None and numbers["moved"] == 0
     for rate in ("1.0e+04", "5.0e+03", "2.5e+03"):
         assert caplog.text.count(f"learning rate {rate}") == 3
 

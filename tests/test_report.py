@@ -12,7 +12,7 @@ from cluscomp import commands, plots, report
 from cluscomp.comparison import comparison_table, finetuning_table, perplexity_table, zeroshot_table
 from cluscomp.errors import InputError
 from cluscomp.frontier import pareto, seed_spread
-from cluscomp.layers import codebook_table, layer_table, weight_table
+from cluscomp.layers import codebook_table, drift_table, layer_table, weight_table
 from cluscomp.published import Published
 from cluscomp.records import Record, Score, protocol, read_folder, write
 from cluscomp.rendering import MISSING, rendered
@@ -203,6 +203,16 @@ def test_layers_by_hand():
     weights = weight_table(runs).set_index("layer")
     assert weights.loc["down_proj", "error of ClusComp- at 3"] == 0.03
     assert weights.loc["down_proj", "error of RTN at 3"] == 0.3 and weights.loc["up_proj", "kurtosis"] == 4.0
+
+
+def test_drift_by_hand():
+    made = run_of("a", 30.0)
+    made.config["order"] = ["cluster", "block_finetune"]
+    blocks = [{"before": 2.0, "after": 1.0, "moved": 0.25}, {"before": 4.0, "after": 3.0}]
+    made.stages["block_finetune"] = {"found": {"blocks": blocks}}
+    table = drift_table([made, run_of("b", 30.0)])
+    assert table["method"].tolist() == ["ClusComp"] * 2 and table["loss"].tolist() == [0.5, 0.75]
+    assert table["moved"].tolist()[0] == 0.25 and table["moved"].isna().tolist() == [False, True]
 
 
 def test_predictions_by_hand():

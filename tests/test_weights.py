@@ -325,6 +325,8 @@ def test_shared_codebooks_are_trained_settled_and_restored_as_one():
     trained.parameters[0].data += 0.25
     moved = trained.parameters[0].data.half()
     assert trained.finish() is None
+    size = sum(float(dense.square().sum()) for dense in [weight.codebooks.float() - 0.25 for weight in weights])
+    assert trained.moved() == pytest.approx(0.0625 * 2 * moved.numel() / size, rel=1e-2)
     for weight, scale in zip(weights, (0.5, 1.7)):
         assert weight.codebooks is trained.parameters[0] and torch.equal(weight.codebooks, moved)
         assert weight.scales.item() == pytest.approx(scale)

@@ -212,7 +212,8 @@ class BlockFinetune:
         Outputs and loss are those of what is stored. If a loss or gradient is not finite, or the loss ends no better
         than it began, the block gets back what it had and the learning rate is halved, at most twice; then it keeps
         what it had. Returns the mean squared error `before` and `after`, the target's mean `square`, the `lr` of the
-        attempt that counts, the `attempts`, whether the block was `kept` as it was, and the `reasons` of failures.
+        attempt that counts, the `attempts`, whether the block was `kept` as it was, the `reasons` of failures, and how
+        far what is stored has `moved` (squared change over squared size).
         """
         import torch
         import torch.nn.functional as F
@@ -262,6 +263,7 @@ class BlockFinetune:
             if after < found["before"]:
                 return found | {
                     "after": after, "lr": lr, "attempts": len(reasons) + 1, "kept": False, "reasons": reasons,
+                    "moved": trained.moved(),
                 }  # fmt: skip
             trained.restore()
             reasons.append(problem or f"the loss ended at {after:.3e}")
@@ -269,7 +271,8 @@ class BlockFinetune:
         log.warning("block %d keeps the codebooks it had: %s", index, reasons[-1])
         after = measure()
         attempts = len(reasons) if math.isfinite(found["before"]) else 0
-        return found | {"after": after, "lr": None, "attempts": attempts, "kept": True, "reasons": reasons}
+        kept = {"after": after, "lr": None, "attempts": attempts, "kept": True, "reasons": reasons, "moved": 0.0}
+        return found | kept
 
     def _batches(self) -> list[slice]:
         """Rows of windows, batch after batch."""
