@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 import torch
@@ -45,11 +46,11 @@ def _elementwise(y_TI: torch.Tensor) -> torch.Tensor:
 
 
 def _seconds(call: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """The least wall time of some calls after one to warm up."""
+    """The median wall time of some calls after one to warm up."""
     call()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return median(times)
