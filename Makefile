@@ -28,6 +28,7 @@ check: $(VENV)/ready
 tables: $(VENV)/ready
 	for name in $(RECORDS); do $(RUN) cluscomp table $$name && $(RUN) cluscomp plot $$name || exit 1; done
 	$(RUN) cluscomp table recovery into=README.md
+	$(RUN) cluscomp table methods into=README.md
 
 # Those of experiments without records are left out; the last one is of all records.
 notebooks: $(VENV)/ready

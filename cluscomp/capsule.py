@@ -48,6 +48,12 @@ def changes() -> str:
     return "".join(parts)
 
 
+@functools.cache
+def packages() -> list[str]:
+    """All that is installed, as NAME==VERSION."""
+    return sorted({f"{one.name}=={one.version}" for one in importlib.metadata.distributions()})
+
+
 def seal(folder: Path, overrides: list[str], found: dict[str, Any]) -> Path:
     """Write `found` (settings, device, hashes) and what the run was made with into a run's folder, without secrets.
 
@@ -61,7 +67,7 @@ def seal(folder: Path, overrides: list[str], found: dict[str, Any]) -> Path:
         "dirty": dirty,
         "changes": hide(changes()),
         "python": platform.python_version(),
-        "packages": sorted({f"{one.name}=={one.version}" for one in importlib.metadata.distributions()}),
+        "packages": packages(),
     }
     path = folder / f"capsule-{content_key(contents)}.json"
     if not path.is_file():

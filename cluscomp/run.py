@@ -4,6 +4,7 @@ Of the processes of one run (torchrun) the first does and writes everything; the
 `distributed`.
 """
 
+import gc
 import logging
 import platform
 import shutil
@@ -64,6 +65,8 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
     from cluscomp.quantised import opened
     from cluscomp.tracking import Forgiving, NoTracker
 
+    gc.collect()
+    gc.freeze()  # libraries stay anyway: each later collection looks only at what runs make
     device, dtype = device_of(experiment.device), dtype_of(experiment)
     original = opened(folder, dtype, device, to_score=not experiment.order)
     root = {"model": fingerprint(folder), "dtype": str(dtype), "device": device.type, "format": FORMAT}

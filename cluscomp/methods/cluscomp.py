@@ -225,19 +225,20 @@ class ClusComp:
         return stored
 
     def _work(self, matrices: "Matrices") -> "Work":
-        from cluscomp.budget import MEASURE_ITERATIONS, OFFSETS, SAMPLE, SHORTLIST, expected_bits
+        from cluscomp.budget import MEASURE_ITERATIONS, SAMPLE, SHORTLIST, around, expected_bits
         from cluscomp.costs import Work
         from cluscomp.weights import num_sub_vectors
 
         shapes = sorted(self._shapes(matrices, self.bits), key=expected_bits, reverse=True)[:SHORTLIST]
         measured = list(shapes) if len(shapes) > 1 else []
         if self.allocation != "uniform" and self.bits is not None:
-            measured += shapes[:1] * len(OFFSETS)
+            measured += around(partial(self._shapes, matrices), self.bits)
         work = Work()
         for shape in measured:
             vectors = sum(num_sub_vectors(*matrix, shape.vector_dim, self.axis) for matrix in matrices)
             sample = min(vectors, max(SAMPLE, 16 * shape.codebook_size))
-            work += _lloyd(sample, shape, min(MEASURE_ITERATIONS, self.iterations))
+            work += _lloyd(sample, shape, min(MEASURE_ITERATIONS, self.iterations)) * 1.4  # it hardly settles
+            work += Work(traffic=100.0 * sum(out_features * in_features for out_features, in_features in matrices))
         vectors = sum(num_sub_vectors(*matrix, shapes[0].vector_dim, self.axis) for matrix in matrices)
         work += _lloyd(vectors, shapes[0], self.iterations)
         passes = (self.assign == "hessian") + self.descent  # in which every code is chosen anew
