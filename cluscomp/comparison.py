@@ -37,7 +37,7 @@ def perplexity_table(records: list[Record], metric: str = "perplexity") -> pd.Da
         row = _row(rows, records, record, score.after)
         row[marked(score.dataset, score.protocol.get("partial", False), in_domain=False, overlap=0)] = score.value
         if any(one["in_domain"] for one in score.seen.values()):
-            row["learned from"] = ", ".join(filter(None, [row["learned from"], score.dataset]))
+            row["learned from"] = ", ".join(sorted({*row["learned from"].split(", "), score.dataset} - {""}))
     return _sorted(rows)
 
 
@@ -143,9 +143,10 @@ def _of_metric(records: list[Record], metric: str) -> list[tuple[Record, Score]]
 def _row(
     rows: dict[tuple[str, ...], dict[str, Any]], records: list[Record], record: Record, after: str
 ) -> dict[str, Any]:
-    """The row of a model after a stage; of the original of all runs there is one."""
+    """The row of a model after a stage; of the original, and of what several runs left alike, there is one."""
     original = after == ORIGINAL
-    key = (model_name(record), *(("",) if original else (record.run["name"],)), after)
+    made = "" if original else record.stages[after].get("checkpoint_hash", record.run["name"])
+    key = (model_name(record), made, after)
     size = sizes(record, after)
     return rows.setdefault(
         key,
@@ -164,9 +165,15 @@ def _row(
 
 
 def _settings(records: list[Record], record: Record, after: str) -> str:
-    """Settings of the stages up to `after` that differ between the runs; those of the method its name tells."""
+    """Settings of the stages up to `after` that differ between runs of one method and limit."""
     stages = record.config["order"][: record.config["order"].index(after) + 1]
-    differing = settings_that_differ(records)[records.index(record)]
+    alike = (model_name(record), limit(record), method_name(record, after))
+    rivals = [
+        one
+        for one in records
+        if after in one.config["order"] and (model_name(one), limit(one), method_name(one, after)) == alike
+    ]
+    differing = settings_that_differ(rivals)[rivals.index(record)]
     return ", ".join(
         f"{key}={value}"
         for key, value in differing.items()

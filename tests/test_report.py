@@ -50,6 +50,18 @@ def test_the_perplexity_table_by_hand():
     assert set(table["model"]) == {"Llama-2-7B"} and "settings" not in table and "seed" not in table
 
 
+def test_a_model_that_two_runs_left_alike_stands_once_and_settings_are_told_of_one_method():
+    runs = [run_of("a", 60.0, method="rtn"), run_of("b", 60.0, method="rtn"), run_of("c", 50.0, method="rtn")]
+    for made, hash_, samples in zip(runs, ("x", "x", "y"), (1, 1, 2)):
+        made.stages["cluster"]["checkpoint_hash"] = hash_
+        made.config["stages"]["cluster"]["samples"] = samples
+    runs.append(run_of("d", 30.0, method="gptq"))
+    runs[3].config["stages"]["cluster"]["length"] = 7
+    table = perplexity_table(runs)
+    assert table["method"].tolist() == ["original", "GPTQ", "RTN", "RTN"]
+    assert table["settings"].tolist() == ["", "", "cluster.samples=2", "cluster.samples=1"]
+
+
 def test_what_was_not_measured_is_missing_and_never_zero():
     other = run_of("b", 30.0, method="gptq")
     other = replace(other, scores=[score("cluster", 31.0, dataset="c4", context=99)])
