@@ -95,7 +95,7 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
 
 def _domain(learned_from: pd.Series) -> str:
     """What a panel's title says of methods that learned from its data."""
-    return f" ({IN_DOMAIN}{'' if learned_from.all() else ' of some'})" if learned_from.any() else ""
+    return f"\n({IN_DOMAIN}{'' if learned_from.all() else ' of some'})" if learned_from.any() else ""
 
 
 def _logarithmic(axis: "Axis", ends: tuple[float, float]) -> None:

@@ -125,7 +125,7 @@ def test_the_pareto_front_tells_what_learned_from_the_data_it_is_scored_on():
     table = pareto(runs)
     assert dict(zip(table["method"], table["in-domain"])) == {"ClusComp-": True, "RTN": False}
     titles = [axes.get_title() for axes in plots.pareto(table).axes]
-    assert titles == ["Llama-2-7B, pydoc (in-domain of some)"] * 2
+    assert titles == ["Llama-2-7B, pydoc\n(in-domain of some)"] * 2
 
 
 def test_the_zeroshot_table_is_in_percent():
