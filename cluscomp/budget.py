@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -207,6 +208,28 @@ def around(shapes: Callable[[float], list[Shape]], bits: float) -> list[Shape]:
         with suppress(ValueError):  # fewer bits than any codebook takes
             found.append(max(shapes(bits + offset), key=expected_bits))
     return found
+
+
+def expected_shapes(
+    groups: Sequence[Matrices],
+    shapes: Callable[[Matrices, float], list[Shape]],
+    bits: float,
+    quality: Callable[[Shape], float] = expected_bits,
+) -> list[Shape]:
+    """A shape for each group of matrices, of least total damage in `bits` a weight of all of them.
+
+    As if the weights were Gaussian and of one variance, so that nothing is measured: `quality` of a shape is as
+    `expected_bits`. `shapes(matrices, bits)` is as `reachable` gives them.
+    """
+    numbers = [_weights(matrices) for matrices in groups]
+    offered = [
+        [max(shapes(matrices, bits), key=quality), *around(partial(shapes, matrices), bits)] for matrices in groups
+    ]
+    menus = [
+        [Option(round(shape.bits * number), number * 4 ** -quality(shape)) for shape in found]
+        for found, number in zip(offered, numbers)
+    ]
+    return [found[number] for found, number in zip(offered, allocate(menus, bits * sum(numbers)))]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Length and size of codebooks along the inputs for a limit of stored bits; torch is not needed to check settings."""
 
 import math
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -9,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from cluscomp.grids import check_choice
 
 if TYPE_CHECKING:
-    from cluscomp.budget import Shape
+    from cluscomp.budget import Matrices, Shape
     from cluscomp.moments import SecondMoment
     from cluscomp.weights import CodebookWeight
 
@@ -19,14 +20,16 @@ class InputCodebooks:
     """Settings that methods with codebooks along the inputs share, and what follows from them.
 
     Either `bits` is given, the most bits per weight that may be stored, and length D and size K of the codebooks are
-    chosen for each matrix, the best for Gaussian weights (as K beyond a power of two costs a bit a code, what is stored
-    lies up to 0.5 below the limit); or `vector_dim` (D) and `codebook_size` (K) are fixed by hand. `storage` is the
+    chosen for each matrix, the best for Gaussian weights; or `vector_dim` (D) and `codebook_size` (K) are fixed by
+    hand. `allocation` "uniform" gives every matrix at most `bits` (as K beyond a power of two costs a bit a code, what
+    is stored lies up to 0.5 below the limit); "fill" spends them, with `bits` as the most of a block. `storage` is the
     type of the codebooks' values. A method says how many codebooks it adds (`added`).
     """
 
     bits: float | None = Field(ge=1, le=8)
     vector_dim: int | None = Field(ge=1, le=64)
     codebook_size: int | None = Field(ge=2, le=65_536)
+    allocation: Literal["uniform", "fill"]
     storage: Literal["float16", "float8", "int8"]
 
     @model_validator(mode="after")
@@ -69,12 +72,25 @@ class InputCodebooks:
 
         return SecondMoment(full=True)
 
+    def by_layer(self, matrices: dict[str, tuple[int, int]]) -> dict[str, Self]:
+        """Settings for each layer (O, I) of a block, by name, that spend what all may take; see `ByLayer`."""
+        from cluscomp.budget import expected_shapes
+
+        if self.allocation == "uniform" or self.bits is None:
+            return dict.fromkeys(matrices, self)
+        shapes = expected_shapes([[matrix] for matrix in matrices.values()], self._best, self.bits, self._quality)
+        return {
+            name: replace(self, bits=None, vector_dim=shape.vector_dim, codebook_size=shape.codebook_size)
+            for name, shape in zip(matrices, shapes)
+        }
+
     def shape(self, out_features: int, in_features: int) -> "Shape":
         """Length D and size K of each codebook for a weight (O, I): by hand, or the best within `bits` for all of them.
 
-        Raises ValueError if none fits, or K exceeds the number of sub-vectors.
+        With the bits per weight that all of them take. Raises ValueError if none fits, or K exceeds the number of
+        sub-vectors.
         """
-        from cluscomp.budget import Shape, expected_bits, reachable, stored_bits
+        from cluscomp.budget import Shape, stored_bits
         from cluscomp.weights import num_sub_vectors
 
         matrices = [(out_features, in_features)]
@@ -87,14 +103,22 @@ class InputCodebooks:
                     f"{self.vector_dim} in a {out_features} x {in_features} matrix; take fewer, or give bits=3 instead"
                 )
             by_hand = self.vector_dim, self.codebook_size
-            return Shape(*by_hand, stored_bits(matrices, "in", *by_hand, self.storage))
+            return Shape(*by_hand, self.added * stored_bits(matrices, "in", *by_hand, self.storage))
+        return self._best(matrices, self.bits)[0]
+
+    def _best(self, matrices: "Matrices", bits: float) -> "list[Shape]":
+        """The one best shape within `bits` a weight for all codebooks."""
+        from cluscomp.budget import reachable
+
         try:
-            shapes = reachable(matrices, "in", self.bits / self.added, self.storage)
+            shapes = reachable(matrices, "in", bits / self.added, self.storage)
         except ValueError as error:
-            raise ValueError(f"{error} (each of {self.added} codebooks has its share of bits={self.bits})") from error
-        return max(
-            shapes,
-            key=lambda shape: (
-                expected_bits(shape) + (self.added - 1) * math.log2(shape.codebook_size) / shape.vector_dim
-            ),
-        )
+            raise ValueError(f"{error} (each of {self.added} codebooks has its share of bits={bits})") from error
+        best = max(shapes, key=self._quality)
+        return [replace(best, bits=self.added * best.bits)]
+
+    def _quality(self, shape: "Shape") -> float:
+        """As `cluscomp.budget.expected_bits`; every further codebook adds what its codes take."""
+        from cluscomp.budget import expected_bits
+
+        return expected_bits(shape) + (self.added - 1) * math.log2(shape.codebook_size) / shape.vector_dim

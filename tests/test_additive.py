@@ -1,6 +1,7 @@
 """Codes and codebooks along the inputs against brute force and numpy; AQLM and GPTVQ against plain K-means."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,9 +17,13 @@ from cluscomp.methods.gptvq import Gptvq
 from cluscomp.output_error import damped, output_error
 from cluscomp.weights import CodebookWeight, sub_vectors
 
-AQLM = {"bits": None, "storage": "float16", "iterations": 10, "rounds": 4, "least_squares": 20, "damping": 0.01}
-
-GPTVQ = {"bits": None, "vector_dim": 4, "codebook_size": 256, "iterations": 10, "damping": 0.01}
+COMMON = {"bits": None, "allocation": "uniform", "storage": "float16", "iterations": 10, "damping": 0.01}
+AQLM = COMMON | {"rounds": 4, "least_squares": 20}
+GPTVQ = COMMON | {"vector_dim": 4, "codebook_size": 256, "least_squares": 25}
+SMOL = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576), "gate": (1536, 576), "up": (1536, 576),
+        "down": (576, 1536)}  # fmt: skip
+LLAMA = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096), "gate": (14336, 4096),
+         "up": (14336, 4096), "down": (4096, 14336)}  # fmt: skip
 
 
 def drawn(outputs, inputs, dim, size, books, seed):
@@ -167,6 +172,18 @@ def test_limits_hold_on_real_shapes(shape, bits, codebooks):
     with torch.device("meta"):
         size = sum(method.outline(*shape).ledger().values()) / (shape[0] * shape[1])
     assert bits - 0.5 < size <= bits
+
+
+@pytest.mark.parametrize("layers", [SMOL, LLAMA], ids=["SmolLM2-135M", "Llama-3-8B"])
+@pytest.mark.parametrize("bits", [4.0, 3.3, 3.0, 2.3, 2.0])
+@pytest.mark.parametrize("method", [Gptvq(**GPTVQ), Aqlm(**AQLM, vector_dim=8, codebook_size=256, codebooks=2)])
+def test_all_layers_together_spend_what_a_block_may_take(layers, bits, method):
+    method = replace(method, bits=bits, vector_dim=None, codebook_size=None, allocation="fill")
+    weights = sum(outputs * inputs for outputs, inputs in layers.values())
+    with torch.device("meta"):
+        stored = {name: own.outline(*layers[name]) for name, own in method.by_layer(layers).items()}
+    size = sum(sum(weight.ledger().values()) for weight in stored.values()) / weights
+    assert bits - 0.02 < size <= bits
 
 
 def test_aqlm_decodes_as_the_authors_package_does():

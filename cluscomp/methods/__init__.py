@@ -52,6 +52,15 @@ class Method(Protocol):
         ...
 
 
+@runtime_checkable
+class ByLayer(Method, Protocol):
+    """A method whose settings differ from layer to layer of a block, to spend what all layers together may take."""
+
+    def by_layer(self, matrices: dict[str, tuple[int, int]]) -> dict[str, Method]:
+        """The method with the settings for each layer (O, I) of a block, by name; asked for in its place."""
+        ...
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a weight (O, I) stands in its block: layers of a block with the same `input` read the same tensor."""

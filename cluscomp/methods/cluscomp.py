@@ -188,21 +188,12 @@ class ClusComp:
 
     def _expected(self, groups: "Sequence[Matrices]") -> "list[Shape]":
         """The shapes that groups of matrices would have if their weights were Gaussian, all of one variance."""
-        from cluscomp.budget import Option, allocate, around, expected_bits
+        from cluscomp.budget import expected_bits, expected_shapes
 
-        best = [max(self._shapes(matrices, self.bits), key=expected_bits) for matrices in groups]
         if self.allocation != "fill" or not self._shared_out(len(groups)):
-            return best
+            return [max(self._shapes(matrices, self.bits), key=expected_bits) for matrices in groups]
         assert self.bits is not None  # _shared_out
-        numbers = [sum(out_features * in_features for out_features, in_features in matrices) for matrices in groups]
-        offered = [
-            [shape, *around(partial(self._shapes, matrices), self.bits)] for matrices, shape in zip(groups, best)
-        ]
-        menus = [
-            [Option(round(shape.bits * number), number * 4 ** -expected_bits(shape)) for shape in shapes]
-            for shapes, number in zip(offered, numbers)
-        ]
-        return [shapes[number] for shapes, number in zip(offered, allocate(menus, self.bits * sum(numbers)))]
+        return expected_shapes(groups, self._shapes, self.bits)
 
     def _outline(self, matrices: "Matrices", shape: "Shape") -> "list[CodebookWeight]":
         from cluscomp.weights import CodebookWeight

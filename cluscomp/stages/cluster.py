@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from cluscomp.contamination import Seen
 from cluscomp.data import Source, calibration_windows
 from cluscomp.errors import InputError
-from cluscomp.methods import BlockMethod, Compressed, Layer, Method, Place
+from cluscomp.methods import BlockMethod, ByLayer, Compressed, Layer, Method, Place
 from cluscomp.sources import quantised_types
 
 if TYPE_CHECKING:
@@ -164,9 +164,10 @@ class Cluster:
             largest = max(copies * o * i for o, i in outline.dense.values())
             compressing = max(compressing, largest + self.method.scratch_block(places_))
         else:
-            for o, i in outline.dense.values():
-                work += self.method.work(o, i) * outline.blocks
-                compressing = max(compressing, copies * o * i + self.method.scratch(o, i))
+            for name, method in self._by_layer(places_).items():
+                o, i = outline.dense[name]
+                work += method.work(o, i) * outline.blocks
+                compressing = max(compressing, copies * o * i + method.scratch(o, i))
         with torch.device("meta"):
             for block, layers in zip(blocks(outline.model), all_places):
                 for name, stored in self._outlined(layers).items():
@@ -186,7 +187,14 @@ class Cluster:
     def _outlined(self, layers: "dict[str, Place]") -> "dict[str, nn.Module]":
         if isinstance(self.method, BlockMethod):
             return self.method.outline_block(layers)
-        return {name: self.method.outline(place.out_features, place.in_features) for name, place in layers.items()}
+        methods = self._by_layer(layers)
+        return {name: methods[name].outline(place.out_features, place.in_features) for name, place in layers.items()}
+
+    def _by_layer(self, layers: "dict[str, Place]") -> dict[str, Method]:
+        """The method with the settings for each layer of a block."""
+        if isinstance(self.method, ByLayer):
+            return self.method.by_layer({name: (one.out_features, one.in_features) for name, one in layers.items()})
+        return dict.fromkeys(layers, self.method)
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Compress the model; finished blocks lie in the job's folder and survive a kill.
@@ -323,9 +331,10 @@ class Cluster:
         if isinstance(self.method, BlockMethod):
             yield from self.method.compress_block(layers)
             return
-        for name, layer in list(layers.items()):
+        for name, method in self._by_layer({name: layer.place for name, layer in layers.items()}).items():
+            layer = layers[name]
             try:
-                stored = self.method.compress(layer.weight_OI.float(), layer.statistic, layer.generator)
+                stored = method.compress(layer.weight_OI.float(), layer.statistic, layer.generator)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             yield Compressed({name: stored}, {})
