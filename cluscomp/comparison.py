@@ -17,6 +17,7 @@ from cluscomp.tables import (
     model_name,
     settings_that_differ,
     sizes,
+    stages_until,
 )
 
 NEAR = 0.06  # bits per weight within which two sizes are called the same
@@ -166,7 +167,9 @@ def _row(
 
 def _settings(records: list[Record], record: Record, after: str) -> str:
     """Settings of the stages up to `after` that differ between runs of one method and limit."""
-    stages = record.config["order"][: record.config["order"].index(after) + 1]
+    stages = stages_until(record, after)
+    if not stages:
+        return ""
     alike = (model_name(record), limit(record), method_name(record, after))
     rivals = [
         one

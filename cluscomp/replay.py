@@ -7,6 +7,7 @@ from typing import Any, Literal
 from cluscomp.cells import read_cell
 from cluscomp.errors import InputError
 from cluscomp.records import Record, Score, content_key, differences, read_sealed
+from cluscomp.sources import EXTERNAL
 from cluscomp.tables import ORIGINAL
 
 TOLERANCE = 1e-3  # of a value, within which other arithmetic may bring it; of an accuracy also one answer
@@ -92,11 +93,11 @@ def overrides_of(record: Record, outputs: Path) -> list[str]:
 
 
 def checkpoint_of(record: Record, after: str, outputs: Path) -> Path | None:
-    """The record's model after a stage, by the hash of its files; None of the original.
+    """The record's model after a stage, by the hash of its files; None of the original or an external model.
 
     Raises InputError if no finished stage in `outputs` has it.
     """
-    if after == ORIGINAL:
+    if after in (ORIGINAL, EXTERNAL):
         return None
     wanted = record.stages[after].get("checkpoint_hash")
     for path in sorted(outputs.glob(f"{after}-*/metrics.json")):

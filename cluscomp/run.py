@@ -9,7 +9,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from cluscomp.follower import Follower
 from cluscomp.preparation import device_of, dtype_of, foreseen, writable
 from cluscomp.records import SCHEMA, Record, Score, read, write
 from cluscomp.runner import Runner
+from cluscomp.sources import EXTERNAL, ExternalModel, Statement
 from cluscomp.steps import rank
 from cluscomp.tasks import flipped, read_answers
 
@@ -159,6 +160,12 @@ def _record(
     scores = [Score(**row) for found in metrics.values() for row in found.get("scores", [])]
     scores += _flips(scores, answers)
     hash_, dirty = commit()
+    stages = {
+        name: {key: metrics[name][key] for key in ("found", "size", "checkpoint_hash")} for name in experiment.order
+    }
+    if isinstance(experiment.model, ExternalModel):
+        scores = [replace(score, after=EXTERNAL) for score in scores]
+        stages[EXTERNAL] = _stated(experiment.model.statement(), original)
     unclean = any(found.get("dirty") for found in metrics.values())  # of a stage that an earlier process finished
     return Record(
         schema=SCHEMA,
@@ -186,10 +193,25 @@ def _record(
             "peak_vram": {name: found["peak_vram"] for name, found in metrics.items() if "peak_vram" in found},
             "predicted": None if predicted is None else predicted.predicted(),
         },
-        stages={
-            name: {key: metrics[name][key] for key in ("found", "size", "checkpoint_hash")} for name in experiment.order
-        },
+        stages=stages,
     )
+
+
+def _stated(statement: Statement, original: "Original") -> dict[str, Any]:
+    """What a stage would have reported that made an external model: sizes as its maker states them."""
+    from cluscomp.models import fingerprint
+
+    plain = original.size()
+    return {
+        "found": {key: getattr(statement, key) for key in ("original", "method", "made")},
+        "size": {
+            "paper_bits_per_weight": statement.bits,
+            "linear_bits_per_weight": statement.bits,
+            "model_bits_per_weight": plain["model_bits_per_weight"] * statement.bytes / plain["checkpoint_bytes"],
+            "checkpoint_bytes": statement.bytes,
+        },
+        "checkpoint_hash": fingerprint(original.folder),
+    }
 
 
 def _flips(scores: list[Score], answers: dict[str, Path]) -> list[Score]:

@@ -9,6 +9,7 @@ import pandas as pd
 from cluscomp.errors import InputError
 from cluscomp.published import MODELS
 from cluscomp.records import Record, Score, differences
+from cluscomp.sources import EXTERNAL
 
 ORIGINAL = "original"
 PARTIAL, IN_DOMAIN, SEEN = "partial", "in-domain", "seen"
@@ -23,6 +24,7 @@ _ACCURACY = re.compile(r"acc$|exact_match")
 MARKS = {
     PARTIAL: "measured on the first windows or rows only (evaluate.limit, tasks.limit)",
     IN_DOMAIN: "scored on the data set the model learned from; another one beside it: +data@evaluate.texts.NAME=NAME",
+    EXTERNAL: "made by another program; bits and bytes are those it states, and were not counted here",
     SEEN: "of the scored text, in sequences of 13 words, stands word for word in what the model learned from",
 }
 
@@ -64,12 +66,19 @@ def sizes(record: Record, after: str) -> dict[str, Any]:
 def model_name(record: Record) -> str:
     """What papers call the model, or its id on the hub, or its file, or how it was made."""
     model = record.config["model"]
+    if EXTERNAL in record.stages:
+        model = {"id": record.stages[EXTERNAL]["found"]["original"]}
     name = str(model.get("id") or model.get("file") or model.get("architecture"))
     return MODELS.get(name, name.rpartition("/")[2].removesuffix(".gguf"))
 
 
 def limit(record: Record) -> str:
-    """The `bits` that were asked for; "by hand" where a method's own settings were given, "-" without a method."""
+    """The `bits` that were asked for; "by hand" where a method's own settings were given, "-" without a method.
+
+    Of an external model the bits that its maker states.
+    """
+    if EXTERNAL in record.stages:
+        return f"{record.stages[EXTERNAL]['size']['linear_bits_per_weight']:g}"
     if "cluster" not in record.config["order"]:
         return "-"
     bits = record.config["stages"]["cluster"]["method"]["bits"]
@@ -84,7 +93,9 @@ def method_name(record: Record, after: str) -> str:
     """
     if after == ORIGINAL:
         return ORIGINAL
-    order = record.config["order"][: record.config["order"].index(after) + 1]
+    if after == EXTERNAL:
+        return f"{record.stages[EXTERNAL]['found']['method']} ({EXTERNAL})"
+    order = stages_until(record, after)
     if "cluster" not in order:
         return " + ".join([ORIGINAL, *order])
     settings = record.config["stages"]["cluster"]["method"]
@@ -100,6 +111,12 @@ def method_name(record: Record, after: str) -> str:
     told += [f"{key}={settings[key]}" for key, usual in USUAL.items() if settings.get(key, usual) != usual]
     name = VARIANTS[known][1] + (f" ({', '.join(told)})" if told else "")
     return " + ".join([name, *order[known:]])
+
+
+def stages_until(record: Record, after: str) -> list[str]:
+    """The stages that made the model that was scored `after`: of the original, or an external model, none."""
+    order: list[str] = record.config["order"]
+    return order[: order.index(after) + 1] if after in order else []
 
 
 def marked(name: str, partial: bool, in_domain: bool, overlap: float) -> str:
@@ -177,7 +194,7 @@ def task_table(records: list[Record]) -> pd.DataFrame:
 
 def cost_until(record: Record, after: str) -> dict[str, float]:
     """Minutes of all stages up to one, without evaluation, and the most memory of any; NaN of the original."""
-    order = record.config["order"][: record.config["order"].index(after) + 1] if after != ORIGINAL else []
+    order = stages_until(record, after)
     peak = max((record.machine["peak_ram"][stage] for stage in order), default=math.nan)
     seconds = sum(record.run["seconds"][stage] for stage in order) if order else math.nan
     return {"minutes": round(seconds / 60, 1), "peak RAM, GiB": round(peak / 2**30, 2)}
@@ -239,7 +256,7 @@ def method_table(records: list[Record], metric: str = "perplexity") -> pd.DataFr
     """
     check_protocols(records, metric)
     rows = []
-    for record in records:
+    for record in (one for one in records if one.config["order"]):
         last = record.config["order"][-1]
         size = record.stages[last]["size"]
         values = {(score.dataset, score.after): score.value for score in record.scores if score.metric == metric}
