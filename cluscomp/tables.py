@@ -100,15 +100,18 @@ def method_name(record: Record, after: str) -> str:
         return " + ".join([ORIGINAL, *order])
     settings = record.config["stages"]["cluster"]["method"]
     method = str(record.stages["cluster"]["found"].get("method", "cluscomp"))
+    told = [f"{key}={settings[key]}" for key, usual in USUAL.items() if settings.get(key, usual) != usual]
+    if method == "cluscomp" and (settings.get("axis"), settings["init"]) == ("in", "random_points"):
+        method = "ipq"  # its form and recipe
     if method != "cluscomp":
         learns = record.config["stages"]["block_finetune"].get("learns", "values") if "block_finetune" in order else ""
         learned = LEARNED.get((method, learns))
-        return " + ".join([learned, *order[2:]] if learned else [method.upper(), *order[1:]])
+        alone = method.upper() + (f" ({', '.join(told)})" if told else "")
+        return " + ".join([learned, *order[2:]] if learned else [alone, *order[1:]])
     known = max(length for length in VARIANTS if VARIANTS[length][0] == order[: len(VARIANTS[length][0])])
     recipe = "" if settings.get("weighting", "none") != "none" or settings.get("assign") == "hessian" else "data-free"
     recipe = "paper" if settings["init"] == "random_points" else recipe
-    told = [recipe] if recipe else []
-    told += [f"{key}={settings[key]}" for key, usual in USUAL.items() if settings.get(key, usual) != usual]
+    told = [recipe, *told] if recipe else told
     name = VARIANTS[known][1] + (f" ({', '.join(told)})" if told else "")
     return " + ".join([name, *order[known:]])
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from cluscomp.models import compressed
 from cluscomp.rounding import LearnedRounding
 from cluscomp.uniform import UniformWeight
-from cluscomp.weights import CompressedLinear, Weight
+from cluscomp.weights import CodebookWeight, CompressedLinear, Weight
 
 Batch = TypeVar("Batch")
 LINEAR = (CompressedLinear, nn.Linear)
@@ -107,6 +107,30 @@ class Trained:
         return self._model.get_submodule(place), attribute
 
 
+def by_sign(parameter: Tensor) -> None:
+    """The gradient's sign alone: each number moves by the learning rate (AutoRound, arXiv 2309.05516); see `fit`."""
+    assert parameter.grad is not None
+    parameter.grad.sign_()
+
+
+def by_mean(model: nn.Module) -> Callable[[Tensor], None]:
+    """The mean of the gradients of all that a centroid stands for, not their sum (iPQ, arXiv 2004.07320); see `fit`."""
+    uses: dict[int, Tensor] = {}
+    for layer in compressed(model).values():
+        weight = cast(CodebookWeight, layer.stored)
+        size = weight.codebooks.shape[1]
+        counts_MK = torch.stack([codes_N.bincount(minlength=size) for codes_N in weight.unpacked()])
+        key = id(weight.codebooks)  # which several weights may share
+        uses[key] = uses.get(key, 0) + counts_MK.to(weight.codebooks.device)
+
+    def bend(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if id(parameter) in uses:
+            parameter.grad /= uses[id(parameter)].clamp(min=1)[:, :, None]
+
+    return bend
+
+
 @contextmanager
 def rounding(block: nn.Module, dense: dict[str, Tensor], *, offsets: bool) -> Iterator[None]:
     """Let the uniform weights of a block learn their grids from the `dense` ones (by layer), `offsets` see there."""
@@ -140,18 +164,18 @@ def fit(
     warmup: float,
     clip: float | None,
     half: bool,
-    signed: bool = False,
+    bend: Callable[[Tensor], None] | None = None,
 ) -> str | None:
     """Minimise `loss_of(batch)` over the float32 `parameters` with AdamW (torch's betas), one step for each batch.
 
-    If `signed`, each number moves by the learning rate against its gradient's sign instead, without decay.
+    With `bend`, which changes a parameter's gradient in place, it is plain gradient descent instead, without decay.
 
     The learning rate is `lr` times `rate(...)`; `clip` bounds the norm of all gradients together; `half` scales the
     loss as computing in float16 needs. Stops at the first loss or gradient that is not finite, with the parameters as
     they then are, and returns what it was, in words; otherwise None.
     """
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    if signed:
+    if bend is not None:
         optimizer = torch.optim.SGD(parameters, lr=lr)
     scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=half)
     for step, batch in enumerate(batches):
@@ -167,9 +191,9 @@ def fit(
             return f"step {step + 1} of {len(batches)}: loss {float(loss.detach()):.3g}, gradient {float(norm):.3g}"
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-        if signed:
-            for gradient in gradients:
-                gradient.sign_()
+        if bend is not None:
+            for parameter in (one for one in parameters if one.grad is not None):
+                bend(parameter)
         scaler.step(optimizer)
         scaler.update()
     return None

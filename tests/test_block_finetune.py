@@ -19,7 +19,8 @@ from cluscomp.models import Original, blocks, compressed
 from cluscomp.stages import Job
 from cluscomp.stages.block_finetune import BlockFinetune
 from cluscomp.stages.cluster import Cluster
-from cluscomp.weights import storage_dtype
+from cluscomp.training import by_mean, fit
+from cluscomp.weights import storage_dtype, sub_vectors
 
 CPU = torch.device("cpu")
 SAMPLES, LENGTH = 6, 12
@@ -154,6 +155,47 @@ def test_without_norms_only_codebooks_change(clustered, text, tmp_path):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.endswith(".codebooks")}
     assert all(after[name].dtype == before[name].dtype for name in before)
+
+
+def test_each_centroid_goes_against_the_mean_of_its_weights_gradients(clustered, text, tmp_path):
+    """One step of plain gradient descent on the dense weights' gradients, averaged by hand."""
+    original, model = clustered()
+    walk, ids_WT = Walk(model), windows(original, text)[:2]
+    layers = compressed(walk.blocks[0])
+    entering, bend = walk.embed(ids_WT), by_mean(walk.blocks[0])
+    dense = {name: layer.stored(torch.float32).detach().requires_grad_(True) for name, layer in layers.items()}
+    codebooks = {name: layer.stored.codebooks for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.stored.loosen()
+    before = {name: codebook.detach().clone() for name, codebook in codebooks.items()}
+
+    def loss(_: None) -> torch.Tensor:
+        return walk.apply(0, walk.blocks[0], entering).square().mean()
+
+    plain = {"lr": 0.1, "weight_decay": 0.5, "schedule": "constant", "warmup": 0.0, "clip": None, "half": False}
+    assert fit(list(codebooks.values()), loss, [None], **plain, bend=bend) is None
+    after = {name: codebook.detach().clone() for name, codebook in codebooks.items()}
+    for name, layer in layers.items():
+        layer.stored.codebooks.data = before[name]
+        linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+        linear.weight = torch.nn.Parameter(dense[name].detach())
+        walk.blocks[0].set_submodule(name, linear)
+        dense[name] = linear.weight
+    loss(None).backward()
+    for name, layer in layers.items():
+        stored, gradient = layer.stored, dense[name].grad
+        vectors = sub_vectors(gradient, stored.codebooks.shape[2], stored.axis)
+        codes = stored.unpacked()[0]
+        for centroid in codes.unique().tolist():
+            mean_D = vectors[codes == centroid].mean(0)
+            change_D = (before[name] - after[name])[0, centroid] / 0.1
+            torch.testing.assert_close(change_D, mean_D, rtol=1e-3, atol=1e-6)
+
+
+def test_averaged_gradients_lower_the_loss_of_every_block(clustered, text, tmp_path):
+    original, model = clustered()
+    found = stage(text, learns="means", loss="relative", lr=30.0).run(model, Job(tmp_path, 0, original))
+    assert all(numbers["after"] < numbers["before"] for numbers in found["blocks"])
 
 
 def trained(clustered, text, folder: Path, seed=0, dtype=torch.float32, **changed):

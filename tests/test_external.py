@@ -20,7 +20,7 @@ STATED = {"original": "tiny-llama", "method": "GPTQ", "bits": 3.3, "bytes": 1234
 
 @pytest.fixture(scope="module")
 def made(ground):
-    """A run of round-to-nearest, and one of the plain numbers of its checkpoint as an external model; and the folder."""
+    """A run of round-to-nearest, one of the plain numbers of its checkpoint as an external model, and their folder."""
     places = [f"data.file={ground / 'text.txt'}", f"cache={ground / 'cache'}", f"outputs={ground / 'outputs'}"]
     ours = pipeline(*SMALL, *places, "model=tiny", "method=rtn", "bits=4", "order=[cluster]")
     folder = ground / "theirs"
@@ -75,7 +75,7 @@ def test_a_wrong_statement_is_named(made, tmp_path, change, said):
     for path in folder.iterdir():
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "external.json").unlink()
-    with pytest.raises(InputError, match="external.json is missing; it says what the folder is"):
+    with pytest.raises(InputError, match=r"external\.json is missing; it says what the folder is"):
         ExternalModel(id=str(tmp_path)).folder(tmp_path)
     (tmp_path / "external.json").write_text(json.dumps(STATED | change))
     with pytest.raises(InputError, match=said):

@@ -92,6 +92,7 @@ def test_models_of_different_tokenizers_stand_in_one_table():
         (["cluster", "recover"], "recover", {}, "ClusComp- + recover"),
         (["cluster"], "cluster", {"weighting": "none", "assign": "nearest"}, "ClusComp- (data-free)"),
         (["cluster"], "cluster", {"init": "random_points", "weighting": "none"}, "ClusComp- (paper)"),
+        (["cluster"], "cluster", {"init": "random_points", "weighting": "none", "axis": "in"}, "IPQ"),
         (["cluster"], "cluster", {"share": "input", "descent": 2}, "ClusComp- (share=input, descent=2)"),
         (["cluster"], "original", {}, "original"),
     ],
@@ -102,6 +103,12 @@ def test_methods_are_called_what_the_paper_calls_them(order, after, settings, na
     made.config["stages"]["cluster"]["method"].update(settings)
     assert method_name(made, after) == name
     assert method_name(method_record("a", "gptq", 3.0, 1.0, 3.0), "tune") == "GPTQ + tune"
+
+
+def test_an_allocation_is_told_of_every_method():
+    made = run_of("a", 30.0, method="gptvq")
+    made.config["stages"]["cluster"]["method"]["allocation"] = "fill"
+    assert method_name(made, "cluster") == "GPTVQ (allocation=fill)"
 
 
 @pytest.mark.parametrize(

@@ -171,9 +171,19 @@ def test_weights_on_no_grid_are_refused_before_any_work(families, text):
     method = ClusComp(bits=None, vector_dim=4, codebook_size=16, iterations=5, **PAPER, **STORED, **NO_DATA)
     Cluster(method=method, **IDLE).cost(outline)
     stage(text).cost(outline)
+    stage(text, learns="means").cost(outline)
     for learns in ("clipping", "rounding"):
         with pytest.raises(InputError, match=rf"learns={learns} needs .*method=rtn.*q_proj is a CodebookWeight"):
             stage(text, learns=learns).cost(outline)
+
+
+def test_codebooks_are_refused_where_there_are_none(families, text):
+    original = Original(families("llama"), torch.float32, CPU)
+    outline = Outline(original.config, torch.float32, "cpu")
+    method = RoundToNearest(bits=None, width=3, group=8, symmetric=False)
+    Cluster(method=method, **IDLE).cost(outline)
+    with pytest.raises(InputError, match=r"learns=means needs .*method=ipq.*q_proj is a UniformWeight"):
+        stage(text, learns="means").cost(outline)
 
 
 def test_it_is_counted_as_memory_and_keys_are_those_of_before(families, text):

@@ -6,7 +6,7 @@ from torch.nn import Parameter
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from cluscomp.training import fit, rate
+from cluscomp.training import by_sign, fit, rate
 
 PLAIN = {"lr": 0.1, "weight_decay": 0.0, "schedule": "constant", "warmup": 0.0, "clip": None, "half": False}
 
@@ -61,9 +61,8 @@ def test_fit_is_adamw_with_clipped_gradients():
 def test_signed_steps_are_as_long_as_the_learning_rate(half):
     parameter, by_hand = Parameter(torch.zeros(3)), torch.zeros(3)
     settings = PLAIN | {"schedule": "linear", "half": half, "weight_decay": 0.5}
-    assert (
-        fit([parameter], lambda target: (parameter - target).square().sum(), targets(), **settings, signed=True) is None
-    )
+    loss = lambda target: (parameter - target).square().sum()  # noqa: E731
+    assert fit([parameter], loss, targets(), **settings, bend=by_sign) is None
     for step, target in enumerate(targets()):
         by_hand -= 0.1 * (1 - step / 6) * (by_hand - target).sign()
     torch.testing.assert_close(parameter.detach(), by_hand)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cluscomp.streams import Streams
 
 log = logging.getLogger(__name__)
+ROUNDED = ("clipping", "rounding")  # what may be learned so that weights are rounded anew
 ATTEMPTS = 3  # at training a block, each with half the learning rate of the one before
 
 
@@ -40,8 +41,9 @@ class BlockFinetune:
     with what the original model makes of it, "same_input" with the original block fed the same as the compressed one;
     "both" adds the two errors (the paper code's option `aug_loss`). Codes and biases of linear layers stay; `norms`
     lets the block's norms learn, too. `loss` "relative" divides the error by the mean square of the target: the same
-    optimum, with gradients of like size in all blocks. `learns` "values": codebooks, or the scales of uniform grids. On
-    such grids weights may be rounded anew, from the original's: "clipping" learns how far each grid spans (OmniQuant),
+    optimum, with gradients of like size in all blocks. `learns` "values": codebooks, or the scales of uniform grids.
+    "means": codebooks by plain gradient descent, each centroid by the mean of its weights' gradients (iPQ). On uniform
+    grids weights may be rounded anew, from the original's: "clipping" learns how far each grid spans (OmniQuant),
     "rounding" also which way each weight is rounded, by the gradient's sign (AutoRound). `order` "fixed" takes the
     windows as they come (the paper code), "shuffled" anew in each epoch. `clip` bounds the norm of the gradient;
     `warmup` is the share of steps in which the learning rate rises. `streams` says where the hidden states are, and
@@ -55,7 +57,7 @@ class BlockFinetune:
     length: int = Field(ge=2)
     target: Literal["fp_stream", "same_input", "both"]
     norms: bool
-    learns: Literal["values", "clipping", "rounding"]
+    learns: Literal["values", "means", "clipping", "rounding"]
     loss: Literal["mse", "relative"]
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
@@ -103,7 +105,7 @@ class BlockFinetune:
         self._check_weights(outline)
         trained = outline.codebook_numbers(outline.block)
         sizes = [float(o * i) for o, i in outline.dense.values()]
-        of_each = {"values": 0.0, "clipping": 4.0, "rounding": 12.0}[self.learns]  # with offsets and their gradients
+        of_each = {"clipping": 4.0, "rounding": 12.0}.get(self.learns, 0.0)  # with offsets and their gradients
         rounded = of_each * sum(sizes) + (24.0 * max(sizes) if of_each else 0.0)
         streams = 4 if self.target == "both" else 3
         kept = outline.stream(self.samples, self.length) * (streams if self.streams == "memory" else 0)
@@ -130,15 +132,22 @@ class BlockFinetune:
         return Cost(device, {}, work * outline.blocks + read, relief)
 
     def _check_weights(self, outline: "Outline") -> None:
-        """Raise InputError, naming the layer, if weights are to be rounded anew that lie on no grid."""
+        """Raise InputError, naming the layer, if what is to be learned is no part of its stored form."""
         from cluscomp.models import compressed
         from cluscomp.uniform import UniformWeight
+        from cluscomp.weights import CodebookWeight
 
+        if self.learns == "values":
+            return
+        wanted = UniformWeight if self.learns in ROUNDED else CodebookWeight
+        kind = (
+            "on uniform grids, such as method=rtn" if self.learns in ROUNDED else "with codebooks, such as method=ipq"
+        )
         for name, layer in compressed(outline.model).items():
-            if self.learns != "values" and not isinstance(layer.stored, UniformWeight):
+            if not isinstance(layer.stored, wanted):
                 raise InputError(
-                    f"block_finetune.learns={self.learns} needs a method on uniform grids, such as method=rtn: {name} "
-                    f"is a {type(layer.stored).__name__}"
+                    f"block_finetune.learns={self.learns} needs a method {kind}: {name} is a "
+                    f"{type(layer.stored).__name__}"
                 )
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
@@ -172,7 +181,7 @@ class BlockFinetune:
             targets: list[Tensor] = []
             dense: dict[str, Tensor] = {}
             with torch.no_grad(), teacher.block(index) as block:
-                if self.learns != "values":
+                if self.learns in ROUNDED:
                     dense = {name: linear.weight.detach().float() for name, linear in linears(block).items()}
                 if self.target != "same_input":
                     original = self._apply(teacher, index, block, original, streams.new("original", index + 1))
@@ -218,9 +227,10 @@ class BlockFinetune:
         import torch
         import torch.nn.functional as F
 
-        from cluscomp.training import Trained, fit, norms
+        from cluscomp.training import Trained, by_mean, by_sign, fit, norms
 
         block = walk.blocks[index]
+        bend = {"rounding": lambda: by_sign, "means": lambda: by_mean(block)}.get(self.learns, lambda: None)()
         trained = Trained(block, codebooks=True, others=norms(block) if self.norms else {})
         squares = [float(target_TH.float().square().mean()) for target in targets_WTH for target_TH in target]
         square = sum(squares) / len(squares)
@@ -255,7 +265,7 @@ class BlockFinetune:
                 warmup=self.warmup,
                 clip=self.clip,
                 half=leaving_WTH.dtype == torch.float16,
-                signed=self.learns == "rounding",
+                bend=bend,
             )
             unfit = trained.finish()
             problem = problem or unfit
