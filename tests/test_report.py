@@ -1,5 +1,6 @@
 """Tables and figures of experiments by hand, and that those in the repository are what the commands make today."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +190,18 @@ def test_the_pareto_front_by_hand():
     found = pareto(runs).set_index("method")
     assert found["dominated by bits"].to_dict() == {"AWQ": False, "GPTQ": False, "AQLM": False, "RTN": True}
     assert found["dominated by bytes"].to_dict() == {"AWQ": True, "GPTQ": False, "AQLM": False, "RTN": False}
+
+
+@pytest.mark.parametrize("worst", [1e9, math.inf])
+def test_a_perplexity_beyond_all_use_stands_on_the_panels_edge_and_hides_no_other(worst):
+    runs = [run_of("a", 30.0, method="gptq"), run_of("b", 200.0, method="awq"), run_of("c", worst, method="rtn")]
+    figure = plots.pareto(pareto(runs))
+    for axes in figure.axes:
+        heights = {height for line in axes.lines for height in line.get_ydata()}
+        assert heights == {30.0, 200.0, 300.0} and axes.get_ylim()[1] == 300.0
+    assert "on the upper edge: beyond the scale" in [text.get_text() for text in figure.legends[0].get_texts()]
+    plain = plots.pareto(pareto(runs[:2]))
+    assert "on the upper edge: beyond the scale" not in [text.get_text() for text in plain.legends[0].get_texts()]
 
 
 def test_differences_below_the_spread_of_seeds_are_told():
