@@ -15,7 +15,6 @@ from pydantic.dataclasses import dataclass
 
 from cluscomp.costs import Machine
 from cluscomp.records import content_key
-from cluscomp.sources import ExternalModel
 
 PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
 ASIDE = (*PLACES, "retry")  # and which cells of a sweep are run: settings that decide nothing of a run's result
@@ -54,8 +53,6 @@ class Experiment:
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "Experiment":
-        if isinstance(self.model, ExternalModel) and self.order:
-            raise ValueError(f"order={self.order}: model=external is only scored; order=[evaluate] does that")
         for number, name in enumerate(self.order):
             if name not in self.stages:
                 raise ValueError(f"order: there is no stage '{name}'; stages: {', '.join(sorted(self.stages))}")

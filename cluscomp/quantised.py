@@ -33,13 +33,16 @@ STATED = "stored_bits.json"
 class Stated:
     """What the file stored_bits.json in a folder of dense weights says of the quantised ones these stand for.
 
-    `method` and `library` are words for the record; `ledger` holds the bits that the matrices inside the blocks take,
-    all together and by part (codes, scales, zeros, codebooks, ...), those that stayed in 16 bits too.
+    `method` and `library` are words for the record; `original` is the model as tables name it, beside whose other
+    methods this one is to stand (an id of the hub, a GGUF file's name; null: it stands alone). `ledger` holds the bits
+    that the matrices inside the blocks take, all together and by part (codes, scales, zeros, codebooks, ...), those
+    that stayed in 16 bits too.
     """
 
     method: str = Field(min_length=1)
     library: str = Field(min_length=1)
     ledger: dict[str, int] = Field(min_length=1)
+    original: str | None = None
 
 
 class Dequantised(Original):

@@ -16,6 +16,7 @@ from cluscomp.files import new_file
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
+EXTERNAL = "external"  # what made a model that another library compressed, where scores and stages are named
 STRICT = ConfigDict(extra="forbid")
 
 

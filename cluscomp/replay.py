@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 from cluscomp.cells import read_cell
 from cluscomp.errors import InputError
-from cluscomp.records import Record, Score, content_key, differences, read_sealed
-from cluscomp.sources import EXTERNAL
+from cluscomp.records import EXTERNAL, Record, Score, content_key, differences, read_sealed
 from cluscomp.tables import ORIGINAL
 
 TOLERANCE = 1e-3  # of a value, within which other arithmetic may bring it; of an accuracy also one answer

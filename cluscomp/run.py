@@ -21,9 +21,8 @@ from cluscomp.experiment import Experiment, settings, stage_keys
 from cluscomp.files import held_alone
 from cluscomp.follower import Follower
 from cluscomp.preparation import device_of, dtype_of, foreseen, writable
-from cluscomp.records import SCHEMA, Record, Score, read, write
+from cluscomp.records import EXTERNAL, SCHEMA, Record, Score, read, write
 from cluscomp.runner import Runner
-from cluscomp.sources import EXTERNAL, ExternalModel, Statement
 from cluscomp.steps import rank
 from cluscomp.tasks import flipped, read_answers
 
@@ -156,6 +155,7 @@ def _record(
     predicted: "Plan | None",
 ) -> Record:
     from cluscomp.kernels.loading import native
+    from cluscomp.models import fingerprint
 
     scores = [Score(**row) for found in metrics.values() for row in found.get("scores", [])]
     scores += _flips(scores, answers)
@@ -163,9 +163,9 @@ def _record(
     stages = {
         name: {key: metrics[name][key] for key in ("found", "size", "checkpoint_hash")} for name in experiment.order
     }
-    if isinstance(experiment.model, ExternalModel):
+    if (stated := original.size().get("stated")) is not None:
         scores = [replace(score, after=EXTERNAL) for score in scores]
-        stages[EXTERNAL] = _stated(experiment.model.statement(), original)
+        stages[EXTERNAL] = {"found": stated, "size": original.size(), "checkpoint_hash": fingerprint(original.folder)}
     unclean = any(found.get("dirty") for found in metrics.values())  # of a stage that an earlier process finished
     return Record(
         schema=SCHEMA,
@@ -195,23 +195,6 @@ def _record(
         },
         stages=stages,
     )
-
-
-def _stated(statement: Statement, original: "Original") -> dict[str, Any]:
-    """What a stage would have reported that made an external model: sizes as its maker states them."""
-    from cluscomp.models import fingerprint
-
-    plain = original.size()
-    return {
-        "found": {key: getattr(statement, key) for key in ("original", "method", "made")},
-        "size": {
-            "paper_bits_per_weight": statement.bits,
-            "linear_bits_per_weight": statement.bits,
-            "model_bits_per_weight": plain["model_bits_per_weight"] * statement.bytes / plain["checkpoint_bytes"],
-            "checkpoint_bytes": statement.bytes,
-        },
-        "checkpoint_hash": fingerprint(original.folder),
-    }
 
 
 def _flips(scores: list[Score], answers: dict[str, Path]) -> list[Score]:

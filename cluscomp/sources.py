@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from cluscomp.errors import InputError
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SETTINGS = ConfigDict(extra="forbid", strict=True)
-EXTERNAL = "external"  # after what an `ExternalModel` is scored, in place of "original"
 BYTES = {"vocab_size": 257, "dtype": "float32"}  # of TinyModel: a token a byte, and one to end
 
 
@@ -96,50 +95,6 @@ class HubModel:
             ) from error
         except (HfHubHTTPError, HFValidationError) as error:
             raise InputError(f"model.id={self.id}: the hub refused: {str(error).splitlines()[0]}") from error
-
-
-@dataclass(frozen=True, kw_only=True, config=SETTINGS)
-class Statement:
-    """What a folder's external.json tells of a model that another program compressed and gave back as plain numbers.
-
-    `original` as its records name it (an id of the hub), `method` with the program that made it, `bits` per weight of
-    the compressed matrices as its own form stores them, `bytes` of its own file, and how it was `made`.
-    """
-
-    original: str = Field(min_length=1)
-    method: str = Field(min_length=1)
-    bits: float = Field(gt=0, le=32)
-    bytes: int = Field(gt=0)
-    made: str = Field(min_length=1)
-
-
-@dataclass(frozen=True, kw_only=True, config=SETTINGS)
-class ExternalModel:
-    """A folder of plain numbers that another program's compressed model stands for, and external.json beside them."""
-
-    id: str
-
-    def outline(self, cache: Path) -> "PreTrainedConfig":
-        """The model's config. Raises InputError as `folder`."""
-        return _read_config(self.folder(cache))
-
-    def folder(self, cache: Path) -> Path:
-        """The folder itself. Raises InputError if it is no model, or its external.json is missing or wrong."""
-        found = HubModel(id=self.id, revision=None, config=None).folder(cache)
-        self.statement()
-        return found
-
-    def statement(self) -> Statement:
-        """What external.json says. Raises InputError, naming what is wrong in it."""
-        path = Path(self.id).expanduser() / "external.json"
-        try:
-            return TypeAdapter(Statement).validate_json(path.read_bytes())
-        except OSError as error:
-            example = '{"original": "ORG/NAME", "method": "GPTQ", "bits": 3.3, "bytes": 96600000, "made": "COMMAND"}'
-            raise InputError(f"model.id={self.id}: {path} is missing; it says what the folder is: {example}") from error
-        except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'text'}: {one['msg']}" for one in error.errors())
-            raise InputError(f"{path}: {wrong}") from error
 
 
 @dataclass(frozen=True, kw_only=True, config=SETTINGS)

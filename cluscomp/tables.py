@@ -8,8 +8,7 @@ import pandas as pd
 
 from cluscomp.errors import InputError
 from cluscomp.published import MODELS
-from cluscomp.records import Record, Score, differences
-from cluscomp.sources import EXTERNAL
+from cluscomp.records import EXTERNAL, Record, Score, differences
 
 ORIGINAL = "original"
 PARTIAL, IN_DOMAIN, SEEN = "partial", "in-domain", "seen"
@@ -24,7 +23,7 @@ _ACCURACY = re.compile(r"acc$|exact_match")
 MARKS = {
     PARTIAL: "measured on the first windows or rows only (evaluate.limit, tasks.limit)",
     IN_DOMAIN: "scored on the data set the model learned from; another one beside it: +data@evaluate.texts.NAME=NAME",
-    EXTERNAL: "made by another program; bits and bytes are those it states, and were not counted here",
+    EXTERNAL: "made by another library; bits and bytes are those its maker states, and were not counted here",
     SEEN: "of the scored text, in sequences of 13 words, stands word for word in what the model learned from",
 }
 
@@ -66,8 +65,8 @@ def sizes(record: Record, after: str) -> dict[str, Any]:
 def model_name(record: Record) -> str:
     """What papers call the model, or its id on the hub, or its file, or how it was made."""
     model = record.config["model"]
-    if EXTERNAL in record.stages:
-        model = {"id": record.stages[EXTERNAL]["found"]["original"]}
+    if (original := record.stages.get(EXTERNAL, {}).get("found", {}).get("original")) is not None:
+        model = {"id": original}
     name = str(model.get("id") or model.get("file") or model.get("architecture"))
     return MODELS.get(name, name.rpartition("/")[2].removesuffix(".gguf"))
 
@@ -78,7 +77,7 @@ def limit(record: Record) -> str:
     Of an external model the bits that its maker states.
     """
     if EXTERNAL in record.stages:
-        return f"{record.stages[EXTERNAL]['size']['linear_bits_per_weight']:g}"
+        return f"{record.stages[EXTERNAL]['size']['linear_bits_per_weight']:.3g}"
     if "cluster" not in record.config["order"]:
         return "-"
     bits = record.config["stages"]["cluster"]["method"]["bits"]
@@ -94,7 +93,8 @@ def method_name(record: Record, after: str) -> str:
     if after == ORIGINAL:
         return ORIGINAL
     if after == EXTERNAL:
-        return f"{record.stages[EXTERNAL]['found']['method']} ({EXTERNAL})"
+        stated = record.stages[EXTERNAL]["found"]
+        return f"{stated['method'].upper()} ({stated['library']}, {EXTERNAL})"
     order = stages_until(record, after)
     if "cluster" not in order:
         return " + ".join([ORIGINAL, *order])

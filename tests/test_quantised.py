@@ -11,12 +11,16 @@ import torch
 from runs import composed, pipeline
 from safetensors.torch import load_file, save_file
 
+from cluscomp import report
 from cluscomp.blocks import Walk
+from cluscomp.comparison import perplexity_table
 from cluscomp.errors import InputError
+from cluscomp.frontier import pareto
 from cluscomp.models import blocks, compressed, linears
 from cluscomp.preparation import planned
 from cluscomp.quantised import Quantised, opened
 from cluscomp.records import read
+from cluscomp.tables import model_name
 
 HOW = ["method=cluscomp_data_free", "method.vector_dim=4", "method.codebook_size=16"]
 CPU = torch.device("cpu")
@@ -212,7 +216,22 @@ def test_a_dequantised_folder_scores_as_what_it_is_and_counts_as_it_says(stated,
     assert size["linear_bits_per_weight"] == 3500 / inside
     assert size["model_bits_per_weight"] == (3500 + 16 * (numbers - inside)) / numbers
     assert size["checkpoint_bytes"] == math.ceil((3500 + 16 * (numbers - inside)) / 8)
-    assert size["stated"] == {"method": "gptq", "library": "some library 1.0", "ledger": LEDGER}
+    said = {"method": "gptq", "library": "some library 1.0", "ledger": LEDGER, "original": None}
+    assert size["stated"] == said == record.stages["external"]["found"]
+
+
+def test_a_dequantised_folder_stands_in_tables_beside_the_methods_of_its_original(stated, compressing, command):
+    said = json.loads((stated / "stored_bits.json").read_text()) | {"original": model_name(compressing.record)}
+    (stated / "stored_bits.json").write_text(json.dumps(said))
+    record = read(scored(stated, command).path)
+    assert {score.after for score in record.scores} == {"external"}
+    both = [compressing.record, record]
+    table = perplexity_table(both).set_index("method")
+    bits = round(record.size["original"]["linear_bits_per_weight"], 3)
+    row = table.loc["GPTQ (some library 1.0, external)"]
+    assert row["stored bits"] == bits and row["limit"] == f"{bits:.3g}" and len(table) == 3
+    assert table["model"].nunique() == 1 and set(pareto(both)["method"]) == set(table.index) - {"original"}
+    assert "those its maker states" in report.page("both", both, "md")["tables.md"]
 
 
 def test_a_dequantised_folder_is_not_compressed(stated, command):
