@@ -30,7 +30,7 @@ from cluscomp.models import Original, block_names, linears
 from cluscomp.outline import Outline
 from cluscomp.stages.cluster import places
 
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if "_target_" in path.read_text())
 BLOCK, BITS, MOST = 2, 3, 1.1
 CALIBRATION = ["data=pydoc", "cluster.samples=8", "cluster.length=512"]
 

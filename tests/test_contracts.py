@@ -36,7 +36,7 @@ VARIANTS = {  # choices that say only what is other than in another choice of th
     str(path.relative_to(CONF)): node
     for group in GROUPS
     for path in sorted((CONF / group).glob("*.yaml"))
-    if "_target_" not in (node := yaml.safe_load(path.read_text()))
+    if "_target_" not in (node := yaml.safe_load(path.read_text())) and "order" not in node
 }
 METHODS = [name for name in NODES if name.startswith("method/")]
 STAGES = [name for name, node in NODES.items() if node["_target_"].startswith("cluscomp.stages.")]
@@ -98,6 +98,15 @@ def test_every_experiment_composes_and_builds_under_its_own_name(name):
 
 
 # methods
+
+
+@pytest.mark.parametrize(("name", "learns"), [("autoround", "rounding"), ("omniquant", "clipping")])
+def test_methods_that_are_mostly_training_choose_it(name, learns):
+    found = composed(f"method={name}", "bits=3", "experiment=methods")
+    assert found.order == ["cluster", "block_finetune"] and found.stages["block_finetune"].learns == learns
+    assert found.stages["cluster"].method == composed("method=rtn", "bits=3").stages["cluster"].method
+    given = composed(f"method={name}", "bits=3", f"block_finetune={name}")
+    assert given.stages["block_finetune"] != found.stages["block_finetune"]
 
 
 def test_settings_tell_methods_apart():

@@ -10,7 +10,7 @@ from cluscomp.__main__ import CONF
 from cluscomp.checkpoint import load
 from cluscomp.models import compressed
 
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if "_target_" in path.read_text())
 STAGES = ["cluster", "block_finetune", "recover", "finetune"]
 SMALL = [
     "model=tiny", "data=text", "bits=4", "evaluate.context=32", "evaluate.limit=4", "evaluate.after=[]",
