@@ -22,7 +22,7 @@ def collected(arguments: list[str]) -> None:
 
 
 def table(arguments: list[str]) -> None:
-    """Write all tables of an experiment's records into results/NAME; into=FILE also puts the first into a document."""
+    """Write all tables of an experiment's records into results/NAME; into=FILE also puts one into a document."""
     from cluscomp import published, report
     from cluscomp.rendering import FORMATS
 

@@ -42,6 +42,47 @@ def perplexity_table(records: list[Record], metric: str = "perplexity") -> pd.Da
     return _sorted(rows)
 
 
+def overview_table(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
+    """`perplexity_table` at a glance: one row a method, a column for each data set and limit, the mean over seeds.
+
+    The original first, then the best first, by the data set and limit that most methods have. Empty for fewer than
+    three methods or two limits.
+    """
+    table = perplexity_table(records, metric)
+    if table.empty:
+        return table
+    wide = table.melt([name for name in table.columns if name not in score_columns(table)], var_name="data")
+    wide = wide[wide["value"].notna()]
+    originals = wide[wide["method"] == ORIGINAL].set_index(["model", "data"])["value"].to_dict()
+    wide = (
+        wide[wide["method"] != ORIGINAL]
+        .groupby(["model", "method", "data", "limit"], sort=False)["value"]
+        .mean()
+        .reset_index()
+    )
+    if wide["method"].nunique() < 3 or wide["limit"].nunique() < 2:
+        return pd.DataFrame()
+    kinds = sorted(dict.fromkeys(zip(wide["data"], wide["limit"])), key=lambda one: one[0])
+    most = max(kinds, key=lambda one: int(((wide["data"] == one[0]) & (wide["limit"] == one[1])).sum()))
+    rows = []
+    for (model, method), group in wide.groupby(["model", "method"], sort=False):
+        values = dict(zip(zip(group["data"], group["limit"]), group["value"]))
+        at = {_named(*kind): values.get(kind, math.nan) for kind in kinds}
+        rows.append({"model": model, "method": method} | at)
+    found = pd.DataFrame(rows).sort_values(["model", _named(*most)], ignore_index=True)
+    first = [
+        {"model": model, "method": ORIGINAL}
+        | {_named(*kind): originals.get((model, kind[0]), math.nan) for kind in kinds}
+        for model in found["model"].unique()
+    ]
+    found = pd.concat([pd.DataFrame(first), found]).sort_values("model", kind="stable", ignore_index=True)
+    return found if found["model"].nunique() > 1 else found.drop(columns="model")
+
+
+def _named(data: str, limit: str) -> str:
+    return f"{limit} bits: {data}" if limit[0].isdigit() else f"{limit}: {data}"
+
+
 def zeroshot_table(records: list[Record], metric: str = "acc") -> pd.DataFrame:
     """As `perplexity_table`, of an accuracy in percent: a column for each task and for their mean."""
     rows: dict[tuple[str, ...], dict[str, Any]] = {}

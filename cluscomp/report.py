@@ -53,6 +53,11 @@ VIEWS = [
         LIKE, comparison.score_columns,
     ),
     View(
+        "overview", "Perplexity at each limit of bits", comparison.overview_table,
+        "At or under the limit as stored, the best bold; of several seeds the mean.",
+        ("model",), comparison.score_columns,
+    ),
+    View(
         "zeroshot", "Tasks, accuracy in percent", comparison.zeroshot_table, "The best at each limit of bits is bold.",
         LIKE, comparison.score_columns, True,
     ),
@@ -138,17 +143,26 @@ def write(files: dict[str, str], folder: Path) -> list[Path]:
 
 
 def put_into(document: Path, name: str, records: list[Record]) -> None:
-    """Put an experiment's first table between `<!-- cluscomp table NAME -->` and `<!-- end -->`, for what is there.
+    """Put an experiment's table between `<!-- cluscomp table NAME VIEW -->` and `<!-- end -->`, for what is there.
 
-    Raises InputError if the document has no such place.
+    Without VIEW (perplexity, overview, ...: the files' names in format=csv) it is the first one. Raises InputError if
+    the document has no such place, or the records no such table.
     """
-    (view, table), *_ = views(records)
-    text = rendered(table, "md", within=view.within, scores=view.scores(table), highest=view.highest)
-    begin, end = f"<!-- cluscomp table {name} -->\n", "<!-- end -->"
-    before = document.read_text(encoding="utf-8")
-    after, count = re.subn(re.escape(begin) + ".*?" + re.escape(end), lambda _: begin + text + end, before, flags=re.S)
+    made = views(records)
+    known = {view.name: (view, table) for view, table in made}
+
+    def filled(place: re.Match[str]) -> str:
+        if place["view"] and place["view"] not in known:
+            raise InputError(f"{document}: {name} has no table '{place['view']}'; it has {', '.join(known)}")
+        view, table = known[place["view"]] if place["view"] else made[0]
+        text = rendered(table, "md", within=view.within, scores=view.scores(table), highest=view.highest)
+        return f"{place['begin']}{text}{place['end']}"
+
+    begin, end = f"<!-- cluscomp table {name} -->", "<!-- end -->"
+    places = rf"(?P<begin><!-- cluscomp table {re.escape(name)}(?: (?P<view>\w+))? -->\n).*?(?P<end>{end})"
+    after, count = re.subn(places, filled, document.read_text(encoding="utf-8"), flags=re.S)
     if not count:
-        raise InputError(f"{document}: there is no place for the table, {begin.strip()} and {end}")
+        raise InputError(f"{document}: there is no place for the table, {begin} and {end}")
     with new_file(document) as unfinished:
         unfinished.write_text(after, encoding="utf-8")
 

@@ -10,7 +10,7 @@ import pytest
 from test_tables import asked, method_record, record, score, size, with_tasks
 
 from cluscomp import commands, plots, report
-from cluscomp.comparison import comparison_table, finetuning_table, perplexity_table, zeroshot_table
+from cluscomp.comparison import comparison_table, finetuning_table, overview_table, perplexity_table, zeroshot_table
 from cluscomp.errors import InputError
 from cluscomp.frontier import pareto, seed_spread
 from cluscomp.layers import codebook_table, drift_table, layer_table, weight_table
@@ -21,7 +21,7 @@ from cluscomp.tables import method_name, prediction_table
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted({path.parent.name for path in (ROOT / "results").glob("*/*.json")} - {"bench"})
-BLOCKS = re.compile(r"<!-- cluscomp table (\w+) -->\n(.*?)<!-- end -->", re.S)
+BLOCKS = re.compile(r"<!-- cluscomp table (\w+)(?: \w+)? -->\n(.*?)<!-- end -->", re.S)
 
 
 def run_of(
@@ -326,6 +326,30 @@ def test_the_command_writes_tables_and_figures(results, capsys, format_, file):
     assert str(results / "mine" / file) in written and str(results / "mine" / "pareto.pdf") in written
     assert all(Path(path).stat().st_size > 0 for path in written)
     assert not list((results / "mine").glob(".*"))  # nothing half-written
+
+
+def test_all_limits_at_a_glance_by_hand():
+    runs = [run_of("a", 30.0, method="gptq"), run_of("b", 40.0, 2.0, method="gptq"), run_of("c", 35.0, method="rtn")]
+    runs[1].config["stages"]["cluster"]["method"]["bits"] = 2.0
+    assert overview_table(runs).empty  # two methods alone
+    runs += [run_of(f"d{seed}", 20.0 + 4 * seed, method="awq", seed=seed) for seed in (0, 1)]
+    found = overview_table(runs).set_index("method")
+    assert found.index.tolist() == ["original", "AWQ", "GPTQ", "RTN"]  # best first at 3 bits, where all are
+    assert found["3 bits: pydoc"].tolist() == [20.0, 22.0, 30.0, 35.0]
+    assert found["2 bits: pydoc"].dropna().to_dict() == {"original": 20.0, "GPTQ": 40.0}
+
+
+def test_a_document_gets_the_table_it_names(results, tmp_path):
+    paper = tmp_path / "paper.md"
+    paper.write_text(
+        "<!-- cluscomp table mine pareto -->\nold\n<!-- end -->\n<!-- cluscomp table mine -->\n<!-- end -->\n"
+    )
+    commands.table(["mine", f"results={results}", f"into={paper}"])
+    first, second = paper.read_text().split("<!-- end -->\n")[:2]
+    assert "dominated by bits" in first and "old" not in first and "minutes" in second
+    paper.write_text("<!-- cluscomp table mine nosuch -->\n<!-- end -->\n")
+    with pytest.raises(InputError, match="mine has no table 'nosuch'; it has perplexity, "):
+        commands.table(["mine", f"results={results}", f"into={paper}"])
 
 
 def test_a_document_gets_the_first_table(results, tmp_path):
