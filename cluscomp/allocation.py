@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cluscomp.budget import Matrices, Option, Shape, allocate, choose, menu
+from cluscomp.budget import Matrices, Option, Shape, allocate, choose, expected_shapes, menu
 from cluscomp.kmeans import Recipe
 
 Shapes = Callable[[Matrices, float | None], list[Shape]]
@@ -56,6 +56,11 @@ def fill(groups: Groups, shapes: Shapes, bits: float, recipe: Recipe) -> list[Sh
     """
     offered, menus, numbers = _menus(groups, shapes, bits, recipe, lambda group: group.numbers / group.energy)
     return [found[number] for found, number in zip(offered, allocate(menus, bits * numbers))]
+
+
+def gaussian(groups: Groups, shapes: Shapes, bits: float, _recipe: Recipe) -> list[Shape]:
+    """As `fill`, the damage being that of Gaussian weights of one variance: from shapes alone, nothing is measured."""
+    return expected_shapes([opened().matrices for opened in groups], shapes, bits)
 
 
 def sensitivity(groups: Groups, shapes: Shapes, bits: float, recipe: Recipe) -> list[Shape]:

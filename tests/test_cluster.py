@@ -12,8 +12,9 @@ from cluscomp.errors import InputError
 from cluscomp.methods.cluscomp import ClusComp
 from cluscomp.models import Original, blocks, compressed, linears
 from cluscomp.moments import SecondMoment
+from cluscomp.outline import Outline
 from cluscomp.stages import Job
-from cluscomp.stages.cluster import Cluster, chosen_table, layer_seed
+from cluscomp.stages.cluster import Cluster, chosen_table, layer_seed, places
 
 CPU = torch.device("cpu")
 CALIBRATION = {"samples": 5, "length": 12, "batch_size": 2}
@@ -260,6 +261,21 @@ def test_a_filled_block_takes_all_its_bits_and_does_less_damage(tiny_folder, tex
                 error = (layer.stored(torch.float32).detach() - weight_OI).square().sum() / weight_OI.square().mean()
                 damages[allocation] += float(error)
     assert bits["uniform"] < bits["fill"] <= 3.0 and damages["fill"] < damages["uniform"]
+
+
+@pytest.mark.parametrize("share", ["none", "input", "block"])
+def test_shapes_as_of_gaussian_weights_are_those_of_the_plan_and_fill_the_block(tiny_folder, text, tmp_path, share):
+    original = Original(tiny_folder, torch.float32, CPU)
+    target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "share": share, "allocation": "gaussian"}
+    clustering = stage(text, **target)
+    model, found = run(clustering, original, tmp_path)
+    outlined = clustering.method.outline_block(places(Outline(original.config, torch.float32, "cpu"))[0])
+    stored = {name: layer.stored for name, layer in compressed(blocks(model)[0]).items()}
+    assert clustering.method.exact and outlined.keys() == stored.keys()
+    assert all(outlined[name].spec() == weight.spec() for name, weight in stored.items())
+    size = sum(layer.out_features * layer.in_features for layer in compressed(model).values())
+    bits = sum(sum(layer.stored.ledger().values()) for layer in compressed(model).values()) / size
+    assert 2.6 < bits <= 3.0 and found["chosen"]
 
 
 def test_with_shapes_by_hand_there_is_nothing_to_fill(tiny_folder, text, tmp_path):

@@ -35,7 +35,8 @@ class ClusComp:
     codebook's values. `share`: which weights of a block have one codebook and a scale each, "input" those that read the
     same input (query, key and value; gate and up), "block" all, "none" (the paper) each its own. `allocation` "uniform"
     gives every codebook at most `bits`, which leaves some unspent as codes take whole bits; "fill" spends them, with
-    `bits` as the most of a block (nothing else where a block has one codebook, or D and K are fixed); "sensitivity"
+    `bits` as the most of a block (nothing else where a block has one codebook, or D and K are fixed); "gaussian" does
+    so without measuring any error, so that shapes follow from `bits` and the matrices' shapes alone; "sensitivity"
     shares out what "uniform" takes so that the layers' relative errors add up to the least. `iterations`, `init`,
     `over_relaxation` and `move_centroids` are the recipe of K-means (`cluscomp.kmeans.Recipe`); the paper's is 20,
     random_points, 1 and false.
@@ -53,7 +54,7 @@ class ClusComp:
     axis: Literal["out", "in"]
     storage: Literal["float16", "float8", "int8"]
     share: Literal["none", "input", "block"]
-    allocation: Literal["uniform", "fill", "sensitivity"]
+    allocation: Literal["uniform", "fill", "gaussian", "sensitivity"]
     iterations: int = Field(ge=1)
     init: Literal["random_points", "kd"]
     over_relaxation: float = Field(gt=0, le=2)
@@ -83,8 +84,8 @@ class ClusComp:
 
     @property
     def exact(self) -> bool:
-        """With a shape by hand; with `bits` the weights themselves decide between some shapes."""
-        return self.bits is None
+        """With a shape by hand, or the weights taken for Gaussian; else they decide between some shapes."""
+        return self.bits is None or self.allocation == "gaussian"
 
     def check(self, out_features: int, in_features: int) -> None:
         """Whether a codebook fits a weight of this shape; see `Method.check`."""
@@ -190,7 +191,7 @@ class ClusComp:
         """The shapes that groups of matrices would have if their weights were Gaussian, all of one variance."""
         from cluscomp.budget import expected_bits, expected_shapes
 
-        if self.allocation != "fill" or not self._shared_out(len(groups)):
+        if self.allocation not in ("fill", "gaussian") or not self._shared_out(len(groups)):
             return [max(self._shapes(matrices, self.bits), key=expected_bits) for matrices in groups]
         assert self.bits is not None  # _shared_out
         return expected_shapes(groups, self._shapes, self.bits)
@@ -221,8 +222,8 @@ class ClusComp:
         from cluscomp.weights import num_sub_vectors
 
         shapes = sorted(self._shapes(matrices, self.bits), key=expected_bits, reverse=True)[:SHORTLIST]
-        measured = list(shapes) if len(shapes) > 1 else []
-        if self.allocation != "uniform" and self.bits is not None:
+        measured = list(shapes) if len(shapes) > 1 and self.allocation != "gaussian" else []
+        if self.allocation in ("fill", "sensitivity") and self.bits is not None:
             measured += around(partial(self._shapes, matrices), self.bits)
         work = Work()
         for shape in measured:
@@ -273,12 +274,17 @@ class ClusComp:
         if not self._shared_out(len(groups)):
             return allocation.uniform(groups, self._shapes, self.bits, self._recipe)
         assert self.bits is not None  # _shared_out
-        policy = {"fill": allocation.fill, "sensitivity": allocation.sensitivity}[self.allocation]
+        policies = {
+            "fill": allocation.fill, "gaussian": allocation.gaussian, "sensitivity": allocation.sensitivity,
+        }  # fmt: skip
+        policy = policies[self.allocation]
         return policy(groups, self._shapes, self.bits, self._recipe)
 
     def _shared_out(self, groups: int) -> bool:
         """Whether bits are given out between groups: not with shapes by hand, or a single codebook."""
-        return self.allocation != "uniform" and self.bits is not None and groups > 1
+        if self.bits is None or self.allocation == "uniform":
+            return False
+        return groups > 1 or self.allocation == "gaussian"
 
     def _clustered(self, group: "_Group", shape: "Shape") -> "list[CodebookWeight]":
         """The stored forms of a group's layers, with one codebook."""
