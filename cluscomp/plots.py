@@ -24,7 +24,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p"]
 GREY = "#9A9A9A"
 PANEL = 3.6, 2.8  # inches
-BEYOND = 10  # times the worst perplexity of a Pareto front, above which nothing is told apart
+BEYOND = 10  # times the median perplexity of a Pareto front, above which nothing is told apart
 STYLE: Any = {
     "font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7, "lines.linewidth": 1.2, "lines.markersize": 5,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6",
@@ -62,8 +62,8 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
     """Score against size, from `frontier.pareto`: a row of panels a data set, against stored bits and file bytes.
 
     What another method dominates is hollow and pale; the line joins what nothing dominates. `originals` (columns data
-    and value) are dashed lines. Of perplexities more than ten times the worst on the line tells nothing: such points
-    stand on the panel's upper edge.
+    and value) are dashed lines. Perplexities of more than ten times the line's median tell nothing: such points stand
+    on the panel's upper edge.
     """
     sign = -1 if higher_is_better(metric) else 1
     beyond = False
@@ -75,14 +75,15 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
             for axes, size, dominated in zip(row, (BITS, BYTES), ("dominated by bits", "dominated by bytes")):
                 front = here[~here[dominated]].sort_values(size)
                 axes.plot(front[size], front[metric], color=GREY, zorder=1)
-                top = BEYOND * front[metric].max() if sign > 0 else math.inf
+                top = BEYOND * front[metric].median() if sign > 0 else math.inf
                 shown = here.assign(**{metric: here[metric].clip(upper=top)})
                 beyond |= bool((here[metric] > top).any())
                 for number, method in enumerate(methods):
                     of_method = shown[shown["method"] == method]
                     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
                     wins, loses = of_method[~of_method[dominated]], of_method[of_method[dominated]]
-                    axes.plot(wins[size], wins[metric], marker, color=colour, label=method)
+                    strong: dict[str, Any] = {"color": colour, "label": method, "clip_on": False}
+                    axes.plot(wins[size], wins[metric], marker, **strong)[0].set_in_layout(False)
                     pale: dict[str, Any] = {"color": colour, "markerfacecolor": "none", "alpha": 0.5, "clip_on": False}
                     axes.plot(loses[size], loses[metric], marker, **pale)[0].set_in_layout(False)
                 if originals is not None and (known := originals[originals["data"] == data]["value"]).size:
