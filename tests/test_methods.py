@@ -16,10 +16,10 @@ SMALL = [
     "model=tiny", "data=text", "bits=4", "evaluate.context=32", "evaluate.limit=4", "evaluate.after=[]",
     f"order=[{','.join(STAGES)}]", "cluster.samples=4", "cluster.length=32", "block_finetune=quick",
     "block_finetune.samples=4", "block_finetune.length=32", "block_finetune.lr=1e-3", "block_finetune.norms=false",
-    "recover.tokens=512", "recover.length=32", "recover.batch_size=4", "recover.accumulation=1",
-    "recover.held_out=4", "recover.lr=1e-4", "instructions=text", "finetune.length=32", "finetune.examples=16",
+    "recover.tokens=2048", "recover.length=32", "recover.batch_size=4", "recover.accumulation=1",
+    "recover.held_out=4", "recover.lr=1e-3", "instructions=text", "finetune.length=32", "finetune.examples=64",
     "finetune.epochs=1", "finetune.held_out=4", "finetune.batch_size=4", "finetune.accumulation=1",
-    "finetune.lr=1e-4",
+    "finetune.lr=1e-3",
 ]  # fmt: skip
 
 
