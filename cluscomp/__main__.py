@@ -241,7 +241,8 @@ def build(config: DictConfig) -> Experiment:
     ]
     if values["order"] == ["evaluate"]:  # nothing is compressed, so nothing has to be said of how
         values = {key: value for key, value in values.items() if key not in {"method", *stages}}
-    built = {key: _instantiate(key, value, raw) for key, value in values.items()}
+    shared_first = sorted(values, key=lambda key: key not in SHARED)  # so that an error names the group it stands in
+    built = {key: _instantiate(key, values[key], raw) for key in shared_first}
     settings = {key: value for key, value in built.items() if key not in {*SHARED, *stages}}
     try:
         return Experiment(stages={key: built[key] for key in stages if key in built}, **settings)

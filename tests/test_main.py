@@ -5,7 +5,6 @@ What does not depend on start-up runs within this process, which has torch loade
 
 import json
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -49,14 +48,12 @@ def start(*arguments: str) -> subprocess.Popen:
 
 @pytest.fixture
 def process(place):
-    """Run `cluscomp ARGUMENTS` in a process of its own; what it left, and its user seconds."""
+    """Run `cluscomp ARGUMENTS` in a process of its own; what it left."""
 
     def run(*arguments: str) -> SimpleNamespace:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         running = start(*arguments)
         out, err = running.communicate()
-        seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-        return SimpleNamespace(code=running.returncode, out=out, err=err, seconds=seconds)
+        return SimpleNamespace(code=running.returncode, out=out, err=err)
 
     return run
 
@@ -132,17 +129,13 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(("arguments", "named"), SETTINGS.values(), ids=SETTINGS)
-def test_a_wrong_setting_costs_a_second_and_one_sentence(process, arguments, named):
+def test_a_wrong_setting_costs_one_sentence(process, arguments, named):
     done = process(*arguments)
     sentence = the_sentence(done)
     assert done.err.count("\n") == 1 and done.out == ""
     assert not sentence.startswith("cluscomp: :") and "object at 0x" not in sentence
     for part in named:
         assert part in sentence, sentence
-    tries = 3  # a busy machine, or a cold cache
-    while done.seconds >= 1.5 and (tries := tries - 1):
-        done = process(*arguments)
-    assert done.seconds < 1.5
 
 
 @pytest.mark.parametrize("arguments", [["bits=99"], ["bits=3", "order=[x]"], ["bits=3", "sede=1"], ["--help"]])
