@@ -12,6 +12,8 @@ from torch import Tensor
 from cluscomp.output_error import Nearest, Wanted, conjugate_gradients, feedback
 from cluscomp.weights import sub_vectors
 
+CANDIDATES = 2**24
+
 
 def vector_weights(diagonal_I: Float[Tensor, " I"], outputs: int, vector_dim: int) -> Float[Tensor, " N"]:
     """The mean square of each sub-vector's inputs, for K-means: (I,) -> (J O,), the padding counted as nothing."""
@@ -56,30 +58,60 @@ def descend(
     codes_MJO: Int[Tensor, "M J O"],
     books_MKD: Float[Tensor, "M K D"],
     moment_II: Float[Tensor, "I I"],
+    beam: int = 1,
 ) -> Int[Tensor, "M J O"]:
-    """Codes (M, J, O) of no greater output error: each in turn is made the best there is, the others standing still.
+    """Codes (M, J, O) of no greater output error, one pass over all (AQLM, arXiv 2401.06118, section 3.2).
 
-    One pass over all codes by coordinate descent, AQLM's beam search (arXiv 2401.06118, section 3.2) with a beam of 1,
-    all outputs at once. Shapes: weight (O, I), codebooks (M, K, D), second moment (I, I).
+    Sub-vector by sub-vector, all others standing still, its M codes are chosen one codebook after the other; the `beam`
+    best choices so far are kept. With a beam of 1 each code in turn is made the best there is. Outputs do not depend on
+    one another: some at a time are searched, so that `CANDIDATES` losses are in memory.
+    Shapes: weight (O, I), codebooks (M, K, D), second moment (I, I).
     """
     inputs, dim = weight_OI.shape[1], books_MKD.shape[2]
     spare = -inputs % dim
     moment_II = F.pad(moment_II, (0, spare, 0, spare))
-    error_OI = F.pad(weight_OI - dense(codes_MJO, books_MKD, inputs), (0, spare))
-    codes_MJO = codes_MJO.clone()
-    for j in range(codes_MJO.shape[1]):
-        at = slice(j * dim, (j + 1) * dim)
-        moment_DD = moment_II[at, at]
-        slope_OD = error_OI @ moment_II[:, at]
-        for codes_JO, book_KD in zip(codes_MJO, books_MKD):
-            present_OD = book_KD[codes_JO[j].long()]
-            size_K = ((book_KD @ moment_DD) * book_KD).sum(1)
-            loss_OK = torch.addmm(size_K, slope_OD + present_OD @ moment_DD, book_KD.T, alpha=-2)
-            codes_JO[j] = loss_OK.argmin(1)
-            change_OD = present_OD - book_KD[codes_JO[j].long()]
+    some = max(1, CANDIDATES // (beam * books_MKD.shape[1]))
+    searched = []
+    for some_OI, some_MJO in zip(weight_OI.split(some), codes_MJO.split(some, dim=2)):
+        error_OI = F.pad(some_OI - dense(some_MJO, books_MKD, inputs), (0, spare))
+        found = []
+        for j, codes_MO in enumerate(some_MJO.unbind(1)):
+            at = slice(j * dim, (j + 1) * dim)
+            slope_OD = error_OI @ moment_II[:, at]
+            best_MO, change_OD = _best_of_beam(codes_MO, books_MKD, slope_OD, moment_II[at, at], beam)
             error_OI[:, at] += change_OD
-            slope_OD = slope_OD + change_OD @ moment_DD
-    return codes_MJO
+            found.append(best_MO)
+        searched.append(torch.stack(found, dim=1))
+    return torch.cat(searched, dim=2)
+
+
+def _best_of_beam(
+    codes_MO: Int[Tensor, "M O"],
+    books_MKD: Float[Tensor, "M K D"],
+    slope_OD: Float[Tensor, "O D"],
+    moment_DD: Float[Tensor, "D D"],
+    beam: int,
+) -> tuple[Int[Tensor, "M O"], Float[Tensor, "O D"]]:
+    """The codes (M, O) of a sub-vector of each output, and by how much they change its error (O, D).
+
+    `slope_OD` is E H for its inputs. A choice that changes the error by d changes the loss by 2 slope d + d H d.
+    """
+    kept_MOB = codes_MO[:, :, None]
+    change_OBD = torch.zeros_like(slope_OD)[:, None]
+    size = books_MKD.shape[1]
+    for m, book_KD in enumerate(books_MKD):
+        without_OBD = change_OBD + book_KD[kept_MOB[m].long()]
+        bent_OBD = without_OBD @ moment_DD
+        rest_OB = ((2 * slope_OD[:, None] + bent_OBD) * without_OBD).sum(2)
+        size_K = ((book_KD @ moment_DD) * book_KD).sum(1)
+        pull_OBD = slope_OD[:, None] + bent_OBD
+        loss_OBK = torch.addmm(size_K, pull_OBD.flatten(0, 1), book_KD.T, alpha=-2).view(*rest_OB.shape, size)
+        best = (loss_OBK + rest_OB[:, :, None]).flatten(1).topk(min(beam, loss_OBK[0].numel()), largest=False)
+        parent_OB, code_OB = best.indices // size, best.indices % size
+        kept_MOB = kept_MOB.gather(2, parent_OB.expand(len(books_MKD), -1, -1))
+        kept_MOB[m] = code_OB
+        change_OBD = without_OBD.gather(1, parent_OB[:, :, None].expand(-1, -1, slope_OD.shape[1])) - book_KD[code_OB]
+    return kept_MOB[:, :, 0], change_OBD[:, 0]  # topk gives the best first
 
 
 def least_squares_codebooks(

@@ -17,7 +17,9 @@ VARIANTS = {  # of ClusComp by the stages it begins with
     2: (["cluster", "block_finetune"], "ClusComp"),
     3: (["cluster", "block_finetune", "recover"], "ClusComp+"),
 }
-USUAL = {"share": "none", "allocation": "uniform", "descent": 0, "storage": "float16", "codebooks": 2}  # of all methods
+USUAL = {  # of all methods
+    "share": "none", "allocation": "uniform", "descent": 0, "storage": "float16", "codebooks": 2, "beam": 1,
+}  # fmt: skip
 LEARNED = {("rtn", "rounding"): "AutoRound", ("rtn", "clipping"): "OmniQuant"}  # by method and block_finetune.learns
 _ACCURACY = re.compile(r"acc$|exact_match")
 MARKS = {

@@ -18,7 +18,7 @@ from cluscomp.output_error import damped, output_error
 from cluscomp.weights import CodebookWeight, sub_vectors
 
 COMMON = {"bits": None, "allocation": "uniform", "storage": "float16", "iterations": 10, "damping": 0.01}
-AQLM = COMMON | {"rounds": 4, "least_squares": 20}
+AQLM = COMMON | {"rounds": 4, "least_squares": 20, "beam": 1}
 GPTVQ = COMMON | {"vector_dim": 4, "codebook_size": 256, "least_squares": 25}
 SMOL = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576), "gate": (1536, 576), "up": (1536, 576),
         "down": (576, 1536)}  # fmt: skip
@@ -100,6 +100,37 @@ def test_a_pass_over_the_codes_takes_the_best_one_each_time(outputs, inputs, dim
 
 
 @settings(max_examples=25, deadline=None)
+@cases
+def test_a_beam_that_keeps_everything_finds_the_best_codes_of_each_sub_vector(outputs, inputs, dim, size, books, seed):
+    """Against all combinations of a sub-vector's codes; one output at a time gives the same."""
+    dim = min(dim, inputs)
+    weight_OI, moment_II, codes_MJO, books_MKD = drawn(outputs, inputs, dim, size, books, seed)
+    found = additive.descend(weight_OI, codes_MJO, books_MKD, moment_II, beam=size**books)
+
+    def lost_O(codes):
+        error_OI = (additive.dense(codes, books_MKD, inputs) - weight_OI).double()
+        return ((error_OI @ moment_II.double()) * error_OI).sum(1)
+
+    slow = codes_MJO.clone()
+    for j in range(codes_MJO.shape[1]):
+        choices = torch.tensor(list(itertools.product(range(size), repeat=books)), dtype=torch.int32)
+        losses = []
+        for choice in choices:
+            slow[:, j] = choice[:, None]
+            losses.append(lost_O(slow))
+        slow[:, j] = choices[torch.stack(losses).argmin(0)].T
+    torch.testing.assert_close(lost_O(found), lost_O(slow), rtol=1e-3, atol=1e-3)
+    assert found.dtype == codes_MJO.dtype
+
+
+def test_outputs_searched_some_at_a_time_are_searched_alike(monkeypatch):
+    weight_OI, moment_II, codes_MJO, books_MKD = drawn(7, 10, 3, 6, 2, 0)
+    whole = additive.descend(weight_OI, codes_MJO, books_MKD, moment_II, beam=4)
+    monkeypatch.setattr(additive, "CANDIDATES", 2 * 4 * 6)
+    assert torch.equal(additive.descend(weight_OI, codes_MJO, books_MKD, moment_II, beam=4), whole)
+
+
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 70), st.integers(1, 4), st.integers(2, 6), st.integers(0, 99))
 def test_feedback_over_sub_vectors_is_the_optimal_brain_surgeon(outputs, inputs, dim, size, seed):
     """The slow way in float64: for each sub-vector try all centroids, the inputs to come being at their best."""
@@ -163,6 +194,16 @@ def test_every_round_of_aqlm_lowers_the_error():
         moment_II = damped(statistic_of(x_TI).matrix_II, 0.01)
         errors.append(output_error(stored(torch.float32).detach() - weight_OI, moment_II))
     assert sorted(errors, reverse=True) == errors
+
+
+def test_a_wider_beam_of_aqlm_lowers_the_error():
+    weight_OI, x_TI = correlated(256, 256, 0)
+    errors = []
+    for beam in (1, 4, 16):
+        method = Aqlm(**AQLM | {"beam": beam}, vector_dim=8, codebook_size=64, codebooks=2)
+        stored = method.compress(weight_OI, statistic_of(x_TI), torch.Generator().manual_seed(0))
+        errors.append(relative_error(weight_OI, stored(torch.float32).detach(), x_TI))
+    assert errors[2] < errors[1] < errors[0]
 
 
 @pytest.mark.parametrize("shape", [(576, 576), (192, 576), (1536, 576), (576, 1536), (4096, 4096)])

@@ -24,17 +24,20 @@ class Aqlm(InputCodebooks):
 
     The start is K-means (`iterations` rounds, sub-vectors weighted by the mean square of their inputs) of the weight,
     then of what is left, and so on. Then in each of `rounds` the codebooks are solved for the codes (`least_squares`
-    steps of conjugate gradients) and the codes are improved one after the other for the codebooks; the codebooks have
-    the last word. `damping` is added to the diagonal of the second moment, as a share of its mean.
+    steps of conjugate gradients) and the codes are searched for the codebooks, sub-vector after sub-vector with the
+    `beam` best choices of its codes kept; the codebooks have the last word. `damping` is added to the diagonal of the
+    second moment, as a share of its mean.
 
-    Unlike the authors': codes by coordinate descent (a beam of 1, their default), in order and not at random; least
-    squares in the place of Adam; no scale for each output. Their finetuning of blocks is the stage block_finetune.
+    Unlike the authors': codes in order and not at random; a beam within a sub-vector and not over an output's whole row
+    (at 1, their default, both are coordinate descent); least squares in the place of Adam; no scale for each output.
+    Their finetuning of blocks is the stage block_finetune.
     """
 
     codebooks: int = Field(ge=1, le=8)
     iterations: int = Field(ge=1)
     rounds: int = Field(ge=0)
     least_squares: int = Field(ge=1)
+    beam: int = Field(ge=1, le=64)
     damping: float = Field(gt=0, le=1)
 
     @property
@@ -49,15 +52,18 @@ class Aqlm(InputCodebooks):
         shape, numbers = self.shape(out_features, in_features), float(out_features * in_features)
         candidates = numbers / shape.vector_dim * shape.codebook_size * self.codebooks
         squares = Work(flops=2.0 * in_features * numbers, traffic=24.0 * numbers * self.codebooks)
-        codes = Work(flops=2.0 * in_features * numbers, distances=candidates)
+        codes = Work(flops=2.0 * in_features * numbers, distances=candidates * self.beam)
         work = Work(distances=candidates * self.iterations)
         return work + codes * self.rounds + squares * (self.least_squares + 1) * (self.rounds + 1)
 
     def scratch(self, out_features: int, in_features: int) -> float:
-        """Points and what is left of them, codes in 32 bits, losses of all candidates; see `Method.scratch`."""
+        """Points and what is left of them, codes in 32 bits, losses of candidates; see `Method.scratch`."""
+        from cluscomp.additive import CANDIDATES
+
         shape, numbers = self.shape(out_features, in_features), float(out_features * in_features)
         codes = 8.0 * self.codebooks * numbers / shape.vector_dim
-        return 24 * numbers + codes + 8.0 * in_features**2 + 8.0 * out_features * shape.codebook_size
+        losses = 8.0 * min(CANDIDATES, self.beam * out_features * shape.codebook_size)
+        return 24 * numbers + codes + 8.0 * in_features**2 + losses
 
     def compress(
         self, weight_OI: "Tensor", statistic: "SecondMoment | None", generator: "torch.Generator"
@@ -86,7 +92,7 @@ class Aqlm(InputCodebooks):
         codes_MJO, books_MKD = torch.stack(codes), torch.stack(books)
         for _ in range(self.rounds):
             books_MKD = least_squares_codebooks(weight_OI, codes_MJO, books_MKD, moment_II, self.least_squares)
-            codes_MJO = descend(weight_OI, codes_MJO, books_MKD, moment_II)
+            codes_MJO = descend(weight_OI, codes_MJO, books_MKD, moment_II, self.beam)
         books_MKD = least_squares_codebooks(weight_OI, codes_MJO, books_MKD, moment_II, self.least_squares)
         return CodebookWeight.from_codes(
             codes_MJO.flatten(1),
