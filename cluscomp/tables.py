@@ -20,6 +20,7 @@ VARIANTS = {  # of ClusComp by the stages it begins with
 USUAL = {  # of all methods
     "share": "none", "allocation": "uniform", "descent": 0, "storage": "float16", "codebooks": 2, "beam": 1,
 }  # fmt: skip
+SPELLED = {"squeezellm": "SqueezeLLM", "ipq": "iPQ"}  # others are in capitals
 LEARNED = {("rtn", "rounding"): "AutoRound", ("rtn", "clipping"): "OmniQuant"}  # by method and block_finetune.learns
 _ACCURACY = re.compile(r"acc$|exact_match")
 MARKS = {
@@ -108,7 +109,7 @@ def method_name(record: Record, after: str) -> str:
     if method != "cluscomp":
         learns = record.config["stages"]["block_finetune"].get("learns", "values") if "block_finetune" in order else ""
         learned = LEARNED.get((method, learns))
-        alone = method.upper() + (f" ({', '.join(told)})" if told else "")
+        alone = SPELLED.get(method, method.upper()) + (f" ({', '.join(told)})" if told else "")
         return " + ".join([learned, *order[2:]] if learned else [alone, *order[1:]])
     known = max(length for length in VARIANTS if VARIANTS[length][0] == order[: len(VARIANTS[length][0])])
     recipe = "" if settings.get("weighting", "none") != "none" or settings.get("assign") == "hessian" else "data-free"

@@ -93,7 +93,7 @@ def test_models_of_different_tokenizers_stand_in_one_table():
         (["cluster", "recover"], "recover", {}, "ClusComp- + recover"),
         (["cluster"], "cluster", {"weighting": "none", "assign": "nearest"}, "ClusComp- (data-free)"),
         (["cluster"], "cluster", {"init": "random_points", "weighting": "none"}, "ClusComp- (paper)"),
-        (["cluster"], "cluster", {"init": "random_points", "weighting": "none", "axis": "in"}, "IPQ"),
+        (["cluster"], "cluster", {"init": "random_points", "weighting": "none", "axis": "in"}, "iPQ"),
         (["cluster"], "cluster", {"share": "input", "descent": 2}, "ClusComp- (share=input, descent=2)"),
         (["cluster"], "original", {}, "original"),
     ],
