@@ -49,12 +49,14 @@ def uniform(groups: Groups, shapes: Shapes, bits: float | None, recipe: Recipe) 
     return chosen
 
 
-def fill(groups: Groups, shapes: Shapes, bits: float, recipe: Recipe) -> list[Shape]:
+def fill(groups: Groups, shapes: Shapes, bits: float, recipe: Recipe, floor: float = 0.0) -> list[Shape]:
     """The shapes of least total damage in the bits that all groups may take together.
 
-    A group's damage is the relative error that K-means leaves, weighted as its points are, times its weights.
+    A group's damage is the relative error that K-means leaves, weighted as its points are, times its weights. Where one
+    input is far larger than all others that error tells of its sub-vectors alone and a handful of centroids seems to
+    do; `floor`, a share of `bits`, is the least that a group is offered.
     """
-    offered, menus, numbers = _menus(groups, shapes, bits, recipe, lambda group: group.numbers / group.energy)
+    offered, menus, numbers = _menus(groups, shapes, bits, recipe, floor, lambda group: group.numbers / group.energy)
     return [found[number] for found, number in zip(offered, allocate(menus, bits * numbers))]
 
 
@@ -63,23 +65,24 @@ def gaussian(groups: Groups, shapes: Shapes, bits: float, _recipe: Recipe) -> li
     return expected_shapes([opened().matrices for opened in groups], shapes, bits)
 
 
-def sensitivity(groups: Groups, shapes: Shapes, bits: float, recipe: Recipe) -> list[Shape]:
+def sensitivity(groups: Groups, shapes: Shapes, bits: float, recipe: Recipe, floor: float = 0.0) -> list[Shape]:
     """The shapes of least total damage in no more bits than `uniform` would take.
 
-    A group's damage is the relative error that K-means leaves, weighted as its points are, times its matrices.
+    A group's damage is the relative error that K-means leaves, weighted as its points are, times its matrices; `floor`
+    is as in `fill`.
     """
-    offered, menus, _ = _menus(groups, shapes, bits, recipe, lambda group: len(group.matrices) / group.energy)
+    offered, menus, _ = _menus(groups, shapes, bits, recipe, floor, lambda group: len(group.matrices) / group.energy)
     return [found[number] for found, number in zip(offered, allocate(menus))]
 
 
 def _menus(
-    groups: Groups, shapes: Shapes, bits: float, recipe: Recipe, damage: Callable[[Group], float]
+    groups: Groups, shapes: Shapes, bits: float, recipe: Recipe, floor: float, damage: Callable[[Group], float]
 ) -> tuple[list[list[Shape]], list[list[Option]], int]:
     """For each group the shapes it may have and what they cost and damage; and the number of all weights."""
     offered, menus, numbers = [], [], 0
     for group in (opened() for opened in groups):
         with named(group.names):
-            measured = menu(group.points, partial(shapes, group.matrices), bits, recipe, group.generator)
+            measured = menu(group.points, partial(shapes, group.matrices), bits, recipe, group.generator, floor)
         offered.append([shape for shape, _ in measured])
         menus.append([Option(round(shape.bits * group.numbers), error * damage(group)) for shape, error in measured])
         numbers += group.numbers

@@ -187,24 +187,32 @@ def choose(points: Points, shapes: list[Shape], recipe: Recipe, generator: torch
 
 
 def menu(
-    points: Points, shapes: Callable[[float], list[Shape]], bits: float, recipe: Recipe, generator: torch.Generator
+    points: Points,
+    shapes: Callable[[float], list[Shape]],
+    bits: float,
+    recipe: Recipe,
+    generator: torch.Generator,
+    floor: float = 0.0,
 ) -> list[tuple[Shape, float]]:
     """Shapes at and around a bit target with their measured errors; the first is the one that `choose` would take.
 
     `shapes(bits)` is as `reachable` gives them. At the target some are measured, at other rates the best by
-    `expected_bits`.
+    `expected_bits`, none below a share `floor` of the target.
     """
     at_target = sorted(shapes(bits), key=expected_bits, reverse=True)[:SHORTLIST]
-    measured = dict.fromkeys([*at_target, *around(shapes, bits)])
+    measured = dict.fromkeys([*at_target, *around(shapes, bits, floor)])
     errors = {shape: measured_error(points, shape, recipe, generator) for shape in measured}
     first = min(at_target, key=lambda shape: errors[shape])
     return [(first, errors.pop(first)), *errors.items()]
 
 
-def around(shapes: Callable[[float], list[Shape]], bits: float) -> list[Shape]:
-    """The best shapes by `expected_bits` at rates around a bit target; `shapes(bits)` is as `reachable` gives them."""
+def around(shapes: Callable[[float], list[Shape]], bits: float, floor: float = 0.0) -> list[Shape]:
+    """The best shapes by `expected_bits` at rates around a bit target, none below a share `floor` of it.
+
+    `shapes(bits)` is as `reachable` gives them.
+    """
     found = []
-    for offset in OFFSETS:
+    for offset in (offset for offset in OFFSETS if bits + offset >= floor * bits):
         with suppress(ValueError):  # fewer bits than any codebook takes
             found.append(max(shapes(bits + offset), key=expected_bits))
     return found

@@ -296,3 +296,6 @@ def test_a_menu_begins_with_the_choice_for_the_target():
     assert len(offered) == len({shape for shape, _ in offered}) > 5
     assert min(shape.bits for shape, _ in offered) < 2.5 and max(shape.bits for shape, _ in offered) > 3.5
     assert all(error > 0 for _, error in offered)
+    above = [shape for shape, _ in menu(points, shapes, 3.0, RECIPE, generator(), floor=0.75)]
+    assert above[0] == offered[0][0] and set(above) < {shape for shape, _ in offered}
+    assert 2.0 < min(shape.bits for shape in above) < 2.5

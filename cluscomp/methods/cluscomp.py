@@ -37,9 +37,9 @@ class ClusComp:
     gives every codebook at most `bits`, which leaves some unspent as codes take whole bits; "fill" spends them, with
     `bits` as the most of a block (nothing else where a block has one codebook, or D and K are fixed); "gaussian" does
     so without measuring any error, so that shapes follow from `bits` and the matrices' shapes alone; "sensitivity"
-    shares out what "uniform" takes so that the layers' relative errors add up to the least. `iterations`, `init`,
-    `over_relaxation` and `move_centroids` are the recipe of K-means (`cluscomp.kmeans.Recipe`); the paper's is 20,
-    random_points, 1 and false.
+    shares out what "uniform" takes so that the layers' relative errors add up to the least. "fill" and "sensitivity"
+    give no codebook less than about a share `floor` of `bits`. `iterations`, `init`, `over_relaxation` and
+    `move_centroids` are the recipe of K-means (`cluscomp.kmeans.Recipe`); the paper's is 20, random_points, 1, false.
 
     The rest spends no bytes and is not in the paper; any of it needs calibration text and axis "out".
     `weighting` "diagonal": a sub-vector counts by the mean square of its input. `assign` "hessian": codes are chosen
@@ -55,6 +55,7 @@ class ClusComp:
     storage: Literal["float16", "float8", "int8"]
     share: Literal["none", "input", "block"]
     allocation: Literal["uniform", "fill", "gaussian", "sensitivity"]
+    floor: float = Field(ge=0, le=1)
     iterations: int = Field(ge=1)
     init: Literal["random_points", "kd"]
     over_relaxation: float = Field(gt=0, le=2)
@@ -224,7 +225,7 @@ class ClusComp:
         shapes = sorted(self._shapes(matrices, self.bits), key=expected_bits, reverse=True)[:SHORTLIST]
         measured = list(shapes) if len(shapes) > 1 and self.allocation != "gaussian" else []
         if self.allocation in ("fill", "sensitivity") and self.bits is not None:
-            measured += around(partial(self._shapes, matrices), self.bits)
+            measured += around(partial(self._shapes, matrices), self.bits, self.floor)
         work = Work()
         for shape in measured:
             vectors = sum(num_sub_vectors(*matrix, shape.vector_dim, self.axis) for matrix in matrices)
@@ -274,9 +275,11 @@ class ClusComp:
         if not self._shared_out(len(groups)):
             return allocation.uniform(groups, self._shapes, self.bits, self._recipe)
         assert self.bits is not None  # _shared_out
-        policies = {
-            "fill": allocation.fill, "gaussian": allocation.gaussian, "sensitivity": allocation.sensitivity,
-        }  # fmt: skip
+        policies: dict[str, Callable[..., list[Shape]]] = {
+            "fill": partial(allocation.fill, floor=self.floor),
+            "gaussian": allocation.gaussian,
+            "sensitivity": partial(allocation.sensitivity, floor=self.floor),
+        }
         policy = policies[self.allocation]
         return policy(groups, self._shapes, self.bits, self._recipe)
 

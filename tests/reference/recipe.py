@@ -3,6 +3,6 @@
 from cluscomp.data import PydocText
 
 PAPER = {"init": "random_points", "over_relaxation": 1.0, "move_centroids": False}
-STORED = {"axis": "out", "storage": "float16", "share": "none", "allocation": "uniform"}
+STORED = {"axis": "out", "storage": "float16", "share": "none", "allocation": "uniform", "floor": 0.0}
 NO_DATA = {"weighting": "none", "assign": "nearest", "damping": 0.01, "least_squares": 0, "descent": 0}
 IDLE = {"data": PydocText(name="pydoc"), "samples": 1, "length": 8, "batch_size": 1, "prefix": "original"}
