@@ -20,6 +20,7 @@ VARIANTS = {  # of ClusComp by the stages it begins with
 USUAL = {  # of all methods
     "share": "none", "allocation": "uniform", "descent": 0, "storage": "float16", "codebooks": 2, "beam": 1,
 }  # fmt: skip
+FLOOR = 0.85  # of cluscomp, where errors are measured to share out bits
 SPELLED = {"squeezellm": "SqueezeLLM", "ipq": "iPQ"}  # others are in capitals
 LEARNED = {("rtn", "rounding"): "AutoRound", ("rtn", "clipping"): "OmniQuant"}  # by method and block_finetune.learns
 _ACCURACY = re.compile(r"acc$|exact_match")
@@ -104,6 +105,10 @@ def method_name(record: Record, after: str) -> str:
     settings = record.config["stages"]["cluster"]["method"]
     method = str(record.stages["cluster"]["found"].get("method", "cluscomp"))
     told = [f"{key}={settings[key]}" for key, usual in USUAL.items() if settings.get(key, usual) != usual]
+    measured = settings.get("allocation") in ("fill", "sensitivity")
+    if method == "cluscomp" and settings["init"] == "kd" and measured:
+        floor = settings.get("floor", 0.0)  # records before it was a setting
+        told += [f"floor={floor:g}"] if floor != FLOOR else []
     if method == "cluscomp" and (settings.get("axis"), settings["init"]) == ("in", "random_points"):
         method = "ipq"  # its form and recipe
     if method != "cluscomp":

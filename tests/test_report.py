@@ -95,6 +95,8 @@ def test_models_of_different_tokenizers_stand_in_one_table():
         (["cluster"], "cluster", {"init": "random_points", "weighting": "none"}, "ClusComp- (paper)"),
         (["cluster"], "cluster", {"init": "random_points", "weighting": "none", "axis": "in"}, "iPQ"),
         (["cluster"], "cluster", {"share": "input", "descent": 2}, "ClusComp- (share=input, descent=2)"),
+        (["cluster"], "cluster", {"allocation": "fill", "floor": 0.85}, "ClusComp- (allocation=fill)"),
+        (["cluster"], "cluster", {"allocation": "fill"}, "ClusComp- (allocation=fill, floor=0)"),
         (["cluster"], "original", {}, "original"),
     ],
 )
