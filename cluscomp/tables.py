@@ -105,6 +105,8 @@ def method_name(record: Record, after: str) -> str:
     settings = record.config["stages"]["cluster"]["method"]
     method = str(record.stages["cluster"]["found"].get("method", "cluscomp"))
     told = [f"{key}={settings[key]}" for key, usual in USUAL.items() if settings.get(key, usual) != usual]
+    prefix = record.config["stages"]["cluster"].get("prefix", "original")
+    told += [f"prefix={prefix}"] if prefix != "original" else []
     measured = settings.get("allocation") in ("fill", "sensitivity")
     if method == "cluscomp" and settings["init"] == "kd" and measured:
         floor = settings.get("floor", 0.0)  # records before it was a setting

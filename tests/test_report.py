@@ -108,6 +108,12 @@ def test_methods_are_called_what_the_paper_calls_them(order, after, settings, na
     assert method_name(method_record("a", "gptq", 3.0, 1.0, 3.0), "tune") == "GPTQ + tune"
 
 
+def test_inputs_from_the_compressed_layers_before_are_told():
+    made = run_of("a", 30.0, method="gptq")
+    made.config["stages"]["cluster"]["prefix"] = "compressed"
+    assert method_name(made, "cluster") == "GPTQ (prefix=compressed)"
+
+
 def test_an_allocation_is_told_of_every_method():
     made = run_of("a", 30.0, method="gptvq")
     made.config["stages"]["cluster"]["method"]["allocation"] = "fill"
