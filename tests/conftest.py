@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import zlib
 from pathlib import Path
 
@@ -18,6 +19,9 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels then run on the CPU, for the tests
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Ctrl-C works in every test and in what it starts, even when the suite was started in the background (`make test &`).
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every time, so that a red run is red again; `pytest --hypothesis-profile=search` looks for new ones.
 hypothesis.settings.register_profile("same", derandomize=True)
