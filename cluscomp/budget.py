@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,11 @@ def reachable(matrices: Matrices, axis: Axis, bits: float, storage: Storage = "f
     With D fixed more centroids never fit worse, so nothing else needs to be considered. K never exceeds the number
     of sub-vectors or 65,536. Raises ValueError, with the bits that are within reach, if no codebook fits.
     """
+    return list(_reachable(tuple(matrices), axis, bits, storage))
+
+
+@cache  # blocks are alike: a plan asks the same for each
+def _reachable(matrices: tuple[tuple[int, int], ...], axis: Axis, bits: float, storage: Storage) -> list[Shape]:
     length = min(lines_of(*matrix, axis)[1] for matrix in matrices)
     fixed, each = codebook_bits(0, 1, storage), codebook_bits(1, 1, storage) - codebook_bits(0, 1, storage)
     fixed += _scale_bits(matrices)
