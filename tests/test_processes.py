@@ -41,7 +41,7 @@ VARIANTS = [
         "recover.loss=ce_kl", "recover.norms=true",
     ],
 ]  # fmt: skip
-KILLS = int(os.environ.get("CLUSCOMP_KILLS", "4"))  # of each variant
+KILLS = int(os.environ.get("CLUSCOMP_KILLS", "2"))  # of each variant
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ ORDER = ["cluster", "block_finetune"]
 CELLS = ["method.codebook_size=8,16,32", "block_finetune.epochs=2,4", "seed=0,1"]
 COUNT, CLUSTERINGS = 12, 6
 TOTAL = CLUSTERINGS + COUNT + COUNT  # both stages, and the evaluation after the second
-KILLS = int(os.environ.get("CLUSCOMP_KILLS", "4"))
+KILLS = int(os.environ.get("CLUSCOMP_KILLS", "2"))
 SETTINGS = [
     "-m", "model=tiny", f"model.config.num_hidden_layers={BLOCKS}", "data=text", "method=cluscomp_data_free",
     "method.vector_dim=4", "method.iterations=20", f"order=[{','.join(ORDER)}]", "block_finetune=quick",

@@ -16,8 +16,9 @@ set(optimise -O3)
 # For tests (.ci/sanitize): run Python with libasan and libubsan preloaded.
 option(CLUSCOMP_SANITIZE "build with AddressSanitizer and UndefinedBehaviorSanitizer" OFF)
 if(CLUSCOMP_SANITIZE)
-  set(optimise -O1)  # -O3 takes the compiler many minutes here
-  add_compile_options(-fsanitize=address,undefined -fno-sanitize-recover=undefined -g)
+  # GCC would work on this for minutes, a third of it on which register holds what.
+  set(optimise -O1 -fira-algorithm=priority -fira-region=one)
+  add_compile_options(-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1)
   add_link_options(-fsanitize=address,undefined)
 endif()
 
