@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cluscomp")
 
+SLOW = 3.0  # times as long as in float32: worth a warning
+
 
 def writable(key: str, value: str) -> Path:
     """A folder that a setting names, made if need be. Raises InputError if it cannot be written."""
@@ -59,6 +61,7 @@ def foreseen(experiment: Experiment, cache: Path) -> "Plan | None":
     from cluscomp.plan import plan
 
     device = device_of(experiment.device)
+    _warn_of_slow_products(experiment, device.type)
     try:
         config = experiment.model.outline(cache)
     except InputError as error:
@@ -82,8 +85,25 @@ def planned(experiment: Experiment) -> "Plan":
 
     if experiment.machine.here:
         device, dtype = device_of(experiment.device).type, dtype_of(experiment)
+        _warn_of_slow_products(experiment, device)
     else:
         device = "cuda" if experiment.device == "auto" else experiment.device
         dtype = torch.bfloat16 if experiment.dtype == "auto" else getattr(torch, experiment.dtype)
     config = experiment.model.outline(Path(experiment.cache).expanduser())
     return plan(experiment, config, dtype, device)
+
+
+def _warn_of_slow_products(experiment: Experiment, device: str) -> None:
+    """Processors without instructions for 16-bit numbers compute in them all the same, but take hours for minutes."""
+    if device != "cpu" or experiment.dtype in ("auto", "float32"):
+        return
+    from cluscomp.calibrate import slowdown
+
+    dtype = dtype_of(experiment)
+    if (factor := slowdown(dtype)) > SLOW:
+        log.warning(
+            "dtype=%s: this processor takes about %.0f times as long as in float32, which plans do not know; "
+            "dtype=float32 is faster here (its scores stand under a protocol of their own)",
+            experiment.dtype,
+            factor,
+        )

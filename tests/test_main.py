@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cluscomp
+from cluscomp.preparation import SLOW
 
 PARAGRAPH = "Paragraph {} says that the quick brown fox jumped over the lazy dog {} times."
 TINY = [
@@ -363,6 +364,14 @@ def test_a_plan_for_another_machine_is_for_plans_alone(cli, place):
     told = cli("plan", *TINY, "machine=a6000")
     assert told.code == 0 and "GPU, GiB" in told.out and "a6000" in told.out
     assert "only `cluscomp plan`" in the_sentence(cli(*TINY, "machine=a6000"))
+
+
+def test_a_type_that_this_processor_is_slow_in_is_told(cli, tmp_path):
+    from cluscomp.calibrate import slowdown
+
+    told = "dtype=float32 is faster here"
+    assert (told in cli("plan", *TINY, f"cache={tmp_path}", "dtype=bfloat16").err) == (slowdown(torch.bfloat16) > SLOW)
+    assert told not in cli("plan", *TINY, f"cache={tmp_path}", "dtype=float32").err
 
 
 def test_calibration_measures_this_machine(cli, tmp_path):
