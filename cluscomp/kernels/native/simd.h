@@ -31,9 +31,10 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 struct F { vf p[P]; };  // 16 floats
 struct I { vi p[P]; };  // 16 integers
 
-INLINE F load(const float* a) { F r; memcpy(&r, a, 64); return r; }
-INLINE void store(float* a, const F& x) { memcpy(a, &x, 64); }
-INLINE void store(int32_t* a, const I& x) { memcpy(a, &x, 64); }
+// Register by register: copied as one block of 64 bytes, GCC keeps what is more than one register in memory.
+INLINE F load(const float* a) { F r; for (int i = 0; i < P; i++) memcpy(&r.p[i], a + i * W, 4 * W); return r; }
+INLINE void store(float* a, const F& x) { for (int i = 0; i < P; i++) memcpy(a + i * W, &x.p[i], 4 * W); }
+INLINE void store(int32_t* a, const I& x) { for (int i = 0; i < P; i++) memcpy(a + i * W, &x.p[i], 4 * W); }
 INLINE F all(float a) { F r; for (int i = 0; i < P; i++) r.p[i] = a - vf{}; return r; }
 INLINE I every(int32_t a) { I r; for (int i = 0; i < P; i++) r.p[i] = a - vi{}; return r; }
 INLINE F operator+(const F& a, const F& b) { F r; for (int i = 0; i < P; i++) r.p[i] = a.p[i] + b.p[i]; return r; }
