@@ -95,6 +95,17 @@ INLINE __m512 four_entries(const uint16_t* code, const uint16_t* table) {
   };
   return _mm512_cvtph_ps(_mm256_castpd_si256(_mm256_set_m128d(pair(2), pair(0))));
 }
+#elif defined(__AVX2__)
+// Two entries of four floats make one register.
+INLINE __m256 two_entries(const uint16_t* code, const float* table) {
+  const __m256 first = _mm256_castps128_ps256(_mm_loadu_ps(table + 4 * int64_t(code[0])));
+  return _mm256_insertf128_ps(first, _mm_loadu_ps(table + 4 * int64_t(code[1])), 1);
+}
+INLINE __m256 two_entries(const uint16_t* code, const uint16_t* table) {
+  double first, second;
+  memcpy(&first, table + 4 * int64_t(code[0]), 8), memcpy(&second, table + 4 * int64_t(code[1]), 8);
+  return _mm256_cvtph_ps(_mm_castpd_si128(_mm_setr_pd(first, second)));
+}
 #endif
 
 INLINE void expand_fours(const uint16_t* code, int64_t n, const float* table, float* out) {
@@ -107,8 +118,8 @@ INLINE void expand_fours(const uint16_t* code, int64_t n, const float* table, fl
 
 INLINE float widened(float v) { return v; }
 INLINE float widened(uint16_t v) {
-#if defined(__AVX512F__)
-  return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_set1_epi16(v)));
+#if defined(__AVX2__)
+  return _mm256_cvtss_f32(_mm256_cvtph_ps(_mm_set1_epi16(v)));
 #else
   return v;  // never used: add_halves is null here
 #endif
@@ -122,6 +133,12 @@ INLINE void add_entries(const float* a, const uint16_t* code, int64_t stride, in
     __m512 sum = _mm512_loadu_ps(y + 4 * g);
     for (int r = 0; r < ROWS; r++) sum = _mm512_fmadd_ps(_mm512_set1_ps(a[r]), four_entries(code + r * stride + g, table), sum);
     _mm512_storeu_ps(y + 4 * g, sum);
+  }
+#elif defined(__AVX2__)
+  for (; g + 2 <= n; g += 2) {
+    __m256 sum = _mm256_loadu_ps(y + 4 * g);
+    for (int r = 0; r < ROWS; r++) sum = _mm256_fmadd_ps(_mm256_set1_ps(a[r]), two_entries(code + r * stride + g, table), sum);
+    _mm256_storeu_ps(y + 4 * g, sum);
   }
 #endif
   for (; g < n; g++)
@@ -137,7 +154,7 @@ INLINE void add_all_entries(const float* a, int64_t rows, const uint16_t* code, 
 void add_fours(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const float* table, float* y) {
   add_all_entries(a, rows, code, stride, n, table, y);
 }
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 void add_halves(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const uint16_t* table, float* y) {
   add_all_entries(a, rows, code, stride, n, table, y);
 }
