@@ -18,9 +18,10 @@ import torch
 from goals import Goal, Times, finish, paired, show_times
 from torch import nn
 
+from cluscomp.forms.codebook import CodebookWeight
+from cluscomp.forms.linear import CompressedLinear
 from cluscomp.kernels import codebook
 from cluscomp.kernels.codes import code_bits, pack
-from cluscomp.weights import CodebookWeight, CompressedLinear
 
 GATHER, DENSE16 = "gather, then matmul (torch)", "dense bfloat16 (torch)"
 TOKENS, D_TRAINED, K_TRAINED = 2048, 4, 4096

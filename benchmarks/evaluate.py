@@ -29,9 +29,9 @@ import torch
 from goals import Goal, Times, finish, medians, show_times, timed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluscomp.__main__ import CONF, build
-from cluscomp.data import PydocText
-from cluscomp.models import Original
+from cluscomp.command.compose import CONF, build
+from cluscomp.data.texts import PydocText
+from cluscomp.models.original import Original
 from cluscomp.stages.evaluate import Evaluate
 
 CONTEXT, WINDOWS, ROWS, BATCH = 512, 40, 50, 8

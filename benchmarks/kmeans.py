@@ -31,7 +31,7 @@ import torch
 from goals import Goal, finish, timed
 
 from cluscomp.kernels.lloyd import BEST, REFERENCE, assign, lloyd
-from cluscomp.sources import GgufModel
+from cluscomp.models.sources import GgufModel
 
 OURS = {
     "ours, the paper's recipe": REFERENCE,

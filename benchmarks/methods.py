@@ -22,12 +22,12 @@ import hydra
 import torch
 from goals import Goal, finish, installed, paired, show_times, timed
 
-from cluscomp.__main__ import CONF, build
-from cluscomp.blocks import Walk
-from cluscomp.experiment import Experiment
+from cluscomp.command.compose import CONF, build
 from cluscomp.methods.hqq import Hqq
-from cluscomp.models import Original, block_names, linears
-from cluscomp.outline import Outline
+from cluscomp.models.original import Original, block_names, linears
+from cluscomp.models.walk import Walk
+from cluscomp.plan.meta import MetaModel
+from cluscomp.runs.experiment import Experiment
 from cluscomp.stages.cluster import places
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if "_target_" in path.read_text())
@@ -64,7 +64,7 @@ def measure(method: str) -> dict[str, Any]:
                     stream, statistics = cluster.observe(walk, index, stream, count=index == BLOCK)
     original.load_block(model, BLOCK)
     block = walk.blocks[BLOCK]
-    of_block = places(Outline(original.config, torch.float32, "cpu"))[BLOCK]
+    of_block = places(MetaModel(original.config, torch.float32, "cpu"))[BLOCK]
     found, times = timed(lambda: cluster.compress_block(block, block_names(model)[BLOCK], 0, statistics, of_block))
     layers = [module.stored for module in block.modules() if hasattr(module, "stored")]
     weights = sum(layer.out_features * layer.in_features for layer in layers)

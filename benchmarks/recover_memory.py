@@ -17,13 +17,16 @@ import torch
 import torch.nn.functional as F
 from goals import Goal, finish
 
-from cluscomp import checkpoint, end_to_end, tracking, training
-from cluscomp.blocks import Walk
+from cluscomp.forms.codebook import CodebookWeight
+from cluscomp.forms.layers import put_in
+from cluscomp.forms.linear import compressed
 from cluscomp.kernels.codes import code_bits, packed_bytes
-from cluscomp.models import Original, blocks, compressed, linears
-from cluscomp.sources import GgufModel
-from cluscomp.steps import Steps
-from cluscomp.weights import CodebookWeight
+from cluscomp.models.original import Original, blocks, linears
+from cluscomp.models.sources import GgufModel
+from cluscomp.models.walk import Walk
+from cluscomp.process import peak_memory, reset_peak_memory
+from cluscomp.train import masters, whole
+from cluscomp.train.steps import Steps
 
 D, K, GOAL = 4, 4096, 1.3
 M_MMAP_THRESHOLD = -3  # malloc.h
@@ -41,7 +44,7 @@ def compressed_model(original: Original) -> torch.nn.Module:
             codes = torch.randint(0, 256, (1, size), generator=generator, dtype=torch.uint8)
             books = 0.05 * torch.randn(1, K, D, generator=generator)
             stored = CodebookWeight(codes, books.half(), out_features=O, in_features=I, axis="out")
-            checkpoint.replace(block, name, stored)
+            put_in(block, name, stored)
     return model
 
 
@@ -80,21 +83,21 @@ def main() -> None:
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 49000, (2 * options.batch_size + 1, options.tokens), generator=generator)
-    examples = [{"input_ids": row, "labels": F.pad(row[1:], (0, 1), value=end_to_end.IGNORED)} for row in ids]
+    examples = [{"input_ids": row, "labels": F.pad(row[1:], (0, 1), value=whole.IGNORED)} for row in ids]
     model = compressed_model(original)
     stored = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
     ctypes.CDLL(None).malloc_trim(0)
-    tracking.reset_peak_memory()
-    before = tracking.peak_memory() - stored
+    reset_peak_memory()
+    before = peak_memory() - stored
     halves = sum(layer.stored.codebooks.nbytes for layer in compressed(model).values())
-    trained = training.Trained(model, codebooks=True, others={})
-    objective = end_to_end.Objective(model, trained.parameters, cross_entropy=1, kl=0, ids_BT=ids[:1])
+    trained = masters.Trained(model, codebooks=True, others={})
+    objective = whole.Objective(model, trained.parameters, cross_entropy=1, kl=0, ids_BT=ids[:1])
     with tempfile.TemporaryDirectory() as folder:
-        found = end_to_end.train_whole(
+        found = whole.train_whole(
             model, trained, objective, examples[:-1], examples[-1:], settings, tokens=ids[:-1].numel(), name="recover",
             folder=Path(folder), seed=0,
         )  # fmt: skip
-    peak = tracking.peak_memory() - before
+    peak = peak_memory() - before
     layers = [layer for name, layer in compressed(model).items() if ".layers.0." in name]
     dense_block = sum(4 * layer.out_features * layer.in_features for layer in layers)
     inputs = len(blocks(model)) * options.batch_size * options.tokens * model.config.hidden_size * 4
@@ -104,7 +107,7 @@ def main() -> None:
         "dense weights of one block": dense_block,
         "activations: inputs of all blocks": inputs,
         "activations: inside one block": kept_by_a_block(model, ids[: options.batch_size]),
-        "activations: logits of one part, their logarithms and gradient": 3 * 4 * end_to_end.LOGITS["cpu"],
+        "activations: logits of one part, their logarithms and gradient": 3 * 4 * whole.LOGITS["cpu"],
     }
     for what, size in must.items():
         print(f"{size / 2**20:8.1f} MiB  {what}")

@@ -23,8 +23,8 @@ import hydra
 import transformers
 from goals import Goal, finish
 
-from cluscomp.__main__ import CONF, build
-from cluscomp.run import run
+from cluscomp.command.compose import CONF, build
+from cluscomp.runs.run import run
 
 GRID = {"bits": [4, 3, 2], "block_finetune.samples": [4, 8, 16, 32], "seed": [0, 1]}
 SETTINGS = [
@@ -41,10 +41,10 @@ def done(what):
     now = time.perf_counter()
     times[what], last = now - last, now
 import hydra
-import cluscomp.__main__ as command
+from cluscomp.command import compose
 done("imports of the command")
-with hydra.initialize_config_dir(version_base="1.3", config_dir=str(command.CONF)):
-    experiment = command.build(hydra.compose("config", overrides=sys.argv[1:]))
+with hydra.initialize_config_dir(version_base="1.3", config_dir=str(compose.CONF)):
+    experiment = compose.build(hydra.compose("config", overrides=sys.argv[1:]))
 done("compose and check")
 import torch
 done("import of torch")

@@ -17,21 +17,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cluscomp import adapters
 from cluscomp.errors import InputError
-from cluscomp.files import file_hash, new_file, new_folder
-from cluscomp.lookup import LookupWeight
-from cluscomp.models import compressed, place, unique_tensors
-from cluscomp.records import to_json
-from cluscomp.uniform import UniformWeight
-from cluscomp.weights import CodebookWeight, CompressedLinear, storage_dtype
+from cluscomp.forms import adapters
+from cluscomp.forms.layers import build_all, check_codes, empty_layers, place, put_in, specs
+from cluscomp.forms.linear import BASE, MARK, compressed, storage_dtype, unique_tensors
+from cluscomp.store.files import file_hash, new_folder
+from cluscomp.store.tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 NAME = "cluscomp"  # the quantizer's, in config.json
@@ -42,12 +39,6 @@ IN_A_FILE = {  # safetensors' names of types, in the order of their tensors in a
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
     torch.int8: "I8", torch.uint8: "U8",
 }  # fmt: skip
-SHARES = "shares"  # in the entry of a layer in config.json: the layer that stores its trainable tensors
-WEIGHTS: dict[str, Any] = {  # by their name in config.json
-    "codebook": CodebookWeight,
-    "uniform": UniformWeight,
-    "lookup": LookupWeight,
-}
 
 
 @register_quantization_config(NAME)
@@ -80,7 +71,7 @@ class CompressedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
-        shared = outline_layers(model, self.quantization_config.weights, torch.get_default_dtype())
+        shared = empty_layers(model, self.quantization_config.weights, torch.get_default_dtype())
         model.all_tied_weights_keys |= shared  # transformers reads them once and ties them
         self.folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         if checkpoint_files:  # transformers fills in what is missing: never for codes and codebooks
@@ -120,50 +111,6 @@ def _tensor_names(path: str) -> set[str]:
         return set(file.keys())
 
 
-def outline_layers(model: nn.Module, weights: dict[str, dict[str, Any]], dtype: torch.dtype) -> dict[str, str]:
-    """Put compressed layers of these kinds and shapes, by name, in the place of dense ones: on the meta device.
-
-    Returns the names of tensors that another layer stores, and of that one's.
-    """
-    with torch.device("meta"):
-        stored, shared = build_all(weights)
-    for name, weight in stored.items():
-        dense = model.get_submodule(name)
-        with torch.device("meta"):
-            layer = CompressedLinear(weight, dense.bias, dtype)  # type: ignore[arg-type]
-        model.set_submodule(name, layer)
-    return shared
-
-
-def check_codes(model: nn.Module) -> None:
-    """Raise InputError, by layer, if a code points past its codebook."""
-    for name, layer in compressed(model).items():
-        try:
-            layer.stored.check()  # type: ignore[operator]
-        except ValueError as error:
-            raise InputError(f"{name}: {error}; the checkpoint is damaged") from error
-
-
-def replace(model: nn.Module, name: str, stored: nn.Module) -> None:
-    """Put a compressed layer in the place of the dense linear layer `name`; the bias stays."""
-    dense = model.get_submodule(name)
-    model.set_submodule(name, CompressedLinear(stored, dense.bias, dense.weight.dtype))  # type: ignore[arg-type]
-
-
-def specs(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Kind and shapes of every stored weight of a model by layer name, as config.json holds them."""
-    kinds = {kind: name for name, kind in WEIGHTS.items()}
-    found: dict[str, dict[str, Any]] = {}
-    owners: dict[int, str] = {}
-    for full, layer in compressed(model).items():
-        name = full.removesuffix(adapters.BASE)
-        found[name] = {"kind": kinds[type(layer.stored)]} | layer.stored.spec()  # type: ignore[operator]
-        first = owners.setdefault(id(next(layer.stored.parameters())), name)
-        if first != name:
-            found[name][SHARES] = first
-    return found
-
-
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model and tokenizer as a Hugging Face folder with hashes; the folder appears whole or not at all.
 
@@ -197,11 +144,11 @@ def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     inside = tuple(f"{name}.stored." for name in compressed(model))
     return {
-        name.replace(f"{adapters.BASE}.", "."): tensor.detach()
+        name.replace(f"{BASE}.", "."): tensor.detach()
         .to(tensor.dtype if name.startswith(inside) else storage_dtype(tensor))
         .contiguous()
         for name, tensor in unique_tensors(model).items()
-        if adapters.MARK not in name
+        if MARK not in name
     }
 
 
@@ -257,64 +204,14 @@ def read_part(path: Path) -> Part | None:
     return Part(layers, others, notes["numbers"])
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> None:
-    """Write tensors and plain values as one safetensors file with a hash of both, whole or not at all."""
-    text = to_json(notes)
-    with new_file(path) as unfinished:
-        save_file(tensors, unfinished, metadata={"notes": text, "sha256": _digest(tensors, text)})
-
-
-def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """What `write_tensors` wrote, or None, with a line in the log, if it is damaged or altered."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt", device=device) as file:
-            metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if metadata["sha256"] != _digest(tensors, metadata["notes"]):
-            raise ValueError("its hash is wrong")
-        return tensors, json.loads(metadata["notes"])
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        log.warning("%s is damaged (%s): it is made anew", path, error)
-        return None
-
-
-def _digest(tensors: dict[str, torch.Tensor], notes: str) -> str:
-    digest = hashlib.sha256(notes.encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def put_part(block: nn.Module, part: Part) -> None:
     """Make a block what it was when `save_part` wrote it; biases of its linear layers are those it has."""
     tensors = dict(block.named_parameters()) | dict(block.named_buffers())
     device = next(iter(tensors.values())).device
     for name, stored in part.layers.items():
-        replace(block, name, stored.to(device))
+        put_in(block, name, stored.to(device))
     for name, tensor in part.others.items():
         place(block, name, tensor.to(device, tensors[name].dtype))
-
-
-def build(spec: dict[str, Any]) -> nn.Module:
-    """A stored form with undefined content from its kind and shapes, on the default device."""
-    kind = WEIGHTS.get(str(spec.get("kind")))
-    if kind is None:
-        raise ValueError(f"a stored weight of kind '{spec.get('kind')}'; this version knows {', '.join(WEIGHTS)}")
-    stored: nn.Module = kind.empty(**{key: value for key, value in spec.items() if key not in ("kind", SHARES)})
-    return stored
-
-
-def build_all(specs: dict[str, dict[str, Any]]) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The stored forms of some layers by name, and of each tensor that another layer stores the name of that one's."""
-    stored = {name: build(spec) for name, spec in specs.items()}
-    shared: dict[str, str] = {}
-    for name, spec in specs.items():
-        if first := spec.get(SHARES):
-            stored[name].follow(stored[first])  # type: ignore[operator]
-            shared |= {f"{name}.stored.{key}": f"{first}.stored.{key}" for key, _ in stored[name].named_parameters()}
-    return stored, shared
 
 
 def verify(folder: Path) -> dict[str, str]:

@@ -28,7 +28,7 @@ hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.register_profile("search", print_blob=True)
 hypothesis.settings.load_profile("same")
 
-CHECKED = ["kernels.codes", "kmeans", "weights", "blocks", "scoring"]
+CHECKED = ["kernels.codes", "solve.kmeans", "forms.codebook", "models.walk", "score.perplexity"]
 jaxtyping.install_import_hook([f"cluscomp.{name}" for name in CHECKED], "beartype.beartype")
 
 TOKENS = 12  # of a test window: longer than the sliding windows below
@@ -63,7 +63,7 @@ def redraw_vectors(folder, seed=0):
 @pytest.fixture(scope="session")
 def families(tmp_path_factory):
     """Builder of model folders: families("phi") or families("gpt2", n_embd=32); made once for equal arguments."""
-    from cluscomp.sources import TinyModel
+    from cluscomp.models.sources import TinyModel
 
     cache, made = tmp_path_factory.mktemp("models"), {}
 
@@ -93,7 +93,7 @@ def tiny_folder(families):
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """A text of numbered paragraphs."""
-    from cluscomp.data import FileText
+    from cluscomp.data.texts import FileText
 
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("\n\n".join(f"Paragraph {i} says that {i * i} is the square of {i}." for i in range(100)))

@@ -11,7 +11,8 @@ from pathlib import Path
 FORKS = """
 import json, os, sys
 import torch, transformers
-import cluscomp.checkpoint, cluscomp.end_to_end, cluscomp.scoring, cluscomp.streams, cluscomp.tables
+import cluscomp.checkpoint, cluscomp.train.whole, cluscomp.score.perplexity, cluscomp.train.streams
+import cluscomp.report.tables
 from cluscomp.__main__ import main
 
 for line in sys.stdin:

@@ -2,7 +2,7 @@
 
 import torch
 
-from cluscomp.moments import SecondMoment
+from cluscomp.solve.layer import SecondMoment
 
 
 def correlated(outputs: int, inputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

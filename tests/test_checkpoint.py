@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp import checkpoint
-from cluscomp.budget import size_of
 from cluscomp.errors import InputError
-from cluscomp.files import file_hash
+from cluscomp.forms.layers import size_of
+from cluscomp.forms.linear import CompressedLinear, compressed
 from cluscomp.methods.cluscomp import ClusComp
-from cluscomp.models import Original, block_names, blocks, compressed
+from cluscomp.models.original import Original, block_names, blocks
 from cluscomp.stages.cluster import Cluster
-from cluscomp.weights import CompressedLinear
+from cluscomp.store.files import file_hash
 
 
 def compress(folder, codebook_size=7, share="none"):

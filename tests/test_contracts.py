@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
-from runs import composed
+from pipelines import composed
 
-from cluscomp.__main__ import CONF
-from cluscomp.checkpoint import WEIGHTS
+from cluscomp.command.compose import CONF
+from cluscomp.forms.layers import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "cluscomp"
@@ -176,7 +176,7 @@ def test_compression_depends_on_weight_and_generator_alone(method):
 
 def test_a_stored_weight_comes_back_from_its_spec_and_tensors(method):
     stored = compress(method, gaussian(33, 47))
-    assert type(stored) in WEIGHTS.values()
+    assert type(stored) in KINDS.values()
     spec = json.loads(json.dumps(stored.spec()))
     again = type(stored).empty(**spec)
     again.load_state_dict(stored.state_dict())

@@ -4,12 +4,10 @@
 differences, lowest number on a tie). They differ from brute force only in what they need not look at.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import numpy as np
 import torch
 
+from cluscomp.kernels.lloyd_torch import Clustering, Progress
 from cluscomp.kernels.loading import native, number_of_threads
 
 MOST = 2**31 - 1
@@ -19,16 +17,6 @@ LARGEST = 1e15  # of points; up to 1024 squares of differences are added in floa
 # The paper's recipe (faiss.Kmeans with 20 iterations), and ours; keyword arguments of `lloyd`.
 REFERENCE = {"iterations": 20, "init": "random_points", "over_relaxation": 1.0, "move_centroids": False}
 BEST = {"iterations": 20, "init": "kd", "over_relaxation": 1.9, "move_centroids": True}
-
-Progress = Callable[[int, float], None]
-
-
-class Clustering(NamedTuple):
-    """centroids_KD float32 in spatial order, codes_N int32, inertia at each of the iterations + 1 assignments."""
-
-    centroids_KD: torch.Tensor
-    codes_N: torch.Tensor
-    inertia: list[float]
 
 
 def assign(

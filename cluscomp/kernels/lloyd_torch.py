@@ -8,16 +8,27 @@ Arguments are those of `kernels.lloyd.lloyd`, already checked.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from cluscomp.kernels.lloyd import Clustering, Progress
 from cluscomp.kernels.loading import runs_triton
 
 LEAF = 16  # centroids whose order does not matter
 NEAR_K = {1: 4096, 2: 4096, 3: 4096, 4: 4096, 5: 32768, 6: 32768}  # from these on boxes pay; by counting operations
 DITHER = 0.05  # of a cut, in standard deviations (native/kd.cpp)
+
+Progress = Callable[[int, float], None]
+
+
+class Clustering(NamedTuple):
+    """centroids_KD float32 in spatial order, codes_N int32, inertia at each of the iterations + 1 assignments."""
+
+    centroids_KD: torch.Tensor
+    codes_N: torch.Tensor
+    inertia: list[float]
 
 
 def assign(points_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from cluscomp.solve.layer import Layer, Place
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from cluscomp.costs import Work
-    from cluscomp.moments import SecondMoment
+    from cluscomp.kernels.work import Work
+    from cluscomp.solve.layer import SecondMoment
 
 
 @runtime_checkable
@@ -44,7 +46,7 @@ class Method(Protocol):
     def compress(
         self, weight_OI: "Tensor", statistic: "SecondMoment | None", generator: "torch.Generator"
     ) -> "nn.Module":
-        """Turn a finite dense weight (O, I) into a stored form (see `cluscomp.weights.Weight`).
+        """Turn a finite dense weight (O, I) into a stored form (see `cluscomp.forms.Weight`).
 
         `statistic` is what `statistic()` gave, having seen the layer's inputs. The result depends on the weight, the
         statistic, the settings and the generator's seed alone. Raises ValueError as `check`.
@@ -59,25 +61,6 @@ class ByLayer(Method, Protocol):
     def by_layer(self, matrices: dict[str, tuple[int, int]]) -> dict[str, Method]:
         """The method with the settings for each layer (O, I) of a block, by name; asked for in its place."""
         ...
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a weight (O, I) stands in its block: layers of a block with the same `input` read the same tensor."""
-
-    out_features: int
-    in_features: int
-    input: int
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A finite dense weight (O, I) of a block with its place, the statistic of its inputs and its own generator."""
-
-    place: Place
-    weight_OI: "Tensor"
-    statistic: "SecondMoment | None"
-    generator: "torch.Generator"
 
 
 @dataclass(frozen=True)

@@ -2,25 +2,25 @@
 
 from typing import TYPE_CHECKING
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
-from cluscomp.codebooks import InputCodebooks
+from cluscomp.methods.along_inputs import InputCodebooks
+from cluscomp.settings import settings
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cluscomp.costs import Work
-    from cluscomp.moments import SecondMoment
-    from cluscomp.weights import CodebookWeight
+    from cluscomp.forms.codebook import CodebookWeight
+    from cluscomp.kernels.work import Work
+    from cluscomp.solve.layer import SecondMoment
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+@settings
 class Aqlm(InputCodebooks):
     """Add the centroids of M `codebooks` for every D neighbouring inputs of an output.
 
-    The codebooks' shape is chosen as `cluscomp.codebooks.InputCodebooks` says.
+    The codebooks' shape is chosen as `InputCodebooks` says.
 
     The start is K-means (`iterations` rounds, sub-vectors weighted by the mean square of their inputs) of the weight,
     then of what is left, and so on. Then in each of `rounds` the codebooks are solved for the codes (`least_squares`
@@ -47,7 +47,7 @@ class Aqlm(InputCodebooks):
 
     def work(self, out_features: int, in_features: int) -> "Work":
         """K-means, and in each round losses of all candidates and conjugate gradients; see `Method.work`."""
-        from cluscomp.costs import Work
+        from cluscomp.kernels.work import Work
 
         shape, numbers = self.shape(out_features, in_features), float(out_features * in_features)
         candidates = numbers / shape.vector_dim * shape.codebook_size * self.codebooks
@@ -58,7 +58,7 @@ class Aqlm(InputCodebooks):
 
     def scratch(self, out_features: int, in_features: int) -> float:
         """Points and what is left of them, codes in 32 bits, losses of candidates; see `Method.scratch`."""
-        from cluscomp.additive import CANDIDATES
+        from cluscomp.solve.along_inputs import CANDIDATES
 
         shape, numbers = self.shape(out_features, in_features), float(out_features * in_features)
         codes = 8.0 * self.codebooks * numbers / shape.vector_dim
@@ -71,10 +71,10 @@ class Aqlm(InputCodebooks):
         """Find codes and codebooks of a weight (O, I); see `Method.compress`."""
         import torch
 
-        from cluscomp.additive import descend, least_squares_codebooks, vector_weights
-        from cluscomp.kmeans import Recipe, kmeans
-        from cluscomp.output_error import damped
-        from cluscomp.weights import CodebookWeight, sub_vectors
+        from cluscomp.forms.codebook import CodebookWeight, sub_vectors
+        from cluscomp.solve.along_inputs import descend, least_squares_codebooks, vector_weights
+        from cluscomp.solve.along_outputs import damped
+        from cluscomp.solve.kmeans import Recipe, kmeans
 
         assert statistic is not None  # statistic() gave one
         outputs, inputs = weight_OI.shape

@@ -2,25 +2,25 @@
 
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
-from cluscomp.grids import Grid, WholeGrids
+from cluscomp.methods.on_grids import Grid, WholeGrids
+from cluscomp.settings import settings
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cluscomp.costs import Work
-    from cluscomp.moments import SecondMoment
-    from cluscomp.uniform import UniformWeight
+    from cluscomp.forms.uniform import UniformWeight
+    from cluscomp.kernels.work import Work
+    from cluscomp.solve.layer import SecondMoment
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+@settings
 class Awq(WholeGrids):
     """Multiply each input's weights by s = (its mean size)^a, round to uniform grids, and divide by s again.
 
-    `bits`, `width`, `group` and `symmetric` choose the grids, as `cluscomp.grids.WholeGrids` says.
+    `bits`, `width`, `group` and `symmetric` choose the grids, as `WholeGrids` says.
 
     a is the best of 0, 1/`steps`, 2/`steps`, ... below 1; then each group's grid is narrowed by 5 % as often as helps,
     `clip` - 1 times at most (0: not at all). The error that counts is that of the layer's output. Unlike the authors',
@@ -34,7 +34,7 @@ class Awq(WholeGrids):
 
     def work(self, out_features: int, in_features: int) -> "Work":
         """Rounding and the output's error for each a, and within the groups for each clip; see `Method.work`."""
-        from cluscomp.costs import Work
+        from cluscomp.kernels.work import Work
 
         numbers = float(out_features * in_features)
         width = in_features / self.grid(out_features, in_features).groups
@@ -47,7 +47,7 @@ class Awq(WholeGrids):
 
     def statistic(self) -> "SecondMoment":
         """The second moment of the inputs, and their mean size; see `Method.statistic`."""
-        from cluscomp.moments import SecondMoment
+        from cluscomp.solve.layer import SecondMoment
 
         return SecondMoment(full=True)
 
@@ -58,8 +58,8 @@ class Awq(WholeGrids):
         generator: "torch.Generator",  # noqa: ARG002
     ) -> "UniformWeight":
         """Round a weight (O, I) with scaled inputs; see `Method.compress`."""
-        from cluscomp.output_error import output_error
-        from cluscomp.uniform import UniformWeight, grids_for, in_16_bits, nearest, spread
+        from cluscomp.forms.uniform import UniformWeight, grids_for, in_16_bits, nearest, spread
+        from cluscomp.solve.along_outputs import output_error
 
         assert statistic is not None  # statistic() gave one
         grid, inputs = self.grid(*weight_OI.shape), weight_OI.shape[1]
@@ -89,7 +89,7 @@ class Awq(WholeGrids):
         """Scales and zeros (O, G) of each group (O, C) narrowed as its part of the output's error likes best."""
         import torch
 
-        from cluscomp.uniform import bounds, grid_for
+        from cluscomp.forms.uniform import bounds, grid_for
 
         scales, zeros = [], []
         for group in bounds(weight_OI.shape[1], grid.groups):
@@ -110,6 +110,6 @@ class Awq(WholeGrids):
 
     def _error(self, weight: "Tensor", scale: "Tensor", zero: "Tensor", width: int) -> "Tensor":
         """Values of the grid less the weights they stand for; all of one shape, or spread to it."""
-        from cluscomp.uniform import nearest
+        from cluscomp.forms.uniform import nearest
 
         return (nearest(weight, scale, zero, width) - zero) * scale - weight

@@ -8,24 +8,25 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
-from pydantic.dataclasses import dataclass
+from pydantic import Field, model_validator
 
-from cluscomp.grids import check_choice
-from cluscomp.methods import Compressed, Layer, Place
+from cluscomp.methods import Compressed
+from cluscomp.methods.on_grids import check_choice
+from cluscomp.settings import settings
+from cluscomp.solve.layer import Layer, Place
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from cluscomp.budget import Matrices, Shape
-    from cluscomp.costs import Work
-    from cluscomp.kmeans import Recipe
-    from cluscomp.moments import SecondMoment
-    from cluscomp.weights import CodebookWeight
+    from cluscomp.forms.codebook import CodebookWeight
+    from cluscomp.kernels.work import Work
+    from cluscomp.solve.kmeans import Recipe
+    from cluscomp.solve.layer import SecondMoment
+    from cluscomp.solve.shapes import Matrices, Shape
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+@settings
 class ClusComp:
     """Cut the weight into sub-vectors and store a codebook of their K-means centroids and a code for each.
 
@@ -39,7 +40,7 @@ class ClusComp:
     so without measuring any error, so that shapes follow from `bits` and the matrices' shapes alone; "sensitivity"
     shares out what "uniform" takes so that the layers' relative errors add up to the least. "fill" and "sensitivity"
     give no codebook less than about a share `floor` of `bits`. `iterations`, `init`, `over_relaxation` and
-    `move_centroids` are the recipe of K-means (`cluscomp.kmeans.Recipe`); the paper's is 20, random_points, 1, false.
+    `move_centroids` are the recipe of K-means (`kmeans.Recipe`); the paper's is 20, random_points, 1, false.
 
     The rest spends no bytes and is not in the paper; any of it needs calibration text and axis "out".
     `weighting` "diagonal": a sub-vector counts by the mean square of its input. `assign` "hessian": codes are chosen
@@ -94,7 +95,7 @@ class ClusComp:
 
     def check_block(self, places: dict[str, Place]) -> None:
         """Whether a codebook fits each group of layers that share one; see `BlockMethod.check_block`."""
-        from cluscomp.allocation import named
+        from cluscomp.solve.allocate import named
 
         for names, matrices in self._groups(places):
             with named(names):
@@ -121,7 +122,7 @@ class ClusComp:
 
     def work_block(self, places: dict[str, Place]) -> "Work":
         """The sum over groups of layers; see `BlockMethod.work_block`."""
-        from cluscomp.costs import Work
+        from cluscomp.kernels.work import Work
 
         return sum((self._work(matrices) for _, matrices in self._groups(places)), start=Work())
 
@@ -137,7 +138,7 @@ class ClusComp:
         """The second moment of the inputs or its diagonal, if an option asks for it; see `Method.statistic`."""
         if not self._full and self.weighting == "none":
             return None
-        from cluscomp.moments import SecondMoment
+        from cluscomp.solve.layer import SecondMoment
 
         return SecondMoment(full=self._full)
 
@@ -173,8 +174,8 @@ class ClusComp:
 
     def _shapes(self, matrices: "Matrices", bits: float | None) -> "list[Shape]":
         """What may be chosen from for the codebook of matrices of these shapes."""
-        from cluscomp.budget import Shape, described, reachable, stored_bits
-        from cluscomp.weights import num_sub_vectors
+        from cluscomp.forms.codebook import num_sub_vectors
+        from cluscomp.solve.shapes import Shape, described, reachable, stored_bits
 
         if bits is not None:
             return reachable(matrices, self.axis, bits, self.storage)
@@ -190,7 +191,8 @@ class ClusComp:
 
     def _expected(self, groups: "Sequence[Matrices]") -> "list[Shape]":
         """The shapes that groups of matrices would have if their weights were Gaussian, all of one variance."""
-        from cluscomp.budget import expected_bits, expected_shapes
+        from cluscomp.solve.allocate import expected_shapes
+        from cluscomp.solve.shapes import expected_bits
 
         if self.allocation not in ("fill", "gaussian") or not self._shared_out(len(groups)):
             return [max(self._shapes(matrices, self.bits), key=expected_bits) for matrices in groups]
@@ -198,7 +200,7 @@ class ClusComp:
         return expected_shapes(groups, self._shapes, self.bits)
 
     def _outline(self, matrices: "Matrices", shape: "Shape") -> "list[CodebookWeight]":
-        from cluscomp.weights import CodebookWeight
+        from cluscomp.forms.codebook import CodebookWeight
 
         stored = [
             CodebookWeight.empty(
@@ -218,9 +220,9 @@ class ClusComp:
         return stored
 
     def _work(self, matrices: "Matrices") -> "Work":
-        from cluscomp.budget import MEASURE_ITERATIONS, SAMPLE, SHORTLIST, around, expected_bits
-        from cluscomp.costs import Work
-        from cluscomp.weights import num_sub_vectors
+        from cluscomp.forms.codebook import num_sub_vectors
+        from cluscomp.kernels.work import Work
+        from cluscomp.solve.shapes import MEASURE_ITERATIONS, SAMPLE, SHORTLIST, around, expected_bits
 
         shapes = sorted(self._shapes(matrices, self.bits), key=expected_bits, reverse=True)[:SHORTLIST]
         measured = list(shapes) if len(shapes) > 1 and self.allocation != "gaussian" else []
@@ -264,21 +266,21 @@ class ClusComp:
 
     @property
     def _recipe(self) -> "Recipe":
-        from cluscomp.kmeans import Recipe
+        from cluscomp.solve.kmeans import Recipe
 
         return Recipe(self.iterations, self.init, self.over_relaxation, self.move_centroids)
 
     def _shapes_of(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
         """The shape of each group's codebook; one group is open at a time."""
-        from cluscomp import allocation
+        from cluscomp.solve import allocate
 
         if not self._shared_out(len(groups)):
-            return allocation.uniform(groups, self._shapes, self.bits, self._recipe)
+            return allocate.uniform(groups, self._shapes, self.bits, self._recipe)
         assert self.bits is not None  # _shared_out
         policies: dict[str, Callable[..., list[Shape]]] = {
-            "fill": partial(allocation.fill, floor=self.floor),
-            "gaussian": allocation.gaussian,
-            "sensitivity": partial(allocation.sensitivity, floor=self.floor),
+            "fill": partial(allocate.fill, floor=self.floor),
+            "gaussian": allocate.gaussian,
+            "sensitivity": partial(allocate.sensitivity, floor=self.floor),
         }
         policy = policies[self.allocation]
         return policy(groups, self._shapes, self.bits, self._recipe)
@@ -293,9 +295,9 @@ class ClusComp:
         """The stored forms of a group's layers, with one codebook."""
         import torch
 
-        from cluscomp.allocation import named
-        from cluscomp.kmeans import kmeans
-        from cluscomp.weights import CodebookWeight, num_sub_vectors
+        from cluscomp.forms.codebook import CodebookWeight, num_sub_vectors
+        from cluscomp.solve.allocate import named
+        from cluscomp.solve.kmeans import kmeans
 
         with named(group.names):
             points_ND, weights_N = group.points(shape.vector_dim)
@@ -324,10 +326,10 @@ class ClusComp:
         self, group: "_Group", codes: "list[Tensor]", centroids_KD: "Tensor"
     ) -> "tuple[list[Tensor], Tensor]":
         """Codes (N,) and centroids (K, D) chosen by the error of the layers' outputs, as far as the settings ask."""
+        from cluscomp.forms.codebook import centroid_values
         from cluscomp.kernels.codes import code_bits, pack
-        from cluscomp.kmeans import nearest
-        from cluscomp.output_error import Coded, descend_codes, feedback_codes, least_squares_codebook
-        from cluscomp.weights import centroid_values
+        from cluscomp.solve.along_outputs import Coded, descend_codes, feedback_codes, least_squares_codebook
+        from cluscomp.solve.kmeans import nearest
 
         weights = [weight_OI.T.contiguous() for weight_OI in group.weights]
         moments, bits = group.moments(), code_bits(len(centroids_KD))
@@ -374,7 +376,7 @@ class _Group:
 
     def points(self, vector_dim: int) -> "tuple[Tensor, Tensor | None]":
         """The sub-vectors (N, D) of all layers and what each counts, (N,), or None."""
-        from cluscomp.weights import num_sub_vectors, sub_vectors
+        from cluscomp.forms.codebook import num_sub_vectors, sub_vectors
 
         points = [sub_vectors(weight, vector_dim, self._method.axis) for weight in self.weights]
         if self._method.weighting == "none":
@@ -388,7 +390,7 @@ class _Group:
 
     def moments(self) -> "list[Tensor]":
         """The damped second moment (I, I) of each layer's inputs, one for layers with one input."""
-        from cluscomp.output_error import damped
+        from cluscomp.solve.along_outputs import damped
 
         made: dict[int, Tensor] = {}
         for layer in self._layers:
@@ -425,7 +427,7 @@ def _lloyd(vectors: int, shape: "Shape", iterations: int) -> "Work":
 
     Fitted to what `benchmarks/kmeans.py` measured for D = 4 to 12 and K = 256 to 65,500, within 40 %.
     """
-    from cluscomp.costs import Work
+    from cluscomp.kernels.work import Work
 
     dim, size = shape.vector_dim, shape.codebook_size
     harder = max(dim - 3, 0.5) ** 1.5 * (size / 4096) ** (0.1 * max(dim - 4, 0))

@@ -2,26 +2,26 @@
 
 from typing import TYPE_CHECKING
 
-from pydantic import ConfigDict, Field, model_validator
-from pydantic.dataclasses import dataclass
+from pydantic import Field, model_validator
 
-from cluscomp.grids import WholeGrids
+from cluscomp.methods.on_grids import WholeGrids
+from cluscomp.settings import settings
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cluscomp.costs import Work
-    from cluscomp.moments import SecondMoment
-    from cluscomp.output_error import Wanted
-    from cluscomp.uniform import UniformWeight
+    from cluscomp.forms.uniform import UniformWeight
+    from cluscomp.kernels.work import Work
+    from cluscomp.solve.along_outputs import Wanted
+    from cluscomp.solve.layer import SecondMoment
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+@settings
 class Gptq(WholeGrids):
     """Round to uniform grids, and correct the inputs still to come by what their second moment says of each error.
 
-    `bits`, `width`, `group` and `symmetric` choose the grids, as `cluscomp.grids.WholeGrids` says.
+    `bits`, `width`, `group` and `symmetric` choose the grids, as `WholeGrids` says.
 
     `act_order`: inputs come in the order of falling mean square. `static_groups`: all grids are those of the weights as
     they were; else a group's grid is taken when its first input comes, from its weights as corrected by then (also by
@@ -43,7 +43,7 @@ class Gptq(WholeGrids):
 
     def work(self, out_features: int, in_features: int) -> "Work":
         """The inverse of the second moment and the corrections; see `Method.work`."""
-        from cluscomp.costs import Work
+        from cluscomp.kernels.work import Work
 
         numbers = float(out_features * in_features)
         return Work(flops=2.0 * in_features**3 + 2.0 * in_features * numbers, traffic=120.0 * numbers)
@@ -54,7 +54,7 @@ class Gptq(WholeGrids):
 
     def statistic(self) -> "SecondMoment":
         """The second moment of the inputs; see `Method.statistic`."""
-        from cluscomp.moments import SecondMoment
+        from cluscomp.solve.layer import SecondMoment
 
         return SecondMoment(full=True)
 
@@ -67,8 +67,8 @@ class Gptq(WholeGrids):
         """Round a weight (O, I) with error feedback; see `Method.compress`."""
         import torch
 
-        from cluscomp.output_error import damped, feedback
-        from cluscomp.uniform import UniformWeight, bounds, grid_for, grids_for, nearest
+        from cluscomp.forms.uniform import UniformWeight, bounds, grid_for, grids_for, nearest
+        from cluscomp.solve.along_outputs import damped, feedback
 
         assert statistic is not None  # statistic() gave one
         grid, inputs = self.grid(*weight_OI.shape), weight_OI.shape[1]

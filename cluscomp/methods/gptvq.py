@@ -2,25 +2,25 @@
 
 from typing import TYPE_CHECKING
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
-from cluscomp.codebooks import InputCodebooks
+from cluscomp.methods.along_inputs import InputCodebooks
+from cluscomp.settings import settings
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cluscomp.costs import Work
-    from cluscomp.moments import SecondMoment
-    from cluscomp.weights import CodebookWeight
+    from cluscomp.forms.codebook import CodebookWeight
+    from cluscomp.kernels.work import Work
+    from cluscomp.solve.layer import SecondMoment
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+@settings
 class Gptvq(InputCodebooks):
     """GPTQ with a vector of a codebook for D neighbouring inputs of an output in the place of a rounded number.
 
-    The codebooks' shape is chosen as `cluscomp.codebooks.InputCodebooks` says. The authors' `storage` is int8.
+    The codebooks' shape is chosen as `InputCodebooks` says. The authors' `storage` is int8.
 
     The codebook is that of K-means (`iterations` rounds, sub-vectors weighted by the mean square of their inputs); the
     codes are chosen D inputs at a time, errors handed on to the inputs to come; then come `least_squares` steps of
@@ -37,7 +37,7 @@ class Gptvq(InputCodebooks):
 
     def work(self, out_features: int, in_features: int) -> "Work":
         """K-means, the inverse of the second moment and the corrections, conjugate gradients; see `Method.work`."""
-        from cluscomp.costs import Work
+        from cluscomp.kernels.work import Work
 
         shape, numbers = self.shape(out_features, in_features), float(out_features * in_features)
         search = Work(distances=numbers / shape.vector_dim * shape.codebook_size)
@@ -54,10 +54,10 @@ class Gptvq(InputCodebooks):
         self, weight_OI: "Tensor", statistic: "SecondMoment | None", generator: "torch.Generator"
     ) -> "CodebookWeight":
         """Find codes and codebook of a weight (O, I); see `Method.compress`."""
-        from cluscomp.additive import feedback_vectors, least_squares_codebooks, vector_weights
-        from cluscomp.kmeans import Recipe, kmeans, nearest
-        from cluscomp.output_error import damped
-        from cluscomp.weights import CodebookWeight, centroid_values, sub_vectors
+        from cluscomp.forms.codebook import CodebookWeight, centroid_values, sub_vectors
+        from cluscomp.solve.along_inputs import feedback_vectors, least_squares_codebooks, vector_weights
+        from cluscomp.solve.along_outputs import damped
+        from cluscomp.solve.kmeans import Recipe, kmeans, nearest
 
         assert statistic is not None  # statistic() gave one
         outputs, inputs = weight_OI.shape

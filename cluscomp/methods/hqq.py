@@ -2,25 +2,25 @@
 
 from typing import TYPE_CHECKING
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
-from cluscomp.grids import Grids
+from cluscomp.methods.on_grids import Grids
+from cluscomp.settings import settings
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cluscomp.costs import Work
-    from cluscomp.moments import SecondMoment
-    from cluscomp.uniform import UniformWeight, Zeros
+    from cluscomp.forms.uniform import UniformWeight, Zeros
+    from cluscomp.kernels.work import Work
+    from cluscomp.solve.layer import SecondMoment
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+@settings
 class Hqq(Grids):
     """Round to uniform grids whose zeros, any 16-bit numbers, are fitted to the sum of |error|^`norm` over the weights.
 
-    `bits`, `width` and `group` choose the grids, as `cluscomp.grids.Grids` says. Scales span from the least to the
+    `bits`, `width` and `group` choose the grids, as `Grids` says. Scales span from the least to the
     largest weight and stay; of 1 bit the two values begin at the mean, less and plus the mean distance from it (the
     authors': at the extremes).
 
@@ -41,7 +41,7 @@ class Hqq(Grids):
 
     def work(self, out_features: int, in_features: int) -> "Work":
         """Some passes over the weight for each iteration; see `Method.work`."""
-        from cluscomp.costs import Work
+        from cluscomp.kernels.work import Work
 
         return Work(traffic=100.0 * out_features * in_features * (self.iterations + 1))
 
@@ -62,7 +62,7 @@ class Hqq(Grids):
         """Fit zeros to a weight (O, I) and round it; see `Method.compress`."""
         import torch
 
-        from cluscomp.uniform import UniformWeight, bounds, divisor, in_16_bits, nearest, spread
+        from cluscomp.forms.uniform import UniformWeight, bounds, divisor, in_16_bits, nearest, spread
 
         grid, inputs = self.grid(*weight_OI.shape), weight_OI.shape[1]
         groups = bounds(inputs, grid.groups)

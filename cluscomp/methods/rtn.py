@@ -2,30 +2,28 @@
 
 from typing import TYPE_CHECKING
 
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
-
-from cluscomp.grids import WholeGrids
+from cluscomp.methods.on_grids import WholeGrids
+from cluscomp.settings import settings
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cluscomp.costs import Work
-    from cluscomp.moments import SecondMoment
-    from cluscomp.uniform import UniformWeight
+    from cluscomp.forms.uniform import UniformWeight
+    from cluscomp.kernels.work import Work
+    from cluscomp.solve.layer import SecondMoment
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+@settings
 class RoundToNearest(WholeGrids):
     """Round to the nearest of 2^width values between the least and the largest weight of a group of inputs. No data.
 
-    `bits`, `width`, `group` and `symmetric` choose the grids, as `cluscomp.grids.WholeGrids` says.
+    `bits`, `width`, `group` and `symmetric` choose the grids, as `WholeGrids` says.
     """
 
     def work(self, out_features: int, in_features: int) -> "Work":
         """A few passes over the weight; see `Method.work`."""
-        from cluscomp.costs import Work
+        from cluscomp.kernels.work import Work
 
         return Work(traffic=60.0 * out_features * in_features)
 
@@ -44,7 +42,7 @@ class RoundToNearest(WholeGrids):
         generator: "torch.Generator",  # noqa: ARG002
     ) -> "UniformWeight":
         """Round a weight (O, I); see `Method.compress`."""
-        from cluscomp.uniform import grids_for, rounded_weight
+        from cluscomp.forms.uniform import grids_for, rounded_weight
 
         grid = self.grid(*weight_OI.shape)
         scales_OG, zeros_OG = grids_for(weight_OI, grid.width, grid.groups, symmetric=grid.symmetric)

@@ -3,25 +3,23 @@
 import math
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
-
-from cluscomp.grids import Grid, Groups, widest
+from cluscomp.methods.on_grids import Grid, Groups, widest
+from cluscomp.settings import settings
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cluscomp.costs import Work
-    from cluscomp.lookup import LookupWeight
-    from cluscomp.moments import SecondMoment
+    from cluscomp.forms.table import TableWeight
+    from cluscomp.kernels.work import Work
+    from cluscomp.solve.layer import SecondMoment
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+@settings
 class SqueezeLlm(Groups):
     """K-means of single numbers, solved exactly, with a table of 2^width values for each group of an output's inputs.
 
-    A table takes 16 bits a value, and counts: `bits`, `width` and `group` choose it as `cluscomp.grids.Groups` says.
+    A table takes 16 bits a value, and counts: `bits`, `width` and `group` choose it as `Groups` says.
     With `weighting` "diagonal" a weight counts by the mean square of its input, "none" all alike (no data).
 
     Unlike the authors': they weight by the squared gradient of the model's loss, not by the input, which needs a
@@ -40,18 +38,18 @@ class SqueezeLlm(Groups):
 
         return widest(out_features, in_features, sized, bits=self.bits, width=self.width, group=self.group)
 
-    def outline(self, out_features: int, in_features: int) -> "LookupWeight":
+    def outline(self, out_features: int, in_features: int) -> "TableWeight":
         """The stored form; see `Method.outline`."""
-        from cluscomp.lookup import LookupWeight
+        from cluscomp.forms.table import TableWeight
 
         grid = self.grid(out_features, in_features)
-        return LookupWeight.empty(
+        return TableWeight.empty(
             out_features=out_features, in_features=in_features, width=grid.width, groups=grid.groups
         )
 
     def work(self, out_features: int, in_features: int) -> "Work":
         """For each value the places where a group of sorted weights may end; see `Method.work`."""
-        from cluscomp.costs import Work
+        from cluscomp.kernels.work import Work
 
         grid, numbers = self.grid(out_features, in_features), float(out_features * in_features)
         return Work(traffic=40.0 * numbers * 2**grid.width * math.log2(2 + in_features / grid.groups))
@@ -64,7 +62,7 @@ class SqueezeLlm(Groups):
         """The mean square of the inputs, if `weighting` asks for it; see `Method.statistic`."""
         if self.weighting == "none":
             return None
-        from cluscomp.moments import SecondMoment
+        from cluscomp.solve.layer import SecondMoment
 
         return SecondMoment(full=False)
 
@@ -73,10 +71,10 @@ class SqueezeLlm(Groups):
         weight_OI: "Tensor",
         statistic: "SecondMoment | None",
         generator: "torch.Generator",  # noqa: ARG002
-    ) -> "LookupWeight":
+    ) -> "TableWeight":
         """Find the tables of a weight (O, I); see `Method.compress`."""
-        from cluscomp.lookup import LookupWeight, tables_for
+        from cluscomp.forms.table import TableWeight, tables_for
 
         grid = self.grid(*weight_OI.shape)
         importance_I = weight_OI.new_ones(weight_OI.shape[1]) if statistic is None else statistic.diagonal_I
-        return LookupWeight.nearest(weight_OI, tables_for(weight_OI, importance_I, grid.width, grid.groups))
+        return TableWeight.nearest(weight_OI, tables_for(weight_OI, importance_I, grid.width, grid.groups))

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cluscomp.contamination import Seen
-    from cluscomp.costs import Cost
-    from cluscomp.models import Original
-    from cluscomp.outline import Outline
+    from cluscomp.data.overlap import Seen
+    from cluscomp.models.original import Original
+    from cluscomp.plan.cost import Cost
+    from cluscomp.plan.meta import MetaModel
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Stage(Protocol):
         """Raise InputError for what cannot work with this model, before any long work starts."""
         ...
 
-    def cost(self, outline: "Outline") -> "Cost":
+    def cost(self, outline: "MetaModel") -> "Cost":
         """What `run` will hold and do, and `outline` changed as `run` will change the model."""
         ...
 

@@ -6,13 +6,13 @@ import random
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, InstanceOf
-from pydantic.dataclasses import dataclass
+from pydantic import Field, InstanceOf
 
-from cluscomp.contamination import Seen
-from cluscomp.data import Source, calibration_windows
+from cluscomp.data.overlap import Seen
+from cluscomp.data.texts import Source, calibration_windows
 from cluscomp.errors import InputError
-from cluscomp.records import read_sealed, write_sealed
+from cluscomp.settings import settings
+from cluscomp.store.records import read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from cluscomp.blocks import Walk
-    from cluscomp.costs import Cost
-    from cluscomp.models import Original
-    from cluscomp.outline import Outline
+    from cluscomp.models.original import Original
+    from cluscomp.models.walk import Walk
+    from cluscomp.plan.cost import Cost
+    from cluscomp.plan.meta import MetaModel
     from cluscomp.stages import Job
-    from cluscomp.streams import Streams
+    from cluscomp.train.streams import Streams
 
 log = logging.getLogger(__name__)
 ROUNDED = ("clipping", "rounding")  # what may be learned so that weights are rounded anew
 ATTEMPTS = 3  # at training a block, each with half the learning rate of the one before
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+@settings
 class BlockFinetune:
     """Block-wise error minimisation: mean squared error between the outputs of the compressed and the original block.
 
@@ -91,11 +91,12 @@ class BlockFinetune:
         text = self.data.text("calibration")
         return calibration_windows(text, original.tokenizer, samples=self.samples, length=self.length, seed=seed)
 
-    def cost(self, outline: "Outline") -> "Cost":
+    def cost(self, outline: "MetaModel") -> "Cost":
         """The compressed model, the original's frame, streams and the training of one block; see `Stage.cost`."""
-        from cluscomp.costs import Cost, Work, worst
-        from cluscomp.models import block_names, blocks
-        from cluscomp.training import norms
+        from cluscomp.kernels.work import Work
+        from cluscomp.models.original import block_names, blocks
+        from cluscomp.plan.cost import Cost, worst
+        from cluscomp.train.masters import norms
 
         if self.norms:
             for name, block in zip(block_names(outline.model), blocks(outline.model)):
@@ -131,11 +132,11 @@ class BlockFinetune:
         read = Work(read=outline.all_numbers * outline.file_bytes + outline.checkpoint_bytes())
         return Cost(device, {}, work * outline.blocks + read, relief)
 
-    def _check_weights(self, outline: "Outline") -> None:
+    def _check_weights(self, outline: "MetaModel") -> None:
         """Raise InputError, naming the layer, if what is to be learned is no part of its stored form."""
-        from cluscomp.models import compressed
-        from cluscomp.uniform import UniformWeight
-        from cluscomp.weights import CodebookWeight
+        from cluscomp.forms.codebook import CodebookWeight
+        from cluscomp.forms.linear import compressed
+        from cluscomp.forms.uniform import UniformWeight
 
         if self.learns == "values":
             return
@@ -158,11 +159,11 @@ class BlockFinetune:
         """
         import torch
 
-        from cluscomp.blocks import Walk
-        from cluscomp.models import linears
-        from cluscomp.streams import Streams
-        from cluscomp.tracking import Progress
-        from cluscomp.training import rounding
+        from cluscomp.models.original import linears
+        from cluscomp.models.walk import Walk
+        from cluscomp.process import Progress
+        from cluscomp.train.masters import rounding
+        from cluscomp.train.streams import Streams
 
         ids_WT = torch.from_numpy(self._windows(job.original, job.seed)).to(job.original.device)
         walk, teacher = Walk(model), Walk(job.original.model(), job.original)
@@ -227,7 +228,7 @@ class BlockFinetune:
         import torch
         import torch.nn.functional as F
 
-        from cluscomp.training import Trained, by_mean, by_sign, fit, norms
+        from cluscomp.train.masters import Trained, by_mean, by_sign, fit, norms
 
         block = walk.blocks[index]
         bend = {"rounding": lambda: by_sign, "means": lambda: by_mean(block)}.get(self.learns, lambda: None)()

@@ -7,31 +7,32 @@ from copy import deepcopy
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, InstanceOf
-from pydantic.dataclasses import dataclass
+from pydantic import Field, InstanceOf
 
-from cluscomp.contamination import Seen
-from cluscomp.data import Source, calibration_windows
+from cluscomp.data.overlap import Seen
+from cluscomp.data.texts import Source, calibration_windows
 from cluscomp.errors import InputError
-from cluscomp.methods import BlockMethod, ByLayer, Compressed, Layer, Method, Place
-from cluscomp.sources import quantised_types
+from cluscomp.methods import BlockMethod, ByLayer, Compressed, Method
+from cluscomp.models.sources import quantised_types
+from cluscomp.settings import settings
+from cluscomp.solve.layer import Layer, Place
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from cluscomp.blocks import Walk
-    from cluscomp.costs import Cost
-    from cluscomp.models import Original
-    from cluscomp.moments import SecondMoment
-    from cluscomp.outline import Outline
+    from cluscomp.models.original import Original
+    from cluscomp.models.walk import Walk
+    from cluscomp.plan.cost import Cost
+    from cluscomp.plan.meta import MetaModel
+    from cluscomp.solve.layer import SecondMoment
     from cluscomp.stages import Job
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+@settings
 class Cluster:
     """Compress block after block. Embeddings, head, norms and biases stay as they are.
 
@@ -84,7 +85,7 @@ class Cluster:
 
     def _check_shapes(self, model: "PreTrainedModel", places: "list[dict[str, Place]]") -> None:
         """Raise InputError, naming the layer, for a shape that the method cannot compress."""
-        from cluscomp.models import block_names
+        from cluscomp.models.original import block_names
 
         for name, layers in zip(block_names(model), places):
             if isinstance(self.method, BlockMethod):
@@ -106,8 +107,8 @@ class Cluster:
         """
         import torch
 
-        from cluscomp.models import block_names, blocks, linears
-        from cluscomp.uniform import PackedWeight
+        from cluscomp.forms.uniform import PackedWeight
+        from cluscomp.models.original import block_names, blocks, linears
 
         if not any(kind.startswith("Q4") for kind in origin):
             return
@@ -124,21 +125,22 @@ class Cluster:
 
     def _places(self, original: "Original") -> "list[dict[str, Place]]":
         """The linear layers of each block."""
-        from cluscomp.outline import Outline
+        from cluscomp.plan.meta import MetaModel
 
-        return places(Outline(deepcopy(original.config), original.dtype, original.device.type))
+        return places(MetaModel(deepcopy(original.config), original.dtype, original.device.type))
 
     def _windows(self, original: "Original", seed: int) -> "np.ndarray":
         text = self.data.text("calibration")
         return calibration_windows(text, original.tokenizer, samples=self.samples, length=self.length, seed=seed)
 
-    def cost(self, outline: "Outline") -> "Cost":
+    def cost(self, outline: "MetaModel") -> "Cost":
         """One dense block, statistics and streams; on a GPU the finished blocks are in RAM. See `Stage.cost`."""
         import torch
 
-        from cluscomp import checkpoint
-        from cluscomp.costs import Cost, Work, worst
-        from cluscomp.models import blocks
+        from cluscomp.forms.layers import put_in
+        from cluscomp.kernels.work import Work
+        from cluscomp.models.original import blocks
+        from cluscomp.plan.cost import Cost, worst
 
         all_places = places(outline)
         places_ = all_places[blocks(outline.model).index(outline.block)]
@@ -171,7 +173,7 @@ class Cluster:
         with torch.device("meta"):
             for block, layers in zip(blocks(outline.model), all_places):
                 for name, stored in self._outlined(layers).items():
-                    checkpoint.replace(block, name, stored)
+                    put_in(block, name, stored)
         here = outline.device == "cpu"
         finished = {"codes and codebooks": outline.stored}
         always = {"embedding, head": outline.outside} | (finished if here else {})
@@ -200,15 +202,14 @@ class Cluster:
         """Compress the model; finished blocks lie in the job's folder and survive a kill.
 
         Returns `relative_error`, the squared error over the squared size of all compressed weights, the same for each
-        layer, how its entries and codes are distributed (cluscomp/distribution.py), what the method chose for it, if
+        layer, how its entries and codes are distributed (solve/distribution.py), what the method chose for it, if
         anything, and the method's name. Raises InputError, naming the layer, if
         a weight is not finite or the method refuses it.
         """
         from cluscomp import checkpoint
-        from cluscomp.blocks import Walk
-        from cluscomp.costs import give_memory_back
-        from cluscomp.models import block_names, blocks
-        from cluscomp.tracking import Progress
+        from cluscomp.models.original import block_names, blocks
+        from cluscomp.models.walk import Walk
+        from cluscomp.process import Progress, give_memory_back
 
         progress = Progress("cluster", len(blocks(model)))
         squares: dict[str, list[float]] = {}  # by layer: squared error, squared size
@@ -264,7 +265,7 @@ class Cluster:
 
         Layers with one input share one statistic.
         """
-        from cluscomp.models import linears
+        from cluscomp.models.original import linears
 
         block, stream = walk.blocks[index], []
         shared: dict[tuple[str, ...], SecondMoment] = {}
@@ -294,11 +295,11 @@ class Cluster:
         """
         import torch
 
-        from cluscomp import checkpoint
-        from cluscomp.costs import give_memory_back
-        from cluscomp.distribution import of_codes, of_entries
-        from cluscomp.models import linears
-        from cluscomp.weights import CodebookWeight
+        from cluscomp.forms.codebook import CodebookWeight
+        from cluscomp.forms.layers import put_in
+        from cluscomp.models.original import linears
+        from cluscomp.process import give_memory_back
+        from cluscomp.solve.distribution import of_codes, of_entries
 
         layers = {}
         for number, (layer, dense) in enumerate(linears(block).items()):
@@ -311,7 +312,7 @@ class Cluster:
         try:
             for compressed in self._compressed(layers):
                 for layer, stored in compressed.stored.items():
-                    checkpoint.replace(block, layer, stored)
+                    put_in(block, layer, stored)
                     weight_OI = layers.pop(layer).weight_OI.float()
                     with torch.no_grad():
                         difference_OI = stored(torch.float32) - weight_OI
@@ -340,9 +341,9 @@ class Cluster:
             yield Compressed({name: stored}, {})
 
 
-def places(outline: "Outline") -> list[dict[str, Place]]:
+def places(outline: "MetaModel") -> list[dict[str, Place]]:
     """The linear layers of each block of a model that is not compressed yet."""
-    from cluscomp.models import blocks, linears
+    from cluscomp.models.original import blocks, linears
 
     return [
         {name: Place(dense.out_features, dense.in_features, inputs[name]) for name, dense in linears(block).items()}

@@ -4,31 +4,31 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ConfigDict, Field, InstanceOf
-from pydantic.dataclasses import dataclass
+from pydantic import Field, InstanceOf
 
-from cluscomp.contamination import Seen, overlap
-from cluscomp.data import Source, test_windows
+from cluscomp.data.overlap import Seen, overlap
+from cluscomp.data.texts import Source, test_windows
 from cluscomp.errors import InputError
-from cluscomp.records import content_key
-from cluscomp.tasks import Tasks
+from cluscomp.score.tasks import Tasks
+from cluscomp.settings import settings
+from cluscomp.store.records import content_key
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from cluscomp.blocks import Walk
-    from cluscomp.costs import Cost
-    from cluscomp.models import Original
-    from cluscomp.outline import Outline
-    from cluscomp.records import Score
-    from cluscomp.scoring import Mean, Reference
+    from cluscomp.models.original import Original
+    from cluscomp.models.walk import Walk
+    from cluscomp.plan.cost import Cost
+    from cluscomp.plan.meta import MetaModel
+    from cluscomp.score.perplexity import Mean, Reference
+    from cluscomp.store.records import Score
 
 TASK_TOKENS = 128  # assumed of the longest rows of tasks
 LM_EVAL = 0.1 * 2**30  # bytes of RAM that lm-eval and its requests take
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+@settings
 class Evaluate:
     """Perplexity and bits per byte on the test texts of `texts` in windows of `context` tokens (null: the model's).
 
@@ -82,13 +82,14 @@ class Evaluate:
             original.check_length("tasks.max_length", self.tasks.max_length)
         self.tasks.check(original.folder, original.tokenizer)
 
-    def cost(self, outline: "Outline") -> "Cost":
+    def cost(self, outline: "MetaModel") -> "Cost":
         """All windows' hidden states of one text after the other, one block, and the logits of one batch.
 
         A prompt and tasks want the whole original. Of tasks lm-eval and the logits of a batch of rows of `TASK_TOKENS`
         are counted, the time they take is not.
         """
-        from cluscomp.costs import Cost, Work, worst
+        from cluscomp.kernels.work import Work
+        from cluscomp.plan.cost import Cost, worst
 
         context = self.context or int(outline.config.get_text_config().max_position_embeddings)
         tokens = [outline.tokens(partial(source.text, "test")) for source in self.texts.values()]
@@ -141,7 +142,7 @@ class Evaluate:
 
         `kept` is a folder for what the original predicts, named by all that decides that but text and settings here.
         """
-        from cluscomp.blocks import Walk
+        from cluscomp.models.walk import Walk
 
         walk = Walk(model, original if after == "original" else None)
         return [score for source in self.texts.values() for score in self._scores(walk, source, original, after, kept)]
@@ -149,8 +150,8 @@ class Evaluate:
     def _scores(self, walk: "Walk", source: Source, original: "Original", after: str, kept: Path) -> "list[Score]":
         import math
 
-        from cluscomp.records import Score
-        from cluscomp.scoring import mean_of, scored_bytes, window_scores
+        from cluscomp.score.perplexity import mean_of, scored_bytes, window_scores
+        from cluscomp.store.records import Score
 
         windows_WT = self._windows(source, original)
         label = f"{after} model on {source.name}"
@@ -193,10 +194,10 @@ class Evaluate:
     def _reference(
         self, walk: "Walk", windows_WT: "Tensor", original: "Original", after: str, kept: Path
     ) -> "Reference":
-        from cluscomp.blocks import Walk
-        from cluscomp.files import held_alone
-        from cluscomp.scoring import Reference
-        from cluscomp.teacher import Predictions, last_hidden
+        from cluscomp.models.predictions import Predictions, last_hidden
+        from cluscomp.models.walk import Walk
+        from cluscomp.score.perplexity import Reference
+        from cluscomp.store.files import held_alone
 
         first = walk if after == "original" else Walk(original.model(), original)
         folder = kept / content_key([windows_WT.tolist(), self.batch_size])
@@ -209,7 +210,7 @@ class Evaluate:
         self, model: "PreTrainedModel", original: "Original", after: str
     ) -> "tuple[list[Score], list[dict[str, Any]]]":
         """Scores of the tasks, and all answers. The original is loaded whole for it."""
-        from cluscomp.records import Score, protocol
+        from cluscomp.store.records import Score, protocol
 
         if not self.tasks.names:
             return [], []
@@ -231,7 +232,7 @@ class Evaluate:
 
     def sample(self, model: "PreTrainedModel", original: "Original", after: str) -> str | None:
         """What the model makes of the prompt, or None without one. The original is loaded whole for it."""
-        from cluscomp.scoring import continuation
+        from cluscomp.score.perplexity import continuation
 
         if self.prompt is None:
             return None
@@ -245,7 +246,7 @@ class Evaluate:
         self, model: "PreTrainedModel", source: Source, original: "Original", windows_WT: "Tensor"
     ) -> dict[str, Any]:
         """Everything that decides what the scores on a text mean."""
-        from cluscomp.records import protocol
+        from cluscomp.store.records import protocol
 
         return protocol(
             **source.text("test").describe(),

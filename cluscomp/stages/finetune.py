@@ -3,26 +3,26 @@
 import random
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, InstanceOf
-from pydantic.dataclasses import dataclass
+from pydantic import Field, InstanceOf
 
-from cluscomp.contamination import Seen
+from cluscomp.data.instructions import Encoded, Instructions, Tokens
+from cluscomp.data.overlap import Seen
 from cluscomp.errors import InputError
-from cluscomp.instructions import Encoded, Instructions, Tokens
-from cluscomp.steps import Steps
+from cluscomp.settings import settings
+from cluscomp.train.steps import LOGITS, Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from cluscomp.costs import Cost
-    from cluscomp.models import Original
-    from cluscomp.outline import Outline
+    from cluscomp.models.original import Original
+    from cluscomp.plan.cost import Cost
+    from cluscomp.plan.meta import MetaModel
     from cluscomp.stages import Job
-    from cluscomp.training import Trained
+    from cluscomp.train.masters import Trained
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+@settings
 class _Task(Steps):
     """`epochs` over the examples of `instructions`, cut to `length` tokens, but for `held_out` of them, drawn by seed.
 
@@ -70,16 +70,26 @@ class _Task(Steps):
         order = [one for _ in range(self.epochs) for one in rng.sample(train, len(train))]
         return encoded, order[: steps * self.of_a_step], held_out
 
-    def _cost(self, outline: "Outline", trained: float, masters: bool) -> "Cost":
+    def _cost(self, outline: "MetaModel", trained: float, masters: bool) -> "Cost":
         """As whole-model training on `examples` of full length; the work of all (null) is not known and not counted."""
-        from cluscomp.outline import end_to_end
+        from cluscomp.plan.meta import end_to_end
 
         examples = (self.examples or 0) * self.epochs
-        return end_to_end(outline, self, self.length, examples, self.held_out, trained, masters=masters)
+        return end_to_end(
+            outline,
+            batch_size=self.batch_size,
+            accumulation=self.accumulation,
+            length=self.length,
+            examples=examples,
+            held_out=self.held_out,
+            trained=trained,
+            logits=LOGITS[outline.device],
+            masters=masters,
+        )
 
     def _train(self, model: "PreTrainedModel", job: "Job", trained: "Trained") -> dict[str, Any]:
-        from cluscomp.budget import size_of
-        from cluscomp.end_to_end import Objective, train_whole
+        from cluscomp.forms.layers import size_of
+        from cluscomp.train.whole import Objective, train_whole
 
         encoded, train, held_out = self._examples(job.original, job.seed)
         first = _Answers(held_out)[0]["input_ids"][None]
@@ -105,7 +115,7 @@ class _Task(Steps):
         } | found
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+@settings
 class Finetune(_Task):
     """Finetuning of a compressed model; codes never change.
 
@@ -123,9 +133,9 @@ class Finetune(_Task):
         """How often the state is written; and without adapters, their settings."""
         return super().idle() | (set() if self.trainable == "lora" else {"rank", "alpha"})
 
-    def cost(self, outline: "Outline") -> "Cost":
+    def cost(self, outline: "MetaModel") -> "Cost":
         """See `Stage.cost`; adapters' activations are left out."""
-        from cluscomp.training import norms
+        from cluscomp.train.masters import norms
 
         if self.norms:
             outline.train(norms(outline.model))
@@ -136,8 +146,8 @@ class Finetune(_Task):
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Train codebooks or adapters in place; returns losses, counts and deployed bytes."""
-        from cluscomp import adapters
-        from cluscomp.training import Trained, norms
+        from cluscomp.forms import adapters
+        from cluscomp.train.masters import Trained, norms
 
         others = norms(model) if self.norms else {}
         if self.trainable == "lora":
@@ -146,20 +156,20 @@ class Finetune(_Task):
         return self._train(model, job, Trained(model, codebooks=self.trainable == "codebooks", others=others))
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+@settings
 class FullFinetune(_Task):
     """Finetuning of all parameters of the original in the dtype it computes in: what the others are compared with."""
 
     takes: ClassVar[str] = "original"
 
-    def cost(self, outline: "Outline") -> "Cost":
+    def cost(self, outline: "MetaModel") -> "Cost":
         """As training of all parameters; see `Stage.cost`."""
         return self._cost(outline, outline.all_numbers, masters=False)
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Load all blocks and train every parameter in place; returns losses, counts and deployed bytes."""
-        from cluscomp.models import blocks
-        from cluscomp.training import Trained
+        from cluscomp.models.original import blocks
+        from cluscomp.train.masters import Trained
 
         for index in range(len(blocks(model))):
             job.original.load_block(model, index)
@@ -179,7 +189,7 @@ class _Answers:
     def __getitem__(self, index: int) -> "dict[str, Tensor]":
         import torch
 
-        from cluscomp.end_to_end import IGNORED
+        from cluscomp.train.whole import IGNORED
 
         one = self.examples[index]
         labels = [token if counts else IGNORED for token, counts in zip(one.ids[1:], one.counted[1:])]

@@ -2,27 +2,28 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, InstanceOf
-from pydantic.dataclasses import dataclass
+from pydantic import Field, InstanceOf
 
-from cluscomp.contamination import Seen
-from cluscomp.data import Source, calibration_windows, split, test_windows
-from cluscomp.steps import Steps, processes, rank
+from cluscomp.data.overlap import Seen
+from cluscomp.data.texts import Source, calibration_windows, split, test_windows
+from cluscomp.process import processes, rank
+from cluscomp.settings import settings
+from cluscomp.train.steps import LOGITS, Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from cluscomp.costs import Cost
-    from cluscomp.models import Original
-    from cluscomp.outline import Outline
+    from cluscomp.models.original import Original
+    from cluscomp.models.predictions import Teacher
+    from cluscomp.plan.cost import Cost
+    from cluscomp.plan.meta import MetaModel
     from cluscomp.stages import Job
-    from cluscomp.teacher import Teacher
 
 HELD_OUT_SHARE = 0.1  # of the calibration text's characters, from its end
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+@settings
 class Recover(Steps):
     """End-to-end training on `tokens` tokens of the calibration text in random windows of `length`; codes stay.
 
@@ -83,11 +84,11 @@ class Recover(Steps):
         scored = test_windows(held_out, original.tokenizer, length=self.length, limit=self.held_out)
         return torch.from_numpy(train), torch.from_numpy(scored)
 
-    def cost(self, outline: "Outline") -> "Cost":
+    def cost(self, outline: "MetaModel") -> "Cost":
         """The compressed model, masters of its codebooks, the blocks' inputs and one block; see `Stage.cost`."""
-        from cluscomp.costs import Work
-        from cluscomp.outline import end_to_end
-        from cluscomp.training import norms
+        from cluscomp.kernels.work import Work
+        from cluscomp.plan.meta import end_to_end
+        from cluscomp.train.masters import norms
 
         if self.norms:
             outline.train(norms(outline.model))
@@ -100,7 +101,17 @@ class Recover(Steps):
                 outline.logits(self.batch_size, self.length),
             )
             teaching = (forward.work * outline.blocks + logits.work) * windows
-        return end_to_end(outline, self, self.length, self._samples, self.held_out, trained, teaching)
+        return end_to_end(
+            outline,
+            batch_size=self.batch_size,
+            accumulation=self.accumulation,
+            length=self.length,
+            examples=self._samples,
+            held_out=self.held_out,
+            trained=trained,
+            logits=LOGITS[outline.device],
+            before=teaching,
+        )
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Train codebooks, and norms where asked for, in place; codes never change.
@@ -109,8 +120,8 @@ class Recover(Steps):
         """
         import torch
 
-        from cluscomp.end_to_end import Objective, train_whole
-        from cluscomp.training import Trained, norms
+        from cluscomp.train.masters import Trained, norms
+        from cluscomp.train.whole import Objective, train_whole
 
         train, held_out = self._windows(job.original, job.seed)
         teacher = self._teacher(job, torch.cat([train, held_out])) if "kl" in self.loss else None
@@ -134,8 +145,8 @@ class Recover(Steps):
         return {"calibration": text, "tokens": train.numel(), "held_out_tokens": held_out.numel()} | found
 
     def _teacher(self, job: "Job", windows_WT: "Tensor") -> "Teacher":
-        from cluscomp.blocks import Walk
-        from cluscomp.teacher import Teacher
+        from cluscomp.models.predictions import Teacher
+        from cluscomp.models.walk import Walk
 
         teacher = Teacher(job.folder / "training", windows_WT, self.teacher_top)
         walk = Walk(job.original.model(), job.original)
@@ -155,7 +166,7 @@ class _Windows:
     def __getitem__(self, index: int) -> "dict[str, Tensor]":
         import torch.nn.functional as F
 
-        from cluscomp.end_to_end import IGNORED
+        from cluscomp.train.whole import IGNORED
 
         ids_T = self.windows_WT[index]
         predictions = {} if self.teacher is None else self.teacher.window(self.first + index)

@@ -3,8 +3,7 @@
 import numpy as np
 import torch
 
-from cluscomp.kernels.lloyd import Clustering, Progress
-from cluscomp.kernels.lloyd_torch import assign_reference, move_to_worst, refill_as_faiss
+from cluscomp.kernels.lloyd_torch import Clustering, Progress, assign_reference, move_to_worst, refill_as_faiss
 
 
 def kd(points_ND: torch.Tensor, K: int, weights_N: torch.Tensor | None = None, seed: int = 0) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The paper's way to run K-means and to store a codebook, as settings, and the settings of a stage without data."""
 
-from cluscomp.data import PydocText
+from cluscomp.data.texts import PydocText
 
 PAPER = {"init": "random_points", "over_relaxation": 1.0, "move_centroids": False}
 STORED = {"axis": "out", "storage": "float16", "share": "none", "allocation": "uniform", "floor": 0.0}

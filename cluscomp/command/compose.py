@@ -1,0 +1,171 @@
+"""Yaml and overrides to checked settings; what was wrong, in a sentence. No Hydra past this room."""
+
+import difflib
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from cluscomp.errors import InputError
+from cluscomp.process import rank
+from cluscomp.runs.experiment import Experiment
+from cluscomp.store.secrets import Discreet, hide
+
+HERE = Path(__file__).parents[1]
+CONF = next(folder for folder in (HERE / "conf", HERE.parent / "conf") if folder.is_dir())
+STAGES = "cluscomp.stages."  # nodes whose _target_ is here are stages
+# used by settings, not by the run itself
+SHARED = ("method", "data", "instructions", "tasks", "bits", "data_root", "debug")
+
+
+@contextmanager
+def told_in_a_sentence() -> Iterator[None]:
+    """Turn an exception into one sentence and an exit code, unless debug=true asks for all of it."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if "debug=true" in map(str.lower, sys.argv):
+            raise
+        message, code = explain(error)
+        print(f"cluscomp: {hide(message)}", file=sys.stderr)
+        sys.exit(code)
+
+
+def compose_for(command: Callable[[Experiment], float | None]) -> None:
+    """Compose the settings (of every cell, with -m) and hand them on; what comes back goes to Hydra's sweeper."""
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def compose(config: DictConfig) -> float | None:
+        with told_in_a_sentence():  # before Hydra sees it, which would add lines of its own
+            experiment = build(config)
+            quiet_libraries()
+            return command(experiment)
+        return None
+
+    compose()
+
+
+def composed(overrides: list[str]) -> Experiment:
+    """The settings that overrides make, without a run of Hydra's own around them."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return build(hydra.compose("config", overrides=overrides))
+
+
+def build(config: DictConfig) -> Experiment:
+    """The checked, immutable settings of a run. Raises InputError that names key, value and what is allowed."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise InputError(f"{missing[0]} is required: give {missing[0]}=...")
+    raw: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
+    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    evaluate = values["evaluate"]["_target_"]
+    stages = [
+        key
+        for key, value in values.items()
+        if isinstance(value, dict) and value.get("_target_", "").startswith(STAGES) and value["_target_"] != evaluate
+    ]
+    if values["order"] == ["evaluate"]:  # nothing is compressed, so nothing has to be said of how
+        values = {key: value for key, value in values.items() if key not in {"method", *stages}}
+    shared_first = sorted(values, key=lambda key: key not in SHARED)  # so that an error names the group it stands in
+    built = {key: _instantiate(key, values[key], raw) for key in shared_first}
+    settings = {key: value for key, value in built.items() if key not in {*SHARED, *stages}}
+    try:
+        return Experiment(stages={key: built[key] for key in stages if key in built}, **settings)
+    except ValidationError as error:
+        raise InputError(_told(error, "", raw)) from error
+
+
+def _instantiate(key: str, value: Any, raw: dict[str, Any]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    try:
+        return hydra.utils.instantiate(value, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValidationError):
+            raise InputError(_told(error.__cause__, key, raw)) from error
+        raise
+
+
+def _told(error: ValidationError, prefix: str, raw: dict[str, Any]) -> str:
+    """Each wrong setting as `key = value: what is allowed`; a value taken from another key is named by that key."""
+    sentences = []
+    for problem in error.errors():
+        path = [*filter(None, [prefix]), *map(str, problem["loc"])]
+        node: Any = raw
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else None
+        taken_from = re.fullmatch(r"\$\{([\w.]+)\}", node) if isinstance(node, str) else None
+        name = taken_from[1] if taken_from else ".".join(path)
+        message = problem["msg"].removeprefix("Value error, ")
+        whole = problem["type"] in {"value_error", "missing"}
+        value = "" if whole else f" = {problem['input']!r}"
+        sentences.append(f"{name}{value}: {message}" if name else message)
+    return "; ".join(sentences)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """One sentence for an exception, and the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; finished blocks are kept, the same command goes on from there", 130
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _composition_problem(error), 2
+    if str(error).startswith("Config group override must be"):
+        empty = [item for item in sys.argv[1:] if (CONF / item.partition("=")[0]).is_dir()]
+        return f"{', '.join(empty)}: a group needs a name; the choices are in --help", 2
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"failed: {place}{error.strerror or error}", 1
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"failed: {type(error).__name__}: {first_line} (debug=true shows where)", 1
+
+
+def _composition_problem(error: BaseException) -> str:
+    """Hydra's complaint in a sentence, with the nearest key that exists."""
+    text = str(error)
+    override = re.search(r"Could not override '([^']+)'", text)
+    if override:
+        *parents, wrong = override[1].split(".")
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            choices = [item for item in sys.argv[1:] if re.fullmatch(r"[\w/]+=[\w/]+", item)]
+            groups = [item for item in choices if (CONF / item.split("=")[0]).is_dir()]
+            node = hydra.compose("config", overrides=groups)
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, DictConfig) else None
+        keys = sorted(str(key) for key in node) if isinstance(node, DictConfig) else []
+        keys = [key for key in keys if key != "_target_"]
+        near = difflib.get_close_matches(wrong, keys, 1)
+        hint = f"did you mean {'.'.join([*parents, near[0]])}? " if near else ""
+        return f"{override[1]}: there is no such setting; {hint}allowed here: {', '.join(keys) or 'nothing'}"
+    option = re.search(
+        r"Could not find '([\w/]+)/(\w+)'\s+Available options in '[\w/]+':\s+(.*?)\s+Config search", text, re.S
+    )
+    if option:
+        names = option[3].split()
+        near = difflib.get_close_matches(option[2], names, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{option[1]}={option[2]}: there is no such choice; {hint}allowed here: {', '.join(names)}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines).replace("\t", " ")
+
+
+def quiet_libraries() -> None:
+    """Our own lines on the terminal, from other libraries only errors."""
+    import transformers
+
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(Discreet("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[terminal])
+    logging.getLogger("cluscomp").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

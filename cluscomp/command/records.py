@@ -1,0 +1,126 @@
+"""The commands on sweeps and records that are there: status, collect, table, plot, verify."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from cluscomp.command.compose import composed, quiet_libraries
+from cluscomp.command.sweep import show_cells
+from cluscomp.errors import InputError
+from cluscomp.runs.cells import collect, read_cells
+from cluscomp.runs.experiment import PLACES, config_of
+from cluscomp.runs.preparation import writable
+from cluscomp.runs.run import run
+from cluscomp.store.records import Record, read, read_folder
+
+
+def status(arguments: list[str]) -> None:
+    """Print what the cells of a sweep do. Exit code 1 unless all are finished."""
+    name, given = named("status", arguments, {"outputs": "outputs"})
+    show_cells(read_cells(place(given["outputs"]), name))
+
+
+def collected(arguments: list[str]) -> None:
+    """Copy the records of a finished sweep of a clean commit to results/NAME."""
+    name, given = named("collect", arguments, {"outputs": "outputs", "publish": "results"})
+    for path in collect(read_cells(place(given["outputs"]), name), place(given["publish"]) / name):
+        print(path)
+
+
+def table(arguments: list[str]) -> None:
+    """Write all tables of an experiment's records into results/NAME; into=FILE also puts one into a document."""
+    from cluscomp.report import page, published
+    from cluscomp.report.rendering import FORMATS
+
+    name, given = named("table", arguments, {"published": "false", "format": "md", "results": "results", "into": ""})
+    results = place(given["results"])
+    format_ = next((one for one in FORMATS if one == given["format"]), None)
+    if format_ is None:
+        raise InputError(f"format={given['format']}: allowed here: {', '.join(FORMATS)}")
+    if given["published"] not in ("true", "false"):
+        raise InputError(f"published={given['published']}: true or false")
+    found = _records(results, name)
+    beside = published.read_folder(results / "published") if given["published"] == "true" else None
+    if beside is not None and not any(view.name == "published" for view, _ in page.views(found, beside)):
+        print(
+            "no published numbers of these models under these protocols (a whole text at the context papers use, all "
+            "rows of the five zero-shot tasks)",
+            file=sys.stderr,
+        )
+    files = page.page(name, found, format_, beside)
+    for path in page.write(files, results / name):
+        print(path)
+    if given["into"]:
+        page.put_into(place(given["into"]), name, found)
+        print(given["into"])
+
+
+def plot(arguments: list[str]) -> None:
+    """Draw an experiment's figures into results/NAME, as PDF and PNG."""
+    from cluscomp.report import page, plots
+
+    name, given = named("plot", arguments, {"results": "results"})
+    results = place(given["results"])
+    figures = page.figures(_records(results, name))
+    if not figures:
+        raise InputError(f"{results / name}: its records hold nothing to draw")
+    for stem, (figure, data) in figures.items():
+        for path in plots.save(figure, results / name / stem, data):
+            print(path)
+
+
+def _records(results: Path, name: str) -> list[Record]:
+    """The records of an experiment. Raises InputError, with the experiments there are, if it has none."""
+    if not any((results / name).glob("*.json")):
+        others = sorted({path.parent.name for path in results.glob("*/*.json")} - {"bench"})
+        raise InputError(f"no records in {results / name}; there are some of: {', '.join(others) or 'none'}")
+    return read_folder(results / name)
+
+
+def named(command: str, arguments: list[str], options: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """A name and what is given after it as key=value, or as it is by default. Raises InputError for anything else."""
+    name, *rest = arguments or [""]
+    given = dict(item.partition("=")[::2] for item in rest)
+    if not name or "=" in name or not given.keys() <= options.keys():
+        usage = " ".join(f"[{key}={value}]" for key, value in options.items())
+        raise InputError(f"cluscomp {command} NAME {usage}: NAME is the `name` of an experiment")
+    return name, options | given
+
+
+def place(value: str) -> Path:
+    """A folder or file that is named on the command line."""
+    return Path(value).expanduser()
+
+
+def verify(arguments: list[str]) -> None:
+    """Measure a record's models again, or with full=true make them anew, too. Exit code 1 if a score is different."""
+    from cluscomp.runs.verify import changed, compare, overrides_of, quoted, scoring_alone, verdict_table, worst
+
+    given = dict(item.partition("=")[::2] for item in arguments[1:])
+    if not arguments or "=" in arguments[0]:
+        raise InputError("cluscomp verify RECORD [outputs=outputs] [full=true] [SETTINGS]: RECORD is a record's file")
+    record, outputs = read(Path(arguments[0])), Path(given.get("outputs", "outputs")).expanduser().absolute()
+    full = given.get("full", "false") == "true"
+    rest = [item for item in arguments[1:] if item.partition("=")[0] not in {"outputs", "full", "publish"}]
+    places = [item for item in rest if item.partition("=")[0] in PLACES]
+    overrides = [item for item in rest if item not in places] or overrides_of(record, outputs)
+    quiet_libraries()
+    settings_now = config_of(composed([*overrides, *places]))
+    places += ["publish=null", "tracker=none"]
+    overrides = [item for item in overrides if not item.startswith("tracker")]
+    with TemporaryDirectory(prefix="verify-", dir=writable("outputs", str(outputs))) as folder:
+        places.append(f"outputs={quoted(folder)}")
+        again, machine = [], {}
+        for after in ["full"] if full else dict.fromkeys(score.after for score in record.scores):
+            alone = [] if full else scoring_alone(record, after, outputs)
+            kept = [item for item in overrides if not (item.startswith("model") and "model=hub" in alone)]
+            made = run(composed([*kept, *alone, *places])).record
+            again += made.scores if full else [replace(score, after=after) for score in made.scores]
+            machine = made.machine
+    print(f"\n{verdict_table(record, again)}\n")
+    for line in changed(record, settings_now, machine):
+        print(f"not as it was: {line}")
+    verdict = worst(compare(record.scores, again))
+    print(f"{record.run['name']}: {verdict}")
+    sys.exit(int(verdict == "different"))

@@ -1,0 +1,144 @@
+"""Runs and sweeps from the command line: one cell or many, plans, and what came out."""
+
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+
+from cluscomp.command.compose import compose_for, explain
+from cluscomp.errors import InputError
+from cluscomp.process import rank
+from cluscomp.runs.cells import Cell, announce, at_work, folder_of, read_cell, status_table
+from cluscomp.runs.experiment import ASIDE, Experiment, config_of
+from cluscomp.runs.preparation import planned, writable
+from cluscomp.runs.run import Outcome, run
+from cluscomp.store.files import is_held
+from cluscomp.store.records import objective
+from cluscomp.store.secrets import hide, hide_override
+
+
+def run_one(experiment: Experiment) -> float | None:
+    """The score that a search looks at (`objective`), or None if it was not measured."""
+    if rank() > 0:
+        run(experiment)
+        return None
+    folder, overrides = _cell(experiment)
+    with at_work(folder, overrides, explain) as records:
+        outcome = run(experiment, overrides)
+        records.append(outcome.path)
+    show(outcome)
+    return objective(outcome.record, experiment.objective)
+
+
+def _cell(experiment: Experiment) -> tuple[Path, list[str]]:
+    """The folder where this run tells of itself, and the overrides it was started with, but for places."""
+    given = HydraConfig.get().overrides.task
+    overrides = [hide_override(item) for item in given if item.partition("=")[0] not in ASIDE]
+    outputs = writable("outputs", experiment.outputs)
+    return folder_of(outputs, experiment.name, config_of(experiment)), overrides
+
+
+def sweep(arguments: list[str]) -> None:
+    """All cells are composed and listed before the first one works; one that fails does not stop the others.
+
+    Cells at which another process is at work are put aside and come last. Of a search (hydra/sweeper=...), which makes
+    its cells as it goes, nothing is known before.
+    """
+    folders: list[Path] = []
+    aside: set[Path] = set()
+
+    def list_it(experiment: Experiment) -> None:
+        if HydraConfig.get().runtime.choices["hydra/sweeper"] != "basic":
+            raise InputError("a search is asked for on the command line: hydra/sweeper=NAME")
+        folder, overrides = _cell(experiment)
+        announce(folder, overrides)
+        folders.append(folder)
+
+    searching = any(re.match(r"\+*hydra/sweeper=(?!basic$)", item) for item in arguments)
+    if not searching:
+        sys.argv[1:] = [item for item in arguments if not re.match(r"\+*hydra[/.]launcher", item)]
+        compose_for(list_it)
+        sys.argv[1:] = arguments
+    try:
+        compose_for(_run_one_of_many if searching else partial(_run_or_put_aside, aside=aside))
+        if aside:
+            compose_for(partial(_run_what_was_put_aside, aside=aside))
+    except Exception as error:  # of a launcher, say of a job that its scheduler ended
+        if searching:
+            raise
+        print(f"cluscomp: {hide(explain(error)[0])}", file=sys.stderr)
+    if not searching:
+        show_cells({folder: read_cell(folder) for folder in folders})
+
+
+def _run_or_put_aside(experiment: Experiment, aside: set[Path]) -> float | None:
+    """Run a cell, unless another process is at work at it. (A job, which has one cell alone, waits for that one.)
+
+    With `retry` only cells that failed or were interrupted are run.
+    """
+    folder, _ = _cell(experiment)
+    if experiment.retry and read_cell(folder).state not in ("failed", "interrupted"):
+        return None
+    if HydraConfig.get().runtime.choices["hydra/launcher"] == "basic" and is_held(folder):
+        aside.add(folder)
+        return None
+    return _run_one_of_many(experiment)
+
+
+def _run_what_was_put_aside(experiment: Experiment, aside: set[Path]) -> float | None:
+    return _run_one_of_many(experiment) if _cell(experiment)[0] in aside else None
+
+
+def _run_one_of_many(experiment: Experiment) -> float | None:
+    """A cell's failure is told and written down by itself; to a search it has no score."""
+    try:
+        return run_one(experiment)
+    except Exception as error:
+        print(f"cluscomp: {hide(explain(error)[0])}", file=sys.stderr)
+        return None
+
+
+def show_plan(experiment: Experiment) -> None:
+    """Print the plan; what does not fit is told as a run would tell it."""
+    found = planned(experiment)
+    print(found.table())
+    found.refuse()
+
+
+def calibrate(experiment: Experiment) -> None:
+    """Measure what this machine can do, keep it for later plans, and print the plan."""
+    from cluscomp.plan.calibrate import measure
+    from cluscomp.plan.machine import write_calibration
+
+    path = write_calibration(Path(experiment.cache).expanduser(), measure())
+    print(f"measured: {path}")
+    show_plan(experiment)
+
+
+def show(outcome: Outcome) -> None:
+    """Print a run's table if anything was measured, what the models made of the prompt, and where everything lies."""
+    from cluscomp.report.tables import legend, stage_table, task_table
+
+    records = [outcome.record]
+    for table in (stage_table(records), task_table(records)) if outcome.record.scores else ():
+        if len(table):
+            print(f"\n{table.drop(columns='run').to_markdown(index=False, disable_numparse=True)}\n")
+            print("".join(f"{line}\n" for line in legend(table)), end="")
+    for name, sample in outcome.samples.items():
+        print(f"{name}: {sample!r}")
+    if outcome.checkpoint is not None:
+        print(f"checkpoint  {outcome.checkpoint}")
+    print(f"record      {outcome.path}")
+
+
+def show_cells(cells: dict[Path, Cell]) -> None:
+    """Print what the cells of a sweep do. Exit code 1 unless all are finished."""
+    print(f"\n{status_table(cells).to_markdown(index=False)}\n")
+    undone = sum(cell.state != "finished" for cell in cells.values())
+    if undone:
+        print(
+            f"{undone} of {len(cells)} cells are not finished; the sweep's command goes on with them", file=sys.stderr
+        )
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""Texts and examples, as token ids; and what of them was seen before."""

@@ -1,0 +1,78 @@
+"""LoRA adapters on compressed layers, by the PEFT library and in its files; what is stored below them never changes."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from cluscomp.errors import InputError
+from cluscomp.forms.linear import MARK, CompressedLinear, compressed, storage_dtype
+
+FOLDER = "adapter"  # inside a checkpoint
+WEIGHTS = "adapter_model.safetensors"
+
+
+def add(model: nn.Module, *, rank: int, alpha: float, seed: int) -> None:
+    """Put an adapter W + alpha/rank B A on every compressed layer, in place; B is zero, so no output changes.
+
+    Raises InputError if PEFT is not installed.
+    """
+    names = list(compressed(model))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _inject(model, {"r": rank, "lora_alpha": alpha, "target_modules": names})
+
+
+def parameters(model: nn.Module) -> dict[str, Parameter]:
+    """The matrices of the adapters by name; none without adapters."""
+    return {name: parameter for name, parameter in model.named_parameters() if MARK in name}
+
+
+def write(model: nn.Module, folder: Path) -> None:
+    """Write the adapters as PEFT does, 16 bits a number where that is exact."""
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir()
+    model.peft_config["default"].save_pretrained(folder)  # type: ignore[index, union-attr]
+    state: dict[str, Tensor] = get_peft_model_state_dict(model)
+    tensors = {name: tensor.detach().to(storage_dtype(tensor)).contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def read(model: nn.Module, folder: Path) -> None:
+    """Put the adapters of a folder on a model. Raises InputError if they do not fit it or PEFT is not installed."""
+    try:
+        from peft import LoraConfig, set_peft_model_state_dict
+    except ImportError as error:
+        raise _missing() from error
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        _inject(model, {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": config.target_modules})
+        result: Any = set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"{folder}: {str(error).splitlines()[0]}") from error
+    lost = [name for name in result.missing_keys if MARK in name]
+    if lost or result.unexpected_keys:
+        raise InputError(f"{folder}: {[*lost, *result.unexpected_keys][0]} is missing or of no use")
+
+
+def _inject(model: nn.Module, values: dict[str, Any]) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import Linear
+    except ImportError as error:
+        raise _missing() from error
+    config = LoraConfig(**values, task_type="CAUSAL_LM")
+    config._register_custom_module({CompressedLinear: Linear})  # PEFT's layer adds to whatever the one below gives
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type")  # PEFT asks the layer for its sizes and finds them
+        inject_adapter_in_model(config, model)
+    model.requires_grad_(False)
+
+
+def _missing() -> InputError:
+    return InputError("LoRA adapters need the package PEFT: pip install 'cluscomp[lora]'")

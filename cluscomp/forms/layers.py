@@ -1,0 +1,150 @@
+"""Stored forms by their names in config.json: put into models and described; the ledger of bits."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cluscomp.errors import InputError
+from cluscomp.forms.codebook import CodebookWeight
+from cluscomp.forms.linear import BASE, MARK, CompressedLinear, compressed, storage_dtype, unique_tensors
+from cluscomp.forms.table import TableWeight
+from cluscomp.forms.uniform import UniformWeight
+
+SHARES = "shares"  # in the entry of a layer in config.json: the layer that stores its trainable tensors
+KINDS: dict[str, Any] = {  # by their name in config.json
+    "codebook": CodebookWeight,
+    "uniform": UniformWeight,
+    "lookup": TableWeight,
+}
+
+
+def empty_layers(model: nn.Module, weights: dict[str, dict[str, Any]], dtype: torch.dtype) -> dict[str, str]:
+    """Put compressed layers of these kinds and shapes, by name, in the place of dense ones: on the meta device.
+
+    Returns the names of tensors that another layer stores, and of that one's.
+    """
+    with torch.device("meta"):
+        stored, shared = build_all(weights)
+    for name, weight in stored.items():
+        dense = model.get_submodule(name)
+        with torch.device("meta"):
+            layer = CompressedLinear(weight, dense.bias, dtype)  # type: ignore[arg-type]
+        model.set_submodule(name, layer)
+    return shared
+
+
+def check_codes(model: nn.Module) -> None:
+    """Raise InputError, by layer, if a code points past its codebook."""
+    for name, layer in compressed(model).items():
+        try:
+            layer.stored.check()  # type: ignore[operator]
+        except ValueError as error:
+            raise InputError(f"{name}: {error}; the checkpoint is damaged") from error
+
+
+def put_in(model: nn.Module, name: str, stored: nn.Module) -> None:
+    """Put a compressed layer in the place of the dense linear layer `name`; the bias stays."""
+    dense = model.get_submodule(name)
+    model.set_submodule(name, CompressedLinear(stored, dense.bias, dense.weight.dtype))  # type: ignore[arg-type]
+
+
+def specs(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Kind and shapes of every stored weight of a model by layer name, as config.json holds them."""
+    kinds = {kind: name for name, kind in KINDS.items()}
+    found: dict[str, dict[str, Any]] = {}
+    owners: dict[int, str] = {}
+    for full, layer in compressed(model).items():
+        name = full.removesuffix(BASE)
+        found[name] = {"kind": kinds[type(layer.stored)]} | layer.stored.spec()  # type: ignore[operator]
+        first = owners.setdefault(id(next(layer.stored.parameters())), name)
+        if first != name:
+            found[name][SHARES] = first
+    return found
+
+
+def build(spec: dict[str, Any]) -> nn.Module:
+    """A stored form with undefined content from its kind and shapes, on the default device."""
+    kind = KINDS.get(str(spec.get("kind")))
+    if kind is None:
+        raise ValueError(f"a stored weight of kind '{spec.get('kind')}'; this version knows {', '.join(KINDS)}")
+    stored: nn.Module = kind.empty(**{key: value for key, value in spec.items() if key not in ("kind", SHARES)})
+    return stored
+
+
+def build_all(specs: dict[str, dict[str, Any]]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The stored forms of some layers by name, and of each tensor that another layer stores the name of that one's."""
+    stored = {name: build(spec) for name, spec in specs.items()}
+    shared: dict[str, str] = {}
+    for name, spec in specs.items():
+        if first := spec.get(SHARES):
+            stored[name].follow(stored[first])  # type: ignore[operator]
+            shared |= {f"{name}.stored.{key}": f"{first}.stored.{key}" for key, _ in stored[name].named_parameters()}
+    return stored, shared
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bits of a model as stored. Per-weight figures divide by the number of dense weights they cover.
+
+    `paper_bits_per_weight` and `linear_bits_per_weight` cover the compressed matrices alone, what papers quote: the
+    one as the paper counts (Equation 3, 16 bits a code), the other as stored (packed codes, padding).
+    `model_bits_per_weight` covers every parameter of the model (of adapters the bits, not the number). `ledger` holds
+    bits by part: `kept` is what is not compressed, `adapters` what LoRA adds; together the tensors of the file.
+    """
+
+    paper_bits_per_weight: float
+    linear_bits_per_weight: float
+    model_bits_per_weight: float
+    ledger: dict[str, int]
+
+
+def size_of(model: nn.Module, kept_bits: int | None = None) -> Size:
+    """Count every stored bit of a model in memory, tied tensors once; all figures agree if nothing is compressed.
+
+    `kept_bits` of a number that is not compressed, for a model without values (on the meta device); null looks.
+    """
+
+    def bits_of(tensor: Tensor) -> int:
+        return tensor.numel() * (storage_dtype(tensor).itemsize * 8 if kept_bits is None else kept_bits)
+
+    layers = compressed(model)
+    ledger: dict[str, int] = {}
+    for layer in layers.values():
+        for part, bits in layer.stored.ledger().items():  # type: ignore[operator]
+            ledger[part] = ledger.get(part, 0) + bits
+    weights = sum(layer.out_features * layer.in_features for layer in layers.values())
+    linear_bits = sum(ledger.values())
+    paper_bits = sum(layer.stored.paper_bits() for layer in layers.values())  # type: ignore[operator]
+    inside = tuple(f"{name}.stored." for name in layers)
+    others = {name: tensor for name, tensor in unique_tensors(model).items() if not name.startswith(inside)}
+    kept = [tensor for name, tensor in others.items() if MARK not in name]
+    added = [tensor for name, tensor in others.items() if MARK in name]
+    ledger["kept"] = sum(map(bits_of, kept))
+    if added:
+        ledger["adapters"] = sum(map(bits_of, added))
+    per_weight = sum(ledger.values()) / (weights + sum(tensor.numel() for tensor in kept))
+    if not layers:
+        return Size(per_weight, per_weight, per_weight, ledger)
+    return Size(paper_bits / weights, linear_bits / weights, per_weight, ledger)
+
+
+def check_file(size: Size, tensor_bytes: int) -> None:
+    """Raise RuntimeError unless the ledger is what a checkpoint's tensors take, within 0.1 %: a claim must be true."""
+    claimed = sum(size.ledger.values()) / 8
+    if abs(claimed - tensor_bytes) > 0.001 * tensor_bytes:
+        raise RuntimeError(f"the ledger counts {claimed:.0f} bytes, the checkpoint's tensors take {tensor_bytes}")
+
+
+def place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor where a parameter or buffer of that name is. Raises InputError if the shapes differ."""
+    parent_name, _, key = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    present = getattr(parent, key)
+    if present.shape != tensor.shape:
+        raise InputError(f"{name}: shape {tuple(tensor.shape)} in the file, {tuple(present.shape)} in the config")
+    if key in parent._parameters:
+        parent._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        parent._buffers[key] = tensor

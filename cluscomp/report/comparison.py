@@ -1,0 +1,284 @@
+"""The paper's main tables: one row a method, beside what papers print."""
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from cluscomp.report.published import CONTEXTS, Published
+from cluscomp.report.tables import (
+    check_protocols,
+    cost_until,
+    limit,
+    marked,
+    method_name,
+    model_name,
+    settings_that_differ,
+    sizes,
+    stages_until,
+)
+from cluscomp.store.records import ORIGINAL, Record, Score
+
+NEAR = 0.06  # bits per weight within which two sizes are called the same
+TOLERANCE = 0.02  # of the published number, within which ours is called the same
+FIVE = "zeroshot5"
+SHAPE = ["model", "limit", "method", "stored bits", "MB"]
+COST = ["minutes", "peak RAM, GiB"]
+
+
+def perplexity_table(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
+    """One row for each model, limit of bits, method and seed, a column for each data set; NaN: not measured.
+
+    `learned from` names the data sets that a stage of the run has seen (in-domain), as far as the record tells. Raises
+    InputError if scores of one model and data set were measured under different protocols.
+    """
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for record, score in _of_metric(records, metric):
+        row = _row(rows, records, record, score.after)
+        row[marked(score.dataset, score.protocol.get("partial", False), in_domain=False, overlap=0)] = score.value
+        if any(one["in_domain"] for one in score.seen.values()):
+            row["learned from"] = ", ".join(sorted({*row["learned from"].split(", "), score.dataset} - {""}))
+    return _sorted(rows)
+
+
+def overview_table(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
+    """`perplexity_table` at a glance: one row a method, a column for each data set and limit, the mean over seeds.
+
+    The original first, then the best first, by the data set and limit that most methods have. Empty for fewer than
+    three methods or two limits.
+    """
+    table = perplexity_table(records, metric)
+    if table.empty:
+        return table
+    wide = table.melt([name for name in table.columns if name not in score_columns(table)], var_name="data")
+    wide = wide[wide["value"].notna()]
+    originals = wide[wide["method"] == ORIGINAL].set_index(["model", "data"])["value"].to_dict()
+    wide = (
+        wide[wide["method"] != ORIGINAL]
+        .groupby(["model", "method", "data", "limit"], sort=False)["value"]
+        .mean()
+        .reset_index()
+    )
+    if wide["method"].nunique() < 3 or wide["limit"].nunique() < 2:
+        return pd.DataFrame()
+    kinds = sorted(dict.fromkeys(zip(wide["data"], wide["limit"])), key=lambda one: one[0])
+    most = max(kinds, key=lambda one: int(((wide["data"] == one[0]) & (wide["limit"] == one[1])).sum()))
+    rows = []
+    for (model, method), group in wide.groupby(["model", "method"], sort=False):
+        values = dict(zip(zip(group["data"], group["limit"]), group["value"]))
+        at = {_named(*kind): values.get(kind, math.nan) for kind in kinds}
+        rows.append({"model": model, "method": method} | at)
+    found = pd.DataFrame(rows).sort_values(["model", _named(*most)], ignore_index=True)
+    first = [
+        {"model": model, "method": ORIGINAL}
+        | {_named(*kind): originals.get((model, kind[0]), math.nan) for kind in kinds}
+        for model in found["model"].unique()
+    ]
+    found = pd.concat([pd.DataFrame(first), found]).sort_values("model", kind="stable", ignore_index=True)
+    return found if found["model"].nunique() > 1 else found.drop(columns="model")
+
+
+def _named(data: str, limit: str) -> str:
+    return f"{limit} bits: {data}" if limit[0].isdigit() else f"{limit}: {data}"
+
+
+def zeroshot_table(records: list[Record], metric: str = "acc") -> pd.DataFrame:
+    """As `perplexity_table`, of an accuracy in percent: a column for each task and for their mean."""
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for record, score in _of_metric(records, metric):
+        if "task_hash" in score.protocol:
+            name = marked(score.dataset, score.protocol["partial"], in_domain=False, overlap=0)
+            _row(rows, records, record, score.after)[name] = round(100 * score.value, 1)
+    return _sorted(rows)
+
+
+def comparison_table(records: list[Record], published: list[Published]) -> pd.DataFrame:
+    """Ours beside the published number: model, data, method, bits; ours, published, difference, verdict, origin.
+
+    Of each model and data set that stands in a record under a protocol papers use (a whole text at that context; the
+    five zero-shot tasks) all published numbers of that protocol are shown. Ours stands beside one of the same method
+    and, to 0.06 bits, the same stored bits; what is missing on either side is NaN. Accuracies are in percent.
+    """
+    ours = _comparable(records)
+    rows: list[dict[str, Any]] = []
+    matched: set[int] = set()
+    for row in published:
+        here = [(number, one) for number, one in enumerate(ours) if _same_measurement(one, row)]
+        if row.value is None or not here:
+            continue
+        same = [(number, one) for number, one in here if _same_method(one, row)]
+        number, nearest = min(same, key=lambda one: abs(one[1]["bits"] - (row.bits or 0)), default=(None, None))
+        matched |= set() if number is None else {number}
+        rows.append(
+            {
+                "model": row.model, "data": row.dataset, "method": row.method, "printed bits": row.bits_published,
+                "stored bits": row.bits, "ours": math.nan if nearest is None else nearest["value"],
+                "published": row.value, "origin": f"{row.paper}, {row.table}",
+            }
+        )  # fmt: skip
+    for number, one in enumerate(ours):
+        if number not in matched:
+            rows.append(
+                {key: one[key] for key in ("model", "data", "method")}
+                | {"printed bits": "", "stored bits": one["bits"], "ours": one["value"], "published": math.nan}
+                | {"origin": "run here"}
+            )
+    if not rows:
+        return pd.DataFrame()
+    table = pd.DataFrame(rows)
+    difference = table["ours"] - table["published"]
+    verdicts = [
+        "-" if math.isnan(one) else "the same" if abs(one) <= TOLERANCE * value else "differs"
+        for one, value in zip(difference, table["published"])
+    ]
+    table.insert(7, "difference", difference.round(2))
+    table.insert(8, f"within {TOLERANCE:.0%}", verdicts)
+    table["ours"] = table["ours"].round(2)
+    return table.sort_values(
+        ["model", "data", "stored bits", "method"], ascending=[True, True, False, True]
+    ).reset_index(drop=True)
+
+
+def finetuning_table(records: list[Record]) -> pd.DataFrame:
+    """One row for each run with stage finetune: what learned, how much it is, and every score before and after.
+
+    `held-out loss` is that of answers the run did not train on. NaN where nothing was measured. Accuracies in percent.
+    """
+    rows = []
+    for record in records:
+        if "finetune" not in record.config["order"]:
+            continue
+        order, found = record.config["order"], record.stages["finetune"]["found"]
+        before = order[order.index("finetune") - 1] if order[0] != "finetune" else ORIGINAL
+        row: dict[str, Any] = {
+            "model": model_name(record),
+            "method": method_name(record, before),
+            "stored bits": round(sizes(record, before)["linear_bits_per_weight"], 3),
+            "learns": record.config["stages"]["finetune"]["trainable"],
+            "numbers trained": found["trained_parameters"],
+            "MB to deploy": round(found["deployed_bytes"] / 1e6, 1) if "deployed_bytes" in found else math.nan,
+            "held-out loss, before": round(found["held_out_before"], 3),
+            "held-out loss, after": round(found["held_out_after"], 3),
+        }
+        scored: dict[tuple[str, str], float] = {}
+        for score in record.scores:
+            accuracy = score.metric in {"acc", "exact_match"} and "task_hash" in score.protocol
+            if score.after in (before, "finetune") and (accuracy or score.metric == "perplexity"):
+                check_protocols(records, score.metric, score.dataset)
+                when = "after" if score.after == "finetune" else "before"
+                unit = f"{score.metric}, %" if accuracy else score.metric
+                scored[f"{score.dataset} {unit}", when] = round(100 * score.value if accuracy else score.value, 2)
+        names = dict.fromkeys(name for name, _ in scored)
+        row |= {f"{name}, {when}": scored.get((name, when), math.nan) for name in names for when in ("before", "after")}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _of_metric(records: list[Record], metric: str) -> list[tuple[Record, Score]]:
+    """All scores of a metric. Raises InputError for one data set under two protocols for one model."""
+    for model in dict.fromkeys(map(model_name, records)):
+        check_protocols([record for record in records if model_name(record) == model], metric)
+    return [(record, score) for record in records for score in record.scores if score.metric == metric]
+
+
+def _row(
+    rows: dict[tuple[str, ...], dict[str, Any]], records: list[Record], record: Record, after: str
+) -> dict[str, Any]:
+    """The row of a model after a stage; of the original, and of what several runs left alike, there is one."""
+    original = after == ORIGINAL
+    made = "" if original else record.stages[after].get("checkpoint_hash", record.run["name"])
+    key = (model_name(record), made, after)
+    size = sizes(record, after)
+    return rows.setdefault(
+        key,
+        {
+            "model": model_name(record),
+            "limit": "-" if original else limit(record),
+            "method": method_name(record, after),
+            "seed": "" if original else str(record.config["seed"]),
+            "settings": "" if original else _settings(records, record, after),
+            "learned from": "",
+            "stored bits": round(size["linear_bits_per_weight"], 3),
+            "MB": round(size["checkpoint_bytes"] / 1e6, 1),
+        }
+        | cost_until(record, after),
+    )
+
+
+def _settings(records: list[Record], record: Record, after: str) -> str:
+    """Settings of the stages up to `after` that differ between runs of one method and limit."""
+    stages = stages_until(record, after)
+    if not stages:
+        return ""
+    alike = (model_name(record), limit(record), method_name(record, after))
+    rivals = [
+        one
+        for one in records
+        if after in one.config["order"] and (model_name(one), limit(one), method_name(one, after)) == alike
+    ]
+    differing = settings_that_differ(rivals)[rivals.index(record)]
+    return ", ".join(
+        f"{key}={value}"
+        for key, value in differing.items()
+        if key.partition(".")[0] in stages and not key.startswith("cluster.method.")
+    )
+
+
+def _sorted(rows: dict[tuple[str, ...], dict[str, Any]]) -> pd.DataFrame:
+    """The original first, then from many bits to few, best first; without columns that tell nothing."""
+    table = pd.DataFrame(list(rows.values()))
+    if table.empty:
+        return table
+    scored = score_columns(table)
+    order = table["limit"].map(lambda name: -math.inf if name == "-" else -float(name) if name[0].isdigit() else 0.0)
+    table = table.assign(order=order).sort_values(["model", "order", scored[0]], kind="stable", ignore_index=True)
+    telling = {
+        "seed": table["seed"].nunique() > 2,  # with the original's
+        "settings": table.duplicated(["model", "limit", "method", "seed"]).any(),
+        "learned from": table["learned from"].any(),
+    }
+    return table[[*SHAPE[:3], *(name for name, whether in telling.items() if whether), *SHAPE[3:], *scored, *COST]]
+
+
+def score_columns(table: pd.DataFrame) -> list[str]:
+    """The columns of `perplexity_table` and `zeroshot_table` that hold scores."""
+    return [name for name in table.columns if name not in {*SHAPE, *COST, "seed", "settings", "learned from", "order"}]
+
+
+def _comparable(records: list[Record]) -> list[dict[str, Any]]:
+    """Scores under a protocol that papers use, with its name."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for record in records:
+        for score in record.scores:
+            percent = score.metric == "acc" and "task_hash" in score.protocol
+            names = [FIVE] if percent else [name for name, context in CONTEXTS.items() if _whole(score, context)]
+            if score.protocol.get("partial", False) or not names:
+                continue
+            size, method = sizes(record, score.after), method_name(record, score.after)
+            key = (model_name(record), "" if method == ORIGINAL else record.run["name"], method, score.dataset)
+            found.setdefault(
+                key,
+                {
+                    "model": model_name(record), "data": score.dataset, "method": method, "protocol": names[0],
+                    "bits": round(size["linear_bits_per_weight"], 3), "value": score.value * (100 if percent else 1),
+                },
+            )  # fmt: skip
+    return list(found.values())
+
+
+def _whole(score: Score, context: int) -> bool:
+    asked = (score.metric, score.protocol.get("context"), score.protocol.get("stride"))
+    return asked == ("perplexity", context, context)
+
+
+def _same_measurement(one: dict[str, Any], row: Published) -> bool:
+    return (one["model"], one["data"], one["protocol"]) == (row.model, row.dataset, row.protocol)
+
+
+def _same_method(one: dict[str, Any], row: Published) -> bool:
+    """Whether a published number is of our row's method (GPTVQ 2D is a GPTVQ) and as large as it."""
+    if one["method"] == ORIGINAL:
+        return row.method == "FP16"
+    ours, theirs = one["method"].split(" (")[0].upper(), row.method.upper()
+    same = ours == theirs or ours == theirs.split()[0]
+    return same and row.bits is not None and abs(row.bits - one["bits"]) <= NEAR

@@ -1,0 +1,87 @@
+"""Which method wins at which size: the Pareto front, and what seeds say of differences."""
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from cluscomp.report.tables import IN_DOMAIN, check_protocols, model_name, scores
+from cluscomp.store.records import ORIGINAL, Record
+
+BITS, BYTES = "stored bits", "MB"
+
+
+def pareto(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
+    """One row for each model, data set, run and stage but the original: size, score, and what dominates it.
+
+    `dominated by bits` tells whether another row of the same model and data is no larger and no worse, and better in
+    one of both; `dominated by bytes` the same of the whole file. `in-domain`: the method learned from that data set.
+    Lower is better but for acc and exact_match. Raises InputError if scores of one model and data set were measured
+    under different protocols.
+    """
+    for model in dict.fromkeys(map(model_name, records)):
+        check_protocols([record for record in records if model_name(record) == model], metric)
+    rows = scores(records)
+    rows = rows[(rows["metric"] == metric) & (rows["after"] != ORIGINAL)]
+    table = pd.DataFrame(
+        {
+            "model": rows["model"],
+            "data": rows["dataset"],
+            "method": rows["method"],
+            BITS: rows["linear_bits_per_weight"].round(3),
+            BYTES: (rows["checkpoint_bytes"] / 1e6).round(1),
+            metric: rows["value"],
+            IN_DOMAIN: rows["in_domain"],
+        }
+    ).drop_duplicates(ignore_index=True)
+    sign = -1 if higher_is_better(metric) else 1
+    for size, name in ((BITS, "dominated by bits"), (BYTES, "dominated by bytes")):
+        table[name] = [_dominated(table, row, size, metric, sign) for _, row in table.iterrows()]
+    return table.sort_values(["model", "data", BITS, metric], ignore_index=True)
+
+
+def _dominated(table: pd.DataFrame, row: pd.Series, size: str, metric: str, sign: int) -> bool:
+    rivals = table[(table["model"] == row["model"]) & (table["data"] == row["data"])]
+    losses, loss = sign * rivals[metric], sign * row[metric]
+    no_worse = (rivals[size] <= row[size]) & (losses <= loss)
+    return bool((no_worse & ((rivals[size] < row[size]) | (losses < loss))).any())
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a metric is an accuracy."""
+    return metric.startswith(("acc", "exact_match"))
+
+
+def seed_spread(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
+    """One row for each model, data set, limit and method: mean over seeds, spread, distance to the best.
+
+    The spread is the largest value less the smallest, NaN of one seed. `within the spread` is "yes" where the distance
+    of the mean to the best one of the same limit is no more than the larger spread of both: it says nothing then.
+    Raises InputError for scores of one data set under different protocols.
+    """
+    for model in dict.fromkeys(map(model_name, records)):
+        check_protocols([record for record in records if model_name(record) == model], metric)
+    rows = scores(records)
+    rows = rows[(rows["metric"] == metric) & (rows["after"] != ORIGINAL)]
+    found: list[dict[str, Any]] = []
+    for key, group in rows.groupby(["model", "dataset", "limit", "method"], sort=False):
+        values = group.groupby("seed")["value"].mean()  # runs that share a stage tell of the same model
+        spread = float(values.max() - values.min()) if len(values) > 1 else math.nan
+        found.append(
+            dict(zip(("model", "data", "limit", "method"), key))
+            | {"seeds": len(values)}
+            | {f"mean {metric}": float(values.mean()), "spread": spread}
+        )
+    table = pd.DataFrame(found)
+    sign = -1 if higher_is_better(metric) else 1
+    distances, within = [], []
+    for _, row in table.iterrows():
+        rivals = table[(table["model"] == row["model"]) & (table["data"] == row["data"])]
+        rivals = rivals[rivals["limit"] == row["limit"]]
+        best = rivals.loc[(sign * rivals[f"mean {metric}"]).idxmin()]
+        distance = abs(row[f"mean {metric}"] - best[f"mean {metric}"])
+        spread = max(row["spread"], best["spread"])
+        distances.append(distance)
+        within.append("best" if distance == 0 else "?" if math.isnan(spread) else "yes" if distance <= spread else "no")
+    table["from the best"], table["within the spread"] = distances, within
+    return table.round(3)

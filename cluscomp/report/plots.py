@@ -1,0 +1,197 @@
+"""Figures that a paper can print, from the data frames of the tables; one style for all of them."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from cluscomp.report.pareto import BITS, BYTES, higher_is_better
+from cluscomp.report.tables import IN_DOMAIN
+from cluscomp.store.files import new_file
+from cluscomp.store.records import content_key
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+
+# Okabe and Ito's colours, which people with colour-blindness tell apart; the markers tell the same without any colour.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p"]
+GREY = "#9A9A9A"
+PANEL = 3.6, 2.8  # inches
+BEYOND = 10  # times the median perplexity of a Pareto front, above which nothing is told apart
+STYLE: Any = {
+    "font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7, "lines.linewidth": 1.2, "lines.markersize": 5,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 200,
+    "pdf.fonttype": 42, "svg.hashsalt": "cluscomp",
+}  # fmt: skip
+UNITS = {BITS: "stored bits per weight of the linear layers", BYTES: "weights on disk, MB"}
+
+
+class Picture(Figure):
+    """A figure that a notebook shows by itself."""
+
+    def _repr_png_(self) -> bytes:
+        import matplotlib as mpl
+
+        content = BytesIO()
+        with mpl.rc_context(STYLE):
+            self.savefig(content, format="png", dpi=STYLE["figure.dpi"])
+        return content.getvalue()
+
+
+@contextmanager
+def _panels(rows: int, columns: int) -> "Iterator[tuple[Figure, list[list[Axes]]]]":
+    """A figure of panels in the style, without a window."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with mpl.rc_context(STYLE):
+        figure = Picture(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
+
+
+def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFrame | None = None) -> "Figure":
+    """Score against size, from `frontier.pareto`: a row of panels a data set, against stored bits and file bytes.
+
+    What another method dominates is hollow and pale; the line joins what nothing dominates. `originals` (columns data
+    and value) are dashed lines. Perplexities of more than ten times the line's median tell nothing: such points stand
+    on the panel's upper edge.
+    """
+    sign = -1 if higher_is_better(metric) else 1
+    beyond = False
+    sets = list(dict.fromkeys(zip(table["model"], table["data"])))
+    methods = sorted(set(table["method"]), key=str.casefold)
+    with _panels(len(sets), 2) as (figure, panels):
+        for (model, data), row in zip(sets, panels):
+            here = table[(table["model"] == model) & (table["data"] == data)]
+            for axes, size, dominated in zip(row, (BITS, BYTES), ("dominated by bits", "dominated by bytes")):
+                front = here[~here[dominated]].sort_values(size)
+                axes.plot(front[size], front[metric], color=GREY, zorder=1)
+                top = BEYOND * front[metric].median() if sign > 0 else math.inf
+                shown = here.assign(**{metric: here[metric].clip(upper=top)})
+                beyond |= bool((here[metric] > top).any())
+                for number, method in enumerate(methods):
+                    of_method = shown[shown["method"] == method]
+                    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+                    wins, loses = of_method[~of_method[dominated]], of_method[of_method[dominated]]
+                    strong: dict[str, Any] = {"color": colour, "label": method, "clip_on": False}
+                    axes.plot(wins[size], wins[metric], marker, **strong)[0].set_in_layout(False)
+                    pale: dict[str, Any] = {"color": colour, "markerfacecolor": "none", "alpha": 0.5, "clip_on": False}
+                    axes.plot(loses[size], loses[metric], marker, **pale)[0].set_in_layout(False)
+                if originals is not None and (known := originals[originals["data"] == data]["value"]).size:
+                    axes.axhline(known.iloc[0], color="black", linestyle="--", linewidth=0.8, label="original, 16 bits")
+                if sign > 0:
+                    axes.set_yscale("log")
+                    if (here[metric] > top).any():
+                        axes.set_ylim(top=top)
+                    _logarithmic(axes.yaxis, axes.get_ylim())
+                axes.set_xlabel(UNITS[size])
+                axes.set_title(f"{model}, {data}{_domain(here[IN_DOMAIN])}")
+            row[0].set_ylabel(f"{metric} (log)" if sign > 0 else metric)
+        panels[0][0].plot(
+            [], [], "o", color=GREY, markerfacecolor="none", label="hollow: another is no larger and better"
+        )
+        if beyond:
+            panels[0][0].plot([], [], " ", label="on the upper edge: beyond the scale")
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def _domain(learned_from: pd.Series) -> str:
+    """What a panel's title says of methods that learned from its data."""
+    return f"\n({IN_DOMAIN}{'' if learned_from.all() else ' of some'})" if learned_from.any() else ""
+
+
+def _logarithmic(axis: "Axis", ends: tuple[float, float]) -> None:
+    """Plain numbers on a logarithmic axis; where `ends` are less than two decades apart also 2 and 5 of a decade."""
+    from matplotlib.ticker import FuncFormatter
+
+    narrow = ends[1] / ends[0] < 100
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    named = FuncFormatter(lambda value, _: f"{value:g}" if narrow and f"{value:e}"[0] in "25" else "")
+    axis.set_minor_formatter(named)
+
+
+def layers(table: pd.DataFrame, column: str = "relative error") -> "Figure":
+    """A value of every block's layers, from `layers.layer_table`: a panel for each kind of layer, a line a run."""
+    table = table[table[column].notna()]
+    kinds = list(dict.fromkeys(table["layer"]))
+    columns = min(4, max(1, len(kinds)))
+    with _panels(max(1, math.ceil(len(kinds) / columns)), columns) as (figure, panels):
+        flat = [axes for row in panels for axes in row]
+        for axes, kind in zip(flat, kinds):
+            here = table[table["layer"] == kind]
+            for number, (name, run) in enumerate(here.groupby(["method", "limit"], sort=False)):
+                values = run.groupby("block")[column].mean()
+                colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+                axes.plot(
+                    values.index,
+                    values,
+                    color=colour,
+                    marker=marker,
+                    markersize=2.5,
+                    label=f"{name[0]}, {name[1]} bits",
+                )
+            axes.set_title(kind)
+            axes.set_xlabel("block")
+            axes.set_ylabel(column)
+            if column == "relative error":
+                axes.set_yscale("log")
+                _logarithmic(axes.yaxis, axes.get_ylim())
+        for axes in flat[len(kinds) :]:
+            axes.remove()
+        handles, labels = flat[0].get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def predictions(table: pd.DataFrame) -> "Figure":
+    """Measured against planned seconds and memory, from `tables.prediction_table`; on the line the plan was right."""
+    with _panels(1, 2) as (figure, panels):
+        for axes, quantity, unit in zip(panels[0], ("seconds", "GiB"), ("time, seconds", "peak RAM, GiB")):
+            kinds = table["stage"].map(lambda name: name.split(" ")[0])
+            for number, kind in enumerate(dict.fromkeys(kinds)):
+                here = table[kinds == kind]
+                colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+                axes.plot(here[f"{quantity} planned"], here[quantity], marker, color=colour, label=kind)
+            both = pd.concat([table[quantity], table[f"{quantity} planned"]])
+            ends = [both.min() * 0.8, both.max() * 1.25]
+            axes.plot(ends, ends, color=GREY, zorder=1)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            _logarithmic(axes.xaxis, axes.get_xlim())
+            _logarithmic(axes.yaxis, axes.get_ylim())
+            axes.set_xlabel(f"planned {unit}")
+            axes.set_ylabel(f"measured {unit}")
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    return figure
+
+
+def save(figure: "Figure", stem: Path, table: pd.DataFrame) -> list[Path]:
+    """Write a figure as PDF and PNG, whole or not at all; the PNG tells from which data (`data_key`)."""
+    import matplotlib as mpl
+
+    told = {"pdf": {"Keywords": data_key(table), "CreationDate": None}, "png": {"Description": data_key(table)}}
+    paths = []
+    for kind, metadata in told.items():
+        path = stem.with_suffix(f".{kind}")
+        with mpl.rc_context(STYLE), new_file(path) as unfinished:
+            figure.savefig(unfinished, format=kind, metadata=metadata)
+        paths.append(path)
+    return paths
+
+
+def data_key(table: pd.DataFrame) -> str:
+    """A hash of what a figure shows, to six digits."""
+    return content_key(table.to_csv(index=False, float_format="%.6g"))

@@ -1,0 +1,325 @@
+"""Records to tables; pure."""
+
+import math
+import re
+from typing import Any
+
+import pandas as pd
+
+from cluscomp.errors import InputError
+from cluscomp.report.published import MODELS
+from cluscomp.store.records import EXTERNAL, ORIGINAL, Record, Score, differences
+
+PARTIAL, IN_DOMAIN, SEEN = "partial", "in-domain", "seen"
+VARIANTS = {  # of ClusComp by the stages it begins with
+    1: (["cluster"], "ClusComp-"),
+    2: (["cluster", "block_finetune"], "ClusComp"),
+    3: (["cluster", "block_finetune", "recover"], "ClusComp+"),
+}
+USUAL = {  # of all methods
+    "share": "none", "allocation": "uniform", "descent": 0, "storage": "float16", "codebooks": 2, "beam": 1,
+}  # fmt: skip
+FLOOR = 0.85  # of cluscomp, where errors are measured to share out bits
+SPELLED = {"squeezellm": "SqueezeLLM", "ipq": "iPQ"}  # others are in capitals
+LEARNED = {("rtn", "rounding"): "AutoRound", ("rtn", "clipping"): "OmniQuant"}  # by method and block_finetune.learns
+_ACCURACY = re.compile(r"acc$|exact_match")
+MARKS = {
+    PARTIAL: "measured on the first windows or rows only (evaluate.limit, tasks.limit)",
+    IN_DOMAIN: "scored on the data set the model learned from; another one beside it: +data@evaluate.texts.NAME=NAME",
+    EXTERNAL: "made by another library; bits and bytes are those its maker states, and were not counted here",
+    SEEN: "of the scored text, in sequences of 13 words, stands word for word in what the model learned from",
+}
+
+
+def scores(records: list[Record]) -> pd.DataFrame:
+    """All scores of some records, one a row, with the run's name, model and method, bits and the protocol's hash."""
+    return pd.DataFrame(
+        [
+            {
+                "run": record.run["name"],
+                "seed": record.config["seed"],
+                "model": model_name(record),
+                "limit": limit(record),
+                "method": method_name(record, score.after),
+                "after": score.after,
+                "metric": score.metric,
+                "dataset": score.dataset,
+                "value": score.value,
+                "stderr": score.stderr,
+                "n": score.n,
+                "partial": score.protocol.get("partial", False),
+                "in_domain": any(one["in_domain"] for one in score.seen.values()),
+                "overlap": max((one["overlap"] for one in score.seen.values()), default=0.0),
+                "protocol": score.protocol["hash"],
+            }
+            | sizes(record, score.after)
+            for record in records
+            for score in record.scores
+        ]
+    )
+
+
+def sizes(record: Record, after: str) -> dict[str, Any]:
+    """Bits per weight of the linears and of the model, and bytes of the weights, of the model after a stage."""
+    size = record.size["original"] if after == ORIGINAL else record.stages[after]["size"]
+    return {key: size[key] for key in ("linear_bits_per_weight", "model_bits_per_weight", "checkpoint_bytes")}
+
+
+def model_name(record: Record) -> str:
+    """What papers call the model, or its id on the hub, or its file, or how it was made."""
+    model = record.config["model"]
+    if (original := record.stages.get(EXTERNAL, {}).get("found", {}).get("original")) is not None:
+        model = {"id": original}
+    name = str(model.get("id") or model.get("file") or model.get("architecture"))
+    return MODELS.get(name, name.rpartition("/")[2].removesuffix(".gguf"))
+
+
+def limit(record: Record) -> str:
+    """The `bits` that were asked for; "by hand" where a method's own settings were given, "-" without a method.
+
+    Of an external model the bits that its maker states.
+    """
+    if EXTERNAL in record.stages:
+        return f"{record.stages[EXTERNAL]['size']['linear_bits_per_weight']:.3g}"
+    if "cluster" not in record.config["order"]:
+        return "-"
+    bits = record.config["stages"]["cluster"]["method"]["bits"]
+    return "by hand" if bits is None else f"{bits:g}"
+
+
+def method_name(record: Record, after: str) -> str:
+    """The method and the stages up to `after`, as the paper calls them: ClusComp-, ClusComp, ClusComp+, GPTQ, ...
+
+    Of ClusComp the settings that are not the default's are told: "(paper)" is K-means as in the paper's code,
+    "(data-free)" our recipe without a look at the inputs.
+    """
+    if after == ORIGINAL:
+        return ORIGINAL
+    if after == EXTERNAL:
+        stated = record.stages[EXTERNAL]["found"]
+        return f"{stated['method'].upper()} ({stated['library']}, {EXTERNAL})"
+    order = stages_until(record, after)
+    if "cluster" not in order:
+        return " + ".join([ORIGINAL, *order])
+    settings = record.config["stages"]["cluster"]["method"]
+    method = str(record.stages["cluster"]["found"].get("method", "cluscomp"))
+    told = [f"{key}={settings[key]}" for key, usual in USUAL.items() if settings.get(key, usual) != usual]
+    prefix = record.config["stages"]["cluster"].get("prefix", "original")
+    told += [f"prefix={prefix}"] if prefix != "original" else []
+    measured = settings.get("allocation") in ("fill", "sensitivity")
+    if method == "cluscomp" and settings["init"] == "kd" and measured:
+        floor = settings.get("floor", 0.0)  # records before it was a setting
+        told += [f"floor={floor:g}"] if floor != FLOOR else []
+    if method == "cluscomp" and (settings.get("axis"), settings["init"]) == ("in", "random_points"):
+        method = "ipq"  # its form and recipe
+    if method != "cluscomp":
+        learns = record.config["stages"]["block_finetune"].get("learns", "values") if "block_finetune" in order else ""
+        learned = LEARNED.get((method, learns))
+        alone = SPELLED.get(method, method.upper()) + (f" ({', '.join(told)})" if told else "")
+        return " + ".join([learned, *order[2:]] if learned else [alone, *order[1:]])
+    known = max(length for length in VARIANTS if VARIANTS[length][0] == order[: len(VARIANTS[length][0])])
+    recipe = "" if settings.get("weighting", "none") != "none" or settings.get("assign") == "hessian" else "data-free"
+    recipe = "paper" if settings["init"] == "random_points" else recipe
+    told = [recipe, *told] if recipe else told
+    name = VARIANTS[known][1] + (f" ({', '.join(told)})" if told else "")
+    return " + ".join([name, *order[known:]])
+
+
+def stages_until(record: Record, after: str) -> list[str]:
+    """The stages that made the model that was scored `after`: of the original, or an external model, none."""
+    order: list[str] = record.config["order"]
+    return order[: order.index(after) + 1] if after in order else []
+
+
+def marked(name: str, partial: bool, in_domain: bool, overlap: float) -> str:
+    """A data set's name with what has to be known of a score on it; `legend` tells what the words mean."""
+    share = f"{overlap:.1%}"
+    applies = {PARTIAL: partial, IN_DOMAIN: in_domain, f"{share} {SEEN}": share != "0.0%"}
+    marks = [mark for mark, whether in applies.items() if whether]
+    return f"{name} ({', '.join(marks)})" if marks else name
+
+
+def legend(table: pd.DataFrame) -> list[str]:
+    """A line for each mark that stands in a table."""
+    cells = " ".join([*map(str, table.columns), *map(str, table.to_numpy().ravel())])
+    return [f"{mark}: {meaning}" for mark, meaning in MARKS.items() if re.search(rf"[(, ]{mark}[,)]", cells)]
+
+
+def stage_table(records: list[Record], metric: str = "perplexity", *, by_protocol: bool = False) -> pd.DataFrame:
+    """One row for each run, data set and stage: bits, bytes, score, and the score over the original's.
+
+    Raises InputError if scores of one data set were measured under different protocols, and says what each has. With
+    `by_protocol` such scores stand in one table, protocol after protocol, each named by its hash: compare within them.
+    """
+    if not records:
+        raise InputError("no records to make a table of")
+    rows = scores(records)
+    rows = rows[rows["metric"] == metric]
+    if by_protocol:
+        rows = rows.sort_values(["dataset", "protocol"], kind="stable", ignore_index=True)
+    else:
+        check_protocols(records, metric)
+    originals = rows[rows["after"] == ORIGINAL].set_index(["run", "dataset", "protocol"])["value"]
+    ratios = [
+        value / originals.get(tuple(key), float("nan"))
+        for value, *key in zip(rows["value"], rows["run"], rows["dataset"], rows["protocol"])
+    ]
+    shown = {"protocol": rows["protocol"]} if by_protocol else {}
+    return pd.DataFrame(
+        {
+            "run": rows["run"],
+            "after": rows["after"],
+            "bits per weight, linears": rows["linear_bits_per_weight"].map("{:.3f}".format),
+            "bits per weight, model": rows["model_bits_per_weight"].map("{:.3f}".format),
+            "weights, MB": (rows["checkpoint_bytes"] / 1e6).map("{:.1f}".format),
+            **shown,
+            "data": [marked(*row) for row in zip(rows["dataset"], rows["partial"], rows["in_domain"], rows["overlap"])],
+            metric: rows["value"].map("{:.2f}".format),
+            "of the original's": [f"{ratio:.2f}x" if math.isfinite(ratio) else "-" for ratio in ratios],
+        }
+    )
+
+
+def task_table(records: list[Record]) -> pd.DataFrame:
+    """One row for each run and stage, a column for each task that was named, and for their mean; empty without tasks.
+
+    Of a task its accuracies are shown (acc, exact_match), of one without any all it has; of a group its own number.
+    Raises InputError as `stage_table`.
+    """
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in records:
+        asked = [score for score in record.scores if "task_hash" in score.protocol and score.metric != "flipped"]
+        tasks = record.config["evaluate"]["tasks"] if asked else {"names": [], "mean": None}
+        named = {*tasks["names"], tasks["mean"]}
+        if not {*tasks["names"]} <= {score.dataset for score in asked}:  # the name of a tag has no score
+            named |= {score.dataset for score in asked}
+        for score in asked:
+            accuracies = {one.metric for one in asked if one.dataset == score.dataset and _ACCURACY.match(one.metric)}
+            if score.dataset in named and (score.metric in accuracies or not accuracies):
+                check_protocols(records, score.metric, score.dataset)
+                name = marked(f"{score.dataset} {score.metric}", score.protocol["partial"], in_domain=False, overlap=0)
+                error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
+                row = rows.setdefault((record.run["name"], score.after), {})
+                row[name] = f"{score.value:.3f}{error}"
+    return pd.DataFrame([{"run": run, "after": after} | row for (run, after), row in rows.items()]).fillna("-")
+
+
+def cost_until(record: Record, after: str) -> dict[str, float]:
+    """Minutes of all stages up to one, without evaluation, and the most memory of any; NaN of the original."""
+    order = stages_until(record, after)
+    peak = max((record.machine["peak_ram"][stage] for stage in order), default=math.nan)
+    seconds = sum(record.run["seconds"][stage] for stage in order) if order else math.nan
+    return {"minutes": round(seconds / 60, 1), "peak RAM, GiB": round(peak / 2**30, 2)}
+
+
+def prediction_table(records: list[Record]) -> pd.DataFrame:
+    """One row for each run and stage that was planned: seconds and peak memory, predicted and measured, and ratios.
+
+    A ratio is measured over predicted. Without a record that holds a plan the table is empty.
+    """
+    return pd.DataFrame(
+        [
+            {
+                "run": record.run["name"],
+                "stage": stage,
+                "seconds planned": plan["seconds"][stage],
+                "seconds": record.run["seconds"][stage],
+                "seconds, ratio": record.run["seconds"][stage] / plan["seconds"][stage],
+                "GiB planned": plan["peak_ram"][stage] / 2**30,
+                "GiB": record.machine["peak_ram"][stage] / 2**30,
+                "GiB, ratio": record.machine["peak_ram"][stage] / plan["peak_ram"][stage],
+            }
+            for record in records
+            if (plan := record.machine.get("predicted")) is not None
+            for stage in record.run["seconds"]
+            if plan["seconds"].get(stage) and plan["peak_ram"].get(stage)
+        ]
+    ).round(2)
+
+
+def cost_table(records: list[Record]) -> pd.DataFrame:
+    """One row for each run and stage: settings that differ, relative squared error of weights, seconds, peak memory.
+
+    Seconds are those on the clock, and those of all cores together, which tell more where a machine was shared.
+    """
+    return pd.DataFrame(
+        [
+            {"run": record.run["name"]}
+            | differing
+            | {
+                "stage": stage,
+                "relative error": record.stages.get(stage, {}).get("found", {}).get("relative_error"),
+                "seconds": round(seconds, 1),
+                "CPU seconds": round(record.run.get("cpu_seconds", {}).get(stage, math.nan), 1),
+                "peak RAM, GiB": round(record.machine["peak_ram"][stage] / 2**30, 2),
+            }
+            for record, differing in zip(records, settings_that_differ(records))
+            for stage, seconds in record.run["seconds"].items()
+        ]
+    )
+
+
+def method_table(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
+    """Methods ranked by the score after the last stage: one row for each run and data set, best first at each limit.
+
+    `limit` is the `bits` that was asked for ("by hand" without); bits are those stored, and those a paper would count.
+    Minutes and memory are those of all stages together and of the worst. Raises InputError for scores of one data set
+    under different protocols.
+    """
+    check_protocols(records, metric)
+    rows = []
+    for record in (one for one in records if one.config["order"]):
+        last = record.config["order"][-1]
+        size = record.stages[last]["size"]
+        values = {(score.dataset, score.after): score.value for score in record.scores if score.metric == metric}
+        for dataset in dict.fromkeys(dataset for dataset, after in values if after == last):
+            value, original = values[dataset, last], values.get((dataset, ORIGINAL), math.nan)
+            rows.append(
+                {
+                    "data": dataset,
+                    "limit": limit(record),
+                    "method": method_name(record, record.config["order"][0]),
+                    "after": last,
+                    "stored bits": round(size["linear_bits_per_weight"], 3),
+                    "paper's bits": round(size.get("paper_bits_per_weight", math.nan), 3),
+                    metric: round(value, 2),
+                    "of the original's": round(value / original, 2),
+                }
+                | cost_until(record, last)
+                | {"run": record.run["name"]}
+            )
+    return pd.DataFrame(rows).sort_values(["data", "limit", metric], ascending=[True, False, True], ignore_index=True)
+
+
+def settings_that_differ(records: list[Record]) -> list[dict[str, Any]]:
+    """For each record those settings of its stages that are not the same in all of them, by their dotted name."""
+    flat = [
+        _flat({stage: record.config["stages"][stage] for stage in record.config["order"]}, "") for record in records
+    ]
+    keys = dict.fromkeys(key for values in flat for key in values)
+    differing = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
+    return [{key: values.get(key) for key in differing} for values in flat]
+
+
+def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def check_protocols(records: list[Record], metric: str, dataset: str | None = None) -> None:
+    """Raise InputError, with what each has, if scores of one data set (of each, if null) do not share one protocol."""
+    seen: dict[str, tuple[str, Score]] = {}
+    for record in records:
+        for score in record.scores:
+            if score.metric != metric or dataset not in (None, score.dataset):
+                continue
+            run, first = seen.setdefault(score.dataset, (record.run["name"], score))
+            if first.protocol["hash"] != score.protocol["hash"]:
+                here, there = differences(score.protocol, first.protocol)
+                raise InputError(
+                    f"{metric} on {score.dataset} was measured under two protocols, so it cannot stand in one table: "
+                    f"{record.run['name']} after {score.after} has {', '.join(here)}; "
+                    f"{run} after {first.after} has {', '.join(there)}"
+                )

@@ -1,0 +1,1 @@
+"""One run: folders named by keys, re-use, the record."""

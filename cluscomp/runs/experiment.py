@@ -1,0 +1,103 @@
+"""The settings of a run, and the keys of its stages.
+
+A stage's key is a hash of all that decides its result: the key before it, its settings, the model, the texts, the seed
+and the format version. So runs that share a beginning share its result, changed settings never re-use old state, and
+two configs never overwrite each other.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, InstanceOf, field_validator, model_validator
+
+from cluscomp.plan.machine import Machine
+from cluscomp.settings import settings
+from cluscomp.store.records import content_key
+
+PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
+ASIDE = (*PLACES, "retry")  # and which cells of a sweep are run: settings that decide nothing of a run's result
+
+
+@settings
+class Experiment:
+    """The settings of a run. `order` names the stages to run, each one of `stages`; `evaluate` measures after them.
+
+    "evaluate" may stand last in `order`, to say so; [evaluate] alone scores the model as it is.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    model: Any
+    stages: dict[str, Any]
+    order: list[str]
+    evaluate: Any
+    tracker: Any
+    machine: InstanceOf[Machine]
+    seed: int = Field(ge=0)
+    device: Literal["auto", "cpu", "cuda"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    outputs: str
+    cache: str
+    publish: str | None
+    force: bool
+    retry: bool
+    objective: str = Field(min_length=1)
+
+    @field_validator("order", mode="after")
+    @classmethod
+    def _stages_alone(cls, order: list[str]) -> list[str]:
+        if not order:
+            raise ValueError("no stage is named; order=[evaluate] scores the model as it is")
+        return order[:-1] if order[-1] == "evaluate" else order
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "Experiment":
+        for number, name in enumerate(self.order):
+            if name not in self.stages:
+                raise ValueError(f"order: there is no stage '{name}'; stages: {', '.join(sorted(self.stages))}")
+            if name in self.order[:number]:
+                raise ValueError(f"order: stage '{name}' is named twice")
+            takes = self.stages[name].takes
+            if takes != ("compressed" if number else "original"):
+                why = "cannot come first: it takes a compressed model" if takes == "compressed" else "must come first"
+                raise ValueError(f"order: stage '{name}' {why}")
+        unknown = [name for name in self.measured if name != "original" and name not in self.order]
+        if unknown:
+            raise ValueError(f"evaluate.after: '{unknown[0]}' is not 'original' or a stage in order {self.order}")
+        return self
+
+    @property
+    def measured(self) -> list[str]:
+        """After what the model is scored: "original" and names of stages, in the order of the run."""
+        places = ["original", *self.order]
+        return places if self.evaluate.after is None else self.evaluate.after
+
+
+def config_of(experiment: Experiment) -> dict[str, Any]:
+    """The resolved settings as plain values, as they stand in the record: all but `ASIDE`.
+
+    Of a whole path its last part is kept.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items() if key not in ASIDE}
+        return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+
+    return dict(plain(json.loads(json.dumps(asdict(experiment), default=str))))
+
+
+def stage_keys(experiment: Experiment, root: dict[str, Any]) -> dict[str, str]:
+    """The key of the original, whose identity is `root`, and of each stage: a hash of all that decides its result."""
+    keys = {"original": content_key(root)}
+    for before, name in zip(["original", *experiment.order], experiment.order):
+        stage = experiment.stages[name]
+        keys[name] = content_key([keys[before], name, experiment.seed, key_settings(stage), stage.inputs()])
+    return keys
+
+
+def key_settings(stage: Any) -> dict[str, Any]:
+    """What of a stage's settings decides its result: a text counts by its hash (`inputs()`), not by where it lies."""
+    values = {key: value for key, value in asdict(stage).items() if key not in stage.idle()}
+    return values | {part: values[part]["name"] for part in ("data", "instructions") if part in values}

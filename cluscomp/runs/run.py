@@ -1,0 +1,212 @@
+"""One run: fold the stages over the model, and write the record.
+
+Of the processes of one run (torchrun) the first does and writes everything; the others train with it where a stage is
+`distributed`.
+"""
+
+import gc
+import logging
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluscomp.errors import InputError
+from cluscomp.process import rank
+from cluscomp.runs.capsule import commit, seal, versions
+from cluscomp.runs.experiment import Experiment, config_of, stage_keys
+from cluscomp.runs.preparation import device_of, dtype_of, foreseen, writable
+from cluscomp.runs.runner import Follower, Runner
+from cluscomp.score.tasks import flipped, read_answers
+from cluscomp.store.files import held_alone
+from cluscomp.store.records import EXTERNAL, SCHEMA, Record, Score, read, write
+from cluscomp.store.secrets import hide_all, log_file
+
+if TYPE_CHECKING:
+    from cluscomp.models.original import Original
+    from cluscomp.plan.plan import Plan
+    from cluscomp.runs.trackers import Session
+
+log = logging.getLogger("cluscomp")
+LOG = "log.txt"  # what the terminal showed, in the run's folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left: its record, where that is, its last checkpoint if any, and the models' samples."""
+
+    record: Record
+    path: Path
+    checkpoint: Path | None
+    samples: dict[str, str]
+
+
+def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
+    """Run the stages in order and evaluate; finished parts are re-used. Raises InputError for what cannot work.
+
+    `overrides` are what the user gave, for the run's capsule.
+    """
+    config = hide_all(config_of(experiment))
+    outputs, cache = writable("outputs", experiment.outputs), writable("cache", experiment.cache)
+    first = rank() == 0
+    publish = None if experiment.publish is None or not first else writable("publish", experiment.publish)
+    if not experiment.machine.here:
+        raise InputError(f"machine={experiment.machine.name}: only `cluscomp plan` works for another machine")
+    predicted = foreseen(experiment, cache) if first else None
+    with held_alone(cache, "model"):
+        folder = experiment.model.folder(cache)
+
+    from cluscomp.checkpoint import FORMAT
+    from cluscomp.models.original import fingerprint
+    from cluscomp.models.quantised import opened
+    from cluscomp.runs.trackers import Forgiving, NoTracker
+
+    gc.collect()
+    gc.freeze()  # libraries stay anyway: each later collection looks only at what runs make
+    device, dtype = device_of(experiment.device), dtype_of(experiment)
+    original = opened(folder, dtype, device, to_score=not experiment.order)
+    root = {"model": fingerprint(folder), "dtype": str(dtype), "device": device.type, "format": FORMAT}
+    runner = (Runner if first else Follower)(experiment, outputs, original, stage_keys(experiment, root))
+    runner.check()
+    run_folder = outputs / f"run-{runner.key}"
+    if first:
+        _log_into(run_folder)
+        seal(run_folder, list(overrides), {"settings": config, "device": str(device), "read": root, **runner.read()})
+    tracker = experiment.tracker if first else NoTracker()
+    session = Forgiving(tracker, f"{experiment.name}-{runner.key}", config, run_folder)
+    try:
+        with session.listening():
+            metrics = _fold(experiment, runner, session)
+    except BaseException:
+        session.end(None)
+        raise
+    answers = {name: runner.answers(name) for name in experiment.measured if runner.answers(name).is_file()}
+    path = run_folder / "record.json"
+    record = None if runner.worked else _written_before(path)
+    if record is None:
+        record = _record(experiment, config, runner.key, metrics, original, answers, predicted)
+        if first:
+            for name, place in answers.items():
+                shutil.copy(place, run_folder / f"answers-{name}.jsonl.gz")
+            write(record, path)
+    if publish is not None:
+        write(record, publish / experiment.name / f"{runner.key}.json")
+    session.end({f"{row.after}/{row.dataset}/{row.metric}": row.value for row in record.scores} | record.size)
+    samples = {
+        name: metrics[f"evaluate {name}"]["sample"]
+        for name in experiment.measured
+        if metrics[f"evaluate {name}"]["sample"] is not None
+    }
+    return Outcome(record, path, runner.checkpoint(["original", *experiment.order][-1]), samples)
+
+
+def _fold(experiment: Experiment, runner: Runner, session: "Session") -> dict[str, dict[str, Any]]:
+    """The metrics of all stages and evaluations, in the order of the run."""
+    metrics: dict[str, dict[str, Any]] = {}
+    for name in ["original", *experiment.order]:
+        if name != "original":
+            metrics[name] = runner.stage(name)
+            session.log(name, _numbers(metrics[name]))
+        if name in experiment.measured:
+            label = f"evaluate {name}"
+            metrics[label] = runner.evaluate(name)
+            session.log(label, {f"{row['dataset']}/{row['metric']}": row["value"] for row in metrics[label]["scores"]})
+    return metrics
+
+
+def _written_before(path: Path) -> Record | None:
+    """The record of an earlier process with the same run, which stays as it is; None if there is no whole one."""
+    if not path.is_file():
+        return None
+    try:
+        return read(path)
+    except InputError as error:
+        log.warning("%s; it is written anew", error)
+        return None
+
+
+def _log_into(folder: Path) -> None:
+    """Send the project's log lines into `folder`/log.txt, too, and no longer into that of an earlier run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in [handler for handler in log.handlers if handler.name == LOG]:
+        log.removeHandler(old)
+    handler = log_file(folder / LOG)
+    handler.set_name(LOG)
+    log.addHandler(handler)
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """The plain numbers of a stage's metrics, for the tracker."""
+    flat = {"seconds": metrics["seconds"], "peak_ram": metrics["peak_ram"]} | metrics["found"] | metrics["size"]
+    return {key: value for key, value in flat.items() if isinstance(value, int | float)}
+
+
+def _record(
+    experiment: Experiment,
+    config: dict[str, Any],
+    key: str,
+    metrics: dict[str, dict[str, Any]],
+    original: "Original",
+    answers: dict[str, Path],
+    predicted: "Plan | None",
+) -> Record:
+    from cluscomp.kernels.loading import native
+    from cluscomp.models.original import fingerprint
+
+    scores = [Score(**row) for found in metrics.values() for row in found.get("scores", [])]
+    scores += _flips(scores, answers)
+    hash_, dirty = commit()
+    stages = {
+        name: {key: metrics[name][key] for key in ("found", "size", "checkpoint_hash")} for name in experiment.order
+    }
+    if (stated := original.size().get("stated")) is not None:
+        scores = [replace(score, after=EXTERNAL) for score in scores]
+        stages[EXTERNAL] = {"found": stated, "size": original.size(), "checkpoint_hash": fingerprint(original.folder)}
+    unclean = any(found.get("dirty") for found in metrics.values())  # of a stage that an earlier process finished
+    return Record(
+        schema=SCHEMA,
+        run={
+            "name": f"{experiment.name}-{key}",
+            "experiment": experiment.name,
+            "key": key,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": {name: found["seconds"] for name, found in metrics.items()},
+            "cpu_seconds": {name: found["cpu_seconds"] for name, found in metrics.items() if "cpu_seconds" in found},
+            "commit": hash_,
+            "dirty": unclean or dirty,
+            "commits": {name: found["commit"] for name, found in metrics.items() if "commit" in found},
+            "status": "finished",
+        },
+        config=config,
+        scores=scores,
+        size=(metrics[experiment.order[-1]]["size"] if experiment.order else {}) | {"original": original.size()},
+        machine={
+            "device": str(original.device),
+            "platform": platform.platform(),
+            "kernels": "torch" if native is None else "compiled",
+            "versions": versions(),
+            "peak_ram": {name: found["peak_ram"] for name, found in metrics.items()},
+            "peak_vram": {name: found["peak_vram"] for name, found in metrics.items() if "peak_vram" in found},
+            "predicted": None if predicted is None else predicted.predicted(),
+        },
+        stages=stages,
+    )
+
+
+def _flips(scores: list[Score], answers: dict[str, Path]) -> list[Score]:
+    """For each model but the original the share of answers that went from right to wrong or back, task by task."""
+    if "original" not in answers:
+        return []
+    original = read_answers(answers["original"])
+    protocols = {score.dataset: score.protocol for score in scores if score.after == "original"}
+    return [
+        Score(
+            after=name, metric="flipped", dataset=task, value=flips / count,
+            stderr=(flips * (count - flips) / count**3) ** 0.5, n=count, protocol=protocols[task],
+        )
+        for name, place in answers.items() if name != "original"
+        for task, (flips, count) in flipped(original, read_answers(place)).items()
+    ]  # fmt: skip

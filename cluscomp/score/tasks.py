@@ -1,0 +1,289 @@
+"""Tasks of lm-evaluation-harness: its tasks, prompts and metrics, asked of our model object. Settings of conf/tasks.
+
+Everything of lm-eval is imported late. Of its many thousand task files only those folders are read that name what is
+asked for: reading them all takes a minute.
+"""
+
+import difflib
+import gzip
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from cluscomp.errors import InputError
+from cluscomp.settings import settings
+from cluscomp.store.files import file_hash
+from cluscomp.store.records import content_key
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NAMED = re.compile(
+    r"^[\"']?(?:task|group|tag)[\"']?: *[\"']?([^\s#\"'\[]+)|^ *- *(?:task: *)?[\"']?([\w.+-]+)[\"']? *$", re.M
+)
+CORRECT = ("acc", "exact_match")  # metrics that are 1 or 0 for an answer, the first a task has counts its flips
+
+
+@plain_dataclass(frozen=True)
+class Found:
+    """One number of one task or group, over `n` answers, and how it was made."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    n: int
+    version: Any
+    shots: Any
+    hash: str
+
+
+@settings
+class Tasks:
+    """Names of tasks, groups or tags of lm-eval to ask, or [] for none.
+
+    `shots` null takes each task's own number; `limit` asks the first so many rows and marks the scores as partial.
+    With `mean` the plain mean of the tasks' acc stands beside them under that name, as papers report it. `bos` null
+    leaves BOS to the tokenizer. Task files of one's own are found in `include_path`; with `data_root`, a mirror laid
+    out like the hub, rows are read from there.
+    """
+
+    names: list[str]
+    mean: str | None
+    shots: int | None = Field(ge=0)
+    limit: int | None = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    bos: bool | None
+    max_length: int | None = Field(ge=2)
+    chat_template: bool
+    include_path: str | None
+    data_root: str | None
+
+    def check(self, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Raise InputError if the tokenizer lacks what is asked of it; it and `folder` are the model's."""
+        if not self.names:
+            return
+        if self.bos and tokenizer.bos_token_id is None:
+            raise InputError(f"tasks.bos=true: the tokenizer of {folder} has no BOS token")
+        if self.chat_template and not getattr(tokenizer, "chat_template", None):
+            raise InputError(f"tasks.chat_template=true: the tokenizer of {folder} has no chat template")
+
+    def rows(self) -> str:
+        """A hash of all rows that are asked or shown as examples, whichever way they come; a process reads them once.
+
+        Raises InputError for an unknown task, rows that are missing, or if lm-eval is not there.
+        """
+        name = repr(self)
+        if name not in _ROWS:
+            _ROWS[name] = content_key([_rows(task, self.shots) for task in _leaf_tasks(self._load(_manager(self)))])
+        return _ROWS[name]
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that decide the scores, with the content of one's own task files in place of where they lie."""
+        values = {key: value for key, value in asdict(self).items() if key not in {"include_path", "data_root"}}
+        own = [] if self.include_path is None else sorted(Path(self.include_path).expanduser().rglob("*"))
+        files = {path.name: file_hash(path) for path in own if path.is_file() and path.suffix != ".pyc"}
+        return values | {"own_files": files}
+
+    def ask(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> "tuple[list[Found], list[Any]]":
+        """What lm-eval finds of a model, and every answer as a plain row. The settings have been checked before."""
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        manager = _manager(self)
+        lm = HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size, add_bos_token=self.bos,
+            max_length=self.max_length,
+        )  # fmt: skip
+        results = simple_evaluate(
+            lm, tasks=self._load(manager), num_fewshot=self.shots, limit=self.limit, task_manager=manager,
+            batch_size=self.batch_size, apply_chat_template=self.chat_template,
+        )  # fmt: skip
+        assert results is not None  # only other processes than the first get None
+        found = list(_numbers(results))
+        if self.mean is not None:
+            found.append(_mean(self.mean, [one for one in found if one.task in results["n-samples"]]))
+        return found, list(_answers(results["samples"]))
+
+    def _load(self, manager: Any) -> list[Any]:
+        """The tasks and groups with their rows, for lm-eval. Raises InputError if one of them cannot be had."""
+        loaded: list[Any] = []
+        for name in self.names:
+            try:
+                made = manager._load_spec(name)
+            except InputError:
+                raise
+            except Exception as error:  # whatever a task's own code and datasets make of rows that are not there
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                place = "data_root is not set" if self.data_root is None else f"looked for them in {self.data_root}"
+                raise InputError(
+                    f"tasks.names: the rows of '{name}' cannot be read ({reason}); {place}. Without network give "
+                    "data_root=FOLDER, a mirror laid out like the hub"
+                ) from error
+            loaded += made if isinstance(made, list) else [made]
+        return loaded
+
+
+_ROWS: dict[str, str] = {}
+
+
+def _leaf_tasks(loaded: list[Any]) -> list[Any]:
+    """The tasks among loaded tasks and groups, and in these."""
+    return [task for one in loaded for task in (one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one])]
+
+
+def _rows(task: Any, shots: int | None) -> list[Any]:
+    """Name and rows of a task, with those that its examples are drawn from if there are any."""
+    examples = shots if shots is not None else task.config.num_fewshot or 0
+    return [task.config.task, list(task.eval_docs), list(task.fewshot_docs()) if examples else []]
+
+
+def _manager(tasks: Tasks) -> Any:
+    """lm-eval's index of the folders that name what is asked for. Raises InputError for an unknown name."""
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+        from lm_eval.tasks._factory import TaskFactory
+    except ImportError as error:
+        raise InputError("tasks: lm-eval is not installed: pip install 'cluscomp[tasks]'") from error
+
+    own = [] if tasks.include_path is None else [Path(tasks.include_path).expanduser()]
+    if own and not own[0].is_dir():
+        raise InputError(f"tasks.include_path={tasks.include_path}: there is no such folder")
+    given = Path(lm_eval.__file__).parent / "tasks"
+    named = {name: place for root in [given, *own] for name, place in _named(root)}
+    for name in tasks.names:
+        if name not in named:
+            near = ", ".join(difflib.get_close_matches(name, named, 3)) or "none"
+            raise InputError(f"tasks.names: lm-eval has no task, group or tag '{name}'; near: {near}")
+    wanted = {*tasks.names, *(name for folder in own for name, _ in _named(folder))}
+    folders = sorted({place for name in wanted if (place := named.get(name)) and place.is_relative_to(given)})
+
+    class Local(TaskFactory):  # type: ignore[misc]
+        """Reads the rows of every task from `data_root` where that is given."""
+
+        def _load_full_config(self, entry: Any, overrides: Any = None) -> dict[str, Any]:
+            config: dict[str, Any] = super()._load_full_config(entry, overrides)
+            if tasks.data_root is not None and "dataset_path" in config and not config.get("custom_dataset"):
+                config |= _local(config, Path(tasks.data_root).expanduser(), tasks.shots)
+            return config
+
+    manager = TaskManager(include_path=[*map(str, folders), *map(str, own)], include_defaults=False)
+    manager._factory = Local()
+    return manager
+
+
+def _named(root: Path) -> Iterator[tuple[str, Path]]:
+    """Names that task files below `root` give to tasks, groups and tags, and the folder right below `root` of each."""
+    for path in sorted(root.rglob("*.y*ml")):
+        inside = path.relative_to(root).parts
+        for names in NAMED.findall(path.read_text(encoding="utf-8", errors="ignore")):
+            yield names[0] or names[1], root / inside[0] if len(inside) > 1 else root
+
+
+def _local(config: dict[str, Any], root: Path, shots: int | None) -> dict[str, Any]:
+    """What changes in a task's config when its rows come from `root`. Raises InputError if they are not there."""
+    from datasets import get_dataset_split_names
+
+    folder = root / config["dataset_path"]
+    if not folder.is_dir():
+        raise InputError(f"tasks.names: '{config['task']}' has no rows in data_root: there is no folder {folder}")
+    splits = get_dataset_split_names(str(folder), config.get("dataset_name"))
+    changes: dict[str, Any] = {"dataset_path": str(folder)}
+    examples = shots if shots is not None else config.get("num_fewshot") or 0
+    scored = config.get("test_split") or config.get("validation_split")
+    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
+        split = config.get(key)
+        if split is None or split in splits:
+            continue
+        if split == scored or (examples > 0 and key in {"training_split", "fewshot_split"}):
+            raise InputError(
+                f"tasks.names: '{config['task']}' needs split '{split}', but {folder} has only {', '.join(splits)}"
+            )
+        changes[key] = None
+    return changes
+
+
+def _numbers(results: Any) -> Iterator[Found]:
+    """The numbers of lm-eval's results, groups after tasks."""
+    counts = {task: count["effective"] for task, count in results["n-samples"].items()}
+    hashes = {task: _hash(rows) for task, rows in results["samples"].items()}
+    members = results.get("group_subtasks", {})
+    tables = results["results"] | results.get("groups", {})
+    for task, values in tables.items():
+        leaves = [task] if task in counts else _leaves(task, members)
+        for key, value in values.items():
+            metric, _, filter_ = key.partition(",")
+            if not filter_ or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{metric}_stderr,{filter_}")
+            yield Found(
+                task, metric if filter_ == "none" else f"{metric} ({filter_})", float(value),
+                error if isinstance(error, float) and math.isfinite(error) else None,
+                sum(counts[leaf] for leaf in leaves), results["versions"].get(task), results["n-shot"].get(task),
+                "".join(hashes[leaf] for leaf in leaves),
+            )  # fmt: skip
+
+
+def _leaves(group: str, members: dict[str, list[str]]) -> list[str]:
+    """The tasks of a group and of the groups in it."""
+    return [leaf for name in members[group] for leaf in (_leaves(name, members) if members.get(name) else [name])]
+
+
+def _mean(name: str, found: list[Found]) -> Found:
+    """The plain mean of all tasks' acc, its standard error from theirs."""
+    parts = [one for one in found if one.metric == "acc"]
+    errors = [one.stderr for one in parts]
+    stderr = None if None in errors else math.sqrt(sum(error**2 for error in errors if error is not None)) / len(parts)
+    return Found(
+        name, "acc", sum(one.value for one in parts) / len(parts), stderr, sum(one.n for one in parts),
+        [one.version for one in parts], [one.shots for one in parts], "".join(one.hash for one in parts),
+    )  # fmt: skip
+
+
+def _hash(rows: list[dict[str, Any]]) -> str:
+    """lm-eval's own hash of a task: of its documents, prompts and targets."""
+    from lm_eval.utils import hash_string
+
+    return str(hash_string("".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows)))
+
+
+def _answers(samples: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Every answer without the question, which its hash names: task, filter, row, responses, metrics."""
+    for task, rows in samples.items():
+        for row in rows:
+            names = ("doc_id", "filter", "target", "filtered_resps", "doc_hash", "prompt_hash", *row["metrics"])
+            yield {"task": task} | {name: row[name] for name in names}
+
+
+def write_answers(path: Path, answers: list[dict[str, Any]]) -> None:
+    """Write answers as JSON lines, compressed; equal answers make equal files."""
+    with gzip.GzipFile(path, "wb", mtime=0) as file:
+        for row in answers:
+            file.write((json.dumps(row, default=str) + "\n").encode())
+
+
+def read_answers(path: Path) -> list[dict[str, Any]]:
+    """What `write_answers` wrote."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def flipped(original: list[dict[str, Any]], answers: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """For each task with right and wrong answers: how many went from right to wrong or back, and of how many."""
+    before = {(row["task"], row["filter"], row["doc_id"]): row for row in original}
+    found: dict[str, tuple[int, int]] = {}
+    for row in answers:
+        metric = next((name for name in CORRECT if name in row), None)
+        other = before.get((row["task"], row["filter"], row["doc_id"]))
+        if metric is not None and other is not None:
+            flips, count = found.get(row["task"], (0, 0))
+            found[row["task"]] = flips + (row[metric] != other[metric]), count + 1
+    return found

@@ -1,0 +1,169 @@
+"""Bits: the ledger of a whole model, and the choice of codebook sizes that meets a bit target."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from cluscomp.forms.codebook import SCALE_BITS, Axis, Storage, codebook_bits, lines_of, num_sub_vectors
+from cluscomp.kernels.codes import MAX_CODE_BITS, code_bits, packed_bytes
+from cluscomp.solve.kmeans import Recipe, kmeans
+
+MAX_VECTOR_DIM = 16
+SHORTLIST = 4  # candidates whose error is measured
+SAMPLE = 32_768  # sub-vectors of a measurement, or 16 a centroid if that is more
+MEASURE_ITERATIONS = 10  # with few, small codebooks look worse than they are
+OFFSETS = (-1.0, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75, 1.0)  # bits about the target that a menu offers
+
+Matrices = Sequence[tuple[int, int]]  # (O, I) of those that share a codebook
+Points = Callable[[int], tuple[Tensor, Tensor | None]]  # sub-vectors (N, D) of length D, and their weights (N,) or None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sub-vector length D and number of centroids K of a codebook, with the stored bits per weight of its matrices."""
+
+    vector_dim: int
+    codebook_size: int
+    bits: float
+
+
+def stored_bits(
+    matrices: Matrices, axis: Axis, vector_dim: int, codebook_size: int, storage: Storage = "float16"
+) -> float:
+    """Bits per weight that matrices (O, I) with one codebook take: what their `CodebookWeight.ledger`s add up to.
+
+    Per matrix ceil(N/8) * 8 * ceil(log2 K) for the codes, the packed stream being padded to a multiple of 8, and if
+    there are several 32 for its scale; for the codebook 16 * K * D, with one of 8 bits 8 * K * D + 32.
+    """
+    bits = codebook_bits(codebook_size, vector_dim, storage) + _scale_bits(matrices)
+    for out_features, in_features in matrices:
+        vectors = num_sub_vectors(out_features, in_features, vector_dim, axis)
+        bits += packed_bytes(vectors, code_bits(codebook_size)) * 8
+    return bits / weights_in(matrices)
+
+
+def _scale_bits(matrices: Matrices) -> int:
+    return SCALE_BITS * len(matrices) if len(matrices) > 1 else 0
+
+
+def weights_in(matrices: Matrices) -> int:
+    """The weights of all matrices (O, I)."""
+    return sum(out_features * in_features for out_features, in_features in matrices)
+
+
+def reachable(matrices: Matrices, axis: Axis, bits: float, storage: Storage = "float16") -> list[Shape]:
+    """For each D the largest K with which matrices (O, I) that share a codebook stay at or under `bits` a weight.
+
+    With D fixed more centroids never fit worse, so nothing else needs to be considered. K never exceeds the number
+    of sub-vectors or 65,536. Raises ValueError, with the bits that are within reach, if no codebook fits.
+    """
+    return list(_reachable(tuple(matrices), axis, bits, storage))
+
+
+@cache  # blocks are alike: a plan asks the same for each
+def _reachable(matrices: tuple[tuple[int, int], ...], axis: Axis, bits: float, storage: Storage) -> list[Shape]:
+    length = min(lines_of(*matrix, axis)[1] for matrix in matrices)
+    fixed, each = codebook_bits(0, 1, storage), codebook_bits(1, 1, storage) - codebook_bits(0, 1, storage)
+    fixed += _scale_bits(matrices)
+    dims = range(1, min(MAX_VECTOR_DIM, length) + 1)
+    shapes = []
+    for vector_dim in dims:
+        vectors = [num_sub_vectors(*matrix, vector_dim, axis) for matrix in matrices]
+        for width in range(MAX_CODE_BITS, 0, -1):
+            budget = bits * weights_in(matrices) - sum(packed_bytes(count, width) * 8 for count in vectors) - fixed
+            size = min(int(budget // (each * vector_dim)), 1 << width, sum(vectors))
+            if size >= 2 and code_bits(size) == width:
+                shapes.append(Shape(vector_dim, size, stored_bits(matrices, axis, vector_dim, size, storage)))
+                break
+    if not shapes:
+        least, dim = min((stored_bits(matrices, axis, dim, 2, storage), dim) for dim in dims)
+        raise ValueError(
+            f"bits={bits} is out of reach for {described(matrices)}: "
+            f"the least is {least:.3f}, with vector_dim={dim} and codebook_size=2"
+        )
+    return shapes
+
+
+def described(matrices: Matrices) -> str:
+    """Matrices (O, I) in words."""
+    shapes = " and ".join(f"{out_features} x {in_features}" for out_features, in_features in matrices)
+    return f"a {shapes} matrix" if len(matrices) == 1 else f"matrices of {shapes} with one codebook"
+
+
+def expected_bits(shape: Shape) -> float:
+    """Quality of (D, K) for Gaussian weights in bits: log2(K)/D less the high-rate loss of D dimensions.
+
+    The loss is half the log2 of Zador's constant with the sphere bound on the cell shape; it ranks candidates only.
+    """
+    dim = shape.vector_dim
+    log_constant = math.log(2 / (dim + 2)) + 2 / dim * math.lgamma(dim / 2 + 1) + (dim + 2) / 2 * math.log1p(2 / dim)
+    return math.log2(shape.codebook_size) / dim - log_constant / math.log(4)
+
+
+def measured_error(points: Points, shape: Shape, recipe: Recipe, generator: torch.Generator) -> float:
+    """Squared error per weight that clustering with (D, K) will leave, from a short K-means on a sample of sub-vectors.
+
+    Fewer points per centroid than there are in all make the sample's own error too small; the factor
+    (1 - K/N) / (1 - K/n) corrects that to first order. A test compares the outcome with full clustering. Where the
+    points have weights the error is weighted by them.
+    """
+    points_ND, weights_N = points(shape.vector_dim)
+    total = len(points_ND)
+    sample = min(total, max(SAMPLE, 16 * shape.codebook_size))
+    if sample < total:
+        rows_n = torch.randperm(total, generator=generator)[:sample].to(points_ND.device)
+        points_ND = points_ND[rows_n]
+        weights_N = None if weights_N is None else weights_N[rows_n]
+    short = replace(recipe, iterations=min(MEASURE_ITERATIONS, recipe.iterations))
+    found = kmeans(points_ND, shape.codebook_size, short, generator, weights_N)
+    bias = 1 - shape.codebook_size / sample
+    correction = (1 - shape.codebook_size / total) / bias if bias else 1.0
+    return found.inertia / points_ND.numel() * correction
+
+
+def choose(points: Points, shapes: list[Shape], recipe: Recipe, generator: torch.Generator) -> Shape:
+    """The (D, K) of least measured error (see `measured_error`) among the best by `expected_bits`.
+
+    `shapes` as `reachable` gives them.
+    """
+    shortlist = sorted(shapes, key=expected_bits, reverse=True)[:SHORTLIST]
+    if len(shortlist) == 1:
+        return shortlist[0]
+    return min(shortlist, key=lambda shape: measured_error(points, shape, recipe, generator))
+
+
+def menu(
+    points: Points,
+    shapes: Callable[[float], list[Shape]],
+    bits: float,
+    recipe: Recipe,
+    generator: torch.Generator,
+    floor: float = 0.0,
+) -> list[tuple[Shape, float]]:
+    """Shapes at and around a bit target with their measured errors; the first is the one that `choose` would take.
+
+    `shapes(bits)` is as `reachable` gives them. At the target some are measured, at other rates the best by
+    `expected_bits`, none below a share `floor` of the target.
+    """
+    at_target = sorted(shapes(bits), key=expected_bits, reverse=True)[:SHORTLIST]
+    measured = dict.fromkeys([*at_target, *around(shapes, bits, floor)])
+    errors = {shape: measured_error(points, shape, recipe, generator) for shape in measured}
+    first = min(at_target, key=lambda shape: errors[shape])
+    return [(first, errors.pop(first)), *errors.items()]
+
+
+def around(shapes: Callable[[float], list[Shape]], bits: float, floor: float = 0.0) -> list[Shape]:
+    """The best shapes by `expected_bits` at rates around a bit target, none below a share `floor` of it.
+
+    `shapes(bits)` is as `reachable` gives them.
+    """
+    found = []
+    for offset in (offset for offset in OFFSETS if bits + offset >= floor * bits):
+        with suppress(ValueError):  # fewer bits than any codebook takes
+            found.append(max(shapes(bits + offset), key=expected_bits))
+    return found

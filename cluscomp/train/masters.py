@@ -1,0 +1,212 @@
+"""What is trained of a model, as float32 masters, and the fit loop of training block by block."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.utils import parametrize
+
+from cluscomp.forms import Weight
+from cluscomp.forms.codebook import CodebookWeight
+from cluscomp.forms.linear import CompressedLinear, compressed
+from cluscomp.forms.uniform import UniformWeight
+from cluscomp.train.rounding import LearnedRounding
+
+Batch = TypeVar("Batch")
+LINEAR = (CompressedLinear, nn.Linear)
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def norms(model: nn.Module) -> dict[str, Parameter]:
+    """The parameters of norms, by name: vectors that belong to no linear layer."""
+    linear = {id(vector) for part in model.modules() if isinstance(part, LINEAR) for vector in part.parameters()}
+    return {name: vector for name, vector in model.named_parameters() if vector.ndim == 1 and id(vector) not in linear}
+
+
+class Trained:
+    """What is trained of a model: the codebooks of stored weights, and other parameters by their name in the model.
+
+    Between `start` and `finish` they are copies that may change, float32 ones with `masters`: stored weights cast
+    theirs to what they compute in by themselves, other modules by parametrisation. `restore` puts all back.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, codebooks: bool, others: dict[str, Parameter], masters: bool = True
+    ) -> None:
+        self._model, self._others, self._masters = model, others, masters
+        self._weights = [cast(Weight, layer.stored) for layer in compressed(model).values()] if codebooks else []
+        self._states = [weight.state_dict() for weight in self._weights]
+        self._data = {name: parameter.data for name, parameter in others.items()}
+        self._cast = [name for name, data in self._data.items() if masters and data.dtype != torch.float32]
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """All that is trained: the same objects before, during and after."""
+        parts = [*(part for weight in self._weights for part in weight.parameters()), *self._others.values()]
+        return list({id(part): part for part in parts}.values())  # weights may share a codebook
+
+    def start(self) -> None:
+        """Make the copies."""
+        for weight in self._weights:
+            weight.loosen()
+        for name in self._cast:
+            module, attribute = self._place(name)
+            parametrize.register_parametrization(module, attribute, _Cast(self._data[name].dtype), unsafe=True)
+        for name, parameter in self._others.items():
+            data = self._data[name]
+            parameter.data = data.to(torch.float32 if self._masters else data.dtype, copy=True)
+            parameter.requires_grad_(True)
+
+    def finish(self) -> str | None:
+        """Round what was trained to what it is stored in, 16 bits or a codebook's own storage.
+
+        Returns what is wrong, if a number is not finite or does not fit; then `restore` must follow.
+        """
+        self._end()
+        for name, parameter in self._others.items():
+            dtype = self._data[name].dtype
+            parameter.data = parameter.data.to(dtype if dtype.itemsize == 2 else torch.float16).to(dtype)
+        try:
+            for weight in self._weights:
+                weight.settle()
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def moved(self) -> float:
+        """How far codebooks (or grids) went until now: squared change over squared size before."""
+        change = size = 0.0
+        for weight, before in zip(self._weights, self._states):
+            for name, now in cast(nn.Module, weight).named_parameters():
+                if name in before:
+                    change += float((now.detach().float() - before[name].float()).square().sum())
+                    size += float(before[name].float().square().sum())
+        return change / size if size else 0.0
+
+    def restore(self) -> None:
+        """Put back what was there at first."""
+        for weight, state in zip(self._weights, self._states):
+            weight.restore(state)
+        for name, parameter in self._others.items():
+            parameter.data = self._data[name]
+
+    def _end(self) -> None:
+        for name, parameter in self._others.items():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            if name in self._cast:
+                module, attribute = self._place(name)
+                parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+                module._parameters[attribute] = parameter
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        place, _, attribute = name.rpartition(".")
+        return self._model.get_submodule(place), attribute
+
+
+def by_sign(parameter: Tensor) -> None:
+    """The gradient's sign alone: each number moves by the learning rate (AutoRound, arXiv 2309.05516); see `fit`."""
+    assert parameter.grad is not None
+    parameter.grad.sign_()
+
+
+def by_mean(model: nn.Module) -> Callable[[Tensor], None]:
+    """The mean of the gradients of all that a centroid stands for, not their sum (iPQ, arXiv 2004.07320); see `fit`."""
+    uses: dict[int, Tensor] = {}
+    for layer in compressed(model).values():
+        weight = cast(CodebookWeight, layer.stored)
+        size = weight.codebooks.shape[1]
+        counts_MK = torch.stack([codes_N.bincount(minlength=size) for codes_N in weight.unpacked()])
+        key = id(weight.codebooks)  # which several weights may share
+        uses[key] = uses.get(key, 0) + counts_MK.to(weight.codebooks.device)
+
+    def bend(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if id(parameter) in uses:
+            parameter.grad /= uses[id(parameter)].clamp(min=1)[:, :, None]
+
+    return bend
+
+
+@contextmanager
+def rounding(block: nn.Module, dense: dict[str, Tensor], *, offsets: bool) -> Iterator[None]:
+    """Let the uniform weights of a block learn their grids from the `dense` ones (by layer), `offsets` see there."""
+    layers = compressed(block)
+    for name, layer in layers.items():
+        layer.stored = LearnedRounding(dense[name], cast(UniformWeight, layer.stored), offsets=offsets)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.stored = cast(LearnedRounding, layer.stored).stored
+
+
+class _Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, master: Tensor) -> Tensor:
+        return master.to(self.dtype)
+
+
+def fit(
+    parameters: Sequence[Tensor],
+    loss_of: Callable[[Batch], Tensor],
+    batches: Sequence[Batch],
+    *,
+    lr: float,
+    weight_decay: float,
+    schedule: Schedule,
+    warmup: float,
+    clip: float | None,
+    half: bool,
+    bend: Callable[[Tensor], None] | None = None,
+) -> str | None:
+    """Minimise `loss_of(batch)` over the float32 `parameters` with AdamW (torch's betas), one step for each batch.
+
+    With `bend`, which changes a parameter's gradient in place, it is plain gradient descent instead, without decay.
+
+    The learning rate is `lr` times `rate(...)`; `clip` bounds the norm of all gradients together; `half` scales the
+    loss as computing in float16 needs. Stops at the first loss or gradient that is not finite, with the parameters as
+    they then are, and returns what it was, in words; otherwise None.
+    """
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    if bend is not None:
+        optimizer = torch.optim.SGD(parameters, lr=lr)
+    scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=half)
+    for step, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = lr * rate(schedule, step, len(batches), warmup)
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(batch)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = loss.isfinite() if half else loss.isfinite() & norm.isfinite()  # else the scaler's to mend
+        if not bool(finite) or (half and scaler.get_scale() < 1):
+            return f"step {step + 1} of {len(batches)}: loss {float(loss.detach()):.3g}, gradient {float(norm):.3g}"
+        if clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        if bend is not None:
+            for parameter in (one for one in parameters if one.grad is not None):
+                bend(parameter)
+        scaler.step(optimizer)
+        scaler.update()
+    return None
+
+
+def rate(schedule: Schedule, step: int, steps: int, warmup: float) -> float:
+    """The share of the learning rate at a step, counted from 0: a linear rise, then "constant" or down to 0.
+
+    The rise takes the share `warmup` of all steps.
+    """
+    rise = round(warmup * steps)
+    if step < rise:
+        return (step + 1) / rise
+    part = (step - rise) / (steps - rise)
+    return {"constant": 1.0, "linear": 1 - part, "cosine": (1 + math.cos(math.pi * part)) / 2}[schedule]

@@ -1,0 +1,115 @@
+"""A weight on uniform grids whose grids, or rounding too, are still being learned from the dense weight."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cluscomp.forms.uniform import UniformWeight, bounds, divisor, in_16_bits, middle, spread
+
+START = 4.0  # of what a sigmoid makes of it: 0.982 of the range
+
+
+class LearnedRounding(nn.Module):
+    """In the place of a stored weight while it is trained: a dense weight, rounded anew in every pass.
+
+    Each group's grid spans from its least to its largest weight (and 0), both times a factor that is learned:
+    OmniQuant's learnable weight clipping (arXiv 2308.13137), by sigmoids. With `offsets` each weight also learns what
+    is added to it before it is rounded, at most half a step to either side, and the factors lie between 0 and 1:
+    AutoRound (arXiv 2309.05516). Gradients pass rounding unchanged. Until `loosen` and after `settle` or `restore` it
+    stands for what is stored, `stored`.
+    """
+
+    def __init__(self, weight_OI: Float[Tensor, "O I"], stored: UniformWeight, *, offsets: bool) -> None:
+        """The dense weight (O, I), and the stored one whose width, groups and kind of zeros it keeps."""
+        super().__init__()
+        self.out_features, self.in_features = stored.out_features, stored.in_features
+        self.offsets, self._loose = offsets, False
+        self._versions = [stored]  # what was stored at first, and is now; in a list, as their scales are not trained
+        weight_OI = weight_OI.detach().float()
+        self._weight_OI = weight_OI if stored.inputs is None else weight_OI / stored.inputs.float()
+        parts = [self._weight_OI[:, group] for group in bounds(self.in_features, stored.groups)]
+        self._low_OG = torch.stack([part.amin(1) for part in parts], 1).clamp(max=0)
+        self._high_OG = torch.stack([part.amax(1) for part in parts], 1).clamp(min=0)
+        self._mean_OG = torch.stack([part.abs().mean(1) for part in parts], 1)
+        self.low = nn.Parameter(torch.empty_like(self._low_OG), requires_grad=False)
+        self.high = nn.Parameter(torch.empty_like(self._low_OG), requires_grad=False)
+        self.offset = nn.Parameter(torch.empty_like(self._weight_OI), requires_grad=False) if offsets else None
+
+    @property
+    def stored(self) -> UniformWeight:
+        """What is stored as things are."""
+        return self._versions[-1]
+
+    def loosen(self) -> None:
+        """Begin to learn: with nearly the whole range, and no offsets."""
+        for factor in (self.low, self.high):
+            factor.data.fill_(1.0 if self.offsets else START)
+        if self.offset is not None:
+            self.offset.data.zero_()
+        self._loose = True
+        self.requires_grad_(True)
+
+    def settle(self) -> None:
+        """Store what was learned. Raises ValueError if it is not finite or does not fit."""
+        self._still()
+        scales_OG, zeros_OG = (in_16_bits(values_OG).float() for values_OG in self._grids())  # whole zeros fit, too
+        codes_OI = self._steps(scales_OG, zeros_OG).int()
+        zeros = {"none": None, "whole": zeros_OG.int(), "float16": zeros_OG}[self.stored.kind_of_zeros]
+        width, inputs = self.stored.width, self.stored.inputs
+        found = UniformWeight.from_codes(codes_OI, scales_OG, zeros, width, inputs)
+        self._versions = [self._versions[0], found.requires_grad_(False)]
+
+    def restore(self, state: dict[str, Tensor]) -> None:  # noqa: ARG002
+        """Take back what was stored at first."""
+        self._still()
+        self._versions = self._versions[:1]
+
+    def _still(self) -> None:
+        self._loose = False
+        self.requires_grad_(False)
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def tiles(self) -> list[slice]:
+        """One: the weight is rebuilt as a whole."""
+        return [slice(0, self.in_features)]
+
+    def product(self, x_BI: Float[Tensor, "B I"]) -> None:  # noqa: ARG002
+        """None: rebuilding the dense weight (O, I) is the only way to a product (B, O)."""
+        return
+
+    def forward(self, dtype: torch.dtype, inputs: slice | None = None) -> Float[Tensor, "O I"]:
+        """The dense weight (O, I) in `dtype`; `inputs` is all of them (see `tiles`)."""
+        if not self._loose:
+            return self.stored(dtype, inputs)  # type: ignore[no-any-return]
+        scales_OG, zeros_OG = self._grids()
+        steps_OI = self._steps(scales_OG, zeros_OG) - spread(zeros_OG, self.in_features)
+        dense_OI = steps_OI * spread(scales_OG, self.in_features)
+        return (dense_OI if self.stored.inputs is None else dense_OI * self.stored.inputs.float()).to(dtype)
+
+    def _grids(self) -> tuple[Tensor, Tensor]:
+        """Scales and zeros (O, G) as the factors have it."""
+        low_OG, high_OG = (v.clamp(0, 1) if self.offsets else v.sigmoid() for v in (self.low, self.high))
+        width = self.stored.width
+        levels = 2**width - 1
+        if self.stored.kind_of_zeros == "none":
+            size_OG = torch.maximum(-low_OG * self._low_OG, high_OG * self._high_OG)
+            size_OG = (low_OG + high_OG) / 2 * self._mean_OG if width == 1 else size_OG
+            return 2 * size_OG / levels, torch.full_like(size_OG, middle(width))
+        low_OG, high_OG = low_OG * self._low_OG, high_OG * self._high_OG
+        scales_OG = (high_OG - low_OG) / levels
+        zeros_OG = -low_OG / divisor(scales_OG)
+        whole = self.stored.kind_of_zeros == "whole"
+        return scales_OG, _rounded(zeros_OG).clamp(0, levels) if whole else zeros_OG
+
+    def _steps(self, scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
+        """The numbers (O, I) that the weights are rounded to."""
+        steps_OI = self._weight_OI / spread(divisor(scales_OG), self.in_features) + spread(zeros_OG, self.in_features)
+        if self.offset is not None:
+            steps_OI = steps_OI + self.offset.clamp(-0.5, 0.5)
+        return _rounded(steps_OI).clamp(0, 2**self.stored.width - 1)
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """Rounded, with the gradient of what is not."""
+    return values + (values.round() - values).detach()

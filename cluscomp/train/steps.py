@@ -1,0 +1,44 @@
+"""How the training of a whole model goes on: batches, learning rate, processes. Settings alone, without torch."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from cluscomp.errors import InputError
+from cluscomp.process import processes
+from cluscomp.settings import settings
+
+LOGITS = {"cpu": 2**22, "cuda": 2**26}  # numbers in the logits that are in memory at once, by device
+
+
+@settings
+class Steps:
+    """Settings that stages which train the whole model share.
+
+    A step is `accumulation` batches of `batch_size` examples, whatever the number of processes. `warmup` is the share
+    of steps in which the learning rate rises, `clip` the largest norm of the gradient. Every `save_every` steps the
+    state is written that a killed run goes on from.
+    """
+
+    batch_size: int = Field(ge=1)
+    accumulation: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup: float = Field(ge=0, lt=1)
+    clip: float | None = Field(gt=0)
+    save_every: int = Field(ge=1)
+
+    @property
+    def of_a_step(self) -> int:
+        """Examples of one step."""
+        return self.batch_size * self.accumulation
+
+    def idle(self) -> set[str]:
+        """How often the state is written changes no result."""
+        return {"save_every"}
+
+    def check_processes(self, stage: str) -> None:
+        """Raise InputError if a batch cannot be shared out evenly among the processes."""
+        if self.batch_size % processes():
+            raise InputError(f"{stage}.batch_size={self.batch_size} is no multiple of {processes()} processes")

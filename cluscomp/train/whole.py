@@ -1,0 +1,335 @@
+"""Training of the whole model on next-token losses: transformers' Trainer over float32 masters of what is trained.
+
+The order of the examples is the dataset's own and every step is a whole batch, so a run that was killed and goes on
+from Trainer's last whole checkpoint ends with the same bits.
+"""
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils.checkpoint import checkpoint as rematerialised
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from cluscomp.models.predictions import divergence
+from cluscomp.process import told
+from cluscomp.store.files import file_hash
+from cluscomp.store.records import read_sealed, write_sealed
+from cluscomp.train.masters import Trained
+from cluscomp.train.steps import LOGITS, Steps
+
+log = logging.getLogger(__name__)
+ATTEMPTS = 3  # the learning rate as given, halved, halved again
+LINES = 50  # of progress in the log
+WHOLE = "whole.json"  # hashes of a Trainer checkpoint's files, written last
+FEW = 16  # tokens on which the head is tried
+IGNORED = -100  # label of a token whose prediction does not count
+
+Example = dict[str, Tensor]  # input_ids (T,), labels (T,): the next token or -100, and top, top_log (T, K) of a teacher
+
+
+class Examples(Protocol):
+    """What is trained on, in its order, or scored."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class Objective(nn.Module):
+    """The loss of a batch, with the trained parameters alone as its own, so that Trainer sees and saves no others.
+
+    `cross_entropy` and `kl` are the weights of both losses: next-token cross-entropy, and KL to the teacher's
+    predictions that the batch brings. Logits exist for a few tokens at a time, and only where a label is.
+    """
+
+    accepts_loss_kwargs = True  # Trainer hands over `num_items_in_batch`, the labels of a whole step
+
+    def __init__(
+        self, model: PreTrainedModel, trained: list[Parameter], *, cross_entropy: float, kl: float, ids_BT: Tensor
+    ) -> None:
+        super().__init__()
+        self.trained = nn.ParameterList(trained)
+        self.cross_entropy, self.kl = cross_entropy, kl
+        self._model = (model,)  # in a tuple, or it would be a part of this module
+        self._head = self._separate_head(ids_BT[:1, :FEW].to(model.device))
+
+    @torch.no_grad()
+    def _separate_head(self, ids_BT: Tensor) -> tuple[nn.Module, ...]:
+        """The head, if logits are the head of the last hidden state and nothing else (Gemma 2 caps them), or ()."""
+        (model,) = self._model
+        head = model.get_output_embeddings()
+        hidden_BTH = model.base_model(ids_BT, use_cache=False).last_hidden_state
+        same = torch.allclose(head(hidden_BTH), model(ids_BT, use_cache=False).logits, rtol=1e-3, atol=1e-4)
+        return (head,) if same else ()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        top: Tensor | None = None,
+        top_log: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss summed over tokens with a label, divided by `num_items_in_batch` (else by their number): ()."""
+        (model,) = self._model
+        counted = labels != IGNORED
+        if self._head:
+            values_BTX = model.base_model(input_ids, use_cache=False).last_hidden_state
+        else:
+            values_BTX = model(input_ids, use_cache=False).logits
+        columns = [values_BTX[counted], labels[counted]]
+        if self.kl:
+            assert top is not None and top_log is not None
+            columns += [top[counted], top_log[counted]]
+        at_once = max(1, LOGITS[model.device.type] // model.config.get_text_config().vocab_size)
+        losses = [
+            rematerialised(self._summed, *part, use_reentrant=False)
+            for part in zip(*(c.split(at_once) for c in columns))
+        ]
+        total = torch.stack(losses).sum() if losses else values_BTX.sum() * 0
+        return {"loss": total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)}
+
+    def _summed(self, values_NX: Tensor, labels_N: Tensor, *teacher: Tensor) -> Tensor:
+        logits_NV = (self._head[0](values_NX) if self._head else values_NX).float()
+        total = logits_NV.new_zeros(())
+        if self.cross_entropy:
+            total = total + self.cross_entropy * F.cross_entropy(logits_NV, labels_N, reduction="sum")
+        if self.kl:
+            total = total + self.kl * divergence(logits_NV, *teacher)
+        return total
+
+
+def padded(examples: list[Example]) -> Example:
+    """Stack examples of different length: tokens 0 without a label follow the shorter ones, which no token looks at."""
+    fill = {"labels": IGNORED}
+    return {
+        key: nn.utils.rnn.pad_sequence([one[key] for one in examples], batch_first=True, padding_value=fill.get(key, 0))
+        for key in examples[0]
+    }
+
+
+@torch.no_grad()
+def held_out_loss(objective: Objective, examples: Examples, batch_size: int, device: torch.device) -> float:
+    """The mean loss over all labels of the examples, in float64; the same on all processes."""
+    total, count = 0.0, 0
+    for start in range(0, len(examples), batch_size):
+        batch = padded([examples[number] for number in range(start, min(start + batch_size, len(examples)))])
+        total += float(
+            objective(**{key: value.to(device) for key, value in batch.items()}, num_items_in_batch=1)["loss"]
+        )
+        count += int((batch["labels"] != IGNORED).sum())
+    agreed = [total / count]
+    broadcast_object_list(agreed)
+    return agreed[0]
+
+
+def train_whole(
+    model: PreTrainedModel,
+    trained: Trained,
+    objective: Objective,
+    train: Examples,
+    held_out: Examples,
+    settings: Steps,
+    *,
+    tokens: int,
+    name: str,
+    folder: Path,
+    seed: int,
+) -> dict[str, Any]:
+    """Minimise the objective with AdamW; `train` holds the examples of all steps in their order, `tokens` in all.
+
+    Vectors (norms) are not decayed. The held-out loss is taken before and after, then of what is stored. If a loss is
+    not finite, or the held-out loss ends no lower than it began, all goes back to the start and the learning rate is
+    halved, at most twice; then the start is kept. Returns losses, steps and what was decided.
+    """
+    steps = len(train) // settings.of_a_step
+    device = model.device
+    PartialState(cpu=device.type == "cpu")
+    before = held_out_loss(objective, held_out, settings.batch_size, device)
+    attempts = (read_sealed(folder / "attempts.json") or {"attempts": []})["attempts"]
+    while len(attempts) < ATTEMPTS and not (attempts and attempts[-1]["kept"]):
+        lr = settings.lr / 2 ** len(attempts)
+        place = folder / f"attempt-{len(attempts)}"
+        watch = _Watch(name, tokens / steps)
+        trained.start()
+        losses = _fit(model, trained, objective, train, settings, watch, steps=steps, lr=lr, folder=place, seed=seed)
+        reason, after = trained.finish(), math.nan
+        if not math.isfinite(losses[-1]):
+            reason = f"the loss of step {len(losses)} was not finite"
+        elif reason is None:
+            after = held_out_loss(objective, held_out, settings.batch_size, device)
+            if not after < before:
+                reason = f"the held-out loss ended at {after:.4f}"
+        curve = [loss if math.isfinite(loss) else None for loss in losses]
+        attempts.append(
+            {
+                "lr": lr,
+                "steps": len(losses),
+                "loss_first": curve[0],
+                "loss_last": curve[-1],
+                "losses": curve[:: -(-steps // LINES)],
+                "held_out": after if math.isfinite(after) else None,
+                "kept": reason is None,
+                "reason": reason,
+            }
+        )
+        if reason is not None:
+            log.warning("%s  lr %.2e: %s, it began at %.4f; back to the start", name, lr, reason, before)
+            trained.restore()
+            if PartialState().is_main_process:
+                write_sealed(folder / "attempts.json", {"attempts": attempts})
+    last = attempts[-1]
+    if not last["kept"]:
+        log.warning("%s  no learning rate helped: the model stays as it was", name)
+    return {
+        "steps": steps,
+        "trained_parameters": sum(parameter.numel() for parameter in trained.parameters),
+        "loss_first": last["loss_first"],
+        "loss_last": last["loss_last"],
+        "held_out_before": before,
+        "held_out_after": last["held_out"] if last["kept"] else before,
+        "kept": last["kept"],
+        "attempts": attempts,
+    }
+
+
+def _fit(
+    model: PreTrainedModel,
+    trained: Trained,
+    objective: Objective,
+    train: Examples,
+    settings: Steps,
+    watch: "_Watch",
+    *,
+    steps: int,
+    lr: float,
+    folder: Path,
+    seed: int,
+) -> list[float]:
+    """Run Trainer to the last step or the first loss that is not finite; the loss of every step until then."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size // PartialState().num_processes,
+        gradient_accumulation_steps=settings.accumulation,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
+        warmup_steps=round(settings.warmup * steps),
+        max_grad_norm=settings.clip or 0.0,
+        train_sampling_strategy="sequential",
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+        use_cpu=model.device.type == "cpu",
+        seed=seed,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # never nn.DataParallel
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in trained.parameters if parameter.ndim > 1]},
+        {"params": [parameter for parameter in trained.parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=lr, weight_decay=settings.weight_decay
+    )
+    trainer = Trainer(
+        model=objective,
+        args=arguments,
+        train_dataset=train,
+        data_collator=padded,
+        optimizers=(optimizer, None),
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)
+    whole = _last_whole(folder)
+    if whole is not None:
+        log.info("%s  goes on after step %s", watch.name, whole.name.rpartition("-")[2])
+    with _rematerialised_blocks(model):
+        trainer.train(resume_from_checkpoint=None if whole is None else str(whole))
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    bad = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
+    return losses[: bad + 1]
+
+
+class _Watch(TrainerCallback):
+    """A line of progress now and then, an end to training that diverges, and the mark of whole checkpoints."""
+
+    def __init__(self, name: str, tokens_of_a_step: float) -> None:
+        self.name, self.tokens_of_a_step = name, tokens_of_a_step
+        self.begun, self.first = time.monotonic(), 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Start the clock."""
+        self.begun, self.first = time.monotonic(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Called after every step, and once at the end, then without a loss."""
+        logs: dict[str, float] = kwargs["logs"]
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            control.should_training_stop = True
+        step, last = state.global_step, state.max_steps
+        if state.is_world_process_zero and (step % -(-last // LINES) == 0 or step == last):
+            of_a_step = (time.monotonic() - self.begun) / (step - self.first)
+            log.info(
+                "%s  step %*d/%d  loss %.4f  lr %.2e  %.0f tokens/s  %d:%02d left",
+                self.name, len(str(last)), step, last, logs["loss"], logs["learning_rate"],
+                self.tokens_of_a_step / of_a_step, *divmod(round(of_a_step * (last - step)), 60),
+                extra=told(f"{self.name} steps", {"loss": logs["loss"], "lr": logs["learning_rate"]}, step),
+            )  # fmt: skip
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Called when all files of a checkpoint are written."""
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            hashes = {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.name != WHOLE}
+            write_sealed(folder / WHOLE, hashes)
+
+
+def _last_whole(folder: Path) -> Path | None:
+    """The newest Trainer checkpoint with all its files as they were written; others are left out and told."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        hashes = read_sealed(path / WHOLE)
+        try:
+            if hashes and all(file_hash(path / name) == expected for name, expected in hashes.items()):
+                return path
+        except OSError:
+            pass
+        log.warning("%s is not whole: it is left out", path)
+        if PartialState().is_main_process:
+            shutil.rmtree(path, ignore_errors=True)
+    return None
+
+
+@contextmanager
+def _rematerialised_blocks(model: PreTrainedModel) -> Iterator[None]:
+    """Keep a block's input alone for the backward pass. Dropout is as in the model's config, as in all training."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+        disable()

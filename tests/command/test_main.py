@@ -1,0 +1,380 @@
+"""The command as a user meets it: exit codes, the one sentence on stderr, how soon it comes, and what it leaves.
+
+What does not depend on start-up runs within this process, which has torch loaded already.
+"""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import cluscomp
+from cluscomp.runs.preparation import SLOW
+
+PARAGRAPH = "Paragraph {} says that the quick brown fox jumped over the lazy dog {} times."
+TINY = [
+    "model=tiny", "data=text", "data.file=text.txt", "method.vector_dim=4", "method.codebook_size=16",
+    "evaluate.context=32", "evaluate.limit=2", "cluster.samples=4", "cluster.length=32",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def place(tmp_path, cache, monkeypatch) -> Path:
+    """The folder in which the command is given; it holds text.txt alone."""
+    (tmp_path / "text.txt").write_text("\n\n".join(PARAGRAPH.format(i, 7 * i) for i in range(60)))
+    monkeypatch.setenv("CLUSCOMP_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    """`cluscomp ARGUMENTS` in a process of its own."""
+    command = [sys.executable, "-m", "cluscomp", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def process(place):
+    """Run `cluscomp ARGUMENTS` in a process of its own; what it left."""
+
+    def run(*arguments: str) -> SimpleNamespace:
+        running = start(*arguments)
+        out, err = running.communicate()
+        return SimpleNamespace(code=running.returncode, out=out, err=err)
+
+    return run
+
+
+@pytest.fixture
+def cli(place, monkeypatch, capfd, caplog):
+    """The same within this process, which has torch loaded already."""
+    from cluscomp.command.sweep import main
+
+    def run(*arguments: str) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["cluscomp", *arguments])
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        caplog.clear()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=code, out=out, err=caplog.text + err)
+
+    return run
+
+
+def the_sentence(done: SimpleNamespace, code: int = 2) -> str:
+    """What a refused command says in the last line on stderr; only progress may precede it."""
+    assert done.code == code, done.err
+    assert "Traceback" not in done.err
+    lines = done.err.strip().splitlines()
+    assert lines[-1].startswith("cluscomp: ")
+    assert len(lines[-1]) < 600
+    return lines[-1]
+
+
+SETTINGS = {
+    "wrong key": (["bits=3", "sede=1"], ["sede", "did you mean seed", "allowed"]),
+    "wrong key of a group": (
+        ["bits=3", "block_finetune.lrr=1"],
+        ["block_finetune.lrr", "block_finetune.lr?", "epochs"],
+    ),
+    "wrong key of a chosen option": (
+        ["bits=3", "model=tiny", "model.architecure=opt"],
+        ["model.architecure", "mean model.architecture"],
+    ),
+    "added key": (["bits=3", "+speed=1"], ["speed"]),
+    "wrong type": (["bits=3", "seed=first"], ["seed", "'first'", "integer"]),
+    "float for an integer": (["bits=3", "block_finetune.epochs=1.5"], ["block_finetune.epochs", "1.5", "integer"]),
+    "null for a number": (["bits=3", "block_finetune.lr=null"], ["block_finetune.lr", "None", "number"]),
+    "bits over 8": (["bits=9"], ["bits", "9", "8"]),
+    "bits under 1": (["bits=0.5"], ["bits", "0.5", "1"]),
+    "bits that are no number": (["bits=nan"], ["bits", "nan"]),
+    "bits that are a word": (["bits=few"], ["bits", "'few'", "number"]),
+    "negative seed": (["bits=3", "seed=-1"], ["seed", "-1", "0"]),
+    "learning rate of 0": (["bits=3", "block_finetune.lr=0"], ["block_finetune.lr", "0"]),
+    "wrong choice": (["bits=3", "method.axis=up"], ["method.axis", "'up'", "'out' or 'in'"]),
+    "wrong option of a group": (["bits=3", "model=gpt9"], ["model", "gpt9", "llama2_7b", "tiny"]),
+    "wrong experiment": (["experiment=demon"], ["experiment", "demon", "mean demo", "paper"]),
+    "no group": (["bits=3", "block_finetune=null"], ["block_finetune"]),
+    "a word for a group": (["bits=3", "model=tiny", "evaluate.texts=pydoc"], ["evaluate.texts", "pydoc"]),
+    "missing bits": ([], ["bits=3", "method.vector_dim"]),
+    "half a shape": (["method.vector_dim=4"], ["bits=3", "method.codebook_size"]),
+    "bits and a shape": (["bits=3", "method.vector_dim=4"], ["bits=3", "method.vector_dim", "4"]),
+    "unknown stage": (["bits=3", "order=[cluster,recoverr]"], ["order", "'recoverr'", "block_finetune, cluster"]),
+    "no stage": (["bits=3", "order=[]"], ["order"]),
+    "a stage twice": (["bits=3", "order=[cluster,cluster]"], ["order", "cluster"]),
+    "a stage too early": (["bits=3", "order=[block_finetune]"], ["order", "block_finetune"]),
+    "unknown stage to measure": (["bits=3", "evaluate.after=[tune]"], ["evaluate.after", "'tune'", "cluster"]),
+    "mandatory id": (["bits=3", "model=hub"], ["model.id"]),
+    "mandatory file": (["bits=3", "data=text"], ["data.file"]),
+    "a name with a slash": (["bits=3", "name=a/b"], ["name", "a/b"]),
+    "broken syntax": (["bits=3", "order=[cluster"], ["[cluster"]),
+}
+
+
+@pytest.mark.parametrize(("arguments", "named"), SETTINGS.values(), ids=SETTINGS)
+def test_a_wrong_setting_costs_one_sentence(process, arguments, named):
+    done = process(*arguments)
+    sentence = the_sentence(done)
+    assert done.err.count("\n") == 1 and done.out == ""
+    assert not sentence.startswith("cluscomp: :") and "object at 0x" not in sentence
+    for part in named:
+        assert part in sentence, sentence
+
+
+@pytest.mark.parametrize("arguments", [["bits=99"], ["bits=3", "order=[x]"], ["bits=3", "sede=1"], ["--help"]])
+def test_settings_are_checked_before_what_takes_long_is_imported(place, arguments):
+    script = """
+import sys
+from cluscomp.__main__ import main
+try:
+    main()
+finally:
+    print([name for name in ("torch", "transformers", "datasets", "pandas") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+def test_help_teaches(process, arguments):
+    done = process(*arguments)
+    assert done.code == 0 and done.err == ""
+    for part in ("Examples", "cluscomp experiment=demo", "Groups", "model: ", "smollm2_135m", "Results", "record.json"):
+        assert part in done.out, part
+    assert "$CONFIG" not in done.out and "${hydra" not in done.out
+
+
+def test_version(process):
+    assert process("--version").out.strip() == cluscomp.__version__
+
+
+def test_settings_can_be_shown_without_a_run(process, place):
+    done = process("bits=3", "--cfg", "job", "--resolve")
+    assert done.code == 0 and "_target_: cluscomp.stages.cluster.Cluster" in done.out
+    assert [path.name for path in place.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize("value", ["true", "True"])
+def test_debug_shows_the_traceback(process, value):
+    done = process("bits=99", f"debug={value}")
+    assert done.code != 0 and "Traceback" in done.err and "InputError" in done.err
+
+
+@pytest.mark.parametrize("key", ["outputs", "cache", "publish"])
+def test_a_place_that_cannot_be_written_is_named_by_its_key(cli, place, key):
+    (place / "file").touch()
+    done = cli(*TINY, f"{key}=file/below")
+    assert f"{key}=file/below" in the_sentence(done)
+    assert "block" not in done.err  # it is told before the work, not after
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu_says_what_works(cli):
+    assert "device=cpu" in the_sentence(cli(*TINY, "device=cuda"))
+
+
+def test_a_sub_vector_longer_than_a_row_names_the_layer(cli, place):
+    sentence = the_sentence(cli(*TINY, "method.vector_dim=40"))
+    assert "model.layers.0.self_attn.k_proj" in sentence and "40" in sentence and "32" in sentence
+    assert not list(place.glob("outputs/cluster-*/checkpoint"))
+
+
+def test_more_centroids_than_sub_vectors_names_the_layer(cli):
+    sentence = the_sentence(cli(*TINY, "method.codebook_size=60000"))
+    assert "model.layers.0" in sentence and "60000" in sentence and "1024" in sentence
+
+
+def test_bits_out_of_reach_say_what_is_within(cli):
+    """An 8 x 8 matrix: codes take 64 / D bits and two centroids 32 D, so the least is 96 of 64 for D = 1 or 2."""
+    heads = "num_attention_heads:1,num_key_value_heads:1"
+    small = f"model.config={{hidden_size:8,intermediate_size:8,num_hidden_layers:1,{heads}}}"
+    sentence = the_sentence(cli(*TINY[:3], "evaluate.context=32", small, "bits=1"))
+    assert "model.layers.0.self_attn.q_proj" in sentence and "1.5" in sentence
+
+
+def test_a_context_longer_than_the_model_takes_is_refused(cli):
+    sentence = the_sentence(cli(*TINY, "evaluate.context=513"))
+    assert "evaluate.context" in sentence and "513" in sentence and "512" in sentence
+
+
+def altered(folder: Path, change: Callable[[dict], object]) -> str:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return f"model.id={folder}"
+
+
+@pytest.fixture
+def model_folder(tmp_path) -> Path:
+    from cluscomp.models.sources import TinyModel
+
+    config = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return TinyModel(architecture="llama", config=config, seed=0).folder(tmp_path / "models")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(cli, model_folder, place, value):
+    name = "model.layers.1.mlp.up_proj"
+
+    def spoil(tensors):
+        tensors[f"{name}.weight"][3, 5] = value
+
+    sentence = the_sentence(cli("model=hub", altered(model_folder, spoil), *TINY[1:], "evaluate.after=[cluster]"))
+    assert name in sentence and "NaN" in sentence
+    assert not list(place.glob("outputs/cluster-*/checkpoint"))
+
+
+def test_a_missing_tensor_is_named(cli, model_folder):
+    name = "model.layers.1.mlp.up_proj.weight"
+    model = altered(model_folder, lambda tensors: tensors.pop(name))
+    assert name in the_sentence(cli("model=hub", model, *TINY[1:]))
+
+
+def test_a_truncated_model_file_is_named(cli, model_folder):
+    path = model_folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "model.safetensors" in the_sentence(cli("model=hub", f"model.id={model_folder}", *TINY[1:]))
+
+
+def test_a_missing_model_folder_is_named(cli):
+    assert "model.id=./nowhere" in the_sentence(cli("model=hub", "model.id=./nowhere", *TINY[1:]))
+
+
+def test_a_text_too_short_for_one_window_says_so(cli, place):
+    (place / "text.txt").write_text("Short.\n\nShorter.")
+    sentence = the_sentence(cli(*TINY, "method=cluscomp_data_free"))
+    assert "8 tokens" in sentence and "window of 32" in sentence  # "Shorter." is the test text
+
+
+def test_the_word_run_may_be_left_out_and_a_second_run_does_nothing_again(cli, place):
+    first = cli("run", *TINY)
+    assert first.code == 0 and "| cluster" in first.out and "record.json" in first.out and "block 3/3" in first.err
+    second = cli(*TINY)
+    assert second.code == 0 and "block 3/3" not in second.err and "finished before" in second.err
+    assert second.out == first.out
+    assert {path.name for path in place.iterdir()} == {"text.txt", "outputs"}  # no litter of Hydra's
+
+
+def test_a_run_may_measure_nothing(cli):
+    done = cli(*TINY, "evaluate.after=[]")
+    assert done.code == 0 and done.out.startswith("checkpoint  ") and "record.json" in done.out
+
+
+def test_a_sweep_leaves_a_record_each_and_measures_the_original_once(cli, place):
+    done = cli("-m", *TINY, "method.codebook_size=8,16")
+    assert done.code == 0
+    assert len(list(place.glob("outputs/run-*/record.json"))) == 2
+    assert len(list(place.glob("outputs/evaluate-*"))) == 3
+    assert {path.name for path in place.iterdir()} == {"text.txt", "outputs"}
+
+
+def test_a_sweep_over_seeds_measures_the_original_once(cli, place):
+    assert cli("-m", *TINY, "seed=0,1").code == 0
+    assert len(list(place.glob("outputs/evaluate-*"))) == 3
+
+
+def test_a_sweep_with_a_wrong_value_ends_in_the_sentence(cli):
+    sentence = the_sentence(cli("-m", *TINY, "seed=0,x"))
+    assert "seed" in sentence and "'x'" in sentence
+
+
+def test_a_cell_that_fails_does_not_stop_the_others_and_all_are_listed(cli, place):
+    """K = 5000 exceeds the sub-vectors of a matrix, which shows when the model is opened."""
+    more = [item for item in TINY if "codebook_size" not in item]
+    done = cli("-m", *more, "name=sizes", "method.codebook_size=5000,16", "evaluate.after=[]")
+    assert done.code == 1 and "5000 exceeds" in done.err and "1 of 2 cells are not finished" in done.err
+    assert len(list(place.glob("outputs/run-*/record.json"))) == 1
+    listed = cli("status", "sizes")
+    assert listed.code == 1
+    rows = [line.split("|") for line in listed.out.splitlines() if "codebook_size" in line]
+    assert [[part.strip() for part in row[1:3]] for row in rows] == [
+        ["method.codebook_size=16", "finished"], ["method.codebook_size=5000", "failed"]
+    ]  # fmt: skip
+    again = cli("-m", *more, "name=sizes", "method.codebook_size=5000,16,32", "evaluate.after=[]", "retry=true")
+    assert again.code == 1 and "5000 exceeds" in again.err and "2 of 3 cells are not finished" in again.err
+    assert "finished before" not in again.err and len(list(place.glob("outputs/run-*/record.json"))) == 1
+    assert "not finished" in the_sentence(cli("collect", "sizes"))
+    assert "NAME" in the_sentence(cli("status")) and "there are: sizes" in the_sentence(cli("status", "siezs"))
+
+
+def test_ctrl_c_ends_in_a_sentence_and_leaves_no_checkpoint(place):
+    """Interrupted within block_finetune's first block, the clustering stays whole and the rest is absent."""
+    running = start(
+        *TINY, "order=[cluster,block_finetune]", "block_finetune=quick", "block_finetune.length=32",
+        "block_finetune.epochs=100000", "evaluate.after=[block_finetune]",
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(place.glob("outputs/cluster-*/metrics.json")) or not list(place.glob("outputs/block_*")):
+        assert running.poll() is None and time.monotonic() < deadline, running.communicate()
+        time.sleep(0.05)
+    time.sleep(1)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    done = SimpleNamespace(code=running.returncode, err=err)
+    assert the_sentence(done, 130).startswith("cluscomp: interrupted") and out == ""
+    assert list(place.glob("outputs/cluster-*/checkpoint"))
+    assert not list(place.glob("outputs/block_finetune-*/checkpoint"))
+    assert not list(place.rglob(".*"))  # nor a half-written file under any other name
+
+
+# the plan
+
+
+def test_a_plan_says_what_the_run_then_does(cli, place):
+    assert cli("plan", *TINY).out.count("about") == 2  # of 32-bit numbers those that 16 bits hold are stored as such
+    told = cli("plan", *TINY, "dtype=bfloat16")
+    assert told.code == 0 and not (place / "outputs").exists()
+    assert cli(*TINY, "dtype=bfloat16").code == 0
+    record = json.loads(next((place / "outputs").glob("run-*/record.json")).read_text())
+    predicted, size = record["machine"]["predicted"], record["size"]
+    assert predicted["exact"] and predicted["checkpoint_bytes"] == size["checkpoint_bytes"]
+    for key in ("linear_bits_per_weight", "paper_bits_per_weight", "model_bits_per_weight"):
+        assert predicted["size"][key] == pytest.approx(size[key])
+        assert f"{size[key]:.3f}" in told.out
+    assert predicted["peak_ram"].keys() == record["machine"]["peak_ram"].keys() == record["run"]["seconds"].keys()
+    assert all(f"| {stage} " in told.out for stage in predicted["seconds"])
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_opened_unless_forced(cli, place):
+    large = [*TINY, "evaluate.batch_size=100000000"]  # of which the text then fills two windows
+    assert re.search(r"evaluate original would need \d+\.\d GiB of RAM.*force=true", the_sentence(cli(*large)))
+    assert [path.name for path in (place / "outputs").iterdir()] == ["cells"]
+    assert cli(*large, "force=true").code == 0
+
+
+def test_a_plan_for_another_machine_is_for_plans_alone(cli, place):
+    told = cli("plan", *TINY, "machine=a6000")
+    assert told.code == 0 and "GPU, GiB" in told.out and "a6000" in told.out
+    assert "only `cluscomp plan`" in the_sentence(cli(*TINY, "machine=a6000"))
+
+
+def test_a_type_that_this_processor_is_slow_in_is_told(cli, tmp_path):
+    from cluscomp.plan.calibrate import slowdown
+
+    told = "dtype=float32 is faster here"
+    assert (told in cli("plan", *TINY, f"cache={tmp_path}", "dtype=bfloat16").err) == (slowdown(torch.bfloat16) > SLOW)
+    assert told not in cli("plan", *TINY, f"cache={tmp_path}", "dtype=float32").err
+
+
+def test_calibration_measures_this_machine(cli, tmp_path):
+    assert "assumed" in cli("plan", *TINY, f"cache={tmp_path}").out
+    assert "speed measured" in cli("plan", "--calibrate", *TINY, f"cache={tmp_path}").out
+    assert "speed measured" in cli("plan", *TINY, f"cache={tmp_path}").out

@@ -1,0 +1,190 @@
+"""Opening original models block by block against transformers' own loading, and what is refused, by name."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from reference.recipe import IDLE, NO_DATA, PAPER, STORED
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from cluscomp.errors import InputError
+from cluscomp.methods.cluscomp import ClusComp
+from cluscomp.models.original import Original, block_names, blocks, fingerprint, linears
+from cluscomp.models.walk import Walk
+from cluscomp.stages.cluster import Cluster
+
+
+def opened(folder, dtype=torch.float32):
+    return Original(folder, dtype, torch.device("cpu"))
+
+
+@torch.no_grad()
+def streamed_logits(original, ids):
+    """Logits with one block of the model in memory at a time."""
+    walk = Walk(original.model(), original)
+    hidden = walk.embed(ids)
+    for index in range(len(walk)):
+        with walk.block(index) as block:
+            hidden = walk.apply(index, block, hidden)
+    return walk.logits(hidden, ids)
+
+
+@torch.no_grad()
+def test_streamed_and_whole_models_give_transformers_logits(family, ids):
+    expected = AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32).eval()(ids).logits
+    assert expected.isfinite().all() and expected.std() > 0.01
+    original = opened(family)
+    assert torch.equal(streamed_logits(original, ids), expected)
+    assert torch.equal(original.load_all()(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_a_16_bit_model_too(families, ids):
+    expected = AutoModelForCausalLM.from_pretrained(families("gemma2"), dtype=torch.bfloat16).eval()(ids).logits
+    assert torch.equal(streamed_logits(opened(families("gemma2"), torch.bfloat16), ids), expected)
+
+
+def test_only_the_block_in_use_is_in_memory(family):
+    original = opened(family)
+    model = original.model()
+    inside = tuple(f"{name}." for name in block_names(model))
+    for name, parameter in model.named_parameters():
+        assert parameter.is_meta == name.startswith(inside), name
+        assert not parameter.requires_grad
+    with original.block(model, 1) as block:
+        assert block is blocks(model)[1]
+        assert not any(parameter.is_meta for parameter in block.parameters())
+        assert all(parameter.is_meta for parameter in blocks(model)[0].parameters())
+    assert all(parameter.is_meta for parameter in blocks(model)[1].parameters())
+
+
+def test_a_block_is_put_away_after_a_failure_too(tiny_folder):
+    original = opened(tiny_folder)
+    model = original.model()
+    with pytest.raises(ZeroDivisionError), original.block(model, 0):
+        _ = 1 / 0
+    assert all(parameter.is_meta for parameter in blocks(model)[0].parameters())
+
+
+def test_blocks_and_linears_have_transformers_names(families):
+    model = opened(families("opt")).model()
+    assert block_names(model) == [f"model.decoder.layers.{index}" for index in range(3)]
+    assert set(linears(blocks(model)[0])) == {
+        "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2"
+    }  # fmt: skip
+    assert block_names(opened(families("phi")).model())[0] == "model.layers.0"
+
+
+@pytest.mark.parametrize(
+    "name, config, named",
+    [
+        ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64}, r"h\.0\.attn.*Conv1D"),
+        ("mixtral", {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+                     "num_local_experts": 2}, r"layers\.0\.mlp.*(Mixtral|Expert|Router)"),
+    ],
+)  # fmt: skip
+def test_what_is_not_a_linear_layer_is_refused_by_name(families, name, config, named):
+    with pytest.raises(InputError, match=named):
+        opened(families(name, **config)).model()
+
+
+@pytest.fixture
+def damaged(tiny_folder, tmp_path):
+    """A copy of the tiny folder, and a function that rewrites its tensors."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+
+    def change(edit):
+        tensors = load_file(folder / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return folder, change
+
+
+def one_sentence(caught):
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    return True
+
+
+def test_a_missing_tensor_is_named(damaged):
+    folder, change = damaged
+    change(lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(InputError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight \(1 of ") as caught:
+        opened(folder).model()
+    assert one_sentence(caught)
+
+
+def test_a_tensor_of_the_wrong_shape_is_named(damaged):
+    folder, change = damaged
+    name = "model.layers.0.mlp.up_proj.weight"
+    change(lambda tensors: tensors.update({name: tensors[name][:-1].clone()}))
+    with pytest.raises(InputError, match=r"up_proj\.weight: shape \(47, 32\) in the file, \(48, 32\) in the config"):
+        opened(folder).load_all()
+
+
+@pytest.mark.parametrize("keep", [0, 5, 300, -100])
+def test_a_truncated_file_is_named(damaged, keep):
+    path = damaged[0] / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match=r"model\.safetensors: truncated") as caught:
+        opened(damaged[0])
+    assert one_sentence(caught)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(damaged, value):
+    folder, change = damaged
+    change(lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"][3, 4].fill_(value))
+    model = opened(folder).load_all()
+    method = ClusComp(bits=None, vector_dim=2, codebook_size=4, iterations=1, **PAPER, **STORED, **NO_DATA)
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.down_proj: NaN or infinity") as caught:
+        Cluster(method=method, **IDLE).compress_block(blocks(model)[1], "model.layers.1", 0, {})
+    assert one_sentence(caught)
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("config.json", "{"),
+        ("config.json", "{}"),
+        ("config.json", '{"model_type": "no_such_family"}'),
+        ("tokenizer.json", "{"),
+    ],
+)
+def test_a_damaged_text_file_is_one_sentence(damaged, file, content):
+    (damaged[0] / file).write_text(content)
+    with pytest.raises(InputError, match=damaged[0].name) as caught:
+        opened(damaged[0])
+    assert one_sentence(caught)
+
+
+def test_every_byte_counts_in_the_fingerprint(damaged):
+    folder, _ = damaged
+    first = fingerprint(folder)
+    assert first == fingerprint(folder)
+    seen = {first}
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        raw = bytearray((folder / name).read_bytes())
+        raw[-2] ^= 1
+        (folder / name).write_bytes(raw)
+        seen.add(fingerprint(folder))
+    assert len(seen) == 4
+
+
+def test_the_size_of_the_original_by_hand(tiny_folder):
+    numbers = 257 * 32 + 7 * 32 + 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
+    size = opened(tiny_folder).size()
+    assert size["model_bits_per_weight"] == 32
+    assert 0 < size["checkpoint_bytes"] - 4 * numbers < 10_000  # the header
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+def test_what_was_read_of_a_file_is_let_go_of(tiny_folder):
+    """Norms stay when a block is compressed; in the file's own type they could be a view of the mapped file."""
+    original = Original(tiny_folder, torch.float32, torch.device("cpu"))
+    model = original.model()
+    original.load_block(model, 0)
+    assert str(tiny_folder / "model.safetensors") not in Path("/proc/self/maps").read_text()

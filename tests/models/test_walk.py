@@ -1,0 +1,105 @@
+"""The walk block by block against the model's own hidden states."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cluscomp.errors import InputError
+from cluscomp.models.original import Original, blocks
+from cluscomp.models.walk import Walk
+
+
+@pytest.fixture
+def model(family):
+    return AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def test_hidden_states_are_the_models_own(model, ids):
+    outputs = []
+    handle = blocks(model)[-1].register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    expected = model(ids, output_hidden_states=True, use_cache=False)
+    handle.remove()
+    last = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]  # transformers' own is after the final norm
+    walk = Walk(model)
+    hidden = walk.embed(ids)
+    for index, truth in enumerate([*expected.hidden_states[:-1], last]):
+        assert torch.equal(hidden, truth), f"entering block {index}"
+        if index < len(walk):
+            with walk.block(index) as block:
+                hidden = walk.apply(index, block, hidden)
+    assert torch.equal(walk.logits(hidden, ids), expected.logits)
+
+
+@torch.no_grad()
+def test_windows_of_two_shapes_do_not_mix(model, ids):
+    """The last batch of a data set is smaller: its masks are other ones."""
+    walk = Walk(model)
+    parts = [ids, ids[:1], ids[:, :7]]
+    hidden = [walk.embed(part) for part in parts]
+    for index, block in enumerate(walk.blocks):
+        hidden = [walk.apply(index, block, states) for states in hidden]
+    for states, part in zip(hidden, parts):
+        assert torch.equal(walk.logits(states, part), model(part, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_the_model_is_as_before_after_a_walk(model, ids):
+    before = model(ids).logits
+    walk = Walk(model)
+    walk.logits(walk.embed(ids), ids)
+    assert torch.equal(model(ids).logits, before)
+    assert not any(block._forward_hooks or "forward" in vars(block) for block in blocks(model))
+
+
+@torch.no_grad()
+def test_sliding_windows_are_shorter_than_the_test_windows(families, ids):
+    """Or the tests above could not tell block 0's mask from the others'."""
+    for name in ("mistral", "gemma2", "gemma3_text"):
+        model = AutoModelForCausalLM.from_pretrained(families(name), dtype=torch.float32).eval()
+        walk = Walk(model)
+        hidden = walk.embed(ids)
+        short = walk.apply(0, walk.blocks[0], hidden)
+        model.config.sliding_window = 64
+        whole = Walk(AutoModelForCausalLM.from_pretrained(families(name), config=model.config, dtype=torch.float32))
+        whole.embed(ids)
+        assert not torch.equal(whole.apply(0, whole.blocks[0], hidden)[:, 6:], short[:, 6:]), name
+        assert torch.allclose(whole.apply(0, whole.blocks[0], hidden)[:, :4], short[:, :4], atol=1e-5), name
+
+
+@torch.no_grad()
+def test_blocks_with_arguments_made_from_the_tokens_are_refused(families, ids):
+    """Gemma 3n gives each block its own embedding of the tokens."""
+    folder = families(
+        "gemma3n_text", num_hidden_layers=4,
+        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        vocab_size_per_layer_input=257, hidden_size_per_layer_input=8, laurel_rank=4, num_kv_shared_layers=0,
+        activation_sparsity_pattern=[0.0] * 4, layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=5,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with pytest.raises(InputError, match="cannot be walked"):
+        walk = Walk(model)
+        walk.embed(ids)
+        walk.embed(ids.flip(1))
+
+
+@torch.no_grad()
+def test_arguments_that_change_with_the_tokens_are_found(tiny_folder, ids):
+    """A Llama whose rotary embedding is scaled by what it is given: the embedded tokens."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    model.model.rotary_emb.register_forward_hook(lambda _, args, output: (output[0] * args[0].mean(), output[1]))
+    walk = Walk(model)
+    walk.embed(ids)
+    walk.embed(ids)
+    with pytest.raises(InputError, match=r"model\.layers\.0: its arguments depend on the tokens"):
+        walk.embed(ids.flip(1) // 2)
+
+
+def test_training_reaches_the_stored_parameters_through_apply(tiny_folder, ids):
+    model = Original(tiny_folder, torch.float32, torch.device("cpu")).load_all()
+    walk = Walk(model)
+    hidden = walk.embed(ids)
+    weight = walk.blocks[0].mlp.up_proj.weight.requires_grad_(True)
+    walk.apply(0, walk.blocks[0], hidden).square().mean().backward()
+    assert weight.grad is not None and weight.grad.any()

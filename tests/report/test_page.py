@@ -1,0 +1,435 @@
+"""Tables and figures of experiments by hand, and that those in the repository are what the commands make today."""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_tables import asked, method_record, record, score, size, with_tasks
+
+from cluscomp.command import records
+from cluscomp.errors import InputError
+from cluscomp.report import page, plots
+from cluscomp.report.by_layer import codebook_table, drift_table, layer_table, weight_table
+from cluscomp.report.comparison import (
+    comparison_table,
+    finetuning_table,
+    overview_table,
+    perplexity_table,
+    zeroshot_table,
+)
+from cluscomp.report.pareto import pareto, seed_spread
+from cluscomp.report.published import Published
+from cluscomp.report.rendering import MISSING, rendered
+from cluscomp.report.tables import method_name, prediction_table
+from cluscomp.store.records import Record, Score, protocol, read_folder, write
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENTS = sorted({path.parent.name for path in (ROOT / "results").glob("*/*.json")} - {"bench"})
+BLOCKS = re.compile(r"<!-- cluscomp table (\w+)(?: \w+)? -->\n(.*?)<!-- end -->", re.S)
+
+
+def run_of(
+    name: str, value: float, stored: float = 3.0, *, method: str = "cluscomp", bits: float = 3.0, seed: int = 0,
+    file_size: int = 100_000_000, **protocol_,
+) -> Record:  # fmt: skip
+    """A run of stage cluster alone that scored one value."""
+    made = record(name, [score("original", 20.0, **protocol_), score("cluster", value, **protocol_)])
+    made.config.update(order=["cluster"], seed=seed)
+    made.config["stages"]["cluster"]["method"]["bits"] = bits
+    made.stages["cluster"].update(size=size(stored, 8.0, file_size), found={"method": method})
+    made.run["seconds"], made.machine["peak_ram"] = {"cluster": 90.0}, {"cluster": 2**30}
+    return made
+
+
+def test_the_perplexity_table_by_hand():
+    """The original once and first, then from many bits to few, the best first; what it cost beside it."""
+    runs = [
+        run_of("a", 60.0, method="rtn"), run_of("b", 30.0, method="gptq"),
+        run_of("c", 22.0, 4.0, method="rtn", bits=4.0),
+    ]  # fmt: skip
+    table = perplexity_table(runs)
+    assert list(table["method"]) == ["original", "RTN", "GPTQ", "RTN"]
+    assert list(table["pydoc"]) == [20.0, 22.0, 30.0, 60.0]
+    assert list(table["limit"]) == ["-", "4", "3", "3"]
+    assert table["minutes"].tolist()[1:] == [1.5] * 3 and table["peak RAM, GiB"].tolist()[1:] == [1.0] * 3
+    assert set(table["model"]) == {"Llama-2-7B"} and "settings" not in table and "seed" not in table
+
+
+def test_a_model_that_two_runs_left_alike_stands_once_and_settings_are_told_of_one_method():
+    runs = [run_of("a", 60.0, method="rtn"), run_of("b", 60.0, method="rtn"), run_of("c", 50.0, method="rtn")]
+    for made, hash_, samples in zip(runs, ("x", "x", "y"), (1, 1, 2)):
+        made.stages["cluster"]["checkpoint_hash"] = hash_
+        made.config["stages"]["cluster"]["samples"] = samples
+    runs.append(run_of("d", 30.0, method="gptq"))
+    runs[3].config["stages"]["cluster"]["length"] = 7
+    table = perplexity_table(runs)
+    assert table["method"].tolist() == ["original", "GPTQ", "RTN", "RTN"]
+    assert table["settings"].tolist() == ["", "", "cluster.samples=2", "cluster.samples=1"]
+
+
+def test_what_was_not_measured_is_missing_and_never_zero():
+    other = run_of("b", 30.0, method="gptq")
+    other = replace(other, scores=[score("cluster", 31.0, dataset="c4", context=99)])
+    table = perplexity_table([run_of("a", 60.0, method="rtn"), other])
+    assert table["c4"].isna().sum() == 2 and table["pydoc"].isna().sum() == 1
+    text = rendered(table, "md")
+    assert MISSING in text and "nan" not in text.lower() and " 0.00" not in text
+
+
+def test_models_of_different_tokenizers_stand_in_one_table():
+    """Their protocols differ; each model is compared with itself."""
+    other = run_of("b", 9.0, context=99)
+    other.config["model"] = {"id": "meta-llama/Meta-Llama-3-8B"}
+    assert len(perplexity_table([run_of("a", 8.0), other])) == 4
+    with pytest.raises(InputError, match="two protocols"):
+        perplexity_table([run_of("a", 8.0), run_of("b", 9.0, context=99)])
+
+
+@pytest.mark.parametrize(
+    ("order", "after", "settings", "name"),
+    [
+        (["cluster"], "cluster", {}, "ClusComp-"),
+        (["cluster", "block_finetune"], "block_finetune", {}, "ClusComp"),
+        (["cluster", "block_finetune", "recover"], "recover", {}, "ClusComp+"),
+        (["cluster", "block_finetune", "recover"], "block_finetune", {}, "ClusComp"),
+        (["cluster", "block_finetune", "finetune"], "finetune", {}, "ClusComp + finetune"),
+        (["finetune"], "finetune", {}, "original + finetune"),
+        (["cluster", "recover"], "recover", {}, "ClusComp- + recover"),
+        (["cluster"], "cluster", {"weighting": "none", "assign": "nearest"}, "ClusComp- (data-free)"),
+        (["cluster"], "cluster", {"init": "random_points", "weighting": "none"}, "ClusComp- (paper)"),
+        (["cluster"], "cluster", {"init": "random_points", "weighting": "none", "axis": "in"}, "iPQ"),
+        (["cluster"], "cluster", {"share": "input", "descent": 2}, "ClusComp- (share=input, descent=2)"),
+        (["cluster"], "cluster", {"allocation": "fill", "floor": 0.85}, "ClusComp- (allocation=fill)"),
+        (["cluster"], "cluster", {"allocation": "fill"}, "ClusComp- (allocation=fill, floor=0)"),
+        (["cluster"], "original", {}, "original"),
+    ],
+)
+def test_methods_are_called_what_the_paper_calls_them(order, after, settings, name):
+    made = record()
+    made.config["order"] = order
+    made.config["stages"]["cluster"]["method"].update(settings)
+    assert method_name(made, after) == name
+    assert method_name(method_record("a", "gptq", 3.0, 1.0, 3.0), "tune") == "GPTQ + tune"
+
+
+def test_inputs_from_the_compressed_layers_before_are_told():
+    made = run_of("a", 30.0, method="gptq")
+    made.config["stages"]["cluster"]["prefix"] = "compressed"
+    assert method_name(made, "cluster") == "GPTQ (prefix=compressed)"
+
+
+def test_an_allocation_is_told_of_every_method():
+    made = run_of("a", 30.0, method="gptvq")
+    made.config["stages"]["cluster"]["method"]["allocation"] = "fill"
+    assert method_name(made, "cluster") == "GPTVQ (allocation=fill)"
+
+
+@pytest.mark.parametrize(
+    ("method", "learns", "name"),
+    [
+        ("rtn", "rounding", "AutoRound"), ("rtn", "clipping", "OmniQuant"), ("rtn", "values", "RTN + block_finetune"),
+        ("gptq", "rounding", "GPTQ + block_finetune"), ("gptq", None, "GPTQ + block_finetune"),
+    ],
+)  # fmt: skip
+def test_what_block_finetune_learns_of_uniform_grids_has_the_name_of_its_paper(method, learns, name):
+    made = run_of("a", 30.0, method=method)
+    made.config["order"] = ["cluster", "block_finetune"]
+    made.config["stages"]["block_finetune"] = {} if learns is None else {"learns": learns}
+    assert method_name(made, "block_finetune") == name and method_name(made, "cluster") == method.upper()
+
+
+def test_the_pareto_front_tells_what_learned_from_the_data_it_is_scored_on():
+    seen = {"cluster": {"text": "pydoc/calibration", "in_domain": True, "overlap": 0.0}}
+    runs = [run_of("a", 30.0), run_of("b", 60.0, method="rtn")]
+    runs[0] = replace(runs[0], scores=[replace(row, seen=seen) for row in runs[0].scores])
+    table = pareto(runs)
+    assert dict(zip(table["method"], table["in-domain"])) == {"ClusComp-": True, "RTN": False}
+    titles = [axes.get_title() for axes in plots.pareto(table).axes]
+    assert titles == ["Llama-2-7B, pydoc\n(in-domain of some)"] * 2
+
+
+def test_the_zeroshot_table_is_in_percent():
+    rows = [asked("original", "piqa", "acc", 0.7512), asked("cluster", "piqa", "acc", 0.5)]
+    made = with_tasks(["piqa"], None, rows)
+    made.config["order"] = ["cluster"]
+    made.run["seconds"], made.machine["peak_ram"] = {"cluster": 1.0}, {"cluster": 1}
+    assert list(zeroshot_table([made])["piqa (partial)"]) == [75.1, 50.0]
+
+
+PRINTED = {
+    "paper": "P", "table": "T", "model": "Llama-2-7B", "method": "GPTQ", "bits_published": "3 g128",
+    "bits_stored": 3.148, "protocol": "gptq_2048", "dataset": "pydoc", "metric": "perplexity", "value": 30.0,
+    "source": "S", "note": "",
+}  # fmt: skip
+
+
+def whole(name: str, value: float, stored: float, **changed) -> Record:
+    fields = {"context": 2048, "stride": 2048, "dtype": "float32", "partial": False}
+    made = run_of(name, value, stored, **changed)
+    scores = [Score(**vars(one) | {"protocol": protocol(**fields)}) for one in made.scores]
+    return replace(made, scores=scores)
+
+
+def test_ours_stands_beside_the_published_number_of_the_same_method_and_size():
+    printed = [
+        Published(**PRINTED), Published(**PRINTED | {"bits_published": "2 g128", "bits_stored": 2.141, "value": 90.0}),
+        Published(**PRINTED | {"method": "FP16", "bits_published": "16", "bits_stored": 16.0, "value": 20.1}),
+        Published(**PRINTED | {"model": "Llama-2-13B"}), Published(**PRINTED | {"protocol": "aqlm_4096"}),
+    ]  # fmt: skip
+    table = comparison_table([whole("a", 33.0, 3.1, method="gptq"), whole("b", 25.0, 3.1)], printed)
+    found = {(row["method"], row["stored bits"]): row for row in table.to_dict("records")}
+    assert len(found) == 4  # neither another model nor another context
+    assert found["FP16", 16.0]["ours"] == 20.0 and found["FP16", 16.0]["within 2%"] == "the same"
+    assert found["GPTQ", 3.148]["difference"] == 3.0 and found["GPTQ", 3.148]["within 2%"] == "differs"
+    assert pd.isna(found["GPTQ", 2.141]["ours"]) and found["GPTQ", 2.141]["published"] == 90.0
+    assert found["ClusComp-", 3.1]["ours"] == 25.0 and pd.isna(found["ClusComp-", 3.1]["published"])
+    assert found["ClusComp-", 3.1]["origin"] == "run here" and found["GPTQ", 3.148]["origin"] == "P, T"
+
+
+@pytest.mark.parametrize("unlike", [{"context": 512}, {"partial": True}])
+def test_scores_under_another_protocol_stand_beside_nothing(unlike):
+    assert comparison_table([run_of("a", 33.0, 3.1, method="gptq", **unlike)], [Published(**PRINTED)]).empty
+
+
+def test_the_pareto_front_by_hand():
+    """b is dominated by a in bits; in bytes its file is the smallest. Equal points dominate neither each other."""
+    runs = [
+        run_of("a", 30.0, 3.0, method="gptq", file_size=90_000_000),
+        run_of("b", 40.0, 3.0, method="rtn", file_size=80_000_000),
+        run_of("c", 50.0, 2.0, method="awq", file_size=85_000_000),
+        run_of("d", 30.0, 3.0, method="aqlm", file_size=90_000_000),
+    ]
+    found = pareto(runs).set_index("method")
+    assert found["dominated by bits"].to_dict() == {"AWQ": False, "GPTQ": False, "AQLM": False, "RTN": True}
+    assert found["dominated by bytes"].to_dict() == {"AWQ": True, "GPTQ": False, "AQLM": False, "RTN": False}
+
+
+@pytest.mark.parametrize("worst", [1e9, math.inf])
+def test_a_perplexity_beyond_all_use_stands_on_the_panels_edge_and_hides_no_other(worst):
+    runs = [run_of("a", 30.0, method="gptq"), run_of("b", 200.0, method="awq"), run_of("c", worst, method="rtn")]
+    figure = plots.pareto(pareto(runs))
+    for axes in figure.axes:
+        heights = {height for line in axes.lines for height in line.get_ydata()}
+        assert heights == {30.0, 200.0, 300.0} and axes.get_ylim()[1] == 300.0
+    assert "on the upper edge: beyond the scale" in [text.get_text() for text in figure.legends[0].get_texts()]
+    plain = plots.pareto(pareto(runs[:2]))
+    assert "on the upper edge: beyond the scale" not in [text.get_text() for text in plain.legends[0].get_texts()]
+
+
+def test_differences_below_the_spread_of_seeds_are_told():
+    runs = [run_of(f"a{seed}", 30.0 + 2 * seed, seed=seed, method="gptq") for seed in (0, 1)]
+    runs += [run_of(f"b{seed}", 32.5, seed=seed, method="awq") for seed in (0, 1)]
+    runs += [run_of(f"c{seed}", 34.0, seed=seed, method="rtn") for seed in (0, 1)]
+    runs += [run_of("d", 35.0, method="hqq", bits=2.0), run_of("e", 36.0, method="aqlm", bits=2.0)]
+    found = seed_spread(runs).set_index("method")
+    assert found.loc["GPTQ", ["mean perplexity", "spread", "seeds"]].tolist() == [31.0, 2.0, 2]
+    assert found["within the spread"].to_dict() == {
+        "GPTQ": "best", "AWQ": "yes", "RTN": "no", "HQQ": "best", "AQLM": "?",
+    }  # fmt: skip
+
+
+def layered(method: str, error: float, **told: float) -> Record:
+    made = run_of(method, 30.0, method=method)
+    names = [f"model.layers.{block}.mlp.{layer}" for block in (0, 1) for layer in ("up_proj", "down_proj")]
+    made.stages["cluster"]["found"] |= {
+        "relative_error_by_layer": {name: error * (1 + number) for number, name in enumerate(names)},
+        "distribution_by_layer": dict.fromkeys(names, told) if told else {},
+    }
+    return made
+
+
+def test_layers_by_hand():
+    told = {"kurtosis": 4.0, "outliers": 0.5, "centroids": 16, "dead": 0.25, "rare": 0.0, "entropy": 3.0}
+    runs = [layered("cluscomp", 0.01, **told), layered("rtn", 0.1)]
+    assert layer_table(runs)["block"].tolist() == [0, 0, 1, 1] * 2
+    codebooks = codebook_table(runs)
+    assert codebooks["entropy of code bits"].tolist()[:2] == [0.75, 0.75] and codebooks["dead"].isna().sum() == 2
+    weights = weight_table(runs).set_index("layer")
+    assert weights.loc["down_proj", "error of ClusComp- at 3"] == 0.03
+    assert weights.loc["down_proj", "error of RTN at 3"] == 0.3 and weights.loc["up_proj", "kurtosis"] == 4.0
+
+
+def test_drift_by_hand():
+    made = run_of("a", 30.0)
+    made.config["order"] = ["cluster", "block_finetune"]
+    blocks = [{"before": 2.0, "after": 1.0, "moved": 0.25}, {"before": 4.0, "after": 3.0}]
+    made.stages["block_finetune"] = {"found": {"blocks": blocks}}
+    table = drift_table([made, run_of("b", 30.0)])
+    assert table["method"].tolist() == ["ClusComp"] * 2 and table["loss"].tolist() == [0.5, 0.75]
+    assert table["moved"].tolist()[0] == 0.25 and table["moved"].isna().tolist() == [False, True]
+
+
+def test_predictions_by_hand():
+    made = run_of("a", 30.0)
+    made.machine["predicted"] = {"seconds": {"cluster": 45.0}, "peak_ram": {"cluster": 2**31}}
+    (row,) = prediction_table([made, run_of("b", 30.0)]).to_dict("records")
+    assert row["seconds, ratio"] == 2.0 and row["GiB, ratio"] == 0.5
+
+
+def test_the_finetuning_table_by_hand():
+    made = record("a", [score("cluster", 30.0), score("finetune", 25.0), asked("finetune", "arc", "acc", 0.5)])
+    made.config.update(order=["cluster", "finetune"])
+    made.config["stages"]["finetune"] = {"trainable": "lora"}
+    numbers = {"trained_parameters": 7, "deployed_bytes": 2_000_000, "held_out_before": 3.0, "held_out_after": 2.0}
+    made.stages["finetune"] = {"found": numbers, "size": size(3.0, 8.0, 1)}
+    (row,) = finetuning_table([made, record("b")]).to_dict("records")
+    assert row["learns"] == "lora" and row["numbers trained"] == 7 and row["MB to deploy"] == 2.0
+    assert row["pydoc perplexity, before"] == 30.0 and row["pydoc perplexity, after"] == 25.0
+    assert pd.isna(row["arc acc, %, before"]) and row["arc acc, %, after"] == 50.0
+
+
+# rendering
+
+TABLE = pd.DataFrame(
+    {"limit": ["-", "3", "3", "2"], "method": ["original", "a_b", "100% & <c>", "d"], "ppl": [1.0, 3.0, 2.5, 1e6]}
+)
+
+
+@pytest.mark.parametrize(
+    ("format_", "best", "plain"),
+    [
+        ("md", "**2.50**", "a_b"),
+        ("latex", r"\bfseries 2.50", r"a\_b"),
+        ("html", "#T_table_row2_col2 {\n  font-weight: bold", "100% &amp; &lt;c&gt;"),
+    ],
+)
+def test_the_best_is_bold_and_the_original_takes_no_part(format_, best, plain):
+    text = rendered(TABLE, format_, within=["limit"], scores=["ppl"])
+    assert best in text and plain in text and "1.0e+06" in text
+    assert text.count("**") + text.count("bfseries") * 2 + text.count("font-weight: bold") * 2 == 2
+    highest = rendered(TABLE, format_, within=["limit"], scores=["ppl"], highest=True)
+    assert best not in highest
+
+
+def test_tables_of_one_page_do_not_style_each_other():
+    first, second = (rendered(TABLE, "html", title=title, scores=["ppl"]) for title in ("one: a", "two: b"))
+    names = [set(re.findall(r"#(T_[\w-]+?)(?:_row|_level|[ ,{])", text)) for text in (first, second)]
+    assert names[0] and names[1] and not names[0] & names[1]
+
+
+def test_latex_is_booktabs():
+    text = rendered(TABLE, "latex", title="50% of_it")
+    assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule")) and r"50\% of\_it" in text
+    assert r"100\% \& <c>" in text
+
+
+def test_csv_is_read_again_with_all_digits(tmp_path):
+    (tmp_path / "a.csv").write_text(rendered(TABLE.assign(ppl=TABLE["ppl"] / 3), "csv"))
+    assert pd.read_csv(tmp_path / "a.csv")["ppl"].tolist() == (TABLE["ppl"] / 3).tolist()
+
+
+# commands
+
+
+@pytest.fixture
+def results(tmp_path):
+    for name, value in (("a", 30.0), ("b", 60.0)):
+        write(run_of(name, value, method={"a": "gptq", "b": "rtn"}[name]), tmp_path / "mine" / f"{name}.json")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("format_", "file"), [("md", "tables.md"), ("latex", "tables.tex"), ("html", "tables.html"), ("csv", "pareto.csv")]
+)
+def test_the_command_writes_tables_and_figures(results, capsys, format_, file):
+    records.table(["mine", f"results={results}", f"format={format_}"])
+    records.plot(["mine", f"results={results}"])
+    written = capsys.readouterr().out.split()
+    assert str(results / "mine" / file) in written and str(results / "mine" / "pareto.pdf") in written
+    assert all(Path(path).stat().st_size > 0 for path in written)
+    assert not list((results / "mine").glob(".*"))  # nothing half-written
+
+
+def test_all_limits_at_a_glance_by_hand():
+    runs = [run_of("a", 30.0, method="gptq"), run_of("b", 40.0, 2.0, method="gptq"), run_of("c", 35.0, method="rtn")]
+    runs[1].config["stages"]["cluster"]["method"]["bits"] = 2.0
+    assert overview_table(runs).empty  # two methods alone
+    runs += [run_of(f"d{seed}", 20.0 + 4 * seed, method="awq", seed=seed) for seed in (0, 1)]
+    found = overview_table(runs).set_index("method")
+    assert found.index.tolist() == ["original", "AWQ", "GPTQ", "RTN"]  # best first at 3 bits, where all are
+    assert found["3 bits: pydoc"].tolist() == [20.0, 22.0, 30.0, 35.0]
+    assert found["2 bits: pydoc"].dropna().to_dict() == {"original": 20.0, "GPTQ": 40.0}
+
+
+def test_a_document_gets_the_table_it_names(results, tmp_path):
+    paper = tmp_path / "paper.md"
+    paper.write_text(
+        "<!-- cluscomp table mine pareto -->\nold\n<!-- end -->\n<!-- cluscomp table mine -->\n<!-- end -->\n"
+    )
+    records.table(["mine", f"results={results}", f"into={paper}"])
+    first, second = paper.read_text().split("<!-- end -->\n")[:2]
+    assert "dominated by bits" in first and "old" not in first and "minutes" in second
+    paper.write_text("<!-- cluscomp table mine nosuch -->\n<!-- end -->\n")
+    with pytest.raises(InputError, match="mine has no table 'nosuch'; it has perplexity, "):
+        records.table(["mine", f"results={results}", f"into={paper}"])
+
+
+def test_a_document_gets_the_first_table(results, tmp_path):
+    paper = tmp_path / "paper.md"
+    paper.write_text("Before\n<!-- cluscomp table mine -->\nold\n<!-- end -->\nafter\n")
+    records.table(["mine", f"results={results}", f"into={paper}"])
+    text = paper.read_text()
+    assert text.startswith("Before\n<!-- cluscomp table mine -->\n| model") and text.endswith("<!-- end -->\nafter\n")
+    assert "old" not in text and "**30.00**" in text
+    paper.write_text("nothing")
+    with pytest.raises(InputError, match="no place for the table"):
+        records.table(["mine", f"results={results}", f"into={paper}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "cluscomp table NAME"),
+        (["none"], r"no records in .*none; there are some of: mine"),
+        (["mine", "format=pdf"], "format=pdf: allowed here: md, latex, html, csv"),
+        (["mine", "published=yes"], "published=yes: true or false"),
+        (["mine", "colour=red"], "cluscomp table NAME"),
+    ],
+)
+def test_a_wrong_argument_is_told(results, arguments, named):
+    with pytest.raises(InputError, match=named):
+        records.table([*arguments, *([f"results={results}"] if arguments else [])])
+
+
+# what stands in the repository
+
+
+def test_every_experiment_with_records_has_its_tables():
+    assert sorted({path.parent.name for path in (ROOT / "results").glob("*/tables.md")}) == EXPERIMENTS
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_tables_and_figures_are_those_of_the_records(name):
+    """`cluscomp table NAME` and `cluscomp plot NAME` would change nothing (make tables does both for all)."""
+    found = read_folder(ROOT / "results" / name)
+    assert page.page(name, found, "md")["tables.md"] == (ROOT / "results" / name / "tables.md").read_text()
+    for stem, (_, data) in page.figures(found).items():
+        assert plots.data_key(data) in (ROOT / "results" / name / f"{stem}.png").read_bytes().decode("latin-1")
+
+
+def test_the_readme_shows_tables_of_records():
+    text = (ROOT / "README.md").read_text()
+    blocks = BLOCKS.findall(text)
+    assert blocks
+    for name, block in blocks:
+        assert block in (ROOT / "results" / name / "tables.md").read_text()
+        assert f"results/{name}/pareto.png" in text
+
+
+def test_every_number_in_a_table_of_the_readme_is_one_of_a_record():
+    """Tables of numbers stand in results/NAME/tables.md, or are what a run prints: those of the demo.
+
+    What `cluscomp status` prints is no result.
+    """
+    from cluscomp.report.tables import stage_table
+
+    known = "".join((ROOT / "results" / name / "tables.md").read_text() for name in EXPERIMENTS)
+    known += stage_table(read_folder(ROOT / "results" / "demo")).to_string()
+    numbers = set(re.findall(r"\d+(?:\.\d+)?", known))
+    text = re.sub(r"\$ cluscomp status .*?\n\n", "", (ROOT / "README.md").read_text(), flags=re.S)
+    rows = [line for line in text.splitlines() if line.strip().startswith("|")]
+    told = {number for row in rows for number in re.findall(r"\d+(?:\.\d+)?", row)}
+    assert len(told) > 20 and told <= numbers | {"0.1"}  # the share of words seen is told in a mark

@@ -1,0 +1,405 @@
+"""The tiny pipeline from settings to record: resume, keys and hashes, kills, and a golden of its numbers.
+
+Losses are checked against plain transformers models with forward hooks; everything else run against run.
+"""
+
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import typing
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pipelines
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cluscomp.data.texts import calibration_windows
+from cluscomp.runs.experiment import stage_keys
+from cluscomp.runs.run import Outcome
+from cluscomp.store.records import SCHEMA, protocol, read
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "tiny.json"
+SMALL = [
+    "model=tiny", "data=text", "method=cluscomp_data_free", "method.vector_dim=4", "method.codebook_size=32",
+    "evaluate.context=32", "evaluate.limit=8",
+]  # fmt: skip
+TUNED = [
+    "order=[cluster,block_finetune]", "block_finetune=quick", "block_finetune.length=32", "block_finetune.samples=8",
+    "block_finetune.epochs=4", "block_finetune.norms=false",
+    "block_finetune.batch_size=4", "block_finetune.lr=3e-3",
+]  # fmt: skip
+
+
+def overrides(ground: Path, outputs: Path, *more: str) -> list[str]:
+    return [*SMALL, f"data.file={ground / 'text.txt'}", f"outputs={outputs}", f"cache={ground / 'cache'}", *more]
+
+
+def pipeline(ground: Path, outputs: Path, *more: str) -> Outcome:
+    return pipelines.pipeline(*overrides(ground, outputs, *more))
+
+
+@pytest.fixture(scope="module")
+def tuned(ground) -> Outcome:
+    """The run with both stages, in ground/outputs."""
+    return pipeline(ground, ground / "outputs", *TUNED)
+
+
+def another(value: Any, annotation: Any) -> Any:
+    """A value of the same setting that is allowed and differs."""
+    choices = [choice for choice in typing.get_args(annotation) if choice != value]
+    if isinstance(value, str):
+        return choices[0]
+    if isinstance(value, bool):
+        return not value
+    return 0.5 if value is None else value + 1 if isinstance(value, int) else value / 2 + 0.1
+
+
+TINY_TUNED = ["model=tiny", *TUNED, "method=cluscomp_data_free", "method.vector_dim=4", "method.codebook_size=32"]
+EXPERIMENTS = {  # by the method, for some need no text
+    assign: pipelines.composed(*TINY_TUNED, f"method.assign={assign}") for assign in ("nearest", "hessian")
+}
+FIELDS = [
+    (assign, stage, part, field.name)
+    for assign, experiment in EXPERIMENTS.items()
+    for stage in experiment.order
+    for part, settings in (
+        (None, experiment.stages[stage]),
+        ("method", getattr(experiment.stages[stage], "method", None)),
+    )
+    if settings is not None
+    for field in fields(settings)
+    if field.name != "method"
+]
+
+
+@pytest.mark.parametrize(("assign", "stage", "part", "field"), FIELDS)
+def test_every_setting_that_decides_the_result_makes_another_key(assign, stage, part, field):
+    """So no state of other settings is ever used again. Where streams lie decides nothing, nor a text nobody reads."""
+    experiment = EXPERIMENTS[assign]
+    settings = experiment.stages[stage] if part is None else getattr(experiment.stages[stage], part)
+    if field == "allocation":  # of bits, so there must be some
+        settings = replace(settings, bits=3.0, vector_dim=None, codebook_size=None)
+        cluster = replace(experiment.stages[stage], method=settings)
+        experiment = replace(experiment, stages=experiment.stages | {stage: cluster})
+    if field == "data":
+        changes = {"data": pipelines.composed(*TINY_TUNED, "data=text", f"data.file={__file__}").stages[stage].data}
+    elif field == "bits":
+        changes = {"bits": 3.0, "vector_dim": None, "codebook_size": None}
+    elif field == "axis":
+        changes = {"axis": "in", "assign": "nearest"}
+    else:
+        changes = {field: another(getattr(settings, field), typing.get_type_hints(type(settings))[field])}
+    changed = replace(settings, **changes)
+    changed = changed if part is None else replace(experiment.stages[stage], **{part: changed})
+    assert changed != experiment.stages[stage]
+    other = replace(experiment, stages=experiment.stages | {stage: changed})
+    before, after = (stage_keys(settings, {"model": "m"}) for settings in (experiment, other))
+    differing = experiment.order[experiment.order.index(stage) :]
+    idle = field == "streams" or (assign == "nearest" and stage == "cluster" and part is None)
+    expected = set() if idle else set(differing)
+    assert {name for name in before if before[name] != after[name]} == expected
+    assert stage_keys(experiment, {"model": "n"}).keys() == before.keys()
+    assert not set(stage_keys(experiment, {"model": "n"}).values()) & set(before.values())
+
+
+def stage_hash(outcome: Outcome, stage: str) -> str:
+    return outcome.record.stages[stage]["checkpoint_hash"]
+
+
+def files(folder: Path) -> dict[str, int]:
+    """Time of the last change of every stage's and evaluation's files."""
+    names = ("cluster", "block_finetune", "evaluate")
+    return {str(path): path.stat().st_mtime_ns for name in names for path in folder.glob(f"{name}-*/**/*")}
+
+
+def test_records_name_no_place_of_this_machine(tuned, ground):
+    """So that they can be published: of files of the settings the names are kept."""
+    texts = [value for value in json.dumps(tuned.record.config).split('"') if value.startswith(("/", "~"))]
+    assert not texts and str(ground) not in json.dumps(tuned.record.config)
+    assert tuned.record.config["stages"]["cluster"]["data"]["file"] == "text.txt"
+
+
+def test_the_record_has_the_schema_of_the_design(tuned, ground):
+    record = read(tuned.path)
+    assert record == tuned.record and record.schema == SCHEMA
+    assert set(record.run) == {
+        "name", "experiment", "key", "date", "seconds", "cpu_seconds", "commit", "commits", "dirty", "status",
+    }  # fmt: skip
+    assert record.run["status"] == "finished" and tuned.path.parent.name == f"run-{record.run['key']}"
+    steps = ["evaluate original", "cluster", "evaluate cluster", "block_finetune", "evaluate block_finetune"]
+    for seconds in (record.run["seconds"], record.run["cpu_seconds"]):
+        assert list(seconds) == steps and min(seconds.values()) > 0
+    assert record.config["seed"] == 0 and record.config["stages"]["cluster"]["method"]["codebook_size"] == 32
+    assert "${" not in json.dumps(record.config)
+    assert {"device", "versions", "peak_ram"} <= set(record.machine)
+    assert set(record.machine["peak_ram"]) == set(steps)
+    assert {"linear_bits_per_weight", "model_bits_per_weight", "checkpoint_bytes", "ledger"} <= set(record.size)
+
+
+def test_scores_come_in_order_with_one_protocol(tuned):
+    scores = [score for score in tuned.record.scores if score.metric == "perplexity"]
+    assert [score.after for score in scores] == ["original", "cluster", "block_finetune"]
+    assert len({score.protocol["hash"] for score in tuned.record.scores}) == 1
+    assert all(score.n == 8 * 31 for score in scores)
+    fields = scores[0].protocol
+    assert fields["context"] == 32 and fields["windows"] == 8 and fields["partial"] is True
+    rest = {key: value for key, value in fields.items() if key != "hash"}
+    assert protocol(**rest) == fields
+
+
+def test_the_size_is_that_of_the_files(tuned):
+    """Bits by hand: 5 for a code of K = 32, a code for 4 weights, 32 x 4 half floats a matrix, 7 matrices a block."""
+    size = tuned.record.size
+    weights = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    bits = 5 * weights // 4 + 3 * 7 * 32 * 4 * 16
+    assert size["linear_bits_per_weight"] == pytest.approx(bits / weights)
+    stored = list(tuned.checkpoint.glob("*.safetensors"))
+    assert size["checkpoint_bytes"] == sum(path.stat().st_size for path in stored)
+    tensors = load_file(stored[0])
+    assert sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) * 8 == sum(
+        size["ledger"].values()
+    )
+
+
+def test_golden_numbers_of_the_tiny_pipeline(tuned):
+    """Recorded on a CPU. To refresh: delete tests/golden/tiny.json, run this test twice, judge the difference."""
+    scores = [score for score in tuned.record.scores if score.metric == "perplexity"]
+    found = {f"perplexity after {score.after}": score.value for score in scores}
+    found["relative error of cluster"] = tuned.record.stages["cluster"]["found"]["relative_error"]
+    for number, block in enumerate(tuned.record.stages["block_finetune"]["found"]["blocks"]):
+        found[f"loss of block {number} after"] = block["after"]
+    if not GOLDEN.exists():
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+        pytest.fail(f"{GOLDEN.name} was missing and has been written; run again")
+    assert found == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
+
+
+def test_finished_parts_are_used_again(tuned, ground):
+    before = files(ground / "outputs")
+    again = pipeline(ground, ground / "outputs", *TUNED)
+    assert files(ground / "outputs") == before and before
+    assert again.record.scores == tuned.record.scores and again.record.stages == tuned.record.stages
+
+
+def test_runs_share_the_stages_before_they_differ(tuned, ground):
+    before = files(ground / "outputs")
+    other = pipeline(ground, ground / "outputs", *TUNED, "block_finetune.epochs=1", "name=other")
+    after = files(ground / "outputs")
+    assert {path: after[path] for path in before} == before
+    assert len(list((ground / "outputs").glob("cluster-*"))) == 1
+    assert len(list((ground / "outputs").glob("block_finetune-*"))) == 2
+    assert stage_hash(other, "cluster") == stage_hash(tuned, "cluster")
+    assert stage_hash(other, "block_finetune") != stage_hash(tuned, "block_finetune")
+    assert other.path != tuned.path and tuned.path.exists()
+
+
+def test_another_text_makes_another_finetuning_even_under_the_same_name(tuned, ground, tmp_path):
+    (tmp_path / "text.txt").write_text((ground / "text.txt").read_text()[::-1])
+    other = pipeline(ground, ground / "outputs", *TUNED, f"data.file={tmp_path / 'text.txt'}")
+    assert stage_hash(other, "cluster") == stage_hash(tuned, "cluster")
+    assert stage_hash(other, "block_finetune") != stage_hash(tuned, "block_finetune")
+
+
+def test_the_same_settings_elsewhere_give_the_same_bits_and_another_seed_others(tuned, ground, tmp_path):
+    same = pipeline(ground, tmp_path / "same", *TUNED)
+    assert {stage: stage_hash(same, stage) for stage in same.record.stages} == {
+        stage: stage_hash(tuned, stage) for stage in tuned.record.stages
+    }
+    assert same.record.scores == tuned.record.scores and same.record.run["key"] == tuned.record.run["key"]
+    other = pipeline(ground, tmp_path / "same", "seed=1")
+    assert stage_hash(other, "cluster") != stage_hash(tuned, "cluster")
+
+
+def flip(path: Path, position: int = -1) -> None:
+    """Change one bit of one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_an_altered_checkpoint_is_found_told_and_made_again(tuned, ground, tmp_path, caplog):
+    shutil.copytree(ground / "outputs", tmp_path / "moved")
+    (checkpoint,) = tmp_path.glob("moved/cluster-*/checkpoint")
+    flip(checkpoint / "model.safetensors")
+    again = pipeline(ground, tmp_path / "moved", *TUNED)
+    assert "altered" in caplog.text and "model.safetensors" in caplog.text
+    assert stage_hash(again, "cluster") == stage_hash(tuned, "cluster")
+    assert again.record.scores == tuned.record.scores
+
+
+def test_a_moved_outputs_folder_stays_valid(tuned, ground, tmp_path):
+    shutil.copytree(ground / "outputs", tmp_path / "moved")
+    before = files(tmp_path / "moved")
+    moved = pipeline(ground, tmp_path / "moved", *TUNED)
+    assert files(tmp_path / "moved") == before
+    assert moved.checkpoint.is_relative_to(tmp_path / "moved")
+
+
+@pytest.mark.parametrize("damage", [lambda _: "", lambda text: text[:-9], lambda text: text.replace("7", "8", 1)])
+def test_damaged_metrics_are_made_again(tuned, ground, tmp_path, damage, caplog):
+    shutil.copytree(ground / "outputs", tmp_path / "moved")
+    for path in tmp_path.glob("moved/*/metrics.json"):
+        path.write_text(damage(path.read_text()))
+    again = pipeline(ground, tmp_path / "moved")
+    assert "metrics.json is damaged" in caplog.text
+    assert stage_hash(again, "cluster") == stage_hash(tuned, "cluster")
+    assert again.record.scores == [row for row in tuned.record.scores if row.after != "block_finetune"]
+
+
+def kill_at(ground: Path, outputs: Path, pattern: str, *more: str) -> None:
+    """Start the command in a process of its own and kill it as soon as a file of this pattern is there."""
+    command = [sys.executable, "-m", "cluscomp", *overrides(ground, outputs, *more)]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(outputs.glob(pattern)):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bits_and_damaged_parts_are_made_again(ground, tmp_path, caplog):
+    """Killed after the first block of cluster, then of block_finetune; the rest from whole and from altered parts."""
+    long = [*TUNED, "method.iterations=50", "block_finetune.epochs=12", "evaluate.after=[block_finetune]"]
+    whole = pipeline(ground, tmp_path / "whole", *long)
+    killed = tmp_path / "killed"
+
+    kill_at(ground, killed, "cluster-*/block-000.safetensors", *long)
+    assert not list(killed.glob("cluster-*/metrics.json")), "too late: the stage had ended"
+    shutil.copytree(killed, tmp_path / "altered")
+    (part,) = tmp_path.glob("altered/cluster-*/block-000.safetensors")
+    flip(part)
+
+    kill_at(ground, killed, "block_finetune-*/streams.json", *long)
+    assert not list(killed.glob("block_finetune-*/metrics.json")), "too late: the stage had ended"
+    for name in ("streams.json", "student", "block-000"):
+        shutil.copytree(killed, tmp_path / name)
+        (part,) = tmp_path.glob(f"{name}/block_finetune-*/{name}*")
+        flip(part, 40)
+
+    caplog.set_level(logging.INFO, "cluscomp")
+    resumed = pipeline(ground, killed, *long)
+    assert "of 3 blocks were done before" in caplog.text
+    hashes = {stage: stage_hash(whole, stage) for stage in ("cluster", "block_finetune")}
+    assert {stage: stage_hash(resumed, stage) for stage in hashes} == hashes
+    assert resumed.record.scores == whole.record.scores
+    assert resumed.record.stages["block_finetune"]["found"] == whole.record.stages["block_finetune"]["found"]
+    left = {path.name for stage in hashes for path in killed.glob(f"{stage}-*/*")}
+    assert left == {"checkpoint", "metrics.json"}  # the parts are gone
+    unnoticed = []
+    for name in ("altered", "streams.json", "student", "block-000"):
+        again = pipeline(ground, tmp_path / name, *long)
+        if {stage: stage_hash(again, stage) for stage in hashes} != hashes:
+            unnoticed.append(name)
+    assert not unnoticed
+
+
+def block_outputs(folder: Path, ids_WT: torch.Tensor) -> list[torch.Tensor]:
+    """What each block of a model hands on, by plain transformers and forward hooks."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for block in model.model.layers:
+        block.register_forward_hook(lambda _module, _args, output: found.append(output))
+    with torch.no_grad():
+        model(ids_WT)
+    return [output[0] if isinstance(output, tuple) else output for output in found]
+
+
+def test_block_finetune_lowers_the_loss_of_the_stored_model(tuned, ground):
+    """Against the original's own stream, of the models as they lie on the disk."""
+    found = tuned.record.stages["block_finetune"]["found"]
+    assert all(block["after"] < block["before"] and not block["kept"] for block in found["blocks"])
+    (original,) = (ground / "cache").glob("tiny-*")
+    (clustered,) = (ground / "outputs").glob("cluster-*/checkpoint")
+    stage = pipelines.composed(*overrides(ground, ground / "outputs", *TUNED)).stages
+    text = stage["block_finetune"].data.text("calibration")
+    windows = calibration_windows(text, AutoTokenizer.from_pretrained(original), samples=8, length=32, seed=0)
+    target, before, after = (
+        block_outputs(folder, torch.from_numpy(windows)) for folder in (original, clustered, tuned.checkpoint)
+    )
+    losses = [block["after"] for block in found["blocks"]]
+    assert losses == pytest.approx([float((a - b).square().mean()) for a, b in zip(after, target)], rel=1e-4)
+    first = float((before[0] - target[0]).square().mean())
+    assert found["blocks"][0]["before"] == pytest.approx(first, rel=1e-4)
+    assert found["tokens"] == 8 * 32
+
+
+def test_block_finetune_changes_the_codebooks_alone(tuned, ground):
+    (clustered,) = (ground / "outputs").glob("cluster-*/checkpoint")
+    before, after = (load_file(folder / "model.safetensors") for folder in (clustered, tuned.checkpoint))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert changed == {name for name in before if name.endswith(".codebooks")}
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_a_learning_rate_that_ends_in_nan_keeps_the_codebooks(tuned, ground, epochs, caplog):
+    """With one epoch over one batch no later loss is seen that is not finite: the outcome alone must show it."""
+    steep = [f"block_finetune.epochs={epochs}", "block_finetune.batch_size=8", "block_finetune.lr=1e30"]
+    outcome = pipeline(ground, ground / "outputs", *TUNED, *steep)
+    blocks = outcome.record.stages["block_finetune"]["found"]["blocks"]
+    assert all(block["kept"] and block["after"] == block["before"] for block in blocks) and len(blocks) == 3
+    assert stage_hash(outcome, "block_finetune") == stage_hash(outcome, "cluster")
+    assert "keeps the codebooks" in caplog.text
+    values = {(row.after, row.metric): row.value for row in outcome.record.scores}
+    assert values["block_finetune", "perplexity"] == values["cluster", "perplexity"]
+
+
+def test_a_model_that_overflows_is_finished_and_the_record_tells(tuned, ground, tmp_path):
+    """A norm's weight of 1e30 in the second block: from there on the original's hidden states are not finite."""
+    (tiny,) = (ground / "cache").glob("tiny-*")
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.post_attention_layernorm.weight"][3] = 1e30
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    command = [*TUNED, "model=hub", f"model.id={model}", "evaluate.after=[]"]
+    found = pipeline(ground, tmp_path / "outputs", *command).record.stages["block_finetune"]["found"]
+    assert found["kept"] == 2 and [block["kept"] for block in found["blocks"]] == [False, True, True]
+    assert all("before" in block["reasons"][0] and block["attempts"] == 0 for block in found["blocks"][1:])
+    (clustered,), (finetuned,) = ((tmp_path / "outputs").glob(f"{name}-*/checkpoint") for name in tuned.record.stages)
+    before, after = (load_file(folder / "model.safetensors") for folder in (clustered, finetuned))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("model.layers.0.") for name in changed)
+
+
+def test_same_input_is_another_target(tuned, ground):
+    outcome = pipeline(ground, ground / "outputs", *TUNED, "block_finetune.target=same_input")
+    blocks = outcome.record.stages["block_finetune"]["found"]["blocks"]
+    paper = tuned.record.stages["block_finetune"]["found"]["blocks"]
+    assert blocks[0] == paper[0]  # both streams enter the first block alike
+    assert blocks[1]["before"] < paper[1]["before"]  # no error was handed on
+
+
+def test_publish_copies_the_record_under_name_and_key(ground, tmp_path):
+    outcome = pipeline(ground, ground / "outputs", f"publish={tmp_path / 'results'}", "name=trial")
+    published = tmp_path / "results" / "trial" / f"{outcome.record.run['key']}.json"
+    assert list(published.parent.iterdir()) == [published]
+    assert published.read_bytes() == outcome.path.read_bytes()
+
+
+def test_models_continue_the_prompt(ground):
+    outcome = pipeline(ground, ground / "outputs", "evaluate.prompt=The", "evaluate.prompt_tokens=4")
+    assert set(outcome.samples) == {"original", "cluster"}
+    assert all(sample.startswith("The") and len(sample) > 3 for sample in outcome.samples.values())
+
+
+def test_what_is_not_asked_for_is_not_measured(ground):
+    outcome = pipeline(ground, ground / "outputs", "evaluate.after=[cluster]")
+    assert {score.after for score in outcome.record.scores} == {"cluster"}
+
+
+def test_the_device_and_the_dtype_are_part_of_the_key(tuned, ground):
+    outcome = pipeline(ground, ground / "outputs", "dtype=bfloat16")
+    assert outcome.record.scores[0].protocol["dtype"] == "bfloat16"
+    assert outcome.record.scores[0].protocol["hash"] != tuned.record.scores[0].protocol["hash"]
+    assert outcome.record.scores[0].value != tuned.record.scores[0].value

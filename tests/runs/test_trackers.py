@@ -1,0 +1,236 @@
+"""W&B and TensorBoard, read back by their own readers; progress lines; peak memory against a known allocation."""
+
+import json
+import logging
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from cluscomp.process import Progress, peak_memory, reset_peak_memory
+from cluscomp.runs.trackers import NoTracker, WandbTracker
+from cluscomp.store.records import read
+
+TRACK = """
+import sys
+from pathlib import Path
+from cluscomp.tracking import WandbTracker
+tracker = WandbTracker(project="tests", entity=None, mode="offline", timeout=30.0)
+session = tracker.begin("run-1", {"seed": 3, "method": {"bits": 2.5}}, Path(sys.argv[1]))
+session.log("cluster", {"relative_error": 0.25, "seconds": 1.5})
+session.log("evaluate cluster", {"perplexity": 12.5})
+session.end({"cluster/perplexity": 12.5, "linear_bits_per_weight": 2.5})
+"""
+
+
+SHOWN = """
+import logging, sys
+logging.basicConfig(stream=sys.stdout)
+logging.getLogger("cluscomp").setLevel(logging.INFO)
+"""
+
+
+def inspect(folder: Path, *options: str) -> str:
+    """What `wandb leet inspect` finds in the one offline run below a folder."""
+    (run,) = folder.glob("wandb/offline-run-*")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", *options, "--json", str(run)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_wandb_offline_holds_config_stages_and_summary(tmp_path):
+    pytest.importorskip("wandb")
+    done = subprocess.run([sys.executable, "-c", TRACK, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(inspect(tmp_path, "--summary"))
+    summary = found["summary"]
+    assert summary["cluster/perplexity"] == 12.5 and summary["linear_bits_per_weight"] == 2.5
+    assert "2.5" in json.dumps(found["config"]) and "seed" in json.dumps(found["config"])
+    history = inspect(tmp_path)
+    assert "cluster/relative_error" in history and "evaluate cluster/perplexity" in history
+
+
+def test_a_run_that_fails_is_not_marked_as_finished(tmp_path):
+    """Without end() W&B must see the failure: the exit code in its summary is not 0."""
+    pytest.importorskip("wandb")
+    failing = TRACK.replace("session.end(", "sys.exit(1)\nsession.end(")
+    subprocess.run([sys.executable, "-c", failing, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    found = json.loads(inspect(tmp_path, "--summary"))
+    assert found["exit_code"] == 1
+
+
+SWEEP = [
+    "-m", "model=tiny", "data=text", "method=cluscomp_data_free", "method.vector_dim=4", "method.iterations=2",
+    "order=[cluster,block_finetune]", "block_finetune=quick", "block_finetune.length=32", "block_finetune.samples=4",
+    "evaluate.context=32", "evaluate.limit=2", "device=cpu", "tracker=wandb",
+]  # fmt: skip
+
+
+def sweep(place: Path, *more: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    text = place / "text.txt"
+    text.write_text("\n\n".join(f"Paragraph {i} says that foxes jumped {7 * i} times." for i in range(60)))
+    places = [f"data.file={text}", f"outputs={place / 'outputs'}", f"cache={place / 'cache'}"]
+    command = [sys.executable, "-m", "cluscomp", *SWEEP, *places, *more]
+    return subprocess.run(command, capture_output=True, text=True, cwd=place, env=os.environ | variables)
+
+
+@pytest.mark.slow
+def test_what_wandb_holds_of_a_sweep_equals_its_records(tmp_path):
+    pytest.importorskip("wandb")
+    done = sweep(tmp_path, "method.codebook_size=8,16")
+    assert done.returncode == 0, done.stderr
+    folders = [path.parent for path in tmp_path.glob("outputs/run-*/record.json")]
+    assert len(folders) == 2
+    for folder in folders:
+        record = read(folder / "record.json")
+        lines = [json.loads(line) for line in inspect(folder).splitlines()]
+        (run,) = [line["run"] for line in lines if line["type"] == "run"]
+        config = {key: value for key, value in run["config"]["update"].items() if key != "_wandb"}
+        assert config == record.config and run["run_id"] == run["display_name"] == record.run["name"]
+        items = [line["history"]["item"] for line in lines if line["type"] == "history"]
+        history = [{key: value for key, value in item.items() if key[0] != "_"} for item in items]
+        blocks = [row for row in history if "cluster blocks/step" in row]
+        errors = list(record.stages["cluster"]["found"]["relative_error_by_layer"].values())
+        assert [row["cluster blocks/step"] for row in blocks] == [1, 2, 3]
+        assert min(errors) < blocks[0]["cluster blocks/relative_error"] < max(errors)
+        losses = [row["block_finetune blocks/after"] for row in history if "block_finetune blocks/after" in row]
+        assert losses == [found["after"] for found in record.stages["block_finetune"]["found"]["blocks"]]
+        history = [row for row in history if not any(" blocks/" in key for key in row)]
+        expected = []
+        for step, seconds in record.run["seconds"].items():  # in the order of the run
+            if step.startswith("evaluate "):
+                rows = [row for row in record.scores if f"evaluate {row.after}" == step]
+                expected.append({f"{step}/{row.dataset}/{row.metric}": row.value for row in rows})
+            else:
+                stage = record.stages[step]
+                numbers = stage["found"] | stage["size"] | {"seconds": seconds}
+                numbers |= {"peak_ram": record.machine["peak_ram"][step]}
+                expected.append({f"{step}/{k}": v for k, v in numbers.items() if isinstance(v, int | float)})
+        assert history == expected and len(history) == 5
+        summary = json.loads(inspect(folder, "--summary"))["summary"]
+        for row in record.scores:
+            assert summary[f"{row.after}/{row.dataset}/{row.metric}"] == row.value
+
+
+class Refusal(BaseHTTPRequestHandler):
+    """A server that knows nobody."""
+
+    def do_POST(self) -> None:
+        body = b'{"errors": [{"message": "user is not logged in", "code": 401}]}'
+        self.send_response(401)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(params=["no server", "a wrong key", "no key"])
+def address(request):
+    """Of a W&B that cannot be used, and the key for it."""
+    if request.param == "no server":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))  # nobody listens
+            yield f"http://127.0.0.1:{free.getsockname()[1]}", "0" * 40
+        return
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", "0" * 40 if request.param == "a wrong key" else ""
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_be_used_costs_one_warning_and_no_result(tmp_path, address):
+    pytest.importorskip("wandb")
+    base, key = address
+    variables = {"WANDB_BASE_URL": base, "WANDB_API_KEY": key, "HOME": str(tmp_path)}
+    done = sweep(tmp_path, "tracker.mode=online", "tracker.timeout=4.0", "method.codebook_size=8", **variables)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("outputs/run-*/record.json")
+    assert read(path).run["status"] == "finished" and len(read(path).scores) > 0
+    assert done.stderr.count("is tracked no further") == 1 and "Traceback" not in done.stderr
+    assert not key or key not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("key", ["", "0" * 40], ids=["no key", "a wrong key"])
+def test_without_a_key_that_works_wandb_is_offline_and_says_so(tmp_path, key):
+    pytest.importorskip("wandb")
+    variables = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": key, "HOME": str(tmp_path)}
+    script = TRACK.replace('mode="offline"', 'mode="auto"').replace("import sys\n", SHOWN)
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | variables)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("W&B  offline") == 1 and done.stdout.count("cannot be reached") == bool(key)
+    assert json.loads(inspect(tmp_path, "--summary"))["summary"]["cluster/perplexity"] == 12.5
+
+
+@pytest.mark.slow
+def test_what_tensorboard_shows_equals_the_record(tmp_path):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    done = sweep(tmp_path, "tracker=tensorboard", "method.codebook_size=8")
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("outputs/run-*/record.json")
+    record, events = read(path), reading.EventAccumulator(str(path.parent / "tensorboard")).Reload()
+    losses = [(point.step, point.value) for point in events.Scalars("block_finetune blocks/after")]
+    found = record.stages["block_finetune"]["found"]["blocks"]
+    assert losses == [(i, pytest.approx(block["after"])) for i, block in enumerate(found, 1)]
+    for row in record.scores:
+        (point,) = events.Scalars(f"evaluate {row.after}/{row.dataset}/{row.metric}")
+        assert point.value == pytest.approx(row.value)
+
+
+def test_a_mode_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="mode"):
+        WandbTracker(project="tests", entity=None, mode="sometimes", timeout=1.0)
+
+
+def test_no_tracker_writes_nothing(tmp_path):
+    session = NoTracker().begin("run-1", {}, tmp_path)
+    session.log("cluster", {"relative_error": 0.25})
+    session.end({"a": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_lines_count_blocks_and_say_what_is_left(caplog):
+    caplog.set_level(logging.INFO, "cluscomp")
+    progress = Progress("cluster", 12)
+    progress.skip(10)
+    progress.step("relative error 0.5000")
+    progress.start -= 90  # as if the step had taken a minute and a half
+    progress.step("relative error 0.2500")
+    skipped, first, second = (record.getMessage() for record in caplog.records)
+    assert skipped == "cluster  10 of 12 blocks were done before"
+    assert first.startswith("cluster  block 11/12  relative error 0.5000    0.0 s  ")
+    assert first.endswith("GiB  0:00 left")
+    assert second.startswith("cluster  block 12/12  relative error 0.2500") and second.endswith("0:00 left")
+
+
+def test_progress_estimates_from_this_run_alone(caplog):
+    caplog.set_level(logging.INFO, "cluscomp")
+    progress = Progress("cluster", 14)
+    progress.skip(10)
+    progress.start -= 90
+    progress.step("x")
+    assert caplog.records[-1].getMessage().endswith("4:30 left")  # three more at 90 s, whatever the skipped ten took
+
+
+def test_peak_memory_sees_an_allocation_and_forgets_it():
+    reset_peak_memory()
+    before = peak_memory()
+    with mmap.mmap(-1, 200 << 20) as block:  # fresh pages: an allocator might reuse what it holds
+        for page in range(0, len(block), mmap.PAGESIZE):
+            block[page] = 1
+        after = peak_memory()
+    assert 190 << 20 < after - before < 260 << 20
+    reset_peak_memory()
+    assert peak_memory() < after - (100 << 20)

@@ -1,0 +1,127 @@
+"""verify: a record whose model is measured again, or made again, is equal; what differs is told with its reason."""
+
+import json
+import shutil
+
+import pytest
+from pipelines import composed
+
+from cluscomp import __main__ as command
+from cluscomp.errors import InputError
+from cluscomp.runs.experiment import config_of
+from cluscomp.runs.verify import changed, checkpoint_of, compare, quoted, worst
+from cluscomp.store.records import Score, protocol, read
+
+TINY = [
+    "model=tiny", "data=text", "data.file=text.txt", "method.vector_dim=4", "method.codebook_size=16",
+    "evaluate.context=32", "evaluate.limit=2", "cluster.samples=4", "cluster.length=32", "name=tiny",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder in which a tiny run is finished, through the command line."""
+    place = tmp_path_factory.mktemp("verify")
+    text = [f"Paragraph {i} says that the quick brown fox jumped {7 * i} times." for i in range(60)]
+    (place / "text.txt").write_text("\n\n".join(text))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("CLUSCOMP_CACHE", str(place / "cache"))
+        patch.setattr("sys.argv", ["cluscomp", *TINY])
+        command.main()
+        yield place
+
+
+def verify(made, capsys, *arguments: str) -> tuple[int, str]:
+    (path,) = made.glob("outputs/run-*/record.json")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr("sys.argv", ["cluscomp", "verify", str(path.relative_to(made)), *arguments])
+        command.main()
+    found = capsys.readouterr()
+    return ended.value.code, found.out + found.err
+
+
+@pytest.mark.parametrize("how", [[], ["full=true"]])
+def test_a_record_of_this_machine_is_equal(made, capsys, how):
+    code, said = verify(made, capsys, *how)
+    assert code == 0 and ": equal\n" in said and "not as it was" not in said
+    assert said.count("| equal ") == 4  # perplexity and bits a byte of the original and the compressed model
+    assert not list(made.glob("outputs/verify-*"))
+
+
+def test_an_altered_score_is_different(made, capsys):
+    (path,) = made.glob("outputs/run-*/record.json")
+    whole = path.read_text()
+    values = json.loads(whole)
+    values["scores"][0]["value"] *= 1.01
+    values["machine"]["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(values))
+    try:
+        code, said = verify(made, capsys)
+    finally:
+        path.write_text(whole)
+    assert code == 1 and ": different\n" in said and "(then 1.0)" in said
+
+
+def test_a_checkpoint_that_is_gone_is_told(made, capsys):
+    (stage,) = made.glob("outputs/cluster-*")
+    stage.rename(made / "aside")
+    try:
+        code, said = verify(made, capsys)
+    finally:
+        (made / "aside").rename(stage)
+    assert code == 2 and "no finished stage cluster holds the checkpoint" in said and "full=true" in said
+
+
+def test_without_its_cell_a_record_needs_its_overrides(made, capsys):
+    shutil.copytree(made / "outputs" / "cells", made / "cells")
+    shutil.rmtree(made / "outputs" / "cells")
+    try:
+        code, said = verify(made, capsys)
+        assert code == 2 and "give outputs=FOLDER" in said
+        code, said = verify(made, capsys, *TINY)
+        assert code == 0 and ": equal\n" in said
+    finally:
+        shutil.copytree(made / "cells", made / "outputs" / "cells")
+
+
+def test_what_changed_is_named(made):
+    record = read(next(made.glob("outputs/run-*/record.json")))
+    now = config_of(composed(*TINY, "seed=1"))
+    machine = record.machine | {"device": "cuda"}
+    assert changed(record, now, machine) == ["seed = 1 (then 0)", "device = cuda (then cpu)"]
+    assert checkpoint_of(record, "original", made / "outputs") is None
+    with pytest.raises(InputError, match="no finished stage"):
+        checkpoint_of(record, "cluster", made)
+
+
+def score(value: float, n: int = 100, **fields) -> Score:
+    return Score(after="cluster", metric="m", dataset="d", value=value, stderr=None, n=n, protocol=protocol(**fields))
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "verdict"),
+    [
+        (score(10.0), score(10.0), "equal"),
+        (score(10.0), score(10.009), "within tolerance"),
+        (score(10.0), score(10.011), "different"),
+        (score(0.5, task_hash="a"), score(0.51, task_hash="a"), "within tolerance"),  # one of a hundred answers
+        (score(0.5, task_hash="a"), score(0.52, task_hash="a"), "different"),
+        (score(0.5), score(0.51), "different"),
+    ],
+)
+def test_verdicts_by_hand(then, now, verdict):
+    assert worst(compare([then], [now])) == verdict
+
+
+def test_the_protocols_difference_is_the_reason():
+    (found,) = compare([score(1.0, device="cpu")], [score(2.0, device="cuda")])
+    assert found.reasons == ("device=cuda (then device=cpu)",)
+
+
+def test_any_path_is_a_value_for_hydra():
+    path = "/a b/it's=x,[1]{y}"
+    assert (
+        composed("model=hub", f"model.id={quoted(path)}", "order=[evaluate]", "data=text", "data.file=t").model.id
+        == path
+    )

@@ -1,0 +1,155 @@
+"""Tasks asked through lm-eval: the numbers of the `lm_eval` command, and what is refused before anything is asked."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from pipelines import pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cluscomp.command.sweep import show
+from cluscomp.errors import InputError
+from cluscomp.score.tasks import Tasks, flipped, read_answers, write_answers
+from cluscomp.store.records import read
+
+pytest.importorskip("lm_eval")
+PLAIN = {
+    "names": ["colours"], "mean": None, "shots": None, "limit": None, "batch_size": 4, "bos": None, "max_length": None,
+    "chat_template": False, "include_path": None, "data_root": None,
+}  # fmt: skip
+TASK = """task: colours
+dataset_path: org/colours
+output_type: multiple_choice
+validation_split: validation
+training_split: train
+doc_to_text: "{{question}}"
+doc_to_target: answer
+doc_to_choice: choices
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 3.0
+"""
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory) -> Path:
+    """A task file of our own, and its rows in a mirror that lacks the train split."""
+    place = tmp_path_factory.mktemp("mirror")
+    make = random.Random(0)
+    rows = [
+        {"question": f"{make.choice('abcdef')} is", "choices": ["red", "green", "blue"], "answer": make.randrange(3)}
+        for _ in range(12)
+    ]
+    folder = place / "hub" / "org" / "colours"
+    folder.mkdir(parents=True)
+    (folder / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (place / "tasks").mkdir()
+    (place / "tasks" / "colours.yaml").write_text(TASK)
+    return place
+
+
+def tasks(mirror: Path, **changes) -> Tasks:
+    return Tasks(**PLAIN | {"include_path": str(mirror / "tasks"), "data_root": str(mirror / "hub")} | changes)
+
+
+def test_a_task_scores_what_its_likelihoods_say(mirror, tiny_folder):
+    """acc by hand: the choice whose tokens plain transformers finds the likeliest after the question."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    settings = tasks(mirror)
+    settings.check(tiny_folder, tokenizer)
+    (found,), answers = settings.ask(model, tokenizer)
+    right = []
+    for line in (mirror / "hub" / "org" / "colours" / "validation.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        prompt, sums = tokenizer(row["question"]).input_ids, []
+        for choice in row["choices"]:
+            ids = torch.tensor([prompt + tokenizer(" " + choice).input_ids])
+            with torch.no_grad():
+                log = model(ids).logits[0, :-1].log_softmax(-1)
+            sums.append(float(log.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum()))
+        right.append(float(sums.index(max(sums)) == row["answer"]))
+    assert [row["acc"] for row in sorted(answers, key=lambda row: row["doc_id"])] == right
+    assert (found.task, found.metric, found.n, found.version) == ("colours", "acc", 12, 3.0)
+    assert found.value == pytest.approx(sum(right) / 12)
+    (part,), few = tasks(mirror, limit=5, mean="all").ask(model, tokenizer)[0][:1], tasks(mirror, limit=5)
+    assert part.n == 5 and part.hash != found.hash and few.describe() != settings.describe()
+
+
+def test_rows_count_by_what_they_say_not_by_where_they_lie(mirror, tmp_path):
+    """The same rows elsewhere have the same hash; one other answer, or examples of another split, another."""
+    known = tasks(mirror).rows()
+    shutil.copytree(mirror / "hub", tmp_path / "hub")
+    assert tasks(mirror, data_root=str(tmp_path / "hub")).rows() == known
+    shutil.copytree(mirror / "hub", tmp_path / "other")
+    file = tmp_path / "other" / "org" / "colours" / "validation.jsonl"
+    lines = file.read_text().splitlines()
+    row = json.loads(lines[3])
+    file.write_text("\n".join([*lines[:3], json.dumps(row | {"answer": (row["answer"] + 1) % 3}), *lines[4:]]))
+    assert tasks(mirror, data_root=str(tmp_path / "other")).rows() != known
+    for name, rows in (("one", lines[:4]), ("two", lines[4:8])):
+        shutil.copytree(tmp_path / "hub", tmp_path / name)
+        (tmp_path / name / "org" / "colours" / "train.jsonl").write_text("\n".join(rows))
+    one, two = (tasks(mirror, data_root=str(tmp_path / name), shots=2).rows() for name in ("one", "two"))
+    assert len({one, two, known}) == 3
+    assert tasks(mirror, data_root=str(tmp_path / "one"), shots=0).rows() == known  # no examples, so they do not count
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"names": ["colour"]}, ["'colour'", "near:", "colours"]),
+        ({"include_path": "/nowhere"}, ["tasks.include_path=/nowhere"]),
+        ({"data_root": "/nowhere"}, ["'colours'", "/nowhere/org/colours"]),
+        ({"shots": 2}, ["needs split 'train'", "only validation"]),
+        ({"bos": True}, ["tasks.bos=true", "no BOS token"]),
+        ({"chat_template": True}, ["tasks.chat_template=true"]),
+    ],
+)
+def test_what_cannot_be_asked_is_told_in_a_sentence(mirror, tiny_folder, changes, words):
+    settings = tasks(mirror, **changes)
+    with pytest.raises(InputError) as caught:
+        settings.check(tiny_folder, AutoTokenizer.from_pretrained(tiny_folder))
+        settings.rows()
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_flips_by_hand(tmp_path):
+    def rows(*right: float):
+        return [{"task": "t", "filter": "none", "doc_id": number, "acc": one} for number, one in enumerate(right)]
+
+    assert flipped(rows(1.0, 0.0, 1.0, 0.0), rows(1.0, 1.0, 0.0, 0.0)) == {"t": (2, 4)}
+    assert flipped(rows(1.0, 0.0), rows(1.0, 0.0)) == {"t": (0, 2)}
+    write_answers(tmp_path / "a.gz", rows(1.0, 0.0))
+    assert read_answers(tmp_path / "a.gz") == rows(1.0, 0.0)
+
+
+def test_a_run_keeps_scores_flips_and_answers_beside_its_record(mirror, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Row {number} of a text that says little." for number in range(40)))
+    command = [
+        "model=tiny", "data=text", f"data.file={tmp_path / 'text.txt'}", "method=cluscomp_data_free",
+        "method.vector_dim=4", "method.codebook_size=16", "evaluate.context=32", "evaluate.limit=2",
+        "tasks.names=[colours]", f"tasks.include_path={mirror / 'tasks'}", f"data_root={mirror / 'hub'}",
+        f"outputs={tmp_path / 'outputs'}", f"cache={tmp_path / 'cache'}", "tasks.limit=10",
+    ]  # fmt: skip
+    outcome = pipeline(*command)
+    record = read(outcome.path)
+    found = {(row.after, row.metric): row for row in record.scores if row.dataset == "colours"}
+    assert set(found) == {("original", "acc"), ("cluster", "acc"), ("cluster", "flipped")}
+    protocol = found["cluster", "acc"].protocol
+    assert protocol == found["original", "acc"].protocol == found["cluster", "flipped"].protocol
+    assert protocol["partial"] is True and protocol["limit"] == 10 and protocol["task_version"] == 3.0
+    before, after = (read_answers(outcome.path.parent / f"answers-{name}.jsonl.gz") for name in ("original", "cluster"))
+    assert len(before) == len(after) == found["cluster", "flipped"].n == 10
+    flips = sum(one["acc"] != other["acc"] for one, other in zip(before, after))
+    assert found["cluster", "flipped"].value == flips / 10
+    show(outcome)
+    shown = capsys.readouterr().out
+    assert "colours acc (partial)" in shown and f"{found['cluster', 'acc'].value:.3f} ± " in shown
+    assert "partial: measured on the first windows or rows only" in shown

@@ -1,0 +1,323 @@
+"""Stage cluster with a method that looks at the layers' inputs: what it is shown, and that nothing else decides."""
+
+import pytest
+import torch
+from reference.recipe import STORED
+from transformers import AutoModelForCausalLM
+
+from cluscomp import checkpoint
+from cluscomp.data.texts import FileText, calibration_windows
+from cluscomp.errors import InputError
+from cluscomp.forms.linear import compressed
+from cluscomp.methods.cluscomp import ClusComp
+from cluscomp.models.original import Original, blocks, linears
+from cluscomp.models.walk import Walk
+from cluscomp.plan.meta import MetaModel
+from cluscomp.solve.layer import SecondMoment
+from cluscomp.stages import Job
+from cluscomp.stages.cluster import Cluster, chosen_table, layer_seed, places
+
+CPU = torch.device("cpu")
+CALIBRATION = {"samples": 5, "length": 12, "batch_size": 2}
+KMEANS = {"iterations": 3, "init": "kd", "over_relaxation": 1.9, "move_centroids": True}
+BY_OUTPUT = {"weighting": "diagonal", "assign": "hessian", "damping": 0.01, "least_squares": 5, "descent": 1}
+
+
+def method(**changed) -> ClusComp:
+    return ClusComp(**{"bits": None, "vector_dim": 4, "codebook_size": 16} | KMEANS | STORED | BY_OUTPUT | changed)
+
+
+def stage(text: FileText, prefix: str = "original", **changed) -> Cluster:
+    return Cluster(method=method(**changed), data=text, prefix=prefix, **CALIBRATION)
+
+
+def run(cluster: Cluster, original: Original, folder):
+    model = original.model()
+    found = cluster.run(model, Job(folder, 0, original))
+    return model, found
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if ".stored." in name}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def windows(text: FileText, original: Original) -> torch.Tensor:
+    """What the stage calibrates on."""
+    return torch.from_numpy(
+        calibration_windows(text.text("calibration"), original.tokenizer, samples=5, length=12, seed=0)
+    )
+
+
+def second_moments(model, ids_WT: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of every linear layer's inputs, by hooks on the whole model of plain transformers, in float64."""
+    sums: dict[str, torch.Tensor] = {}
+
+    def note(name):
+        def hook(_module, args):
+            x_TI = args[0].flatten(0, -2).double()
+            sums[name] = sums.get(name, 0) + x_TI.T @ x_TI / ids_WT.numel()
+
+        return hook
+
+    for index, block in enumerate(blocks(model)):
+        for name, linear in linears(block).items():
+            linear.register_forward_pre_hook(note(f"{index}.{name}"))
+    with torch.no_grad():
+        model(ids_WT)
+    return sums
+
+
+def test_each_layer_is_shown_the_second_moment_of_its_inputs(family, text):
+    original = Original(family, torch.float32, CPU)
+    cluster = stage(text)
+    ids_WT = windows(text, original)
+    expected = second_moments(AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32), ids_WT)
+    walk = Walk(original.load_all())
+    stream, seen = [walk.embed(part) for part in ids_WT.split(2)], {}
+    for index in range(len(walk)):
+        stream, statistics = cluster.observe(walk, index, stream, count=True)
+        seen |= {f"{index}.{name}": statistic for name, statistic in statistics.items()}
+    assert seen.keys() == expected.keys()
+    for name, statistic in seen.items():
+        assert statistic.tokens == 60
+        torch.testing.assert_close(statistic.matrix_II.double(), expected[name], rtol=1e-3, atol=1e-5)
+    same = [name for name in seen if name.endswith(("q_proj", "k_proj", "v_proj"))]
+    assert len({id(seen[name]) for name in same}) == 3  # one for the three projections of each block
+
+
+def test_the_calibration_text_is_met_better_than_without_looking_at_the_inputs(tiny_folder, text, tmp_path):
+    original = Original(tiny_folder, torch.float32, CPU)
+    with torch.no_grad():
+        ids = windows(text, original)
+        expected = original.load_all()(ids).logits
+        free = stage(text, weighting="none", assign="nearest", least_squares=0, descent=0)
+        errors = [
+            float((run(cluster, original, tmp_path / str(number))[0](ids).logits - expected).square().mean())
+            for number, cluster in enumerate((stage(text), free))
+        ]
+    assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("prefix", ["original", "compressed"])
+def test_a_stage_that_lost_some_parts_ends_with_the_same_bits(tiny_folder, text, tmp_path, prefix):
+    original = Original(tiny_folder, torch.float32, CPU)
+    whole, found = run(stage(text, prefix), original, tmp_path)
+    for number in (1, 2):
+        (tmp_path / f"block-00{number}.safetensors").unlink()
+    again, refound = run(stage(text, prefix), original, tmp_path)
+    assert equal(state(whole), state(again)) and found == refound
+
+
+def test_the_prefix_counts(tiny_folder, text, tmp_path):
+    """Block 0 sees the same either way, the last one does not."""
+    original = Original(tiny_folder, torch.float32, CPU)
+    one, other = (
+        [state(block) for block in blocks(run(stage(text, prefix), original, tmp_path / prefix)[0])]
+        for prefix in ("original", "compressed")
+    )
+    assert equal(one[0], other[0]) and not equal(one[2], other[2])
+
+
+def test_without_a_statistic_no_text_is_read_or_counted(tiny_folder, tmp_path):
+    """The file of the text does not even exist."""
+    nowhere = FileText(name="text", file=str(tmp_path / "no.txt"), test_file=None)
+    cluster = stage(nowhere, weighting="none", assign="nearest", least_squares=0, descent=0)
+    original = Original(tiny_folder, torch.float32, CPU)
+    cluster.check(original)
+    model, found = run(cluster, original, tmp_path)
+    assert len(compressed(model)) == 21 and "calibration" not in found
+    assert found["distribution_by_layer"].keys() == compressed(model).keys()
+    assert all(0 < layer["entropy"] <= 4 and layer["kurtosis"] > 1 for layer in found["distribution_by_layer"].values())
+    assert cluster.inputs() == {} and cluster.idle() == {"data", "samples", "length", "batch_size", "prefix"}
+    assert stage(nowhere).idle() == set()
+
+
+@pytest.mark.parametrize("storage", ["float8", "int8"])
+def test_codebooks_of_8_bits_are_half_as_large_and_come_back(tiny_folder, text, tmp_path, storage):
+    original = Original(tiny_folder, torch.float32, CPU)
+    model, _ = run(stage(text, storage=storage), original, tmp_path)
+    checkpoint.save(model, original.tokenizer, tmp_path / "checkpoint")
+    again = checkpoint.load(tmp_path / "checkpoint", torch.float32)
+    layer, loaded = (next(iter(compressed(m).values())).stored for m in (model, again))
+    assert loaded.codebooks.dtype == layer.codebooks.dtype and loaded.codebooks.element_size() == 1
+    assert layer.ledger()["codebooks"] == 16 * 4 * 8 + 32
+    assert equal(state(model), state(again))
+    ids = torch.randint(1, 257, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+# layers that share a codebook, and bits that are shared out
+
+
+def codebooks(block) -> list[set[str]]:
+    """The layers of a block by the codebook they use."""
+    groups: dict[int, set[str]] = {}
+    for name, layer in compressed(block).items():
+        groups.setdefault(id(layer.stored.codebooks), set()).add(name.rpartition(".")[2])
+    return list(groups.values())
+
+
+@pytest.mark.parametrize("share", ["none", "input", "block"])
+def test_layers_share_codebooks_as_asked_for_with_and_without_data(tiny_folder, text, tmp_path, share):
+    projections = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+    expected = {
+        "none": [{name} for names in projections for name in names],
+        "input": projections,
+        "block": [set.union(*projections)],
+    }
+    original = Original(tiny_folder, torch.float32, CPU)
+    for number, free in enumerate(({}, {"weighting": "none", "assign": "nearest", "least_squares": 0})):
+        model, found = run(stage(text, share=share, **free), original, tmp_path / str(number))
+        for block in blocks(model):
+            assert sorted(codebooks(block), key=sorted) == sorted(expected[share], key=sorted)
+        assert len(found["chosen"]) == 3 * len(expected[share])
+        assert {(c["vector_dim"], c["codebook_size"]) for c in found["chosen"].values()} == {(4, 16)}
+
+
+def test_a_block_whose_layers_share_nothing_is_compressed_layer_by_layer(tiny_folder, text, tmp_path):
+    """As the method does with one weight."""
+    original = Original(tiny_folder, torch.float32, CPU)
+    model, _ = run(stage(text), original, tmp_path)
+    walk = Walk(original.load_all())
+    stream = [walk.embed(part) for part in windows(text, original).split(2)]
+    _, statistics = stage(text).observe(walk, 0, stream, count=True)
+    for name, layer in compressed(blocks(model)[0]).items():
+        generator = torch.Generator().manual_seed(layer_seed(0, f"model.layers.0.{name}"))
+        weight_OI = walk.blocks[0].get_submodule(name).weight.detach()
+        alone = method().compress(weight_OI, statistics[name], generator)
+        assert equal(dict(alone.state_dict()), dict(layer.stored.state_dict()))
+
+
+def test_a_codebook_of_a_block_serves_layers_of_any_size(tiny_folder, text, tmp_path):
+    """One matrix a thousand times as large as the others: each layer is met as well as if all were alike."""
+    original = Original(tiny_folder, torch.float32, CPU)
+    walk = Walk(original.load_all())
+    stream = [walk.embed(part) for part in windows(text, original).split(2)]
+    cluster = stage(text, share="block")
+    _, statistics = cluster.observe(walk, 1, stream, count=True)
+    errors = {}
+    for factor in (1.0, 1000.0):
+        block = blocks(original.load_all())[1]
+        block.self_attn.v_proj.weight.data *= factor
+        squares = cluster.compress_block(block, "block", 0, statistics)["squares"]
+        errors[factor] = {name: error / size for name, (error, size) in squares.items()}
+    for name, error in errors[1.0].items():
+        assert errors[1000.0][name] == pytest.approx(error, rel=0.05)
+
+
+@pytest.mark.parametrize("share", ["input", "block"])
+def test_a_stage_that_shares_and_lost_some_parts_ends_with_the_same_bits(tiny_folder, text, tmp_path, share):
+    original = Original(tiny_folder, torch.float32, CPU)
+    whole, found = run(stage(text, share=share), original, tmp_path)
+    (tmp_path / "block-001.safetensors").unlink()
+    again, refound = run(stage(text, share=share), original, tmp_path)
+    assert equal(state(whole), state(again)) and found == refound
+    assert [codebooks(block) for block in blocks(whole)] == [codebooks(block) for block in blocks(again)]
+
+
+@pytest.mark.parametrize("share", ["none", "input"])
+def test_bits_shared_out_by_sensitivity_are_no_more_and_do_less_damage(tiny_folder, text, tmp_path, share):
+    """Damage by the settings' own measure, that of the layers' inputs' squares, and after clustering in full."""
+    original = Original(tiny_folder, torch.float32, CPU)
+    target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "share": share}
+    target |= {"assign": "nearest", "least_squares": 0, "descent": 0}
+    bits, damages = [], []
+    ids_WT = windows(text, original)
+    moments = second_moments(original.load_all(), ids_WT)
+    for allocation in ("uniform", "sensitivity"):
+        model, found = run(stage(text, allocation=allocation, **target), original, tmp_path / allocation)
+        bits.append(sum(sum(layer.stored.ledger().values()) for layer in compressed(model).values()))
+        damage = 0.0
+        for index, block in enumerate(blocks(model)):
+            dense = linears(blocks(original.load_all())[index])
+            for name, layer in compressed(block).items():
+                weight_OI = dense[name].weight.double()
+                squares_I = moments[f"{index}.{name}"].diagonal()
+                error_OI = layer.stored(torch.float32).detach().double() - weight_OI
+                damage += float((error_OI.square() * squares_I).sum() / (weight_OI.square() * squares_I).sum())
+        damages.append(damage)
+        assert found["chosen"].keys() >= {"model.layers.0.mlp.down_proj"}
+    assert bits[1] <= bits[0] and damages[1] < damages[0]
+
+
+@pytest.mark.parametrize("share", ["none", "input"])
+def test_a_filled_block_takes_all_its_bits_and_does_less_damage(tiny_folder, text, tmp_path, share):
+    original = Original(tiny_folder, torch.float32, CPU)
+    target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "share": share, "weighting": "none"}
+    target |= {"assign": "nearest", "least_squares": 0, "descent": 0}
+    bits, damages = {}, {}
+    for allocation in ("uniform", "fill"):
+        model, _ = run(stage(text, allocation=allocation, **target), original, tmp_path / allocation)
+        size = sum(layer.out_features * layer.in_features for layer in compressed(model).values())
+        bits[allocation] = sum(sum(layer.stored.ledger().values()) for layer in compressed(model).values()) / size
+        damages[allocation] = 0.0
+        for block, dense in zip(blocks(model), blocks(original.load_all())):
+            for name, layer in compressed(block).items():
+                weight_OI = linears(dense)[name].weight.detach()
+                error = (layer.stored(torch.float32).detach() - weight_OI).square().sum() / weight_OI.square().mean()
+                damages[allocation] += float(error)
+    assert bits["uniform"] < bits["fill"] <= 3.0 and damages["fill"] < damages["uniform"]
+
+
+@pytest.mark.parametrize("share", ["none", "input", "block"])
+def test_shapes_as_of_gaussian_weights_are_those_of_the_plan_and_fill_the_block(tiny_folder, text, tmp_path, share):
+    original = Original(tiny_folder, torch.float32, CPU)
+    target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "share": share, "allocation": "gaussian"}
+    clustering = stage(text, **target)
+    model, found = run(clustering, original, tmp_path)
+    outlined = clustering.method.outline_block(places(MetaModel(original.config, torch.float32, "cpu"))[0])
+    stored = {name: layer.stored for name, layer in compressed(blocks(model)[0]).items()}
+    assert clustering.method.exact and outlined.keys() == stored.keys()
+    assert all(outlined[name].spec() == weight.spec() for name, weight in stored.items())
+    size = sum(layer.out_features * layer.in_features for layer in compressed(model).values())
+    bits = sum(sum(layer.stored.ledger().values()) for layer in compressed(model).values()) / size
+    assert 2.6 < bits <= 3.0 and found["chosen"]
+
+
+def test_with_shapes_by_hand_there_is_nothing_to_fill(tiny_folder, text, tmp_path):
+    original = Original(tiny_folder, torch.float32, CPU)
+    ways = [run(stage(text, allocation=way), original, tmp_path / way)[0] for way in ("uniform", "fill")]
+    for (name, layer), (_, other) in zip(*(compressed(model).items() for model in ways), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(layer.state_dict().values(), other.state_dict().values())), name
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"share": "input", "storage": "int8"}, "share=input needs method.storage=float16"),
+        ({"allocation": "sensitivity"}, "sensitivity needs bits=3"),
+        (
+            {"allocation": "sensitivity", "share": "block", "bits": 3.0, "vector_dim": None, "codebook_size": None},
+            "several codebooks a block",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changed, words):
+    with pytest.raises(ValueError, match=words):
+        method(**changed)
+
+
+def test_what_was_chosen_is_counted_by_kind_of_layer():
+    found = {"layers.1.q": {"vector_dim": 4, "bits": 2.5}, "layers.10.q": {"vector_dim": 4, "bits": 2.5}}
+    found["layers.2.q"] = {"vector_dim": 3, "bits": 2.75}
+    table = chosen_table(found, [f"layers.{number}" for number in range(11)])
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()][2:] == [
+        ["q", "4", "2.500", "2"], ["q", "3", "2.750", "1"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", [{}, {"bits": 3.0, "vector_dim": None, "codebook_size": None}])
+@pytest.mark.parametrize("share", ["none", "block"])
+def test_inputs_that_overflow_are_told_with_the_layer(tiny_folder, text, target, share):
+    block = blocks(Original(tiny_folder, torch.float32, CPU).load_all())[0]
+    statistics = {}
+    for name, layer in linears(block).items():
+        statistics[name] = SecondMoment(full=True)
+        statistics[name].add(torch.full((2, layer.in_features), 1e30))
+    with pytest.raises(InputError, match=r"block\.self_attn\.q_proj.*: its inputs .* have NaN or infinity"):
+        stage(text, share=share, **target).compress_block(block, "block", 0, statistics)
