@@ -28,7 +28,6 @@ from cluscomp.models.original import Original, block_names, linears
 from cluscomp.models.walk import Walk
 from cluscomp.plan.meta import MetaModel
 from cluscomp.runs.experiment import Experiment
-from cluscomp.stages.cluster import places
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if "_target_" in path.read_text())
 BLOCK, BITS, MOST = 2, 3, 1.1
@@ -55,7 +54,7 @@ def measure(method: str) -> dict[str, Any]:
     model = original.model()
     walk = Walk(model)
     statistics: dict[str, Any] = {}
-    if cluster.method.statistic() is not None:
+    if cluster.method.sees():
         windows = torch.from_numpy(cluster._windows(original, 0))
         with torch.no_grad():
             stream = [walk.embed(ids_BT) for ids_BT in windows.split(cluster.batch_size)]
@@ -64,7 +63,7 @@ def measure(method: str) -> dict[str, Any]:
                     stream, statistics = cluster.observe(walk, index, stream, count=index == BLOCK)
     original.load_block(model, BLOCK)
     block = walk.blocks[BLOCK]
-    of_block = places(MetaModel(original.config, torch.float32, "cpu"))[BLOCK]
+    of_block = MetaModel(original.config, torch.float32, "cpu").places()[BLOCK]
     found, times = timed(lambda: cluster.compress_block(block, block_names(model)[BLOCK], 0, statistics, of_block))
     layers = [module.stored for module in block.modules() if hasattr(module, "stored")]
     weights = sum(layer.out_features * layer.in_features for layer in layers)
@@ -101,7 +100,7 @@ def beside_hqq(rounds: int) -> dict[str, dict[str, float]]:
 
     def ours() -> None:
         for weight_OI in dense:
-            method.compress(weight_OI, None, torch.Generator())
+            method.stored(weight_OI, None, torch.Generator())
 
     return paired({"hqq package": theirs, "hqq, ours": ours}, rounds)
 

@@ -2,7 +2,10 @@
 
 import torch
 
-from cluscomp.solve.layer import SecondMoment
+from cluscomp.methods import Method
+from cluscomp.plan import dry
+from cluscomp.plan.meta import Place
+from cluscomp.solve.layer import Layer, Seen
 
 
 def correlated(outputs: int, inputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,11 +32,25 @@ def heavy_tailed(size: int = 256, seed: int = 0) -> tuple[torch.Tensor, torch.Te
     return weight_OI, x_TI
 
 
-def statistic_of(x_TI: torch.Tensor) -> SecondMoment:
-    """What a method is shown of such inputs."""
-    statistic = SecondMoment(full=True)
-    statistic.add(x_TI)
-    return statistic
+def statistic_of(x_TI: torch.Tensor, *names: str) -> Seen:
+    """What a method is shown of such inputs; all there is, unless it is named."""
+    seen = Seen(names or ("moment", "magnitude"))
+    seen.add(x_TI)
+    return seen
+
+
+def made_by(method: Method, weight_OI: torch.Tensor, seen: Seen | None, generator: torch.Generator):
+    """The stored form that a method makes of a layer alone in its block. An error does not name the layer."""
+    try:
+        (found,) = method.compress({"layer": Layer(weight_OI, 0, seen, generator)})
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("layer: ")) from error
+    return found.stored["layer"]
+
+
+def planned(method: Method, *shape: int):
+    """The form that a method will make of a layer (O, I) alone in its block, as the planner has it."""
+    return dry.compress(method, {"layer": Place(*shape, 0)}, torch.float32).stored["layer"]
 
 
 def relative_error(weight_OI: torch.Tensor, dense_OI: torch.Tensor, x_TI: torch.Tensor) -> float:

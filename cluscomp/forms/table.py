@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from cluscomp.forms.uniform import PackedWeight, bounds, in_16_bits, spread
+from cluscomp.forms.uniform import PackedWeight, in_16_bits, of_groups, spread
 from cluscomp.kernels.codes import pack, packed_bytes
 from cluscomp.kernels.levels import best_levels
 
@@ -101,8 +101,11 @@ def tables_for(
     """
     if not bool(weight_OI.isfinite().all()):
         raise ValueError("NaN or infinity among its weights")
-    found = [
-        best_levels(weight_OI[:, group], importance_I[group].expand_as(weight_OI[:, group]), 2**width)
-        for group in bounds(weight_OI.shape[1], groups)
-    ]
-    return torch.stack(found, 1)
+
+    def levels(both_PGC: Tensor) -> Tensor:
+        """Of weights and, below them, what each counts: (2 O, g, C) -> (O, g, K)."""
+        weight_OGC, mass_OGC = both_PGC.chunk(2)
+        found_RK = best_levels(weight_OGC.flatten(0, 1), mass_OGC.flatten(0, 1), 2**width)
+        return found_RK.view(*weight_OGC.shape[:2], -1)
+
+    return of_groups(torch.cat([weight_OI, importance_I.expand_as(weight_OI)]), groups, levels)

@@ -1,6 +1,7 @@
 """Weights as whole numbers of a few bits on uniform grids: what round-to-nearest, GPTQ and AWQ store."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -232,6 +233,27 @@ def bounds(in_features: int, groups: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(ends)]
 
 
+def of_groups(values_OI: Float[Tensor, "O I"], groups: int, of: Callable[[Float[Tensor, "O G C"]], Tensor]) -> Tensor:
+    """What `of` makes of some groups' values, (O, g, C) -> (O, g, ...), for all groups: (O, I) -> (O, G, ...).
+
+    Groups of one size go together, so it is called at most twice.
+    """
+    outputs, inputs = values_OI.shape
+    if inputs % groups == 0:
+        return of(values_OI.unflatten(1, (groups, -1)))
+    parts = bounds(inputs, groups)
+    pieces: list[Tensor] = []
+    order: list[int] = []
+    for size in (inputs // groups, inputs // groups + 1):
+        alike = [number for number, part in enumerate(parts) if part.stop - part.start == size]
+        columns = [i for number in alike for i in range(parts[number].start, parts[number].stop)]
+        chosen_I = torch.tensor(columns, device=values_OI.device)
+        pieces.append(of(values_OI.index_select(1, chosen_I).view(outputs, len(alike), size)))
+        order += alike
+    back_G = torch.tensor([order.index(number) for number in range(groups)], device=values_OI.device)
+    return torch.cat(pieces, 1).index_select(1, back_G)
+
+
 def spread(values_OG: Float[Tensor, "O G"], in_features: int) -> Float[Tensor, "O I"]:
     """The value of each input's group: (O, G) -> (O, I)."""
     groups = values_OG.shape[1]
@@ -249,14 +271,20 @@ def grid_for(
     ways. `shrink` narrows it by that factor. Of 1 bit the two values are plus and minus the mean size, the best there
     are. Raises ValueError for weights that are not finite or too large for a 16-bit scale.
     """
+    mean_O = weight_OC.abs().mean(1) if symmetric and width == 1 else None
+    return _grid(weight_OC.amin(1) * shrink, weight_OC.amax(1) * shrink, mean_O, width, symmetric=symmetric)
+
+
+def _grid(low: Tensor, high: Tensor, mean: Tensor | None, width: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero from the least and largest weight of a group, and its mean size if symmetric and of 1 bit."""
     levels = 2**width - 1
-    low_O, high_O = weight_OC.amin(1).clamp(max=0) * shrink, weight_OC.amax(1).clamp(min=0) * shrink
+    low, high = low.clamp(max=0), high.clamp(min=0)
     if symmetric:
-        size_O = weight_OC.abs().mean(1) if width == 1 else torch.maximum(-low_O, high_O)
-        scale_O = in_16_bits(2 * size_O / levels).float()
-        return scale_O, torch.full_like(scale_O, middle(width))
-    scale_O = in_16_bits((high_O - low_O) / levels).float()
-    return scale_O, (-low_O / divisor(scale_O)).round().clamp(0, levels)
+        size = torch.maximum(-low, high) if mean is None else mean
+        scale = in_16_bits(2 * size / levels).float()
+        return scale, torch.full_like(scale, middle(width))
+    scale = in_16_bits((high - low) / levels).float()
+    return scale, (-low / divisor(scale)).round().clamp(0, levels)
 
 
 def divisor(scale: Tensor) -> Tensor:
@@ -273,9 +301,12 @@ def grids_for(
     weight_OI: Float[Tensor, "O I"], width: int, groups: int, *, symmetric: bool
 ) -> tuple[Float[Tensor, "O G"], Float[Tensor, "O G"]]:
     """Scales and zeros (O, G) of all groups of a weight (O, I); see `grid_for`."""
-    found = [grid_for(weight_OI[:, group], width, symmetric=symmetric) for group in bounds(weight_OI.shape[1], groups)]
-    scales, zeros = zip(*found)
-    return torch.stack(scales, 1), torch.stack(zeros, 1)
+    mean_OG = None
+    if symmetric and width == 1:
+        mean_OG = of_groups(weight_OI, groups, lambda part_OGC: part_OGC.abs().mean(2))
+    low_OG = of_groups(weight_OI, groups, lambda part_OGC: part_OGC.amin(2))
+    high_OG = of_groups(weight_OI, groups, lambda part_OGC: part_OGC.amax(2))
+    return _grid(low_OG, high_OG, mean_OG, width, symmetric=symmetric)
 
 
 def rounded_weight(

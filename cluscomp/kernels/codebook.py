@@ -33,8 +33,6 @@ class _Rebuild(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (packed,) = ctx.saved_tensors
-        if grad.is_meta:
-            return grad.float().contiguous().new_empty(ctx.shape, dtype=ctx.dtype), None, None, None, None
         return gradient(grad, packed, ctx.bits, *ctx.shape).to(ctx.dtype), None, None, None, None
 
 
@@ -155,6 +153,8 @@ def gradient(
     """
     I, O = grad_IO.shape
     _check_packed(packed, bits, I * -(-O // D))
+    if grad_IO.is_meta:
+        return grad_IO.float().contiguous().new_empty(K, D)
     if runs_triton(packed):
         from cluscomp.kernels import codebook_triton
 

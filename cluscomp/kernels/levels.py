@@ -1,10 +1,14 @@
 """K-means of many short rows of numbers, each solved exactly: compiled where possible, and the same in plain torch."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cluscomp.kernels.counting import report
 from cluscomp.kernels.loading import native, number_of_threads
+from cluscomp.kernels.work import Work
 
 
 def best_levels(
@@ -15,6 +19,10 @@ def best_levels(
     Levels rise; a row with fewer distinct numbers repeats its last. Masses (R, C) are not negative; a row without any
     counts its numbers alike. float32, on the values' device; without compiled kernels time grows with C^2 K.
     """
+    if values_RC.is_meta:
+        copies = [rows_RC.float().contiguous() for rows_RC in (values_RC, mass_RC)]
+        report(Work(traffic=40.0 * copies[0].numel() * number * math.log2(2 + values_RC.shape[1])))
+        return values_RC.new_empty(len(values_RC), number)
     if native is None:
         return best_levels_reference(values_RC, mass_RC, number)
     levels_RK = torch.empty(len(values_RC), number)

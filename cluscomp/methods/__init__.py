@@ -1,66 +1,17 @@
 """HOW a weight is compressed: the Method protocol. One file a method; methods do not import each other."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from cluscomp.solve.layer import Layer, Place
+from cluscomp.errors import named
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch is not needed to check settings
     import torch
     from torch import Tensor, nn
 
-    from cluscomp.kernels.work import Work
-    from cluscomp.solve.layer import SecondMoment
-
-
-@runtime_checkable
-class Method(Protocol):
-    """A way to compress one weight: a frozen settings class that sees tensors only, no model, path or global seed."""
-
-    @property
-    def exact(self) -> bool:
-        """Whether `outline` is what `compress` will store; otherwise the likeliest form."""
-        ...
-
-    def check(self, out_features: int, in_features: int) -> None:
-        """Raise ValueError, without the layer's name, if the settings cannot work for a weight of this shape."""
-        ...
-
-    def outline(self, out_features: int, in_features: int) -> "nn.Module":
-        """The stored form of a weight of this shape, empty, on the default device, for the planner; see `exact`."""
-        ...
-
-    def work(self, out_features: int, in_features: int) -> "Work":
-        """About how much `compress` will do for a weight of this shape."""
-        ...
-
-    def scratch(self, out_features: int, in_features: int) -> float:
-        """Bytes that `compress` will hold at most beside the weight in float32 and the statistic."""
-        ...
-
-    def statistic(self) -> "SecondMoment | None":
-        """A fresh accumulator of what the method wants to know of a layer's inputs; None: it needs no data."""
-        ...
-
-    def compress(
-        self, weight_OI: "Tensor", statistic: "SecondMoment | None", generator: "torch.Generator"
-    ) -> "nn.Module":
-        """Turn a finite dense weight (O, I) into a stored form (see `cluscomp.forms.Weight`).
-
-        `statistic` is what `statistic()` gave, having seen the layer's inputs. The result depends on the weight, the
-        statistic, the settings and the generator's seed alone. Raises ValueError as `check`.
-        """
-        ...
-
-
-@runtime_checkable
-class ByLayer(Method, Protocol):
-    """A method whose settings differ from layer to layer of a block, to spend what all layers together may take."""
-
-    def by_layer(self, matrices: dict[str, tuple[int, int]]) -> dict[str, Method]:
-        """The method with the settings for each layer (O, I) of a block, by name; asked for in its place."""
-        ...
+    from cluscomp.solve.layer import Layer, Seen
 
 
 @dataclass(frozen=True)
@@ -72,28 +23,39 @@ class Compressed:
 
 
 @runtime_checkable
-class BlockMethod(Method, Protocol):
-    """A method that is given the layers of a block at once, by name, to share or trade bits between them.
+class Method(Protocol):
+    """How the weights of one block are compressed: a frozen settings class that sees tensors only.
 
-    Each function is that of `Method` for a block, and is called in its place; errors begin with the layers' names.
+    The planner runs `compress` on weights without numbers (kernels/counting.py), so a method that is made of torch and
+    of what solve/ and forms/ offer is planned without a word of its own.
     """
 
-    def check_block(self, places: dict[str, Place]) -> None:
-        """As `Method.check`, for all layers of a block."""
+    def sees(self) -> frozenset[str]:
+        """What must be known of the layers' inputs, by the names of `solve.layer.Seen`; empty: no text is read."""
         ...
 
-    def outline_block(self, places: dict[str, Place]) -> "dict[str, nn.Module]":
-        """As `Method.outline`: the empty stored form of each layer."""
+    def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
+        """The stored form of every layer of a block (see `forms.Weight`), some layers at a time.
+
+        Layers that were given back are not looked at again. The result depends on the layers, the settings and the
+        generators' seeds alone. Raises ValueError, beginning with the layer's name, for what cannot be.
+        """
         ...
 
-    def work_block(self, places: dict[str, Place]) -> "Work":
-        """As `Method.work`, for all layers of a block."""
-        ...
 
-    def scratch_block(self, places: dict[str, Place]) -> float:
-        """As `Method.scratch`, at the worst moment of a block."""
-        ...
+class EachLayer(ABC):
+    """A method that works layer by layer."""
 
-    def compress_block(self, layers: dict[str, Layer]) -> Iterator[Compressed]:
-        """As `Method.compress`, some layers at a time; those that were given back are not looked at again."""
-        ...
+    @abstractmethod
+    def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "nn.Module":
+        """The stored form of a weight (O, I) in float32. Raises ValueError, without a name, if it cannot be.
+
+        `seen` is there if `sees` names something.
+        """
+
+    def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
+        """See `Method.compress`."""
+        for name, layer in list(layers.items()):
+            with named([name]):
+                stored = self.stored(layer.weight_OI.float(), layer.seen, layer.generator)
+            yield Compressed({name: stored}, {})

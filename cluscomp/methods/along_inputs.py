@@ -1,22 +1,29 @@
 """Length and size of codebooks along the inputs for a limit of stored bits; torch is not needed to check settings."""
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from cluscomp.errors import named
+from cluscomp.methods import Compressed
 from cluscomp.methods.on_grids import check_choice
 from cluscomp.settings import settings
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from cluscomp.forms.codebook import CodebookWeight
-    from cluscomp.solve.layer import SecondMoment
+    from cluscomp.solve.layer import Layer, Seen
     from cluscomp.solve.shapes import Matrices, Shape
 
 
 @settings
-class InputCodebooks:
+class InputCodebooks(ABC):
     """Settings that methods with codebooks along the inputs share, and what follows from them.
 
     Either `bits` is given, the most bits per weight that may be stored, and length D and size K of the codebooks are
@@ -42,47 +49,37 @@ class InputCodebooks:
         """M, the codebooks whose centroids are added."""
         return 1
 
-    @property
-    def exact(self) -> bool:
-        """Always: shapes alone decide."""
-        return True
+    def sees(self) -> frozenset[str]:
+        """The second moment of the inputs."""
+        return frozenset({"moment"})
 
-    def check(self, out_features: int, in_features: int) -> None:
-        """Whether the codebooks fit a weight of this shape; see `Method.check`."""
-        self.shape(out_features, in_features)
+    @abstractmethod
+    def stored(
+        self, weight_OI: "Tensor", seen: "Seen", generator: "torch.Generator", shape: "Shape"
+    ) -> "CodebookWeight":
+        """The stored form of a weight (O, I) in float32, with codebooks of this shape. Raises ValueError, no name."""
 
-    def outline(self, out_features: int, in_features: int) -> "CodebookWeight":
-        """The stored form; see `Method.outline`."""
-        from cluscomp.forms.codebook import CodebookWeight
+    def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
+        """See `Method.compress`."""
+        shapes = self.shapes({name: (*layer.weight_OI.shape,) for name, layer in layers.items()})
+        for name, shape in shapes.items():
+            layer = layers[name]
+            with named([name]):
+                stored = self.stored(layer.weight_OI.float(), layer.show(), layer.generator, shape)
+            yield Compressed({name: stored}, {})
 
-        shape = self.shape(out_features, in_features)
-        return CodebookWeight.empty(
-            out_features=out_features,
-            in_features=in_features,
-            axis="in",
-            vector_dim=shape.vector_dim,
-            codebook_size=shape.codebook_size,
-            codebooks=self.added,
-            storage=self.storage,
-        )
-
-    def statistic(self) -> "SecondMoment":
-        """The second moment of the inputs; see `Method.statistic`."""
-        from cluscomp.solve.layer import SecondMoment
-
-        return SecondMoment(full=True)
-
-    def by_layer(self, matrices: dict[str, tuple[int, int]]) -> dict[str, Self]:
-        """Settings for each layer (O, I) of a block, by name, that spend what all may take; see `ByLayer`."""
+    def shapes(self, matrices: "dict[str, tuple[int, int]]") -> "dict[str, Shape]":
+        """The shape of the codebooks of each layer (O, I) of a block, by name. Raises ValueError, beginning with it."""
         from cluscomp.solve.allocate import expected_shapes
 
+        found = {}
+        for name, matrix in matrices.items():
+            with named([name]):
+                found[name] = self.shape(*matrix)
         if self.allocation == "uniform" or self.bits is None:
-            return dict.fromkeys(matrices, self)
-        shapes = expected_shapes([[matrix] for matrix in matrices.values()], self._best, self.bits, self._quality)
-        return {
-            name: replace(self, bits=None, vector_dim=shape.vector_dim, codebook_size=shape.codebook_size)
-            for name, shape in zip(matrices, shapes)
-        }
+            return found
+        shared_out = expected_shapes([[matrix] for matrix in matrices.values()], self._best, self.bits, self._quality)
+        return dict(zip(matrices, shared_out))
 
     def shape(self, out_features: int, in_features: int) -> "Shape":
         """Length D and size K of each codebook for a weight (O, I): by hand, or the best within `bits` for all of them.

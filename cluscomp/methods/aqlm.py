@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cluscomp.forms.codebook import CodebookWeight
-    from cluscomp.kernels.work import Work
-    from cluscomp.solve.layer import SecondMoment
+    from cluscomp.solve.layer import Seen
+    from cluscomp.solve.shapes import Shape
 
 
 @settings
@@ -45,41 +45,20 @@ class Aqlm(InputCodebooks):
         """M: as many as `codebooks` says."""
         return self.codebooks
 
-    def work(self, out_features: int, in_features: int) -> "Work":
-        """K-means, and in each round losses of all candidates and conjugate gradients; see `Method.work`."""
-        from cluscomp.kernels.work import Work
-
-        shape, numbers = self.shape(out_features, in_features), float(out_features * in_features)
-        candidates = numbers / shape.vector_dim * shape.codebook_size * self.codebooks
-        squares = Work(flops=2.0 * in_features * numbers, traffic=24.0 * numbers * self.codebooks)
-        codes = Work(flops=2.0 * in_features * numbers, distances=candidates * self.beam)
-        work = Work(distances=candidates * self.iterations)
-        return work + codes * self.rounds + squares * (self.least_squares + 1) * (self.rounds + 1)
-
-    def scratch(self, out_features: int, in_features: int) -> float:
-        """Points and what is left of them, codes in 32 bits, losses of candidates; see `Method.scratch`."""
-        from cluscomp.solve.along_inputs import CANDIDATES
-
-        shape, numbers = self.shape(out_features, in_features), float(out_features * in_features)
-        codes = 8.0 * self.codebooks * numbers / shape.vector_dim
-        losses = 8.0 * min(CANDIDATES, self.beam * out_features * shape.codebook_size)
-        return 24 * numbers + codes + 8.0 * in_features**2 + losses
-
-    def compress(
-        self, weight_OI: "Tensor", statistic: "SecondMoment | None", generator: "torch.Generator"
+    def stored(
+        self, weight_OI: "Tensor", seen: "Seen", generator: "torch.Generator", shape: "Shape"
     ) -> "CodebookWeight":
-        """Find codes and codebooks of a weight (O, I); see `Method.compress`."""
+        """Find codes and codebooks of a weight (O, I); see `InputCodebooks.stored`."""
         import torch
 
         from cluscomp.forms.codebook import CodebookWeight, sub_vectors
+        from cluscomp.kernels.counting import alike
         from cluscomp.solve.along_inputs import descend, least_squares_codebooks, vector_weights
         from cluscomp.solve.along_outputs import damped
         from cluscomp.solve.kmeans import Recipe, kmeans
 
-        assert statistic is not None  # statistic() gave one
         outputs, inputs = weight_OI.shape
-        shape = self.shape(outputs, inputs)
-        moment_II = damped(statistic.matrix_II, self.damping)
+        moment_II = damped(seen.matrix_II, self.damping)
         recipe = Recipe(self.iterations, "kd", 1.9, move_centroids=True)
         importance_N = vector_weights(moment_II.diagonal(), outputs, shape.vector_dim)
         left_ND = sub_vectors(weight_OI, shape.vector_dim, "in")
@@ -90,7 +69,7 @@ class Aqlm(InputCodebooks):
             books.append(found.centroids_KD)
             left_ND = left_ND - found.centroids_KD[found.codes_N.long()]
         codes_MJO, books_MKD = torch.stack(codes), torch.stack(books)
-        for _ in range(self.rounds):
+        for _ in alike(range(self.rounds), weight_OI):
             books_MKD = least_squares_codebooks(weight_OI, codes_MJO, books_MKD, moment_II, self.least_squares)
             codes_MJO = descend(weight_OI, codes_MJO, books_MKD, moment_II, self.beam)
         books_MKD = least_squares_codebooks(weight_OI, codes_MJO, books_MKD, moment_II, self.least_squares)

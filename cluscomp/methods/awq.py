@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cluscomp.forms.uniform import UniformWeight
-    from cluscomp.kernels.work import Work
-    from cluscomp.solve.layer import SecondMoment
+    from cluscomp.solve.layer import Seen
 
 
 @settings
@@ -32,40 +31,21 @@ class Awq(WholeGrids):
     steps: int = Field(ge=1)
     clip: int = Field(ge=0, le=20)
 
-    def work(self, out_features: int, in_features: int) -> "Work":
-        """Rounding and the output's error for each a, and within the groups for each clip; see `Method.work`."""
-        from cluscomp.kernels.work import Work
+    def sees(self) -> frozenset[str]:
+        """The second moment of the inputs, and their mean size."""
+        return frozenset({"moment", "magnitude"})
 
-        numbers = float(out_features * in_features)
-        width = in_features / self.grid(out_features, in_features).groups
-        flops = 2.0 * numbers * (in_features * self.steps + width * self.clip)
-        return Work(flops=flops, traffic=60.0 * numbers * (self.steps + self.clip))
-
-    def scratch(self, out_features: int, in_features: int) -> float:
-        """The scaled weight, scales and zeros spread over it, its errors twice; see `Method.scratch`."""
-        return 40.0 * out_features * in_features
-
-    def statistic(self) -> "SecondMoment":
-        """The second moment of the inputs, and their mean size; see `Method.statistic`."""
-        from cluscomp.solve.layer import SecondMoment
-
-        return SecondMoment(full=True)
-
-    def compress(
-        self,
-        weight_OI: "Tensor",
-        statistic: "SecondMoment | None",
-        generator: "torch.Generator",  # noqa: ARG002
-    ) -> "UniformWeight":
-        """Round a weight (O, I) with scaled inputs; see `Method.compress`."""
+    def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "UniformWeight":
+        """Round a weight (O, I) with scaled inputs; see `EachLayer.stored`."""
         from cluscomp.forms.uniform import UniformWeight, grids_for, in_16_bits, nearest, spread
+        from cluscomp.kernels.counting import alike
         from cluscomp.solve.along_outputs import output_error
 
-        assert statistic is not None  # statistic() gave one
+        assert seen is not None  # sees() asks for it
         grid, inputs = self.grid(*weight_OI.shape), weight_OI.shape[1]
-        moment_II, size_I = statistic.matrix_II, statistic.magnitude_I.clamp(min=1e-4)
+        moment_II, size_I = seen.matrix_II, seen.magnitude_I.clamp(min=1e-4)
         best = None
-        for step in range(self.steps):
+        for step in alike(range(self.steps), weight_OI):
             scale_I = size_I ** (step / self.steps)
             scale_I = scale_I / (scale_I.max() * scale_I.min()).sqrt()
             inverse_I = in_16_bits(1 / scale_I).float()
@@ -90,13 +70,14 @@ class Awq(WholeGrids):
         import torch
 
         from cluscomp.forms.uniform import bounds, grid_for
+        from cluscomp.kernels.counting import alike
 
         scales, zeros = [], []
-        for group in bounds(weight_OI.shape[1], grid.groups):
+        for group in alike(bounds(weight_OI.shape[1], grid.groups), weight_OI):
             weight_OC, moment_CC = weight_OI[:, group], moment_II[group, group]
             least_O = torch.full_like(weight_OC[:, 0], torch.inf)
             best_O, best_zero_O = torch.zeros_like(least_O), torch.zeros_like(least_O)
-            for narrower in range(self.clip):
+            for narrower in alike(range(self.clip), weight_OI):
                 shrink = 1 - 0.05 * narrower
                 scale_O, zero_O = grid_for(weight_OC, grid.width, symmetric=grid.symmetric, shrink=shrink)
                 error_OC = self._error(weight_OC, scale_O[:, None], zero_O[:, None], grid.width)
@@ -106,7 +87,8 @@ class Awq(WholeGrids):
                 least_O = torch.minimum(error_O, least_O)
             scales.append(best_O)
             zeros.append(best_zero_O)
-        return torch.stack(scales, 1), torch.stack(zeros, 1)
+        of_all = (-1, grid.groups)  # where one stands for all
+        return torch.stack(scales, 1).expand(of_all), torch.stack(zeros, 1).expand(of_all)
 
     def _error(self, weight: "Tensor", scale: "Tensor", zero: "Tensor", width: int) -> "Tensor":
         """Values of the grid less the weights they stand for; all of one shape, or spread to it."""

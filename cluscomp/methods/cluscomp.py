@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from cluscomp.errors import named
 from cluscomp.methods import Compressed
 from cluscomp.methods.on_grids import check_choice
 from cluscomp.settings import settings
-from cluscomp.solve.layer import Layer, Place
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from cluscomp.forms.codebook import CodebookWeight
-    from cluscomp.kernels.work import Work
-    from cluscomp.solve.kmeans import Recipe
-    from cluscomp.solve.layer import SecondMoment
+    from cluscomp.solve.kmeans import Clustering, Recipe
+    from cluscomp.solve.layer import Layer
     from cluscomp.solve.shapes import Matrices, Shape
 
 
@@ -77,82 +75,22 @@ class ClusComp:
                 "method.allocation=sensitivity needs bits=3 (any number from 1 to 8) and several codebooks a "
                 "block, method.share=none or input, to share out bits between"
             )
-        if self.axis == "in" and self.statistic() is not None:
+        if self.axis == "in" and self.sees():
             raise ValueError(
                 f"method.axis=in needs method.weighting=none, method.assign=nearest, method.least_squares=0 and "
                 f"method.descent=0 (here {self.weighting}, {self.assign}, {self.least_squares} and {self.descent})"
             )
         return self
 
-    @property
-    def exact(self) -> bool:
-        """With a shape by hand, or the weights taken for Gaussian; else they decide between some shapes."""
-        return self.bits is None or self.allocation == "gaussian"
+    def sees(self) -> frozenset[str]:
+        """The second moment of the inputs or its diagonal, if an option asks for it."""
+        if self._full:
+            return frozenset({"moment"})
+        return frozenset() if self.weighting == "none" else frozenset({"diagonal"})
 
-    def check(self, out_features: int, in_features: int) -> None:
-        """Whether a codebook fits a weight of this shape; see `Method.check`."""
-        self._shapes([(out_features, in_features)], self.bits)
-
-    def check_block(self, places: dict[str, Place]) -> None:
-        """Whether a codebook fits each group of layers that share one; see `BlockMethod.check_block`."""
-        from cluscomp.solve.allocate import named
-
-        for names, matrices in self._groups(places):
-            with named(names):
-                self._shapes(matrices, self.bits)
-
-    def outline(self, out_features: int, in_features: int) -> "CodebookWeight":
-        """The stored form with the shape that is best for Gaussian weights; see `Method.outline`."""
-        matrices = [(out_features, in_features)]
-        return self._outline(matrices, *self._expected([matrices]))[0]
-
-    def outline_block(self, places: dict[str, Place]) -> "dict[str, nn.Module]":
-        """As `outline`, with shared codebooks; see `BlockMethod.outline_block`."""
-        groups = self._groups(places)
-        shapes = self._expected([matrices for _, matrices in groups])
-        return {
-            name: stored
-            for (names, matrices), shape in zip(groups, shapes)
-            for name, stored in zip(names, self._outline(matrices, shape))
-        }
-
-    def work(self, out_features: int, in_features: int) -> "Work":
-        """K-means, of candidates too, and where asked for codes by feedback and least squares; see `Method.work`."""
-        return self._work([(out_features, in_features)])
-
-    def work_block(self, places: dict[str, Place]) -> "Work":
-        """The sum over groups of layers; see `BlockMethod.work_block`."""
-        from cluscomp.kernels.work import Work
-
-        return sum((self._work(matrices) for _, matrices in self._groups(places)), start=Work())
-
-    def scratch(self, out_features: int, in_features: int) -> float:
-        """Points, their sorted copy and codes, or the inverse second moment in 64 bits; see `Method.scratch`."""
-        return self._scratch([(out_features, in_features)])
-
-    def scratch_block(self, places: dict[str, Place]) -> float:
-        """That of the largest group, of several layers their scaled weights too; see `BlockMethod.scratch_block`."""
-        return max(self._scratch(matrices) for _, matrices in self._groups(places))
-
-    def statistic(self) -> "SecondMoment | None":
-        """The second moment of the inputs or its diagonal, if an option asks for it; see `Method.statistic`."""
-        if not self._full and self.weighting == "none":
-            return None
-        from cluscomp.solve.layer import SecondMoment
-
-        return SecondMoment(full=self._full)
-
-    def compress(
-        self, weight_OI: "Tensor", statistic: "SecondMoment | None", generator: "torch.Generator"
-    ) -> "CodebookWeight":
-        """Cluster the sub-vectors of a weight (O, I); see `Method.compress`."""
-        place = Place(weight_OI.shape[0], weight_OI.shape[1], 0)
-        group = _Group([Layer(place, weight_OI, statistic, generator)], self)
-        return self._clustered(group, self._shapes_of([lambda: group])[0])[0]
-
-    def compress_block(self, layers: dict[str, Layer]) -> Iterator[Compressed]:
-        """Group after group of layers that share a codebook; see `BlockMethod.compress_block`."""
-        groups = [names for names, _ in self._groups({name: layer.place for name, layer in layers.items()})]
+    def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
+        """Group after group of layers that share a codebook; see `Method.compress`."""
+        groups = self._groups(layers)
 
         def opened(names: list[str]) -> "_Group":
             return _Group([layers[name] for name in names], self, names)
@@ -161,16 +99,13 @@ class ClusComp:
             stored = self._clustered(opened(names), shape)
             yield Compressed(dict(zip(names, stored)), asdict(shape))
 
-    def _groups(self, places: dict[str, Place]) -> "list[tuple[list[str], list[tuple[int, int]]]]":
-        """Names and shapes of the layers that share a codebook, group after group."""
-        keys = {"none": lambda name: name, "input": lambda name: places[name].input, "block": lambda _name: None}
+    def _groups(self, layers: "dict[str, Layer]") -> list[list[str]]:
+        """The names of the layers that share a codebook, group after group."""
+        keys = {"none": lambda name: name, "input": lambda name: layers[name].input, "block": lambda _name: None}
         groups: dict[Any, list[str]] = {}
-        for name in places:
+        for name in layers:
             groups.setdefault(keys[self.share](name), []).append(name)
-        return [
-            (names, [(places[name].out_features, places[name].in_features) for name in names])
-            for names in groups.values()
-        ]
+        return list(groups.values())
 
     def _shapes(self, matrices: "Matrices", bits: float | None) -> "list[Shape]":
         """What may be chosen from for the codebook of matrices of these shapes."""
@@ -188,76 +123,6 @@ class ClusComp:
             )
         shape = self.vector_dim, self.codebook_size
         return [Shape(*shape, stored_bits(matrices, self.axis, *shape, self.storage))]
-
-    def _expected(self, groups: "Sequence[Matrices]") -> "list[Shape]":
-        """The shapes that groups of matrices would have if their weights were Gaussian, all of one variance."""
-        from cluscomp.solve.allocate import expected_shapes
-        from cluscomp.solve.shapes import expected_bits
-
-        if self.allocation not in ("fill", "gaussian") or not self._shared_out(len(groups)):
-            return [max(self._shapes(matrices, self.bits), key=expected_bits) for matrices in groups]
-        assert self.bits is not None  # _shared_out
-        return expected_shapes(groups, self._shapes, self.bits)
-
-    def _outline(self, matrices: "Matrices", shape: "Shape") -> "list[CodebookWeight]":
-        from cluscomp.forms.codebook import CodebookWeight
-
-        stored = [
-            CodebookWeight.empty(
-                out_features=out_features,
-                in_features=in_features,
-                axis=self.axis,
-                vector_dim=shape.vector_dim,
-                codebook_size=shape.codebook_size,
-                codebooks=1,
-                storage=self.storage,
-                scaled=len(matrices) > 1,
-            )
-            for out_features, in_features in matrices
-        ]
-        for weight in stored[1:]:
-            weight.follow(stored[0])
-        return stored
-
-    def _work(self, matrices: "Matrices") -> "Work":
-        from cluscomp.forms.codebook import num_sub_vectors
-        from cluscomp.kernels.work import Work
-        from cluscomp.solve.shapes import MEASURE_ITERATIONS, SAMPLE, SHORTLIST, around, expected_bits
-
-        shapes = sorted(self._shapes(matrices, self.bits), key=expected_bits, reverse=True)[:SHORTLIST]
-        measured = list(shapes) if len(shapes) > 1 and self.allocation != "gaussian" else []
-        if self.allocation in ("fill", "sensitivity") and self.bits is not None:
-            measured += around(partial(self._shapes, matrices), self.bits, self.floor)
-        work = Work()
-        for shape in measured:
-            vectors = sum(num_sub_vectors(*matrix, shape.vector_dim, self.axis) for matrix in matrices)
-            sample = min(vectors, max(SAMPLE, 16 * shape.codebook_size))
-            work += _lloyd(sample, shape, min(MEASURE_ITERATIONS, self.iterations)) * 1.4  # it hardly settles
-            work += Work(traffic=100.0 * sum(out_features * in_features for out_features, in_features in matrices))
-        vectors = sum(num_sub_vectors(*matrix, shapes[0].vector_dim, self.axis) for matrix in matrices)
-        work += _lloyd(vectors, shapes[0], self.iterations)
-        passes = (self.assign == "hessian") + self.descent  # in which every code is chosen anew
-        work += Work(distances=float(vectors) * shapes[0].codebook_size) * passes
-        for out_features, in_features in matrices:
-            numbers = out_features * in_features
-            work += Work(flops=2.0 * in_features * numbers, traffic=12.0 * numbers) * passes
-            if self.assign == "hessian":
-                work += Work(flops=2.0 * in_features**3)
-            if self.least_squares:
-                products = (self.least_squares + 1) * (self.descent + 1)
-                work += Work(flops=2.0 * in_features * numbers, traffic=16.0 * numbers) * products
-        return work
-
-    def _scratch(self, matrices: "Matrices") -> float:
-        numbers = [float(out_features * in_features) for out_features, in_features in matrices]
-        moments = [float(in_features) ** 2 for _, in_features in matrices]
-        scaled = 4 * sum(numbers) if len(matrices) > 1 else 0.0
-        damped = 4 * sum(moments) if self._full else 0.0
-        kmeans = 12 * sum(numbers)
-        feedback = 8 * max(numbers) + 20 * max(moments) + damped if self.assign == "hessian" else 0.0
-        descent = 12 * max(numbers) + damped if self.descent else 0.0
-        squares = 4 * sum(numbers) + 12 * max(numbers) + damped if self.least_squares else 0.0
-        return scaled + max(kmeans, feedback, descent, squares)
 
     @property
     def _full(self) -> bool:
@@ -296,12 +161,9 @@ class ClusComp:
         import torch
 
         from cluscomp.forms.codebook import CodebookWeight, num_sub_vectors
-        from cluscomp.solve.allocate import named
-        from cluscomp.solve.kmeans import kmeans
 
         with named(group.names):
-            points_ND, weights_N = group.points(shape.vector_dim)
-            found = kmeans(points_ND, shape.codebook_size, self._recipe, group.generator, weights_N)
+            found = group.kmeans(shape, self._recipe)
             counts = [num_sub_vectors(*matrix, shape.vector_dim, self.axis) for matrix in group.matrices]
             codes, centroids_KD = list(found.codes_N.split(counts)), found.centroids_KD
             if self._full:
@@ -360,10 +222,10 @@ class _Group:
     counts by its relative error. Scales are relative to the size of all, so that the codebook is as large as weights.
     """
 
-    def __init__(self, layers: list[Layer], method: ClusComp, names: Sequence[str] = ()) -> None:
+    def __init__(self, layers: "list[Layer]", method: ClusComp, names: Sequence[str] = ()) -> None:
         self._layers, self._method, self.names = layers, method, names
         self.weights = [layer.weight_OI.float() for layer in layers]
-        self.matrices = [(layer.place.out_features, layer.place.in_features) for layer in layers]
+        self.matrices = [(layer.weight_OI.shape[0], layer.weight_OI.shape[1]) for layer in layers]
         self.numbers = sum(weight.numel() for weight in self.weights)
         self.generator = layers[0].generator
         self.scales: list[float | None] = [None]
@@ -383,10 +245,17 @@ class _Group:
             return _joined(points), None
         counts = []
         for layer, (out_features, in_features) in zip(self._layers, self.matrices):
-            diagonal_I = _seen(layer).diagonal_I
+            diagonal_I = layer.show().diagonal_I
             vectors = num_sub_vectors(out_features, in_features, vector_dim, self._method.axis)
             counts.append((diagonal_I / self._mean(diagonal_I)).repeat_interleave(vectors // in_features))
         return _joined(points), _joined(counts)
+
+    def kmeans(self, shape: "Shape", recipe: "Recipe") -> "Clustering":
+        """Centroids and codes of all sub-vectors."""
+        from cluscomp.solve.kmeans import kmeans
+
+        points_ND, weights_N = self.points(shape.vector_dim)
+        return kmeans(points_ND, shape.codebook_size, recipe, self.generator, weights_N)
 
     def moments(self) -> "list[Tensor]":
         """The damped second moment (I, I) of each layer's inputs, one for layers with one input."""
@@ -394,11 +263,11 @@ class _Group:
 
         made: dict[int, Tensor] = {}
         for layer in self._layers:
-            if layer.place.input not in made:
-                made[layer.place.input] = damped(_seen(layer).matrix_II, self._method.damping)
+            if layer.input not in made:
+                made[layer.input] = damped(layer.show().matrix_II, self._method.damping)
                 if len(self._layers) > 1:
-                    made[layer.place.input] /= self._mean(made[layer.place.input].diagonal())
-        return [made[layer.place.input] for layer in self._layers]
+                    made[layer.input] /= self._mean(made[layer.input].diagonal())
+        return [made[layer.input] for layer in self._layers]
 
     @property
     def energy(self) -> float:
@@ -411,24 +280,7 @@ class _Group:
         return float(diagonal_I.mean()) or 1.0 if len(self._layers) > 1 else 1.0
 
 
-def _seen(layer: Layer) -> "SecondMoment":
-    assert layer.statistic is not None  # the settings ask for it, so whoever calls has it
-    return layer.statistic
-
-
 def _joined(parts: "list[Tensor]") -> "Tensor":
     import torch
 
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _lloyd(vectors: int, shape: "Shape", iterations: int) -> "Work":
-    """K-means of some sub-vectors. The index visits more for each dimension, and the more so the more centroids.
-
-    Fitted to what `benchmarks/kmeans.py` measured for D = 4 to 12 and K = 256 to 65,500, within 40 %.
-    """
-    from cluscomp.kernels.work import Work
-
-    dim, size = shape.vector_dim, shape.codebook_size
-    harder = max(dim - 3, 0.5) ** 1.5 * (size / 4096) ** (0.1 * max(dim - 4, 0))
-    return Work(pruned=float(vectors) * iterations * harder)

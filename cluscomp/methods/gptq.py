@@ -12,9 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cluscomp.forms.uniform import UniformWeight
-    from cluscomp.kernels.work import Work
     from cluscomp.solve.along_outputs import Wanted
-    from cluscomp.solve.layer import SecondMoment
+    from cluscomp.solve.layer import Seen
 
 
 @settings
@@ -41,45 +40,28 @@ class Gptq(WholeGrids):
             raise ValueError("method.act_order=true needs method.static_groups=true")
         return self
 
-    def work(self, out_features: int, in_features: int) -> "Work":
-        """The inverse of the second moment and the corrections; see `Method.work`."""
-        from cluscomp.kernels.work import Work
+    def sees(self) -> frozenset[str]:
+        """The second moment of the inputs."""
+        return frozenset({"moment"})
 
-        numbers = float(out_features * in_features)
-        return Work(flops=2.0 * in_features**3 + 2.0 * in_features * numbers, traffic=120.0 * numbers)
-
-    def scratch(self, out_features: int, in_features: int) -> float:
-        """The weight with its corrections, its numbers, the inverse in 64 bits; see `Method.scratch`."""
-        return 24.0 * out_features * in_features + 24.0 * in_features**2
-
-    def statistic(self) -> "SecondMoment":
-        """The second moment of the inputs; see `Method.statistic`."""
-        from cluscomp.solve.layer import SecondMoment
-
-        return SecondMoment(full=True)
-
-    def compress(
-        self,
-        weight_OI: "Tensor",
-        statistic: "SecondMoment | None",
-        generator: "torch.Generator",  # noqa: ARG002
-    ) -> "UniformWeight":
-        """Round a weight (O, I) with error feedback; see `Method.compress`."""
+    def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "UniformWeight":
+        """Round a weight (O, I) with error feedback; see `EachLayer.stored`."""
         import torch
 
         from cluscomp.forms.uniform import UniformWeight, bounds, grid_for, grids_for, nearest
+        from cluscomp.kernels.counting import numbers
         from cluscomp.solve.along_outputs import damped, feedback
 
-        assert statistic is not None  # statistic() gave one
+        assert seen is not None  # sees() asks for it
         grid, inputs = self.grid(*weight_OI.shape), weight_OI.shape[1]
-        moment_II = damped(statistic.matrix_II, self.damping)
+        moment_II = damped(seen.matrix_II, self.damping)
         scales_OG, zeros_OG = grids_for(weight_OI, grid.width, grid.groups, symmetric=grid.symmetric)
         groups = bounds(inputs, grid.groups)
         group_of = [number for number, group in enumerate(groups) for _ in range(group.start, group.stop)]
         order_I = torch.arange(inputs, device=weight_OI.device)
         if self.act_order:
             order_I = moment_II.diagonal().argsort(descending=True, stable=True)
-        order = order_I.tolist()
+        order = numbers(order_I)
         codes_IO = torch.empty(inputs, len(weight_OI), dtype=torch.int32, device=weight_OI.device)
 
         def choose(i: int, wanted: "Wanted", _factor: "Tensor") -> "Tensor":

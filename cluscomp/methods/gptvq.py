@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cluscomp.forms.codebook import CodebookWeight
-    from cluscomp.kernels.work import Work
-    from cluscomp.solve.layer import SecondMoment
+    from cluscomp.solve.layer import Seen
+    from cluscomp.solve.shapes import Shape
 
 
 @settings
@@ -35,34 +35,17 @@ class Gptvq(InputCodebooks):
     least_squares: int = Field(ge=0)
     damping: float = Field(gt=0, le=1)
 
-    def work(self, out_features: int, in_features: int) -> "Work":
-        """K-means, the inverse of the second moment and the corrections, conjugate gradients; see `Method.work`."""
-        from cluscomp.kernels.work import Work
-
-        shape, numbers = self.shape(out_features, in_features), float(out_features * in_features)
-        search = Work(distances=numbers / shape.vector_dim * shape.codebook_size)
-        squares = Work(flops=2.0 * in_features * numbers, traffic=24.0 * numbers)
-        feedback = Work(flops=2.0 * in_features**3 + 2.0 * in_features * numbers, traffic=20.0 * numbers)
-        return search * (self.iterations + 1) + feedback + squares * (self.least_squares + 1)
-
-    def scratch(self, out_features: int, in_features: int) -> float:
-        """Points and their sorted copy, or the inverse second moment in 64 bits; see `Method.scratch`."""
-        numbers, moment = float(out_features * in_features), float(in_features) ** 2
-        return 24 * numbers + 24 * moment
-
-    def compress(
-        self, weight_OI: "Tensor", statistic: "SecondMoment | None", generator: "torch.Generator"
+    def stored(
+        self, weight_OI: "Tensor", seen: "Seen", generator: "torch.Generator", shape: "Shape"
     ) -> "CodebookWeight":
-        """Find codes and codebook of a weight (O, I); see `Method.compress`."""
+        """Find codes and codebook of a weight (O, I); see `InputCodebooks.stored`."""
         from cluscomp.forms.codebook import CodebookWeight, centroid_values, sub_vectors
         from cluscomp.solve.along_inputs import feedback_vectors, least_squares_codebooks, vector_weights
         from cluscomp.solve.along_outputs import damped
         from cluscomp.solve.kmeans import Recipe, kmeans, nearest
 
-        assert statistic is not None  # statistic() gave one
         outputs, inputs = weight_OI.shape
-        shape = self.shape(outputs, inputs)
-        moment_II = damped(statistic.matrix_II, self.damping)
+        moment_II = damped(seen.matrix_II, self.damping)
         found = kmeans(
             sub_vectors(weight_OI, shape.vector_dim, "in"),
             shape.codebook_size,

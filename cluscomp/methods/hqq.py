@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cluscomp.forms.uniform import UniformWeight, Zeros
-    from cluscomp.kernels.work import Work
-    from cluscomp.solve.layer import SecondMoment
+    from cluscomp.solve.layer import Seen
 
 
 @settings
@@ -39,39 +38,28 @@ class Hqq(Grids):
         """Any numbers of 16 bits."""
         return "float16"
 
-    def work(self, out_features: int, in_features: int) -> "Work":
-        """Some passes over the weight for each iteration; see `Method.work`."""
-        from cluscomp.kernels.work import Work
+    def sees(self) -> frozenset[str]:
+        """Nothing."""
+        return frozenset()
 
-        return Work(traffic=100.0 * out_features * in_features * (self.iterations + 1))
-
-    def scratch(self, out_features: int, in_features: int) -> float:
-        """The weight's numbers, its error and the error's sparse part; see `Method.scratch`."""
-        return 32.0 * out_features * in_features
-
-    def statistic(self) -> None:
-        """None: no data is looked at."""
-        return
-
-    def compress(
-        self,
-        weight_OI: "Tensor",
-        statistic: "SecondMoment | None",  # noqa: ARG002
-        generator: "torch.Generator",  # noqa: ARG002
-    ) -> "UniformWeight":
-        """Fit zeros to a weight (O, I) and round it; see `Method.compress`."""
+    def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "UniformWeight":
+        """Fit zeros to a weight (O, I) and round it; see `EachLayer.stored`."""
         import torch
 
-        from cluscomp.forms.uniform import UniformWeight, bounds, divisor, in_16_bits, nearest, spread
+        from cluscomp.forms.uniform import UniformWeight, divisor, in_16_bits, nearest, of_groups, spread
+        from cluscomp.kernels.counting import alike
 
         grid, inputs = self.grid(*weight_OI.shape), weight_OI.shape[1]
-        groups = bounds(inputs, grid.groups)
-        low_OG = torch.stack([weight_OI[:, group].amin(1) for group in groups], 1)
-        high_OG = torch.stack([weight_OI[:, group].amax(1) for group in groups], 1)
+
+        def mean(part_OGC: "Tensor") -> "Tensor":
+            return part_OGC.mean(2)
+
+        low_OG = of_groups(weight_OI, grid.groups, lambda part_OGC: part_OGC.amin(2))
+        high_OG = of_groups(weight_OI, grid.groups, lambda part_OGC: part_OGC.amax(2))
         if grid.width == 1:
-            mean_OG = torch.stack([weight_OI[:, group].mean(1) for group in groups], 1)
+            mean_OG = of_groups(weight_OI, grid.groups, mean)
             away_OI = (weight_OI - spread(mean_OG, inputs)).abs()
-            away_OG = torch.stack([away_OI[:, group].mean(1) for group in groups], 1)
+            away_OG = of_groups(away_OI, grid.groups, mean)
             low_OG, high_OG = mean_OG - away_OG, mean_OG + away_OG
         flat_OG = low_OG == high_OG  # one number, or all the same: from it to 0
         low_OG = torch.where(flat_OG, low_OG.clamp(max=0), low_OG)
@@ -80,21 +68,21 @@ class Hqq(Grids):
         zeros_OG = in_16_bits(-low_OG / divisor(scales_OG)).float()
         scale_OI = spread(divisor(scales_OG), inputs)
         steps_OI = weight_OI / scale_OI  # what follows is in steps of the grids
-        best, least, beta = zeros_OG, torch.inf, self.beta
-        for turn in range(self.iterations + 1):
+        best, least, beta = zeros_OG, torch.tensor(torch.inf, device=weight_OI.device), self.beta
+        for turn in alike(range(self.iterations + 1), weight_OI):
             zero_OI = spread(zeros_OG, inputs)
             codes_OI = (steps_OI + zero_OI).round_().clamp_(0, 2**grid.width - 1)
             error_OI = (steps_OI + zero_OI).sub_(codes_OI).mul_(scale_OI)
             size_OI = error_OI.abs()
-            now = float(size_OI.mean())
-            if now >= least:
+            now = size_OI.mean()
+            if not bool(now < least):
                 break
             best, least = zeros_OG, now
             if turn < self.iterations:
                 shrunk_OI = size_OI.sub_(size_OI.pow(self.norm - 1).div_(beta)).clamp_(min=0)
                 sparse_OI = shrunk_OI.copysign_(error_OI).div_(scale_OI)
                 wanted_OI = codes_OI.sub_(steps_OI).add_(sparse_OI)
-                zeros_OG = in_16_bits(torch.stack([wanted_OI[:, group].mean(1) for group in groups], 1)).float()
+                zeros_OG = in_16_bits(of_groups(wanted_OI, grid.groups, mean)).float()
                 beta *= self.kappa
         codes_OI = nearest(weight_OI, scale_OI, spread(best, inputs), grid.width)
         return UniformWeight.from_codes(codes_OI, scales_OG, best, grid.width)

@@ -1,16 +1,17 @@
 """Width and groups of a uniform grid for a limit of stored bits; torch is not needed to check settings."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pydantic import Field, model_validator
 
+from cluscomp.methods import EachLayer
 from cluscomp.settings import settings
 
 if TYPE_CHECKING:
-    from cluscomp.forms.uniform import UniformWeight, Zeros
+    from cluscomp.forms.uniform import Zeros
 
 SCALE_BITS = 16  # of a group's scale, and of an input's
 MAX_WIDTH = 8
@@ -110,22 +111,8 @@ def widest(
     )
 
 
-def outline(out_features: int, in_features: int, grid: Grid, *, scaled_inputs: bool = False) -> "UniformWeight":
-    """The stored form of a grid, empty, on the default device."""
-    from cluscomp.forms.uniform import UniformWeight
-
-    return UniformWeight.empty(
-        out_features=out_features,
-        in_features=in_features,
-        width=grid.width,
-        groups=grid.groups,
-        zeros=grid.zeros,
-        scaled_inputs=scaled_inputs,
-    )
-
-
 @settings
-class Groups(ABC):
+class Groups(EachLayer):
     """Settings of methods that store numbers of a few bits, and something for each group of an output's inputs.
 
     Either `bits` is given, the most bits per weight that may be stored, and width and groups are chosen for each matrix
@@ -141,18 +128,9 @@ class Groups(ABC):
         check_choice(self.bits, width=self.width, group=self.group)
         return self
 
-    @property
-    def exact(self) -> bool:
-        """Always: shapes alone decide."""
-        return True
-
     @abstractmethod
     def grid(self, out_features: int, in_features: int) -> Grid:
         """The grid for a weight (O, I). Raises ValueError if none meets the limit."""
-
-    def check(self, out_features: int, in_features: int) -> None:
-        """Whether some grid meets the limit; see `Method.check`."""
-        self.grid(out_features, in_features)
 
 
 @settings
@@ -180,12 +158,6 @@ class Grids(Groups):
             group=self.group,
             zeros=self.zeros,
             scaled_inputs=self.scaled_inputs,
-        )
-
-    def outline(self, out_features: int, in_features: int) -> "UniformWeight":
-        """The stored form; see `Method.outline`."""
-        return outline(
-            out_features, in_features, self.grid(out_features, in_features), scaled_inputs=self.scaled_inputs
         )
 
 

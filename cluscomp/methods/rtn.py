@@ -10,8 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cluscomp.forms.uniform import UniformWeight
-    from cluscomp.kernels.work import Work
-    from cluscomp.solve.layer import SecondMoment
+    from cluscomp.solve.layer import Seen
 
 
 @settings
@@ -21,27 +20,12 @@ class RoundToNearest(WholeGrids):
     `bits`, `width`, `group` and `symmetric` choose the grids, as `WholeGrids` says.
     """
 
-    def work(self, out_features: int, in_features: int) -> "Work":
-        """A few passes over the weight; see `Method.work`."""
-        from cluscomp.kernels.work import Work
+    def sees(self) -> frozenset[str]:
+        """Nothing."""
+        return frozenset()
 
-        return Work(traffic=60.0 * out_features * in_features)
-
-    def scratch(self, out_features: int, in_features: int) -> float:
-        """Scales and zeros spread over the weight, and its numbers before they are packed; see `Method.scratch`."""
-        return 24.0 * out_features * in_features
-
-    def statistic(self) -> None:
-        """None: no data is looked at."""
-        return
-
-    def compress(
-        self,
-        weight_OI: "Tensor",
-        statistic: "SecondMoment | None",  # noqa: ARG002
-        generator: "torch.Generator",  # noqa: ARG002
-    ) -> "UniformWeight":
-        """Round a weight (O, I); see `Method.compress`."""
+    def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "UniformWeight":
+        """Round a weight (O, I); see `EachLayer.stored`."""
         from cluscomp.forms.uniform import grids_for, rounded_weight
 
         grid = self.grid(*weight_OI.shape)

@@ -1,6 +1,5 @@
 """SqueezeLLM: each weight one of a few values that are free for every output (arXiv 2306.07629), the dense part."""
 
-import math
 from typing import TYPE_CHECKING, Literal
 
 from cluscomp.methods.on_grids import Grid, Groups, widest
@@ -11,8 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cluscomp.forms.table import TableWeight
-    from cluscomp.kernels.work import Work
-    from cluscomp.solve.layer import SecondMoment
+    from cluscomp.solve.layer import Seen
 
 
 @settings
@@ -38,43 +36,14 @@ class SqueezeLlm(Groups):
 
         return widest(out_features, in_features, sized, bits=self.bits, width=self.width, group=self.group)
 
-    def outline(self, out_features: int, in_features: int) -> "TableWeight":
-        """The stored form; see `Method.outline`."""
-        from cluscomp.forms.table import TableWeight
+    def sees(self) -> frozenset[str]:
+        """The mean square of the inputs, if `weighting` asks for it."""
+        return frozenset() if self.weighting == "none" else frozenset({"diagonal"})
 
-        grid = self.grid(out_features, in_features)
-        return TableWeight.empty(
-            out_features=out_features, in_features=in_features, width=grid.width, groups=grid.groups
-        )
-
-    def work(self, out_features: int, in_features: int) -> "Work":
-        """For each value the places where a group of sorted weights may end; see `Method.work`."""
-        from cluscomp.kernels.work import Work
-
-        grid, numbers = self.grid(out_features, in_features), float(out_features * in_features)
-        return Work(traffic=40.0 * numbers * 2**grid.width * math.log2(2 + in_features / grid.groups))
-
-    def scratch(self, out_features: int, in_features: int) -> float:
-        """One group's weights and masses, the numbers before they are packed; see `Method.scratch`."""
-        return 24.0 * out_features * in_features
-
-    def statistic(self) -> "SecondMoment | None":
-        """The mean square of the inputs, if `weighting` asks for it; see `Method.statistic`."""
-        if self.weighting == "none":
-            return None
-        from cluscomp.solve.layer import SecondMoment
-
-        return SecondMoment(full=False)
-
-    def compress(
-        self,
-        weight_OI: "Tensor",
-        statistic: "SecondMoment | None",
-        generator: "torch.Generator",  # noqa: ARG002
-    ) -> "TableWeight":
-        """Find the tables of a weight (O, I); see `Method.compress`."""
+    def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "TableWeight":
+        """Find the tables of a weight (O, I); see `EachLayer.stored`."""
         from cluscomp.forms.table import TableWeight, tables_for
 
         grid = self.grid(*weight_OI.shape)
-        importance_I = weight_OI.new_ones(weight_OI.shape[1]) if statistic is None else statistic.diagonal_I
+        importance_I = weight_OI.new_ones(weight_OI.shape[1]) if seen is None else seen.diagonal_I
         return TableWeight.nearest(weight_OI, tables_for(weight_OI, importance_I, grid.width, grid.groups))

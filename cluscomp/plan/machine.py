@@ -14,7 +14,8 @@ from cluscomp.settings import settings
 GIB = 2**30
 CALIBRATION = "machine.json"  # in the cache: what `cluscomp plan --calibrate` measured on this machine
 # Work of a core without a calibration: half of what notes and benchmarks saw on one AVX-512 core.
-CORE = {"flops": 70e9, "traffic": 2e9, "read": 0.5e9, "distances": 3e9, "pruned": 8e6}
+CORE = {"flops": 70e9, "traffic": 2e9, "read": 0.5e9, "distances": 3e9, "pruned": 8e6, "calls": 2e5}
+ONE_CORE = ("read", "calls")  # what several cores do no faster
 
 
 @settings
@@ -56,7 +57,7 @@ def limits(machine: Machine, device: str, cache: Path) -> Limits:
     ram = ram_for_this_process() if machine.ram is None else machine.ram * GIB
     vram, rates, calibrated = None, dict(CORE), False
     if device == "cpu":
-        rates = {name: rate * (1 if name == "read" else cores()) for name, rate in CORE.items()}
+        rates = {name: rate * (1 if name in ONE_CORE else cores()) for name, rate in CORE.items()}
         rates, calibrated = _measured(cache, rates)
     else:
         tflops, bandwidth = machine.tflops or 50.0, machine.bandwidth or 500.0

@@ -1,22 +1,21 @@
 """A model's outline: its shapes without its weights, walked to learn what a stage will hold and do."""
 
-import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms.layers import Size, empty_layers, size_of
 from cluscomp.forms.linear import compressed, unique_tensors
+from cluscomp.kernels.counting import Count
 from cluscomp.kernels.work import Work
 from cluscomp.models.original import blocks, check_supported, linears, quantizer
 from cluscomp.models.walk import Walk
@@ -32,6 +31,14 @@ class Pass:
 
     peak: float
     work: Work
+
+
+class Place(NamedTuple):
+    """Shape of a layer (O, I) and where it stands in its block: those with one `input` read the same tensor."""
+
+    out_features: int
+    in_features: int
+    input: int
 
 
 class MetaModel:
@@ -126,14 +133,16 @@ class MetaModel:
         """Bytes of mapped files that count as memory while a compressed model is read; on a GPU nothing waits there."""
         return float(self.checkpoint_bytes()) if self.device == "cpu" else 0.0
 
-    def inputs(self) -> list[dict[str, int]]:
-        """For each block the number of the input of each of its dense linear layers: equal for those that share one."""
+    def places(self) -> list[dict[str, Place]]:
+        """The dense linear layers of each block, by name."""
         walk, _, hidden_BTH = self._embedded(1, 2)
         found = []
         for index, block in enumerate(walk.blocks):
-            _, entering = walk.observe(index, block, hidden_BTH, list(linears(block)))
+            layers = linears(block)
+            _, entering = walk.observe(index, block, hidden_BTH, list(layers))
             numbers: dict[int, int] = {}
-            found.append({name: numbers.setdefault(id(x), len(numbers)) for name, x in entering.items()})
+            inputs = {name: numbers.setdefault(id(x), len(numbers)) for name, x in entering.items()}
+            found.append({name: Place(one.out_features, one.in_features, inputs[name]) for name, one in layers.items()})
         return found
 
     def codebook_numbers(self, module: nn.Module) -> int:
@@ -176,7 +185,7 @@ class MetaModel:
 
     def _embedded(self, batch: int, length: int) -> tuple[Walk, nn.Module, Tensor]:
         walk = Walk(self.model)
-        with _Yes():
+        with Count():
             return walk, self.block, walk.embed(torch.zeros(batch, length, dtype=torch.long, device="meta"))
 
     def _walk(self, batch: int, length: int, train: bool) -> Pass:
@@ -191,7 +200,7 @@ class MetaModel:
                 parameter.requires_grad_(True)
         target_BTH = torch.empty_like(hidden_BTH)
         with ExitStack() as stack:
-            count = stack.enter_context(_Count())
+            count = stack.enter_context(Count())
             stack.enter_context(_Attention(count))
             stack.enter_context(torch.set_grad_enabled(train))
             output_BTH = walk.apply(index, block, hidden_BTH)
@@ -202,7 +211,7 @@ class MetaModel:
         for parameter in dense:
             parameter.requires_grad_(False)
             parameter.grad = None
-        return Pass(count.peak, Work(flops=count.flops, traffic=count.traffic))
+        return Pass(count.peak, count.work)
 
     def size(self) -> Size:
         """The ledger as it will be."""
@@ -222,50 +231,10 @@ class MetaModel:
         return checkpoint.file_bytes({name: (dtype(name, tensor), tensor.shape) for name, tensor in tensors.items()})
 
 
-class _Count(TorchDispatchMode):
-    """Counts what operations on meta tensors would hold and do: bytes alive, flops of products, bytes moved."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = self.flops = self.traffic = 0.0
-        self._known: dict[int, int] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        outputs = [out for out in (result if isinstance(result, tuple | list) else [result]) if isinstance(out, Tensor)]
-        for tensor in outputs:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._known:
-                self._known[storage._cdata] = storage.nbytes()
-                self.alive += storage.nbytes()
-                self.peak = max(self.peak, self.alive)
-                weakref.finalize(storage, self._gone, storage._cdata)
-        inputs = [arg for arg in args if isinstance(arg, Tensor)]
-        if function in PRODUCTS:
-            first, second = inputs[-2:]
-            self.flops += 2.0 * first.numel() * second.shape[-1]
-        elif not function.is_view:
-            self.traffic += sum(tensor.numel() * tensor.itemsize for tensor in [*inputs, *outputs])
-        return result
-
-    def _gone(self, key: int) -> None:
-        self.alive -= self._known.pop(key, 0)
-
-
-class _Yes(TorchDispatchMode):
-    """Answers yes where a model asks about values: transformers asks whether the positions are those of one text."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return True if function is torch.ops.aten._local_scalar_dense.default else function(*args, **(kwargs or {}))
-
-
-PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
-
-
 class _Attention(TorchFunctionMode):
     """Attention as the fused kernels do it; the meta device would take the plain one, with its matrix of all pairs."""
 
-    def __init__(self, count: _Count) -> None:
+    def __init__(self, count: Count) -> None:
         super().__init__()
         self.count = count
 
@@ -285,12 +254,12 @@ class _Fused(torch.autograd.Function):
         logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, logsumexp)
         ctx.count, ctx.flops = count, 4.0 * query.numel() * key.shape[-2]
-        count.flops += ctx.flops
+        count.work += Work(flops=ctx.flops, calls=1)
         return output
 
     @staticmethod
     def backward(ctx, _grad):  # type: ignore[no-untyped-def]
-        ctx.count.flops += 2.5 * ctx.flops
+        ctx.count.work += Work(flops=2.5 * ctx.flops, calls=1)
         return None, *(torch.empty_like(saved) for saved in ctx.saved_tensors[:3])
 
 

@@ -1,8 +1,7 @@
 """Bits shared out among layers."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -10,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cluscomp.errors import named
 from cluscomp.solve.kmeans import Recipe
 from cluscomp.solve.shapes import Matrices, Shape, around, choose, expected_bits, menu, weights_in
 
@@ -159,12 +159,3 @@ def _menus(
         menus.append([Option(round(shape.bits * group.numbers), error * damage(group)) for shape, error in measured])
         numbers += group.numbers
     return offered, menus, numbers
-
-
-@contextmanager
-def named(names: Sequence[str]) -> Iterator[None]:
-    """Begin the text of a ValueError with the layers' names, if there are any."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{', '.join(names)}: {error}" if names else str(error)) from error

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cluscomp.forms.codebook import sub_vectors
+from cluscomp.kernels.counting import times
 from cluscomp.solve.along_outputs import Nearest, Wanted, conjugate_gradients, feedback
 
 CANDIDATES = 2**24
@@ -50,6 +51,8 @@ def feedback_vectors(
         return centroids_KD[codes[-1].long(), :size].T
 
     feedback(weight_OI.T.contiguous(), moment_II, choose, step=dim)
+    if weight_OI.is_meta:
+        return codes[0].new_empty(-(-weight_OI.shape[1] // dim), len(weight_OI))
     return torch.stack(codes)
 
 
@@ -71,6 +74,14 @@ def descend(
     spare = -inputs % dim
     moment_II = F.pad(moment_II, (0, spare, 0, spare))
     some = max(1, CANDIDATES // (beam * books_MKD.shape[1]))
+    if weight_OI.is_meta:  # one sub-vector of some outputs stands for all
+        groups, outputs = codes_MJO.shape[1:]
+        some = min(some, outputs)
+        error_OI = F.pad(weight_OI[:some] - dense(codes_MJO[:, :, :some], books_MKD, inputs), (0, spare))
+        with times(groups * outputs / some):
+            slope_OD = error_OI @ moment_II[:, :dim]
+            _best_of_beam(codes_MJO[:, 0, :some], books_MKD, slope_OD, moment_II[:dim, :dim], beam)
+        return codes_MJO.clone()
     searched = []
     for some_OI, some_MJO in zip(weight_OI.split(some), codes_MJO.split(some, dim=2)):
         error_OI = F.pad(some_OI - dense(some_MJO, books_MKD, inputs), (0, spare))

@@ -6,6 +6,7 @@ bytes K-means has spent, and works for axis "out" (the paper's): a sub-vector's 
 codes_IG[i, g] stands for outputs g D to g D + D - 1 of input i.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -16,6 +17,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from cluscomp.kernels.codebook import gradient, rebuild
+from cluscomp.kernels.counting import report, times
+from cluscomp.kernels.work import Work
 
 BATCH = 64  # inputs whose feedback is gathered before it reaches the rest of the weight
 
@@ -32,7 +35,9 @@ def output_error(error_OI: Float[Tensor, "O I"], moment_II: Float[Tensor, "I I"]
 def damped(moment_II: Float[Tensor, "I I"], damping: float) -> Float[Tensor, "I I"]:
     """H with `damping` times its mean diagonal added to the diagonal, (I, I); inputs never seen count as that, too."""
     mean = float(moment_II.diagonal().mean())
-    return moment_II + torch.eye(len(moment_II), device=moment_II.device) * (damping * mean if mean else 1.0)
+    damped_II = moment_II.clone()
+    damped_II.diagonal().add_(damping * mean if mean else 1.0)
+    return damped_II
 
 
 def feedback(
@@ -48,9 +53,19 @@ def feedback(
     """
     inputs = len(weight_IO)
     # the rows of the inverse's Cholesky factor are what is left of the inverse when the inputs before are fixed
-    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(moment_II.double()))
-    factor_II = torch.linalg.cholesky(inverse_II, upper=True).to(weight_IO.dtype)
+    # (no name for what is large and not needed again: at 28,672 inputs each of these takes 6.6 GB)
+    factor_II = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment_II.double())), upper=True).to(
+        weight_IO.dtype
+    )
     left_IO = weight_IO.clone()
+    if weight_IO.is_meta:  # one round stands for all
+        errors_IO = torch.empty_like(left_IO[:BATCH])
+        report(Work(flops=1.0 * inputs * weight_IO.numel()))
+        with times(math.ceil(inputs / step)):
+            factor_DD, first_DO = factor_II[:step, :step], left_IO[:step]
+            error_DO = first_DO - choose(0, lambda j: left_IO[:j] - factor_II[:1, :j].T @ errors_IO[:1], factor_DD)
+            errors_IO[:step] = torch.linalg.solve_triangular(factor_DD.T, error_DO, upper=False)
+        return
     batch = max(BATCH // step, 1) * step
     for start in range(0, inputs, batch):
         end = min(start + batch, inputs)
@@ -112,6 +127,14 @@ def descend_codes(
     codes = codes_IG.clone()
     rows_IO = centroids_KD[codes.long()].flatten(1)
     error_IO = weight_IO - rows_IO[:, :outputs]
+    if weight_IO.is_meta:  # one input stands for all
+        report(Work(flops=2.0 * inputs * weight_IO.numel()))
+        with times(inputs):
+            wanted_O = rows_IO[0].clone()
+            wanted_O[:outputs] += moment_II[0, :BATCH] @ error_IO[:BATCH] / moment_II[0, 0]
+            codes[0] = nearest(wanted_O.view(-1, dim), centroids_KD)
+            rows_IO[0] = centroids_KD[codes[0].long()].flatten()
+        return codes
     for start in range(0, inputs, BATCH):
         end = min(start + BATCH, inputs)
         pull_IO = moment_II[start:end] @ error_IO
@@ -186,6 +209,9 @@ def conjugate_gradients(
     x, scale = start, torch.where(diagonal > 0, 1 / diagonal, 0)
     direction = scale * residual
     size = first = product(residual, direction)
+    if start.is_meta and steps:  # one step stands for all
+        with times(steps):
+            return x + size / product(direction, bend(direction)) * direction
     for _ in range(steps):
         if bool((size <= 1e-10 * first).all()):
             break

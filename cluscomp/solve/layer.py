@@ -1,79 +1,137 @@
-"""A layer as methods see it: weight, second moment of its inputs."""
+"""A layer as methods see it: its weight, and what calibration text shows of its inputs."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a weight (O, I) stands in its block: layers of a block with the same `input` read the same tensor."""
+class Statistic(Protocol):
+    """A sum over the inputs of a layer, token after token, in float32 on the inputs' device."""
 
-    out_features: int
-    in_features: int
-    input: int
+    total: Tensor | None
 
-
-@dataclass(frozen=True)
-class Layer:
-    """A finite dense weight (O, I) of a block with its place, the statistic of its inputs and its own generator."""
-
-    place: Place
-    weight_OI: "Tensor"
-    statistic: "SecondMoment | None"
-    generator: "torch.Generator"
+    def add(self, x_TI: Float[Tensor, "T I"]) -> None:
+        """Take in the inputs (T, I) of some more tokens."""
+        ...
 
 
-class SecondMoment:
-    """Accumulates the second moment H = X^T X / tokens of a layer's inputs, or its diagonal alone (`full` false).
+class Sum:
+    """A statistic that is the sum of `of(x_TI)` over all that was added."""
 
-    With it goes the mean size of each input, over the same tokens.
+    total: Tensor | None = None
 
-    Sums are float32 on the inputs' device: (I, I) x 4 bytes, 1.2 GB for the widest layer of a 70B model, so one of a
-    block is kept at a time where layers do not share their input.
+    def of(self, x_TI: Float[Tensor, "T I"]) -> Tensor:
+        """What is added for some tokens (T, I)."""
+        raise NotImplementedError
+
+    def add(self, x_TI: Float[Tensor, "T I"]) -> None:
+        """Take in the inputs (T, I) of some more tokens."""
+        new = self.of(x_TI)
+        self.total = new if self.total is None else self.total.add_(new)
+
+
+class SecondMoment(Sum):
+    """X^T X, (I, I): 1.2 GB for the widest layer of a 70B model."""
+
+    def of(self, x_TI: Float[Tensor, "T I"]) -> Tensor:
+        """(T, I) -> (I, I)."""
+        return x_TI.T @ x_TI
+
+
+class Squares(Sum):
+    """The sum of squares of each input, (I,)."""
+
+    def of(self, x_TI: Float[Tensor, "T I"]) -> Tensor:
+        """(T, I) -> (I,)."""
+        return x_TI.square().sum(0)
+
+
+class Sizes(Sum):
+    """The sum of sizes of each input, (I,)."""
+
+    def of(self, x_TI: Float[Tensor, "T I"]) -> Tensor:
+        """(T, I) -> (I,)."""
+        return torch.linalg.vector_norm(x_TI, 1, dim=0)  # type: ignore[no-any-return]
+
+
+STATISTICS: dict[str, type[Sum]] = {"moment": SecondMoment, "diagonal": Squares, "magnitude": Sizes}
+
+
+class Seen:
+    """The statistics of a layer's inputs that a method asks for by name, over the same tokens.
+
+    "moment": the second moment H = X^T X / tokens; "diagonal": the mean square of each input, which "moment" tells too;
+    "magnitude": the mean size of each input. Layers that read one input share one object.
     """
 
-    def __init__(self, *, full: bool) -> None:
-        self.full, self.tokens = full, 0
-        self._sum: Tensor | None = None
-        self._sizes: Tensor | None = None
+    def __init__(self, names: Iterable[str]) -> None:
+        self.tokens = 0
+        self._parts = {name: STATISTICS[name]() for name in sorted(names)}
 
     def add(self, x: Float[Tensor, "*batch I"]) -> None:
         """Take in the inputs of some more tokens: (..., I)."""
         x_TI = x.detach().reshape(-1, x.shape[-1]).float()
-        new = x_TI.T @ x_TI if self.full else x_TI.square().sum(0)
-        sizes = torch.linalg.vector_norm(x_TI, 1, dim=0)
-        self._sum = new if self._sum is None else self._sum.add_(new)
-        self._sizes = sizes if self._sizes is None else self._sizes.add_(sizes)
+        for part in self._parts.values():
+            part.add(x_TI)
         self.tokens += len(x_TI)
 
     @property
     def matrix_II(self) -> Float[Tensor, "I I"]:
-        """H, (I, I). Raises ValueError if only the diagonal was asked for, and as `diagonal_I` does."""
-        if not self.full:
-            raise ValueError("only the diagonal of this second moment was accumulated")
-        return self._mean(self._seen())
+        """H, (I, I). Raises ValueError if "moment" was not asked for, no token was seen, or H is not finite."""
+        return self._mean("moment")
 
     @property
     def diagonal_I(self) -> Float[Tensor, " I"]:
-        """Mean square of each input, (I,). Raises ValueError if no token was seen, or it is not finite."""
-        return self._mean(self._seen().diagonal() if self.full else self._seen())
+        """Mean square of each input, (I,). Raises ValueError as `matrix_II`, of "moment" or "diagonal"."""
+        if "moment" in self._parts:
+            return self._of(self._total("moment").diagonal())
+        return self._mean("diagonal")
 
     @property
     def magnitude_I(self) -> Float[Tensor, " I"]:
-        """Mean absolute value of each input, (I,). Raises ValueError as `diagonal_I`."""
-        self._seen()
-        assert self._sizes is not None  # as is the sum
-        return self._mean(self._sizes)
+        """Mean absolute value of each input, (I,). Raises ValueError as `matrix_II`, of "magnitude"."""
+        return self._mean("magnitude")
 
-    def _seen(self) -> Tensor:
-        if self._sum is None:
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the sums take."""
+        return sum(part.total.nbytes for part in self._parts.values() if part.total is not None)
+
+    def _mean(self, name: str) -> Tensor:
+        return self._of(self._total(name))
+
+    def _total(self, name: str) -> Tensor:
+        if name not in self._parts:
+            raise ValueError(f"the method did not ask for '{name}' of the layer's inputs (sees)")
+        total = self._parts[name].total
+        if total is None:
             raise ValueError("no calibration token reached this layer")
-        return self._sum
+        return total
 
-    def _mean(self, total: Tensor) -> Tensor:
+    def _of(self, total: Tensor) -> Tensor:
         if not bool(total.isfinite().all()):
             raise ValueError("its inputs on the calibration text have NaN or infinity: the original model overflows")
         return total / self.tokens
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A finite dense weight (O, I) of a block, in the dtype the model computes in.
+
+    Layers of a block with the same `input` read the same tensor. `seen` is what the method asked to see of it, None if
+    nothing. The result may depend on the `generator`'s seed.
+    """
+
+    weight_OI: Tensor
+    input: int
+    seen: Seen | None
+    generator: torch.Generator
+
+    def show(self) -> Seen:
+        """What was asked for of the inputs; whoever asks for something gets it."""
+        assert self.seen is not None
+        return self.seen

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from cluscomp.forms.codebook import SCALE_BITS, Axis, Storage, codebook_bits, lines_of, num_sub_vectors
 from cluscomp.kernels.codes import MAX_CODE_BITS, code_bits, packed_bytes
+from cluscomp.kernels.counting import error_asked, times
 from cluscomp.solve.kmeans import Recipe, kmeans
 
 MAX_VECTOR_DIM = 16
 SHORTLIST = 4  # candidates whose error is measured
 SAMPLE = 32_768  # sub-vectors of a measurement, or 16 a centroid if that is more
 MEASURE_ITERATIONS = 10  # with few, small codebooks look worse than they are
+HARDLY_SETTLED = 1.4  # times as long as later rounds of K-means: the first ones, which alone are made then
 OFFSETS = (-1.0, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75, 1.0)  # bits about the target that a menu offers
 
 Matrices = Sequence[tuple[int, int]]  # (O, I) of those that share a codebook
@@ -115,11 +117,17 @@ def measured_error(points: Points, shape: Shape, recipe: Recipe, generator: torc
     points_ND, weights_N = points(shape.vector_dim)
     total = len(points_ND)
     sample = min(total, max(SAMPLE, 16 * shape.codebook_size))
+    short = replace(recipe, iterations=min(MEASURE_ITERATIONS, recipe.iterations))
+    if points_ND.is_meta:  # as Gaussian points would have it
+        error_asked()
+        with times(HARDLY_SETTLED):
+            some_n = None if weights_N is None else weights_N[:sample]
+            kmeans(points_ND[:sample], shape.codebook_size, short, generator, some_n)
+        return float(4.0 ** -expected_bits(shape))
     if sample < total:
         rows_n = torch.randperm(total, generator=generator)[:sample].to(points_ND.device)
         points_ND = points_ND[rows_n]
         weights_N = None if weights_N is None else weights_N[rows_n]
-    short = replace(recipe, iterations=min(MEASURE_ITERATIONS, recipe.iterations))
     found = kmeans(points_ND, shape.codebook_size, short, generator, weights_N)
     bias = 1 - shape.codebook_size / sample
     correction = (1 - shape.codebook_size / total) / bias if bias else 1.0

@@ -2,31 +2,32 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
 from copy import deepcopy
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, InstanceOf
 
-from cluscomp.data.overlap import Seen
+from cluscomp.data.overlap import Seen as Learned
 from cluscomp.data.texts import Source, calibration_windows
 from cluscomp.errors import InputError
-from cluscomp.methods import BlockMethod, ByLayer, Compressed, Method
+from cluscomp.methods import Method
 from cluscomp.models.sources import quantised_types
 from cluscomp.settings import settings
-from cluscomp.solve.layer import Layer, Place
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from cluscomp.kernels.work import Work
     from cluscomp.models.original import Original
     from cluscomp.models.walk import Walk
     from cluscomp.plan.cost import Cost
-    from cluscomp.plan.meta import MetaModel
-    from cluscomp.solve.layer import SecondMoment
+    from cluscomp.plan.dry import Dry
+    from cluscomp.plan.meta import MetaModel, Place
+    from cluscomp.solve.layer import Seen
     from cluscomp.stages import Job
 
 log = logging.getLogger(__name__)
@@ -51,71 +52,64 @@ class Cluster:
     prefix: Literal["original", "compressed"]
 
     @property
-    def exact(self) -> bool:
-        """Whether the stored form follows from a weight's shape alone."""
-        return self.method.exact
-
-    @property
     def _calibrated(self) -> bool:
-        return self.method.statistic() is not None
+        return bool(self.method.sees())
 
     def inputs(self) -> dict[str, str]:
         """The hash of the calibration text, if the method looks at any."""
         return {"calibration": self.data.text("calibration").sha256} if self._calibrated else {}
 
-    def seen(self, original: "Original", seed: int) -> Seen | None:
+    def seen(self, original: "Original", seed: int) -> Learned | None:
         """The calibration windows, if the method looks at any."""
         if not self._calibrated:
             return None
         text = self.data.text("calibration")
-        return Seen(text.name, self.data.domain, self._windows(original, seed).tolist())
+        return Learned(text.name, self.data.domain, self._windows(original, seed).tolist())
 
     def idle(self) -> set[str]:
         """The settings of calibration, if the method looks at no text."""
         return set() if self._calibrated else {"data", "samples", "length", "batch_size", "prefix"}
 
     def check(self, original: "Original") -> None:
-        """Ask the method about every linear layer's shape, and cut windows. Raises InputError that names the layer."""
-        model = original.model()
-        self._check_shapes(model, self._places(original))
-        self._check_grids(model, quantised_types(original.folder))
+        """Try the method on every block's shapes, and cut windows. Raises InputError that names the layer."""
+        from cluscomp.models.original import block_names
+
+        outline = self._outline(original)
+        tried = self._tried(outline)
+        self._check_grids(block_names(outline.model), tried, quantised_types(original.folder))
         if self._calibrated:
             original.check_length("cluster.length", self.length)
             self._windows(original, seed=0)
 
-    def _check_shapes(self, model: "PreTrainedModel", places: "list[dict[str, Place]]") -> None:
-        """Raise InputError, naming the layer, for a shape that the method cannot compress."""
+    def _outline(self, original: "Original") -> "MetaModel":
+        from cluscomp.plan.meta import MetaModel
+
+        return MetaModel(deepcopy(original.config), original.dtype, original.device.type)
+
+    def _tried(self, outline: "MetaModel") -> "list[Dry | None]":
+        """What the method will do to each block. Raises InputError, naming the layer, for what it cannot do."""
         from cluscomp.models.original import block_names
+        from cluscomp.plan import dry
 
-        for name, layers in zip(block_names(model), places):
-            if isinstance(self.method, BlockMethod):
-                try:
-                    self.method.check_block(layers)
-                except ValueError as error:
-                    raise InputError(f"{name}.{error}") from error
-                continue
-            for layer, place in layers.items():
-                try:
-                    self.method.check(place.out_features, place.in_features)
-                except ValueError as error:
-                    raise InputError(f"{name}.{layer}: {error}") from error
+        found = []
+        for name, places in zip(block_names(outline.model), outline.places()):
+            try:
+                found.append(dry.compress(self.method, places, outline.dtype))
+            except ValueError as error:
+                raise InputError(f"{name}.{error}") from error
+        return found
 
-    def _check_grids(self, model: "PreTrainedModel", origin: list[str]) -> None:
+    def _check_grids(self, names: list[str], tried: "list[Dry | None]", origin: list[str]) -> None:
         """Raise InputError for 4 bits in groups of 32 or a divisor if the original comes from such a file (GGUF's Q4).
 
         Its weights lie on that grid, so next to nothing would be lost, and the score say nothing about the method.
         """
-        import torch
-
         from cluscomp.forms.uniform import PackedWeight
-        from cluscomp.models.original import block_names, blocks, linears
 
         if not any(kind.startswith("Q4") for kind in origin):
             return
-        for name, block in zip(block_names(model), blocks(model)):
-            for layer, dense in linears(block).items():
-                with torch.device("meta"):
-                    stored = self.method.outline(dense.out_features, dense.in_features)
+        for name, block in zip(names, tried):
+            for layer, stored in block.stored.items() if block is not None else ():
                 if isinstance(stored, PackedWeight) and stored.lies_on(width=4, group=32):
                     raise InputError(
                         f"{name}.{layer}: 4 bits in {stored.groups} groups of its {stored.in_features} inputs "
@@ -123,80 +117,66 @@ class Cluster:
                         f"({', '.join(origin)}), and lies on that grid. Take other bits, or method.group=64"
                     )
 
-    def _places(self, original: "Original") -> "list[dict[str, Place]]":
-        """The linear layers of each block."""
-        from cluscomp.plan.meta import MetaModel
-
-        return places(MetaModel(deepcopy(original.config), original.dtype, original.device.type))
-
     def _windows(self, original: "Original", seed: int) -> "np.ndarray":
         text = self.data.text("calibration")
         return calibration_windows(text, original.tokenizer, samples=self.samples, length=self.length, seed=seed)
 
-    def cost(self, outline: "MetaModel") -> "Cost":
+    def cost(self, outline: "MetaModel") -> "Cost | None":
         """One dense block, statistics and streams; on a GPU the finished blocks are in RAM. See `Stage.cost`."""
-        import torch
-
         from cluscomp.forms.layers import put_in
         from cluscomp.kernels.work import Work
         from cluscomp.models.original import blocks
         from cluscomp.plan.cost import Cost, worst
 
-        all_places = places(outline)
-        places_ = all_places[blocks(outline.model).index(outline.block)]
-        self._check_shapes(outline.model, all_places)
-        observing, work = 0.0, Work(read=outline.all_numbers * outline.file_bytes)
-        streams = moments = 0.0
-        statistic = self.method.statistic()
-        if statistic is not None:
-            inputs = {place.input: place.in_features for place in places_.values()}
-            moments = sum(4.0 * (size * size if statistic.full else size) for size in inputs.values())
+        work = Work(read=outline.all_numbers * outline.file_bytes)
+        tried = [one for one in self._tried(outline) if one is not None]
+        if len(tried) < outline.blocks:
+            return None
+        observing = streams = moments = 0.0
+        if self._calibrated:
+            inputs = {place.input: place.in_features for places in outline.places() for place in places.values()}
             streams = 2 * outline.stream(self.samples, self.length)
             once = outline.forward(self.batch_size, self.length)
-            tokens, widest = self.batch_size * self.length, max(inputs.values())
-            captured = tokens * (sum(inputs.values()) * outline.dtype.itemsize + 4.0 * widest)
-            observing = once.peak + captured + (4.0 * widest**2 if statistic.full else 0)
-            passes = self.samples / self.batch_size * (outline.blocks - 1) * (1 + (self.prefix == "compressed"))
-            squares = sum(2.0 * size * (size if statistic.full else 1) for size in inputs.values())
-            work += once.work * passes + Work(flops=squares * self.samples * self.length * outline.blocks)
-        copies = 4.0 if outline.dtype.itemsize < 4 else 0.0  # of a weight in 32 bits
-        compressing = max((copies + 24.0) * o * i for o, i in outline.dense.values())  # what `compress_block` compares
-        if isinstance(self.method, BlockMethod):
-            work += self.method.work_block(places_) * outline.blocks
-            largest = max(copies * o * i for o, i in outline.dense.values())
-            compressing = max(compressing, largest + self.method.scratch_block(places_))
-        else:
-            for name, method in self._by_layer(places_).items():
-                o, i = outline.dense[name]
-                work += method.work(o, i) * outline.blocks
-                compressing = max(compressing, copies * o * i + method.scratch(o, i))
-        with torch.device("meta"):
-            for block, layers in zip(blocks(outline.model), all_places):
-                for name, stored in self._outlined(layers).items():
-                    put_in(block, name, stored)
+            counted, moments, adding = self._counting(inputs, self.batch_size * self.length, outline.dtype)
+            captured = self.batch_size * self.length * sum(inputs.values()) * outline.dtype.itemsize
+            observing = once.peak + captured + adding
+            passes = self.samples / self.batch_size
+            work += once.work * passes * (outline.blocks - 1) * (1 + (self.prefix == "compressed"))
+            work += counted * passes * outline.blocks
+        compared = max(24.0 * o * i for o, i in outline.dense.values())  # error and size of a layer in `compress_block`
+        for block, found in zip(blocks(outline.model), tried):
+            work += found.work
+            outline.exact &= found.exact
+            for layer, stored in found.forms().items():
+                put_in(block, layer, stored)
         here = outline.device == "cpu"
         finished = {"codes and codebooks": outline.stored}
         always = {"embedding, head": outline.outside} | (finished if here else {})
         working = {"a dense block": outline.dense_block, "streams": streams, "second moments": moments}
         device = worst(
             always | working | {"activations": observing},
-            always | working | {"clustering one matrix": compressing},
+            always | working | {"clustering one matrix": max(compared, *(found.peak for found in tried))},
             always | {"writing the checkpoint": outline.writing},
         )
         relief = "fewer cluster.samples, or method=cluscomp_data_free" if self._calibrated else ""
         return Cost(device, {} if here else finished, work, relief)
 
-    def _outlined(self, layers: "dict[str, Place]") -> "dict[str, nn.Module]":
-        if isinstance(self.method, BlockMethod):
-            return self.method.outline_block(layers)
-        methods = self._by_layer(layers)
-        return {name: methods[name].outline(place.out_features, place.in_features) for name, place in layers.items()}
+    def _counting(self, inputs: dict[int, int], tokens: int, dtype: "torch.dtype") -> "tuple[Work, float, float]":
+        """Work of one batch for the statistics of a block, the bytes they are kept in, and those beside at most."""
+        import torch
 
-    def _by_layer(self, layers: "dict[str, Place]") -> dict[str, Method]:
-        """The method with the settings for each layer of a block."""
-        if isinstance(self.method, ByLayer):
-            return self.method.by_layer({name: (one.out_features, one.in_features) for name, one in layers.items()})
-        return dict.fromkeys(layers, self.method)
+        from cluscomp.kernels.counting import Count
+        from cluscomp.kernels.work import Work
+        from cluscomp.solve.layer import Seen
+
+        work, kept, most = Work(), 0.0, 0.0
+        for size in inputs.values():
+            seen = Seen(self.method.sees())
+            seen.add(torch.empty(1, size, dtype=dtype, device="meta"))
+            with Count() as count:
+                seen.add(torch.empty(tokens, size, dtype=dtype, device="meta"))
+            work, kept, most = work + count.work, kept + seen.nbytes, max(most, count.peak)
+        return work, kept, most
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Compress the model; finished blocks lie in the job's folder and survive a kill.
@@ -220,12 +200,12 @@ class Cluster:
         last = max((index for index, part in enumerate(saved) if part is None), default=-1)
         walk = Walk(model)
         stream = self._embedded(walk, job) if self._calibrated and last >= 0 else []
-        all_places = self._places(job.original)
+        all_places = self._outline(job.original).places()
         for index, (name, block) in enumerate(zip(block_names(model), blocks(model))):
             job.original.load_block(model, index)
             part = saved[index]
             entering = stream
-            statistics: dict[str, SecondMoment] = {}
+            statistics: dict[str, Seen] = {}
             if index <= last and (part is None or self.prefix == "original"):
                 stream, statistics = self.observe(walk, index, entering, count=part is None)
             if part is None:
@@ -260,15 +240,16 @@ class Cluster:
 
     def observe(
         self, walk: "Walk", index: int, entering: "list[Tensor]", *, count: bool
-    ) -> "tuple[list[Tensor], dict[str, SecondMoment]]":
+    ) -> "tuple[list[Tensor], dict[str, Seen]]":
         """What a block makes of its inputs (batches of (B, T, H)), and with `count` each linear layer's statistic.
 
         Layers with one input share one statistic.
         """
         from cluscomp.models.original import linears
+        from cluscomp.solve.layer import Seen
 
         block, stream = walk.blocks[index], []
-        shared: dict[tuple[str, ...], SecondMoment] = {}
+        shared: dict[tuple[str, ...], Seen] = {}
         for hidden_BTH in entering:
             output_BTH, inputs = walk.observe(index, block, hidden_BTH, list(linears(block)) if count else [])
             stream.append(output_BTH)
@@ -276,7 +257,7 @@ class Cluster:
             for layer, x in inputs.items():
                 groups.setdefault(id(x), []).append(layer)
             for layers in groups.values():
-                statistic = shared.setdefault(tuple(layers), self.method.statistic())  # type: ignore[arg-type]
+                statistic = shared.setdefault(tuple(layers), Seen(self.method.sees()))
                 statistic.add(inputs[layers[0]])
         return stream, {layer: statistic for layers, statistic in shared.items() for layer in layers}
 
@@ -285,8 +266,8 @@ class Cluster:
         block: "nn.Module",
         name: str,
         seed: int,
-        statistics: "dict[str, SecondMoment]",
-        places: dict[str, Place] | None = None,
+        statistics: "dict[str, Seen]",
+        places: "dict[str, Place] | None" = None,
     ) -> dict[str, dict[str, Any]]:
         """Replace every linear layer of a block; without `places` each has an input of its own.
 
@@ -300,17 +281,18 @@ class Cluster:
         from cluscomp.models.original import linears
         from cluscomp.process import give_memory_back
         from cluscomp.solve.distribution import of_codes, of_entries
+        from cluscomp.solve.layer import Layer
 
         layers = {}
         for number, (layer, dense) in enumerate(linears(block).items()):
             if not bool(dense.weight.isfinite().all()):
                 raise InputError(f"{name}.{layer}: NaN or infinity among its weights; the model is damaged")
             generator = torch.Generator().manual_seed(layer_seed(seed, f"{name}.{layer}"))
-            place = places[layer] if places else Place(dense.out_features, dense.in_features, number)
-            layers[layer] = Layer(place, dense.weight.detach(), statistics.get(layer), generator)
+            input_ = places[layer].input if places else number
+            layers[layer] = Layer(dense.weight.detach(), input_, statistics.get(layer), generator)
         squares, distributed, chosen = {}, {}, {}
         try:
-            for compressed in self._compressed(layers):
+            for compressed in self.method.compress(layers):
                 for layer, stored in compressed.stored.items():
                     put_in(block, layer, stored)
                     weight_OI = layers.pop(layer).weight_OI.float()
@@ -326,29 +308,6 @@ class Cluster:
         except ValueError as error:
             raise InputError(f"{name}.{error}") from error
         return {"squares": squares, "distributed": distributed, "chosen": chosen}
-
-    def _compressed(self, layers: dict[str, Layer]) -> Iterator[Compressed]:
-        """What the method makes of the layers; those that were taken back may be removed. Errors begin with a name."""
-        if isinstance(self.method, BlockMethod):
-            yield from self.method.compress_block(layers)
-            return
-        for name, method in self._by_layer({name: layer.place for name, layer in layers.items()}).items():
-            layer = layers[name]
-            try:
-                stored = method.compress(layer.weight_OI.float(), layer.statistic, layer.generator)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            yield Compressed({name: stored}, {})
-
-
-def places(outline: "MetaModel") -> list[dict[str, Place]]:
-    """The linear layers of each block of a model that is not compressed yet."""
-    from cluscomp.models.original import blocks, linears
-
-    return [
-        {name: Place(dense.out_features, dense.in_features, inputs[name]) for name, dense in linears(block).items()}
-        for block, inputs in zip(blocks(outline.model), outline.inputs())
-    ]
 
 
 def chosen_table(chosen: dict[str, dict[str, Any]], block_names: list[str]) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import correlated, heavy_tailed, relative_error, statistic_of
+from layers import correlated, heavy_tailed, made_by, planned, relative_error, statistic_of
 
 from cluscomp.errors import InputError
 from cluscomp.forms.table import TableWeight, tables_for
@@ -91,8 +91,7 @@ def test_the_tables_count_and_are_the_best_under_the_limit(shape, bits):
     """The widest numbers that leave room for one table an output, then as many tables as fit."""
     method = SqueezeLlm(bits=bits, width=None, group=None, weighting="diagonal")
     grid = method.grid(*shape)
-    with torch.device("meta"):
-        assert sum(method.outline(*shape).ledger().values()) == grid.bits
+    assert sum(planned(method, *shape).ledger().values()) == grid.bits
     size = grid.bits / math.prod(shape)
     assert bits - 16 * 2**grid.width / shape[1] < size <= bits
     assert grid.width + 1 + 16 * 2 ** (grid.width + 1) / shape[1] > bits
@@ -105,13 +104,11 @@ def test_weighting_by_the_inputs_lowers_the_output_error():
     errors = {}
     for weighting in ("none", "diagonal"):
         method = SqueezeLlm(bits=None, width=3, group=None, weighting=weighting)
-        statistic = method.statistic()
-        if statistic is not None:
-            statistic.add(x_TI)
-        stored = method.compress(weight_OI, statistic, torch.Generator())
+        seen = statistic_of(x_TI) if method.sees() else None
+        stored = made_by(method, weight_OI, seen, torch.Generator())
         errors[weighting] = relative_error(weight_OI, stored(torch.float32).detach(), x_TI)
     rounded = RoundToNearest(bits=None, width=3, group=None, symmetric=False)
-    plain = rounded.compress(weight_OI, statistic_of(x_TI), torch.Generator())
+    plain = made_by(rounded, weight_OI, statistic_of(x_TI), torch.Generator())
     assert errors["diagonal"] < errors["none"] < relative_error(weight_OI, plain(torch.float32).detach(), x_TI)
 
 

@@ -16,7 +16,7 @@ from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms.layers import check_file, size_of
 from cluscomp.forms.uniform import UniformWeight, bounds, grids_for, rounded_weight
-from cluscomp.methods.on_grids import Grid, grid_of, outline, stored_bits
+from cluscomp.methods.on_grids import grid_of, stored_bits
 from cluscomp.methods.rtn import RoundToNearest
 from cluscomp.models.original import Original, block_names, blocks
 from cluscomp.stages.cluster import Cluster
@@ -108,8 +108,10 @@ def test_the_grid_is_the_best_under_the_limit_of_all_there_are(out_features, in_
     fitting = []
     for width in range(1, 9):
         for groups in range(1, in_features + 1):
-            grid = Grid(width, groups, "none" if width == 1 and zeros == "whole" else zeros, 0)
-            weight = outline(out_features, in_features, grid, scaled_inputs=scaled)
+            weight = UniformWeight.empty(
+                out_features=out_features, in_features=in_features, width=width, groups=groups,
+                zeros="none" if width == 1 and zeros == "whole" else zeros, scaled_inputs=scaled,
+            )  # fmt: skip
             if sum(weight.ledger().values()) <= bits * out_features * in_features:
                 fitting.append((width, groups))
     arguments = {"bits": bits, "width": None, "group": None, "zeros": zeros, "scaled_inputs": scaled}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from layers import correlated, heavy_tailed, relative_error, statistic_of
+from layers import correlated, heavy_tailed, made_by, relative_error, statistic_of
 
 from cluscomp.methods.awq import Awq
 from cluscomp.methods.rtn import RoundToNearest
@@ -46,7 +46,7 @@ def test_the_scale_is_the_best_of_the_grid_on_the_inputs_themselves(seed, symmet
         candidates.append(rounded_by_hand(weight * s, 3, 8, symmetric) / s)
     losses = [lost(weight, dense, x) for dense in candidates]
     method = Awq(**SHAPE | {"symmetric": symmetric}, steps=20, clip=0)
-    found = method.compress(weight_OI, statistic_of(x_TI), torch.Generator())(torch.float32).detach().double().numpy()
+    found = made_by(method, weight_OI, statistic_of(x_TI), torch.Generator())(torch.float32).detach().double().numpy()
     assert lost(weight, found, x) == pytest.approx(min(losses), rel=1e-3)
     assert losses[0] > min(losses)
 
@@ -62,7 +62,7 @@ def test_each_groups_clip_is_the_best_for_its_own_part_of_the_output():
         for o, best in enumerate(np.argmin(losses, 0)):
             expected[o, start : start + 8] = options[best][o]
     method = Awq(**SHAPE, steps=1, clip=10)  # one step: all scales are 1
-    found = method.compress(weight_OI, statistic_of(x_TI), torch.Generator())(torch.float32).detach()
+    found = made_by(method, weight_OI, statistic_of(x_TI), torch.Generator())(torch.float32).detach()
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -75,7 +75,7 @@ def test_it_beats_rounding_on_a_layer_with_large_channels_at_the_same_bits():
         Awq(**arguments, steps=20, clip=0),
         Awq(**arguments, steps=20, clip=10),
     ):
-        stored = method.compress(weight_OI, statistic_of(x_TI), torch.Generator())
+        stored = made_by(method, weight_OI, statistic_of(x_TI), torch.Generator())
         assert 3.1 < sum(stored.ledger().values()) / 256**2 <= 3.2
         losses.append(relative_error(weight_OI, stored(torch.float32).detach(), x_TI))
     assert losses[2] < losses[1] < 0.85 * losses[0]
@@ -90,5 +90,5 @@ def test_dead_inputs_are_no_obstacle():
     weight_OI, x_TI = correlated(4, 16)
     x_TI[:, 3] = 0
     for seen in (x_TI, torch.zeros(2, 16)):
-        stored = Awq(**SHAPE, steps=20, clip=10).compress(weight_OI, statistic_of(seen), torch.Generator())
+        stored = made_by(Awq(**SHAPE, steps=20, clip=10), weight_OI, statistic_of(seen), torch.Generator())
         assert bool(stored(torch.float32).isfinite().all())

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import correlated, heavy_tailed, relative_error, statistic_of
+from layers import correlated, heavy_tailed, made_by, relative_error, statistic_of
 
 from cluscomp.methods.gptq import Gptq
 from cluscomp.methods.rtn import RoundToNearest
@@ -63,7 +63,7 @@ def test_it_is_the_optimal_brain_surgeon(outputs, inputs, width, symmetric, grou
     statistic = statistic_of(x_TI)
     settings_ = BY_HAND | {"width": width, "symmetric": symmetric, "group": group}
     method = Gptq(**settings_, act_order=act_order, static_groups=static)
-    found = method.compress(weight_OI, statistic, torch.Generator())(torch.float32).detach()
+    found = made_by(method, weight_OI, statistic, torch.Generator())(torch.float32).detach()
     moment_II = damped(statistic.matrix_II, 0.01).double().numpy()
     expected = surgeon(weight_OI.numpy(), moment_II, width, symmetric, group, act_order, static)
     differing = np.abs(found.numpy() - expected) > 1e-3 * np.abs(expected).max()
@@ -79,7 +79,7 @@ def test_the_codes_are_mostly_those_of_the_surgeon():
         weight_OI, x_TI = correlated(6, 70, seed)
         statistic = statistic_of(x_TI)
         method = Gptq(**BY_HAND | {"group": 16}, act_order=True, static_groups=True)
-        found = method.compress(weight_OI, statistic, torch.Generator())(torch.float32).detach().numpy()
+        found = made_by(method, weight_OI, statistic, torch.Generator())(torch.float32).detach().numpy()
         moment_II = damped(statistic.matrix_II, 0.01).double().numpy()
         expected = surgeon(weight_OI.numpy(), moment_II, 3, False, 16, True, True)
         differing.append((np.abs(found - expected) > 1e-3).mean())
@@ -91,12 +91,12 @@ def test_feedback_beats_rounding_by_much_and_act_order_by_more(width, much):
     """The layer of notes in the literature's style: heavy tails, correlated inputs, some large channels."""
     weight_OI, x_TI = heavy_tailed()
     shape = {"bits": None, "width": width, "group": 128, "symmetric": False}
-    plain = RoundToNearest(**shape).compress(weight_OI, None, torch.Generator())
+    plain = made_by(RoundToNearest(**shape), weight_OI, None, torch.Generator())
     first = relative_error(weight_OI, plain(torch.float32).detach(), x_TI)
     errors = []
     for act_order, static in [(False, False), (True, True)]:
         method = Gptq(**shape, act_order=act_order, static_groups=static, damping=0.01)
-        stored = method.compress(weight_OI, statistic_of(x_TI), torch.Generator())
+        stored = made_by(method, weight_OI, statistic_of(x_TI), torch.Generator())
         assert stored.ledger() == plain.ledger()
         errors.append(relative_error(weight_OI, stored(torch.float32).detach(), x_TI))
     assert errors[1] < errors[0] < much * first and errors[1] < 0.4 * first
@@ -106,10 +106,10 @@ def test_inputs_without_correlation_leave_plain_rounding():
     weight_OI = torch.randn(8, 20, generator=torch.Generator().manual_seed(0))
     statistic = statistic_of(torch.eye(20))
     shape = {"bits": None, "width": 3, "group": 5, "symmetric": False}
-    expected = RoundToNearest(**shape).compress(weight_OI, None, torch.Generator()).state_dict()
+    expected = made_by(RoundToNearest(**shape), weight_OI, None, torch.Generator()).state_dict()
     for act_order in (False, True):
         method = Gptq(**shape, act_order=act_order, static_groups=True, damping=0.01)
-        found = method.compress(weight_OI, statistic, torch.Generator()).state_dict()
+        found = made_by(method, weight_OI, statistic, torch.Generator()).state_dict()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -118,7 +118,7 @@ def test_dead_inputs_and_one_token_are_no_obstacle():
     x_TI[:, 3] = 0
     for seen in (x_TI, x_TI[:1], torch.zeros(2, 12)):
         method = Gptq(**BY_HAND, act_order=True, static_groups=True)
-        dense_OI = method.compress(weight_OI, statistic_of(seen), torch.Generator())(torch.float32)
+        dense_OI = made_by(method, weight_OI, statistic_of(seen), torch.Generator())(torch.float32)
         assert bool(dense_OI.isfinite().all())
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from layers import heavy_tailed
+from layers import heavy_tailed, made_by
 
 from cluscomp.methods.hqq import Hqq
 
@@ -27,7 +27,7 @@ def test_a_zero_per_group_is_that_of_the_definition():
             zero = float(np.float16(np.mean(q - (w - sparse) / scale)))
             beta *= 1.01
         _, zero, q = min(history, key=lambda entry: entry[0])
-        stored = Hqq(**SETTINGS, width=3, group=None, iterations=20).compress(weight, None, torch.Generator())
+        stored = made_by(Hqq(**SETTINGS, width=3, group=None, iterations=20), weight, None, torch.Generator())
         assert float(stored.offsets()) == pytest.approx(zero, rel=1e-2)
         found = stored(torch.float32).detach().numpy()[0]
         np.testing.assert_allclose(found, (q - zero) * scale, rtol=1e-2, atol=2e-3 * scale)
@@ -38,7 +38,7 @@ def test_iterations_lower_the_mean_error_and_what_is_stored_counts_zeros_of_16_b
     errors = []
     for iterations in (0, 1, 5, 20):
         method = Hqq(**SETTINGS, width=2, group=64, iterations=iterations)
-        stored = method.compress(weight_OI, None, torch.Generator())
+        stored = made_by(method, weight_OI, None, torch.Generator())
         errors.append(float((stored(torch.float32).detach() - weight_OI).abs().mean()))
         assert sum(stored.ledger().values()) == 256 * 256 * 2 + 256 * 4 * (16 + 16)
     assert errors[-1] < errors[0] and sorted(errors, reverse=True) == errors
@@ -47,7 +47,7 @@ def test_iterations_lower_the_mean_error_and_what_is_stored_counts_zeros_of_16_b
 def test_constant_groups_come_back():
     """No range: the grid then spans from the constant to 0."""
     weight_OI = torch.tensor([[0.0] * 4 + [0.5] * 4, [-0.25] * 4 + [2.0] * 4])
-    stored = Hqq(**SETTINGS, width=2, group=4, iterations=20).compress(weight_OI, None, torch.Generator())
+    stored = made_by(Hqq(**SETTINGS, width=2, group=4, iterations=20), weight_OI, None, torch.Generator())
     torch.testing.assert_close(stored(torch.float32).detach(), weight_OI, rtol=1e-3, atol=0)
 
 
@@ -61,6 +61,6 @@ def test_it_is_no_worse_than_the_authors_package():
         grouped.clone(), inverse, -low * inverse, min_max=[0, 7], axis=1, device="cpu"
     )
     theirs = float(((codes - zero) / scale - grouped).abs().mean())
-    stored = Hqq(**SETTINGS, width=3, group=64, iterations=20).compress(weight_OI, None, torch.Generator())
+    stored = made_by(Hqq(**SETTINGS, width=3, group=64, iterations=20), weight_OI, None, torch.Generator())
     ours = float((stored(torch.float32).detach() - weight_OI).abs().mean())
     assert ours < 1.01 * theirs

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import planned as planned_form
 from pipelines import composed
 from reference.recipe import IDLE, NO_DATA, PAPER
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,14 +21,15 @@ from cluscomp.kernels.work import Work
 from cluscomp.methods.cluscomp import ClusComp
 from cluscomp.models.original import Original, block_names, blocks, linears, read_config
 from cluscomp.models.walk import Walk
+from cluscomp.plan import dry
 from cluscomp.plan.cost import worst
 from cluscomp.plan.machine import CORE, GIB, Limits, Machine, limits, write_calibration
-from cluscomp.plan.meta import MetaModel
+from cluscomp.plan.meta import MetaModel, Place
 from cluscomp.plan.plan import Plan, Row, duration
 from cluscomp.process import resident
 from cluscomp.runs.preparation import planned
-from cluscomp.solve.layer import SecondMoment
-from cluscomp.stages.cluster import Cluster, places
+from cluscomp.solve.layer import Seen
+from cluscomp.stages.cluster import Cluster
 from cluscomp.train.masters import Trained, norms
 from cluscomp.train.streams import Streams
 
@@ -58,7 +60,7 @@ def test_the_planned_bytes_are_those_of_the_file(families, tmp_path, stored, dty
     config.dtype = str(dtype).removeprefix("torch.")
     outline = MetaModel(config, torch.float32, "cpu")
     cluster = Cluster(method=method, **IDLE)
-    layers = places(outline)
+    layers = outline.places()
     cluster.cost(outline)
     original = Original(folder, dtype, CPU)
     model = original.load_all().float()  # in bfloat16: as a file of 16 bits, read into 32
@@ -76,10 +78,11 @@ def test_the_planned_bytes_are_those_of_the_file(families, tmp_path, stored, dty
 
 def test_bits_of_a_target_are_met_by_the_likeliest_form():
     method = composed("bits=3").stages["cluster"].method
-    form = method.outline(1536, 576)
-    assert sum(form.ledger().values()) <= 3 * 1536 * 576 and not method.exact
+    tried = dry.compress(method, {"up": Place(1536, 576, 0)}, torch.float32)
+    assert sum(tried.stored["up"].ledger().values()) <= 3 * 1536 * 576 and not tried.exact
     by_hand = composed("method.vector_dim=4", "method.codebook_size=256").stages["cluster"].method
-    assert by_hand.exact and by_hand.outline(1536, 576).codebooks.shape == (1, 256, 4)
+    tried = dry.compress(by_hand, {"up": Place(1536, 576, 0)}, torch.float32)
+    assert tried.exact and tried.stored["up"].codebooks.shape == (1, 256, 4)
 
 
 # every model of conf/model
@@ -219,7 +222,9 @@ def llama():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
         for block in blocks(model):
             for name, dense in linears(block).items():
-                put_in(block, name, method.stages["cluster"].method.outline(dense.out_features, dense.in_features))
+                put_in(
+                    block, name, planned_form(method.stages["cluster"].method, dense.out_features, dense.in_features)
+                )
     return model
 
 
@@ -263,10 +268,10 @@ def test_the_plan_of_llama_3_70b_is_what_its_shapes_hold(llama, tmp_path):
             output, inputs = walk.observe(0, block, hidden, [name for name, _ in layers(block)])
             leaving.append(output)
             for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
-                statistics.setdefault(name, SecondMoment(full=True)).add(inputs[name])
+                statistics.setdefault(name, Seen({"moment"})).add(inputs[name])
         del inputs
         weight = torch.empty(8192, 28_672, device="meta")
-        moment = statistics["mlp.down_proj"]._sum + torch.eye(28_672, device="meta")
+        moment = statistics["mlp.down_proj"].matrix_II + torch.eye(28_672, device="meta")
         ordered = moment[torch.arange(28_672, device="meta")][:, torch.arange(28_672, device="meta")]
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered.double()))
         factor = torch.linalg.cholesky(inverse, upper=True).float()

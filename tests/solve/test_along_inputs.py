@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import correlated, heavy_tailed, relative_error, statistic_of
+from layers import correlated, heavy_tailed, made_by, planned, relative_error, statistic_of
 
 from cluscomp.forms.codebook import CodebookWeight, sub_vectors
 from cluscomp.methods.aqlm import Aqlm
 from cluscomp.methods.gptvq import Gptvq
+from cluscomp.plan import dry
+from cluscomp.plan.meta import Place
 from cluscomp.solve import along_inputs
 from cluscomp.solve.along_outputs import damped, output_error
 from cluscomp.solve.kmeans import Recipe, kmeans, nearest
@@ -168,7 +170,7 @@ def test_aqlm_cuts_the_output_error_of_kmeans_at_the_same_bits_to_a_third():
     first = relative_error(weight_OI, plain_kmeans(weight_OI, 4, 256), x_TI)
     for dim, books in ((4, 1), (8, 2)):
         method = Aqlm(**AQLM, vector_dim=dim, codebook_size=256, codebooks=books)
-        stored = method.compress(weight_OI, statistic_of(x_TI), torch.Generator())
+        stored = made_by(method, weight_OI, statistic_of(x_TI), torch.Generator())
         assert relative_error(weight_OI, stored(torch.float32).detach(), x_TI) < first / 3
         assert stored.codebooks.shape == (books, 256, dim) and stored.axis == "in"
 
@@ -179,7 +181,7 @@ def test_gptvq_cuts_the_output_error_of_kmeans(storage, much):
     errors = []
     for least_squares in (0, 25):
         method = Gptvq(**GPTVQ | {"storage": storage, "least_squares": least_squares})
-        stored = method.compress(weight_OI, statistic_of(x_TI), torch.Generator())
+        stored = made_by(method, weight_OI, statistic_of(x_TI), torch.Generator())
         errors.append(relative_error(weight_OI, stored(torch.float32).detach(), x_TI))
         assert stored.codebooks.shape == (1, 256, 4) and stored.axis == "in" and stored.storage == storage
     assert errors[1] < errors[0] < much * relative_error(weight_OI, plain_kmeans(weight_OI, 4, 256), x_TI)
@@ -190,7 +192,7 @@ def test_every_round_of_aqlm_lowers_the_error():
     errors = []
     for rounds in range(4):
         method = Aqlm(**AQLM | {"rounds": rounds}, vector_dim=8, codebook_size=64, codebooks=2)
-        stored = method.compress(weight_OI, statistic_of(x_TI), torch.Generator())
+        stored = made_by(method, weight_OI, statistic_of(x_TI), torch.Generator())
         moment_II = damped(statistic_of(x_TI).matrix_II, 0.01)
         errors.append(output_error(stored(torch.float32).detach() - weight_OI, moment_II))
     assert sorted(errors, reverse=True) == errors
@@ -201,7 +203,7 @@ def test_a_wider_beam_of_aqlm_lowers_the_error():
     errors = []
     for beam in (1, 4, 16):
         method = Aqlm(**AQLM | {"beam": beam}, vector_dim=8, codebook_size=64, codebooks=2)
-        stored = method.compress(weight_OI, statistic_of(x_TI), torch.Generator().manual_seed(0))
+        stored = made_by(method, weight_OI, statistic_of(x_TI), torch.Generator().manual_seed(0))
         errors.append(relative_error(weight_OI, stored(torch.float32).detach(), x_TI))
     assert errors[2] < errors[1] < errors[0]
 
@@ -210,8 +212,7 @@ def test_a_wider_beam_of_aqlm_lowers_the_error():
 @pytest.mark.parametrize("bits, codebooks", [(4, 2), (3, 2), (2, 2), (2, 1), (3, 1)])
 def test_limits_hold_on_real_shapes(shape, bits, codebooks):
     method = Aqlm(**AQLM | {"bits": float(bits)}, vector_dim=None, codebook_size=None, codebooks=codebooks)
-    with torch.device("meta"):
-        size = sum(method.outline(*shape).ledger().values()) / (shape[0] * shape[1])
+    size = sum(planned(method, *shape).ledger().values()) / (shape[0] * shape[1])
     assert bits - 0.5 < size <= bits
 
 
@@ -221,8 +222,8 @@ def test_limits_hold_on_real_shapes(shape, bits, codebooks):
 def test_all_layers_together_spend_what_a_block_may_take(layers, bits, method):
     method = replace(method, bits=bits, vector_dim=None, codebook_size=None, allocation="fill")
     weights = sum(outputs * inputs for outputs, inputs in layers.values())
-    with torch.device("meta"):
-        stored = {name: own.outline(*layers[name]) for name, own in method.by_layer(layers).items()}
+    places = {name: Place(*shape, 0) for name, shape in layers.items()}
+    stored = dry.compress(method, places, torch.float32).stored
     size = sum(sum(weight.ledger().values()) for weight in stored.values()) / weights
     assert bits - 0.02 < size <= bits
 
@@ -232,7 +233,7 @@ def test_aqlm_decodes_as_the_authors_package_does():
     inference = pytest.importorskip("aqlm.utils", reason="aqlm is not installed")
     weight_OI, x_TI = correlated(32, 48)
     method = Aqlm(**AQLM, vector_dim=8, codebook_size=256 // 8, codebooks=2)
-    stored = method.compress(weight_OI, statistic_of(x_TI), torch.Generator())
+    stored = made_by(method, weight_OI, statistic_of(x_TI), torch.Generator())
     codes_OJM = stored.unpacked().view(2, 6, 32).permute(2, 1, 0).long()
     books = stored.codebooks.detach().float()[:, :, None]  # (M, K, out_group_size, in_group_size)
     theirs = inference._dequantize_weight(codes_OJM, books, torch.ones(32, 1, 1, 1))

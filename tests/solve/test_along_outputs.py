@@ -16,7 +16,7 @@ from cluscomp.solve.along_outputs import (
     output_error,
 )
 from cluscomp.solve.kmeans import nearest
-from cluscomp.solve.layer import SecondMoment
+from cluscomp.solve.layer import Seen
 
 
 def layer(inputs, outputs, seed=0, tokens=None):
@@ -28,7 +28,7 @@ def layer(inputs, outputs, seed=0, tokens=None):
 
 
 def moment_of(x_TI):
-    moment = SecondMoment(full=True)
+    moment = Seen({"moment"})
     for part in x_TI.split(7):
         moment.add(part)
     return moment.matrix_II
@@ -41,17 +41,17 @@ def dense(codes_IG, centroids_KD, outputs):
 def test_the_second_moment_is_that_of_all_tokens_and_its_diagonal_the_same_alone():
     _, x_TI = layer(6, 4)
     expected = (x_TI.double().T @ x_TI.double() / len(x_TI)).numpy()
-    full, diagonal = SecondMoment(full=True), SecondMoment(full=False)
+    full, diagonal = Seen({"moment"}), Seen({"diagonal"})
     for part in x_TI.view(2, -1, 6).split(1):  # batches of windows
         full.add(part)
         diagonal.add(part)
     np.testing.assert_allclose(full.matrix_II, expected, rtol=1e-5)
     np.testing.assert_allclose(full.diagonal_I, expected.diagonal(), rtol=1e-5)
     np.testing.assert_allclose(diagonal.diagonal_I, expected.diagonal(), rtol=1e-5)
-    with pytest.raises(ValueError, match="only the diagonal"):
+    with pytest.raises(ValueError, match="did not ask for 'moment'"):
         _ = diagonal.matrix_II
     with pytest.raises(ValueError, match="no calibration token"):
-        _ = SecondMoment(full=True).diagonal_I
+        _ = Seen({"moment"}).diagonal_I
 
 
 def test_the_output_error_is_the_squared_error_of_the_outputs_per_token():
@@ -185,7 +185,7 @@ def test_inputs_never_seen_and_inputs_that_overflow():
     dead = torch.diag(torch.tensor([1.0, 0.0, 3.0]))
     assert float(torch.linalg.eigvalsh(damped(dead, 0.01)).min()) > 0
     for full in (True, False):
-        moment = SecondMoment(full=full)
+        moment = Seen({"moment"} if full else {"diagonal"})
         moment.add(torch.tensor([[1e30, 1.0]]))
         with pytest.raises(ValueError, match="the original model overflows"):
             _ = moment.diagonal_I

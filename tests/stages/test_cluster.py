@@ -12,10 +12,11 @@ from cluscomp.forms.linear import compressed
 from cluscomp.methods.cluscomp import ClusComp
 from cluscomp.models.original import Original, blocks, linears
 from cluscomp.models.walk import Walk
+from cluscomp.plan import dry
 from cluscomp.plan.meta import MetaModel
-from cluscomp.solve.layer import SecondMoment
+from cluscomp.solve.layer import Seen
 from cluscomp.stages import Job
-from cluscomp.stages.cluster import Cluster, chosen_table, layer_seed, places
+from cluscomp.stages.cluster import Cluster, chosen_table, layer_seed
 
 CPU = torch.device("cpu")
 CALIBRATION = {"samples": 5, "length": 12, "batch_size": 2}
@@ -189,7 +190,7 @@ def test_a_block_whose_layers_share_nothing_is_compressed_layer_by_layer(tiny_fo
     for name, layer in compressed(blocks(model)[0]).items():
         generator = torch.Generator().manual_seed(layer_seed(0, f"model.layers.0.{name}"))
         weight_OI = walk.blocks[0].get_submodule(name).weight.detach()
-        alone = method().compress(weight_OI, statistics[name], generator)
+        alone = compressed(method(), weight_OI, statistics[name], generator)
         assert equal(dict(alone.state_dict()), dict(layer.stored.state_dict()))
 
 
@@ -270,10 +271,11 @@ def test_shapes_as_of_gaussian_weights_are_those_of_the_plan_and_fill_the_block(
     target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "share": share, "allocation": "gaussian"}
     clustering = stage(text, **target)
     model, found = run(clustering, original, tmp_path)
-    outlined = clustering.method.outline_block(places(MetaModel(original.config, torch.float32, "cpu"))[0])
+    outline = MetaModel(original.config, torch.float32, "cpu")
+    planned = dry.compress(clustering.method, outline.places()[0], torch.float32)
     stored = {name: layer.stored for name, layer in compressed(blocks(model)[0]).items()}
-    assert clustering.method.exact and outlined.keys() == stored.keys()
-    assert all(outlined[name].spec() == weight.spec() for name, weight in stored.items())
+    assert planned.exact and planned.stored.keys() == stored.keys()
+    assert all(planned.stored[name].spec() == weight.spec() for name, weight in stored.items())
     size = sum(layer.out_features * layer.in_features for layer in compressed(model).values())
     bits = sum(sum(layer.stored.ledger().values()) for layer in compressed(model).values()) / size
     assert 2.6 < bits <= 3.0 and found["chosen"]
@@ -317,7 +319,7 @@ def test_inputs_that_overflow_are_told_with_the_layer(tiny_folder, text, target,
     block = blocks(Original(tiny_folder, torch.float32, CPU).load_all())[0]
     statistics = {}
     for name, layer in linears(block).items():
-        statistics[name] = SecondMoment(full=True)
+        statistics[name] = Seen({"moment"})
         statistics[name].add(torch.full((2, layer.in_features), 1e30))
     with pytest.raises(InputError, match=r"block\.self_attn\.q_proj.*: its inputs .* have NaN or infinity"):
         stage(text, share=share, **target).compress_block(block, "block", 0, statistics)

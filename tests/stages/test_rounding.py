@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from layers import correlated
+from layers import correlated, made_by, statistic_of
 from reference.recipe import IDLE
 from test_block_finetune import CPU, stage, tensors
 
@@ -35,10 +35,7 @@ def begun(name: str, *, offsets: bool) -> tuple[torch.Tensor, UniformWeight, Lea
     """A weight, what is stored of it, and that beginning to learn."""
     weight_OI, x_TI = correlated(6, 20, 3)
     method = METHODS[name]
-    statistic = method.statistic()
-    if statistic is not None:
-        statistic.add(x_TI)
-    stored = method.compress(weight_OI, statistic, torch.Generator()).requires_grad_(False)
+    stored = made_by(method, weight_OI, statistic_of(x_TI), torch.Generator()).requires_grad_(False)
     learned = LearnedRounding(weight_OI, stored, offsets=offsets)
     learned.loosen()
     return weight_OI, stored, learned
@@ -202,7 +199,7 @@ def test_values_and_gradients_are_those_of_the_autoround_package():
     """Of a layer on 2 bits with whole zeros: numbers, and what factors and offsets learn from them."""
     package = pytest.importorskip("auto_round.data_type.int", reason="auto-round is not installed")
     weight_OI, _ = correlated(6, 24, 3)
-    stored = METHODS["whole zeros"].compress(weight_OI, None, torch.Generator()).requires_grad_(False)
+    stored = made_by(METHODS["whole zeros"], weight_OI, None, torch.Generator()).requires_grad_(False)
     learned = LearnedRounding(weight_OI, stored, offsets=True)
     learned.loosen()
     generator = torch.Generator().manual_seed(2)

@@ -1,0 +1,76 @@
+"""What compressing will do: a method's own `compress`, run on weights without numbers."""
+
+import logging
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+from cluscomp.kernels.counting import Count
+from cluscomp.kernels.work import Work
+from cluscomp.methods import Method
+from cluscomp.plan.meta import Place
+from cluscomp.solve.layer import Layer, Seen
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Dry:
+    """The stored forms that a method will make of the layers of a block, by name, on the meta device; what it costs.
+
+    `peak`: bytes that it holds at most beside the block, the statistics and what is finished. `exact`: whether these
+    are the forms that it will make; else the likeliest, as errors of the real weights have a say.
+    """
+
+    stored: dict[str, nn.Module]
+    work: Work
+    peak: float
+    exact: bool
+
+    def forms(self) -> dict[str, nn.Module]:
+        """The stored forms once more, to be put into a block."""
+        return deepcopy(self.stored)
+
+
+def compress(method: Method, places: dict[str, Place], dtype: torch.dtype) -> Dry | None:
+    """What `method` does to the layers of a block, in `dtype`; None if it cannot be run without numbers.
+
+    Raises ValueError, beginning with the layer's name, as the method would with the real weights.
+    """
+    try:
+        return _kept(method, tuple(places.items()), dtype)  # type: ignore[arg-type]
+    except TypeError:  # a list among the method's settings
+        return _run(method, tuple(places.items()), dtype)
+
+
+def _run(method: Method, places: tuple[tuple[str, Place], ...], dtype: torch.dtype) -> Dry | None:
+    names, seen = method.sees(), dict[int, Seen]()
+    layers = {}
+    for name, place in places:
+        if names and place.input not in seen:
+            seen[place.input] = Seen(names)
+            seen[place.input].add(torch.empty(1, place.in_features, device="meta"))
+        weight_OI = torch.empty(place.out_features, place.in_features, dtype=dtype, device="meta")
+        layers[name] = Layer(weight_OI, place.input, seen.get(place.input), torch.Generator().manual_seed(0))
+    stored: dict[str, nn.Module] = {}
+    with Count() as count, torch.no_grad():
+        try:
+            for compressed in method.compress(layers):
+                stored |= compressed.stored
+                for name, form in compressed.stored.items():
+                    del layers[name]
+                    count.leave_out(iter(form.state_dict().values()))
+        except ValueError:
+            raise
+        except Exception as error:  # whatever code that was not written for it makes of tensors without numbers
+            log.info(
+                "no plan: %s cannot be run without numbers (%s: %s)", type(method).__name__, type(error).__name__, error
+            )
+            return None
+    return Dry(stored, count.work, count.peak, count.exact)
+
+
+_kept = cache(_run)  # blocks are alike, and a check asks what a plan has asked
