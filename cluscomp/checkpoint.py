@@ -27,6 +27,7 @@ from cluscomp.errors import InputError
 from cluscomp.forms import adapters
 from cluscomp.forms.layers import build_all, check_codes, empty_layers, place, put_in, specs
 from cluscomp.forms.linear import BASE, MARK, compressed, storage_dtype, unique_tensors
+from cluscomp.forms.stored import Stored
 from cluscomp.store.files import file_hash, new_folder
 from cluscomp.store.tensors import read_tensors, write_tensors
 
@@ -179,7 +180,7 @@ def load(folder: Path, dtype: torch.dtype | None = None, device: torch.device | 
 class Part:
     """What `save_part` wrote of a block: its compressed layers, its other tensors, and plain numbers."""
 
-    layers: dict[str, nn.Module]
+    layers: dict[str, Stored]
     others: dict[str, torch.Tensor]
     numbers: dict[str, Any]
 

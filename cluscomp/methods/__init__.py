@@ -46,7 +46,7 @@ class Method(Protocol):
     def compress(
         self, weight_OI: "Tensor", statistic: "SecondMoment | None", generator: "torch.Generator"
     ) -> "nn.Module":
-        """Turn a finite dense weight (O, I) into a stored form (see `cluscomp.forms.Weight`).
+        """Turn a finite dense weight (O, I) into a stored form (see `cluscomp.forms.stored.Stored`).
 
         `statistic` is what `statistic()` gave, having seen the layer's inputs. The result depends on the weight, the
         statistic, the settings and the generator's seed alone. Raises ValueError as `check`.

@@ -107,7 +107,6 @@ class Cluster:
         """
         import torch
 
-        from cluscomp.forms.uniform import PackedWeight
         from cluscomp.models.original import block_names, blocks, linears
 
         if not any(kind.startswith("Q4") for kind in origin):
@@ -116,7 +115,7 @@ class Cluster:
             for layer, dense in linears(block).items():
                 with torch.device("meta"):
                     stored = self.method.outline(dense.out_features, dense.in_features)
-                if isinstance(stored, PackedWeight) and stored.lies_on(width=4, group=32):
+                if stored.lies_on(width=4, group=32):  # type: ignore[operator]
                     raise InputError(
                         f"{name}.{layer}: 4 bits in {stored.groups} groups of its {stored.in_features} inputs "
                         f"would be void: the original comes from a file of 4 bits in groups of 32 "
@@ -295,7 +294,6 @@ class Cluster:
         """
         import torch
 
-        from cluscomp.forms.codebook import CodebookWeight
         from cluscomp.forms.layers import put_in
         from cluscomp.models.original import linears
         from cluscomp.process import give_memory_back
@@ -318,8 +316,8 @@ class Cluster:
                         difference_OI = stored(torch.float32) - weight_OI
                     squares[layer] = [float(matrix.double().square().sum()) for matrix in (difference_OI, weight_OI)]
                     distributed[layer] = of_entries(weight_OI)
-                    if isinstance(stored, CodebookWeight):
-                        distributed[layer] |= of_codes(stored.unpacked(), stored.codebooks.shape[1])
+                    if (coded := stored.coded()) is not None:  # type: ignore[operator]
+                        distributed[layer] |= of_codes(*coded)
                 if compressed.chosen:
                     chosen[", ".join(compressed.stored)] = compressed.chosen
                 give_memory_back()

@@ -149,7 +149,7 @@ def test_scales_learn_and_are_rounded_put_back_or_refused():
     weight = random_weight()[0]
     before = {name: tensor.clone() for name, tensor in weight.state_dict().items()}
     state = weight.state_dict()
-    weight.loosen()
+    weight.to_masters()
     assert weight.scales.dtype == torch.float32 and weight.scales.requires_grad
     weight(torch.float32).square().sum().backward()
     steps = weight.unpacked().float() - torch.from_numpy(np.repeat(weight.offsets().numpy(), [3, 3, 3, 2], 1))
@@ -159,16 +159,16 @@ def test_scales_learn_and_are_rounded_put_back_or_refused():
     )
     torch.testing.assert_close(weight.scales.grad, by_hand)
     weight.scales.data *= 1.1
-    weight.settle()
+    weight.to_storage()
     assert weight.scales.dtype == torch.float16 and weight.scales.grad is None and not weight.scales.requires_grad
     torch.testing.assert_close(weight.scales.data, before["scales"] * 1.1, rtol=1e-3, atol=1e-3)
     weight.restore(state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weight.state_dict().items())
     for wrong in (1e6, float("nan")):
-        weight.loosen()
+        weight.to_masters()
         weight.scales.data[0, 0] = wrong
         with pytest.raises(ValueError, match="16-bit float"):
-            weight.settle()
+            weight.to_storage()
 
 
 def test_damaged_scales_are_found():
