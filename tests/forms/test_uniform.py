@@ -16,7 +16,7 @@ from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms.layers import check_file, size_of
 from cluscomp.forms.uniform import UniformWeight, bounds, grids_for, rounded_weight
-from cluscomp.methods.on_grids import Grid, grid_of, outline, stored_bits
+from cluscomp.methods.on_grids import Grid, grid_of, outline
 from cluscomp.methods.rtn import RoundToNearest
 from cluscomp.models.original import Original, block_names, blocks
 from cluscomp.stages.cluster import Cluster
@@ -72,6 +72,15 @@ def test_the_dense_weight_is_that_of_a_loop(out_features, in_features, width, gr
     np.testing.assert_array_equal(weight.unpacked(), codes)
 
 
+def bits_of(out_features, in_features, width, groups, zeros, scaled=False):
+    """All stored bits, from shapes alone."""
+    parts = UniformWeight.bits(
+        out_features=out_features, in_features=in_features, width=width, groups=groups, zeros=zeros,
+        scaled_inputs=scaled,
+    )  # fmt: skip
+    return sum(parts.values())
+
+
 @settings(max_examples=60, deadline=None)
 @shapes
 def test_the_ledger_is_what_is_stored_and_what_the_solver_counts(
@@ -81,9 +90,7 @@ def test_the_ledger_is_what_is_stored_and_what_the_solver_counts(
     ledger = weight.ledger()
     stored = sum(tensor.numel() * tensor.element_size() * 8 for tensor in weight.state_dict().values())
     assert sum(ledger.values()) == stored
-    assert stored == stored_bits(
-        out_features, in_features, width, groups, "none" if symmetric else "whole", scaled_inputs=scaled
-    )
+    assert stored == bits_of(out_features, in_features, width, groups, "none" if symmetric else "whole", scaled)
     assert 0 <= ledger["padding"] < 2 * 8 * width
     assert weight.paper_bits() == stored - ledger["padding"]
     again = UniformWeight.empty(**weight.spec())
@@ -94,10 +101,10 @@ def test_the_ledger_is_what_is_stored_and_what_the_solver_counts(
 def test_bits_of_the_literatures_settings():
     """Widths plus the part of scales and zeros, of a matrix of Llama-2-7B: notes in papers and in llm-compressor."""
     shape = 4096, 4096
-    assert stored_bits(*shape, 4, 32, "whole") / 4096**2 == 4 + (16 + 4) / 128  # 4 bits, groups of 128
-    assert stored_bits(*shape, 3, 64, "whole") / 4096**2 == 3 + (16 + 3) / 64
-    assert stored_bits(*shape, 3, 32, "none") / 4096**2 == 3.125
-    assert stored_bits(*shape, 3, 1, "none") / 4096**2 == 3 + 16 / 4096
+    assert bits_of(*shape, 4, 32, "whole") / 4096**2 == 4 + (16 + 4) / 128  # 4 bits, groups of 128
+    assert bits_of(*shape, 3, 64, "whole") / 4096**2 == 3 + (16 + 3) / 64
+    assert bits_of(*shape, 3, 32, "none") / 4096**2 == 3.125
+    assert bits_of(*shape, 3, 1, "none") / 4096**2 == 3 + 16 / 4096
 
 
 @settings(max_examples=40, deadline=None)
