@@ -37,8 +37,8 @@ FORMAT = 1  # version of what is stored; part of every stage's key
 MANIFEST = "cluscomp.json"  # hashes of the folder's files
 SHARD_SIZE = "5GB"
 IN_A_FILE = {  # safetensors' names of types, in the order of their tensors in a file
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
-    torch.int8: "I8", torch.uint8: "U8",
+    torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8",
 }  # fmt: skip
 
 

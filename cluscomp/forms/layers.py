@@ -9,12 +9,20 @@ from torch import Tensor, nn
 from cluscomp.errors import InputError
 from cluscomp.forms.codebook import CodebookWeight
 from cluscomp.forms.linear import BASE, MARK, CompressedLinear, compressed, storage_dtype, unique_tensors
+from cluscomp.forms.low_rank import LowRank
+from cluscomp.forms.masked import Masked
+from cluscomp.forms.plain import PlainWeight
+from cluscomp.forms.rotated import Rotated
 from cluscomp.forms.stored import KINDS, Stored, build, described, total
+from cluscomp.forms.sum import Sum
 from cluscomp.forms.table import TableWeight
 from cluscomp.forms.uniform import UniformWeight
 
 SHARES = "shares"  # in the entry of a layer in config.json: the layer that stores its trainable tensors
-FORMS: tuple[type[Stored], ...] = (CodebookWeight, UniformWeight, TableWeight)
+FORMS: tuple[type[Stored], ...] = (
+    CodebookWeight, UniformWeight, TableWeight, PlainWeight,
+    LowRank, Masked, Rotated, Sum,
+)  # fmt: skip
 KINDS.update({form.kind: form for form in FORMS})
 
 
@@ -49,13 +57,18 @@ def put_in(model: nn.Module, name: str, stored: nn.Module) -> None:
 
 
 def specs(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Kind and shapes of every stored weight of a model by layer name, as config.json holds them."""
+    """Kind and shapes of every stored weight of a model by layer name, as config.json holds them.
+
+    Raises ValueError, with the layer's name, for one that shares some of its trained tensors and not all.
+    """
     found: dict[str, dict[str, Any]] = {}
     owners: dict[int, str] = {}
     for full, layer in compressed(model).items():
         name = full.removesuffix(BASE)
         found[name] = described(layer.stored)
-        first = owners.setdefault(id(next(layer.stored.parameters())), name)
+        first, *others = {owners.setdefault(id(parameter), name) for parameter in layer.stored.parameters()}
+        if others:
+            raise ValueError(f"{name}: some of what it trains is stored by another layer, and some is not")
         if first != name:
             found[name][SHARES] = first
     return found
