@@ -27,6 +27,7 @@ from cluscomp.errors import InputError
 from cluscomp.forms import adapters
 from cluscomp.forms.layers import build_all, check_codes, empty_layers, place, put_in, specs
 from cluscomp.forms.linear import BASE, MARK, compressed, storage_dtype, unique_tensors
+from cluscomp.forms.stored import Stored
 from cluscomp.store.files import file_hash, new_folder
 from cluscomp.store.tensors import read_tensors, write_tensors
 
@@ -36,8 +37,8 @@ FORMAT = 1  # version of what is stored; part of every stage's key
 MANIFEST = "cluscomp.json"  # hashes of the folder's files
 SHARD_SIZE = "5GB"
 IN_A_FILE = {  # safetensors' names of types, in the order of their tensors in a file
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
-    torch.int8: "I8", torch.uint8: "U8",
+    torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8",
 }  # fmt: skip
 
 
@@ -179,7 +180,7 @@ def load(folder: Path, dtype: torch.dtype | None = None, device: torch.device | 
 class Part:
     """What `save_part` wrote of a block: its compressed layers, its other tensors, and plain numbers."""
 
-    layers: dict[str, nn.Module]
+    layers: dict[str, Stored]
     others: dict[str, torch.Tensor]
     numbers: dict[str, Any]
 

@@ -216,14 +216,14 @@ def test_training_moves_masters_and_can_be_taken_back(method):
     stored = compress(method, gaussian(32, 48))
     state, before = stored.state_dict(), {name: tensor.clone() for name, tensor in stored.state_dict().items()}
     dense_OI = stored(torch.float32).detach()
-    stored.loosen()
+    stored.to_masters()
     parameters = list(stored.parameters())
     assert parameters and all(part.dtype == torch.float32 and part.requires_grad for part in parameters)
     torch.testing.assert_close(stored(torch.float32).detach(), dense_OI)
     with torch.no_grad():
         for part in parameters:
             part.mul_(1.25)
-    stored.settle()
+    stored.to_storage()
     assert stored.spec() == compress(method, gaussian(32, 48)).spec()
     assert not any(part.requires_grad for part in stored.parameters())
     torch.testing.assert_close(stored(torch.float32), 1.25 * dense_OI, rtol=2e-2, atol=2e-2)

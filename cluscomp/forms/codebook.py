@@ -1,4 +1,4 @@
-"""What is stored: modules that rebuild a dense weight and count their own bits, and the one layer that uses them."""
+"""Weights as codes into codebooks of sub-vectors: what ClusComp, GPTVQ and AQLM store."""
 
 import math
 from typing import Any, Literal, cast
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from cluscomp.forms.stored import Single, Stored, without_padding
 from cluscomp.kernels.codebook import multiply, multiply_by_tables, rebuild
 from cluscomp.kernels.codes import code_bits, pack, packed_bytes, unpack
 from cluscomp.kernels.loading import runs_triton
@@ -53,17 +54,20 @@ def codebook_bits(codebook_size: int, vector_dim: int, storage: Storage) -> int:
     return codebook_size * vector_dim * STORAGE[storage].itemsize * 8 + (SCALE_BITS if storage in LARGEST else 0)
 
 
-class CodebookWeight(nn.Module):
+class CodebookWeight(Single):
     """A weight as codes into codebooks; the sub-vectors of M codebooks are added (the paper: M = 1).
 
     Stored: `codes` (M, bytes) uint8, packed at ceil(log2 K) bits each (kernels/codes.py), `codebooks` (M, K, D) and,
     for codebooks of 8 bits, `scales` (M,) float32. ClusComp section 3.2 is M = 1 and axis "out", AQLM's form M >= 1 and
-    axis "in". To be trained the codebooks are made float32 masters (`loosen`), and rounded to their storage afterwards
-    (`settle`). Weights may share codebooks of 16 bits: those after the first `follow` it, and each has `scales` of its
-    own, which stay.
+    axis "in". The codebooks can be trained. Weights may share codebooks of 16 bits: those after the first `follow` it,
+    and each has `scales` of its own, which stay.
     """
 
+    kind = "codebook"
+    trained = "codebooks"
+    learns = frozenset({"values", "means"})
     codes: Tensor
+    codebooks: nn.Parameter
     scales: Tensor | None
     follows: bool  # whether another weight stores and counts the codebooks
 
@@ -103,7 +107,7 @@ class CodebookWeight(nn.Module):
         """
         bits = code_bits(codebooks_MKD.shape[1])
         packed = torch.stack([pack(codes_N, bits) for codes_N in codes_MN])
-        stored, of_storage = rounded(codebooks_MKD, storage)
+        stored, of_storage = in_storage(codebooks_MKD, storage)
         return cls(
             packed, stored, of_storage if scales_M is None else scales_M,
             out_features=out_features, in_features=in_features, axis=axis, storage=storage,
@@ -137,11 +141,40 @@ class CodebookWeight(nn.Module):
             storage=storage,
         )
 
-    def follow(self, first: "CodebookWeight") -> None:
+    @classmethod
+    def bits(
+        cls,
+        *,
+        out_features: int,
+        in_features: int,
+        axis: Axis,
+        vector_dim: int,
+        codebook_size: int,
+        codebooks: int,
+        storage: Storage = "float16",
+        scaled: bool = False,
+        follows: bool = False,
+    ) -> dict[str, int]:
+        """Stored bits: codes (those of padded rows too), codebooks, padding of the packed stream, scales of its own.
+
+        Scales of codebooks of 8 bits count as part of them. `follows`: codebooks that another weight stores.
+        """
+        vectors, width = num_sub_vectors(out_features, in_features, vector_dim, axis), code_bits(codebook_size)
+        parts = {
+            "codes": codebooks * vectors * width,
+            "codebooks": 0 if follows else codebooks * codebook_bits(codebook_size, vector_dim, storage),
+            "padding": codebooks * (packed_bytes(vectors, width) * 8 - vectors * width),
+        }
+        return parts | ({"scales": codebooks * SCALE_BITS} if scaled and storage not in LARGEST else {})
+
+    def follow(self, first: Stored) -> None:
         """Share the codebooks of another weight: one parameter, which the other stores and counts.
 
         Raises ValueError if their shapes differ or they have 8 bits, whose scales would have to be shared too.
         """
+        if not isinstance(first, CodebookWeight):
+            super().follow(first)
+            return
         if first.codebooks.shape != self.codebooks.shape or self.storage != first.storage or self.storage in LARGEST:
             mine, other = ((*weight.codebooks.shape, weight.storage) for weight in (self, first))
             raise ValueError(f"codebooks {mine} cannot be those of another weight, {other}")
@@ -169,27 +202,19 @@ class CodebookWeight(nn.Module):
         values_MKD = self.codebooks.to(dtype)
         return values_MKD if self.scales is None else values_MKD * self.scales.to(dtype)[:, None, None]
 
-    def loosen(self) -> None:
-        """Make the codebooks float32 masters that can be trained; of shared ones each weight may do so."""
-        if self._scaled:
-            self.codebooks.data = self.codebooks.data.float()
-        else:
-            self.codebooks.data = self.centroids(torch.float32).detach().clone()
-            self.scales = None if self.scales is None else torch.ones_like(self.scales)
-        self.codebooks.requires_grad_(True)
+    def masters(self) -> dict[str, Tensor]:
+        """The centroids in float32; scales of 8 bits are then 1."""
+        if self._scaled or self.scales is None:
+            return super().masters()
+        return {
+            "codebooks": self.centroids(torch.float32).detach().clone(),
+            "scales": torch.ones_like(self.scales),
+        }
 
-    def settle(self) -> None:
-        """Round the codebooks to their storage. Raises ValueError if one is not finite or does not fit."""
-        self.codebooks.requires_grad_(False)
-        self.codebooks.grad = None
-        self.codebooks.data, of_storage = rounded(self.codebooks.data, self.storage)
-        self.scales = self.scales if self._scaled else of_storage
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Take back the codebooks of a `state_dict` made before `loosen`."""
-        self.codebooks.requires_grad_(False)
-        self.codebooks.grad = None
-        self.codebooks.data, self.scales = state["codebooks"], state.get("scales")
+    def rounded(self, values: Tensor) -> dict[str, Tensor]:
+        """Codebooks (M, K, D) in their storage. Raises ValueError if one is not finite or does not fit."""
+        stored, of_storage = in_storage(values, self.storage)
+        return {"codebooks": stored} | ({} if of_storage is None else {"scales": of_storage})
 
     def tiles(self) -> list[slice]:
         """Large weights of axis "out" are rebuilt in tiles of some 2^21 entries that start on a whole byte of codes."""
@@ -236,24 +261,17 @@ class CodebookWeight(nn.Module):
         return cast(Tensor, sum(tables))[None]
 
     def ledger(self) -> dict[str, int]:
-        """Stored bits: codes (those of padded rows too), codebooks, padding of the packed stream.
-
-        Scales of codebooks of 8 bits count as part of them. Codebooks that another weight stores do not count.
-        """
-        num_codebooks, size, _ = self.codebooks.shape
-        codes = num_codebooks * self.num_codes * code_bits(size)
-        parts = {"codes": codes, "codebooks": self._codebook_bits(), "padding": self.codes.numel() * 8 - codes}
-        return parts | ({"scales": num_codebooks * SCALE_BITS} if self._scaled else {})
-
-    def _codebook_bits(self) -> int:
-        num_codebooks, size, dim = self.codebooks.shape
-        return 0 if self.follows else num_codebooks * codebook_bits(size, dim, self.storage)
+        """Stored bits; codebooks that another weight stores do not count."""
+        return self.bits(**self.spec(), follows=self.follows)
 
     def paper_bits(self) -> int:
         """Bits by Equation 3 of the paper: 16 for each code, whatever the codebook's size, and the codebooks."""
-        num_codebooks = len(self.codebooks)
-        scales = num_codebooks * SCALE_BITS if self._scaled else 0
-        return num_codebooks * 16 * self.num_codes + self._codebook_bits() + scales
+        ledger = self.ledger()
+        return without_padding(ledger) - ledger["codes"] + 16 * len(self.codebooks) * self.num_codes
+
+    def coded(self) -> tuple[Tensor, int]:
+        """The codes (M, N) and the codebooks' size K."""
+        return self.unpacked(), self.codebooks.shape[1]
 
     def spec(self) -> dict[str, Any]:
         """What `empty` needs to make this module's shapes again."""
@@ -269,13 +287,14 @@ class CodebookWeight(nn.Module):
         } | ({"scaled": True} if self._scaled else {})
 
     def check(self) -> None:
-        """Raise ValueError if a code points past its codebook (a damaged file)."""
+        """Raise ValueError if a code points past its codebook or a number is not finite (a damaged file)."""
+        super().check()
         size = self.codebooks.shape[1]
         if size & (size - 1) and int(self.unpacked().max()) >= size:
             raise ValueError(f"code {int(self.unpacked().max())} exceeds the codebook of {size} centroids")
 
 
-def rounded(codebooks_MKD: Float[Tensor, "M K D"], storage: Storage) -> tuple[Tensor, Tensor | None]:
+def in_storage(codebooks_MKD: Float[Tensor, "M K D"], storage: Storage) -> tuple[Tensor, Tensor | None]:
     """Codebooks (M, K, D) as they are stored, and the scales (M,) of those of 8 bits (the largest value is the type's).
 
     Raises ValueError for values that are not finite or do not fit a 16-bit float.
@@ -291,6 +310,6 @@ def rounded(codebooks_MKD: Float[Tensor, "M K D"], storage: Storage) -> tuple[Te
 
 
 def centroid_values(codebooks_MKD: Float[Tensor, "M K D"], storage: Storage) -> Float[Tensor, "M K D"]:
-    """Codebooks (M, K, D) in float32 with the values they have once stored. Raises ValueError as `rounded`."""
-    stored, scales_M = rounded(codebooks_MKD, storage)
+    """Codebooks (M, K, D) in float32 with the values they have once stored. Raises ValueError as `in_storage`."""
+    stored, scales_M = in_storage(codebooks_MKD, storage)
     return stored.float() if scales_M is None else stored.float() * scales_M[:, None, None]

@@ -9,15 +9,21 @@ from torch import Tensor, nn
 from cluscomp.errors import InputError
 from cluscomp.forms.codebook import CodebookWeight
 from cluscomp.forms.linear import BASE, MARK, CompressedLinear, compressed, storage_dtype, unique_tensors
+from cluscomp.forms.low_rank import LowRank
+from cluscomp.forms.masked import Masked
+from cluscomp.forms.plain import PlainWeight
+from cluscomp.forms.rotated import Rotated
+from cluscomp.forms.stored import KINDS, Stored, build, described, total
+from cluscomp.forms.sum import Sum
 from cluscomp.forms.table import TableWeight
 from cluscomp.forms.uniform import UniformWeight
 
 SHARES = "shares"  # in the entry of a layer in config.json: the layer that stores its trainable tensors
-KINDS: dict[str, Any] = {  # by their name in config.json
-    "codebook": CodebookWeight,
-    "uniform": UniformWeight,
-    "lookup": TableWeight,
-}
+FORMS: tuple[type[Stored], ...] = (
+    CodebookWeight, UniformWeight, TableWeight, PlainWeight,
+    LowRank, Masked, Rotated, Sum,
+)  # fmt: skip
+KINDS.update({form.kind: form for form in FORMS})
 
 
 def empty_layers(model: nn.Module, weights: dict[str, dict[str, Any]], dtype: torch.dtype) -> dict[str, str]:
@@ -36,50 +42,45 @@ def empty_layers(model: nn.Module, weights: dict[str, dict[str, Any]], dtype: to
 
 
 def check_codes(model: nn.Module) -> None:
-    """Raise InputError, by layer, if a code points past its codebook."""
+    """Raise InputError, by layer, if what is stored is damaged: see `Stored.check`."""
     for name, layer in compressed(model).items():
         try:
-            layer.stored.check()  # type: ignore[operator]
+            layer.stored.check()
         except ValueError as error:
             raise InputError(f"{name}: {error}; the checkpoint is damaged") from error
 
 
-def put_in(model: nn.Module, name: str, stored: nn.Module) -> None:
+def put_in(model: nn.Module, name: str, stored: Stored) -> None:
     """Put a compressed layer in the place of the dense linear layer `name`; the bias stays."""
     dense = model.get_submodule(name)
     model.set_submodule(name, CompressedLinear(stored, dense.bias, dense.weight.dtype))  # type: ignore[arg-type]
 
 
 def specs(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Kind and shapes of every stored weight of a model by layer name, as config.json holds them."""
-    kinds = {kind: name for name, kind in KINDS.items()}
+    """Kind and shapes of every stored weight of a model by layer name, as config.json holds them.
+
+    Raises ValueError, with the layer's name, for one that shares some of its trained tensors and not all.
+    """
     found: dict[str, dict[str, Any]] = {}
     owners: dict[int, str] = {}
     for full, layer in compressed(model).items():
         name = full.removesuffix(BASE)
-        found[name] = {"kind": kinds[type(layer.stored)]} | layer.stored.spec()  # type: ignore[operator]
-        first = owners.setdefault(id(next(layer.stored.parameters())), name)
+        found[name] = described(layer.stored)
+        first, *others = {owners.setdefault(id(parameter), name) for parameter in layer.stored.parameters()}
+        if others:
+            raise ValueError(f"{name}: some of what it trains is stored by another layer, and some is not")
         if first != name:
             found[name][SHARES] = first
     return found
 
 
-def build(spec: dict[str, Any]) -> nn.Module:
-    """A stored form with undefined content from its kind and shapes, on the default device."""
-    kind = KINDS.get(str(spec.get("kind")))
-    if kind is None:
-        raise ValueError(f"a stored weight of kind '{spec.get('kind')}'; this version knows {', '.join(KINDS)}")
-    stored: nn.Module = kind.empty(**{key: value for key, value in spec.items() if key not in ("kind", SHARES)})
-    return stored
-
-
-def build_all(specs: dict[str, dict[str, Any]]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def build_all(specs: dict[str, dict[str, Any]]) -> tuple[dict[str, Stored], dict[str, str]]:
     """The stored forms of some layers by name, and of each tensor that another layer stores the name of that one's."""
-    stored = {name: build(spec) for name, spec in specs.items()}
+    stored = {name: build({key: value for key, value in spec.items() if key != SHARES}) for name, spec in specs.items()}
     shared: dict[str, str] = {}
     for name, spec in specs.items():
         if first := spec.get(SHARES):
-            stored[name].follow(stored[first])  # type: ignore[operator]
+            stored[name].follow(stored[first])
             shared |= {f"{name}.stored.{key}": f"{first}.stored.{key}" for key, _ in stored[name].named_parameters()}
     return stored, shared
 
@@ -110,13 +111,10 @@ def size_of(model: nn.Module, kept_bits: int | None = None) -> Size:
         return tensor.numel() * (storage_dtype(tensor).itemsize * 8 if kept_bits is None else kept_bits)
 
     layers = compressed(model)
-    ledger: dict[str, int] = {}
-    for layer in layers.values():
-        for part, bits in layer.stored.ledger().items():  # type: ignore[operator]
-            ledger[part] = ledger.get(part, 0) + bits
+    ledger = total(*(layer.stored.ledger() for layer in layers.values()))
     weights = sum(layer.out_features * layer.in_features for layer in layers.values())
     linear_bits = sum(ledger.values())
-    paper_bits = sum(layer.stored.paper_bits() for layer in layers.values())  # type: ignore[operator]
+    paper_bits = sum(layer.stored.paper_bits() for layer in layers.values())
     inside = tuple(f"{name}.stored." for name in layers)
     others = {name: tensor for name, tensor in unique_tensors(model).items() if not name.startswith(inside)}
     kept = [tensor for name, tensor in others.items() if MARK not in name]

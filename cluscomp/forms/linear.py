@@ -6,6 +6,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from cluscomp.forms.stored import Stored
+
 
 def storage_dtype(tensor: Tensor) -> torch.dtype:
     """The narrowest of bfloat16, float16 and the tensor's own dtype that holds its values exactly.
@@ -73,10 +75,9 @@ class CompressedLinear(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, stored: nn.Module, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.in_features: int = stored.in_features  # type: ignore[assignment]
-        self.out_features: int = stored.out_features  # type: ignore[assignment]
+        self.in_features, self.out_features = stored.in_features, stored.out_features
         self.stored = stored
         device = next(stored.parameters()).device
         self.register_buffer("weight", torch.empty(0, dtype=dtype, device=device))
@@ -85,9 +86,9 @@ class CompressedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         """x W^T + b with the weight rebuilt in x's dtype: (..., I) -> (..., O)."""
         if not torch.is_grad_enabled():
-            product_BO = self.stored.product(x.reshape(-1, self.in_features))  # type: ignore[operator]
+            product_BO = self.stored.product(x.reshape(-1, self.in_features))
             if product_BO is not None:
-                return (product_BO if self.bias is None else product_BO + self.bias).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+                return (product_BO if self.bias is None else product_BO + self.bias).view(*x.shape[:-1], -1)
         return _RebuiltLinear.apply(x, self.bias, self.stored, *self.stored.parameters())  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:

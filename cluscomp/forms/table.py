@@ -18,7 +18,8 @@ class TableWeight(PackedWeight):
     as equal as can be. The tables can be trained, as codebooks of vectors can.
     """
 
-    learned = "codebooks"
+    kind = "lookup"
+    trained = "codebooks"
     codebooks: nn.Parameter
 
     def __init__(
@@ -58,20 +59,21 @@ class TableWeight(PackedWeight):
             in_features=in_features,
         )
 
+    @classmethod
+    def bits(cls, *, out_features: int, in_features: int, width: int, groups: int) -> dict[str, int]:
+        """Stored bits: codes, tables, padding of the packed codes."""
+        numbers = out_features * in_features
+        return {
+            "codes": numbers * width,
+            "codebooks": out_features * groups * 2**width * 16,
+            "padding": packed_bytes(numbers, width) * 8 - numbers * width,
+        }
+
     def forward(self, dtype: torch.dtype, inputs: slice | None = None) -> Float[Tensor, "O I"]:  # noqa: ARG002
         """The dense weight (O, I) in `dtype`; `inputs` is all of them (see `tiles`)."""
         tables_OE = self.codebooks.to(dtype).flatten(1)
         first_1G = torch.arange(self.groups, device=tables_OE.device)[None] * self.codebooks.shape[2]
         return tables_OE.gather(1, (self.unpacked() + spread(first_1G, self.in_features)).long())
-
-    def ledger(self) -> dict[str, int]:
-        """Stored bits: codes, tables, padding of the packed codes."""
-        codes = self.out_features * self.in_features * self.width
-        return {
-            "codes": codes,
-            "codebooks": self.codebooks.numel() * 16,
-            "padding": self.codes.numel() * 8 - codes,
-        }
 
     def spec(self) -> dict[str, Any]:
         """What `empty` needs to make this module's shapes again."""
@@ -85,11 +87,6 @@ class TableWeight(PackedWeight):
     def lies_on(self, *, width: int, group: int) -> bool:
         """Whether every group has as many values as there are on a grid of `width`, of a part of `group` inputs."""
         return self.width >= width and self.divides(group)
-
-    def check(self) -> None:
-        """Raise ValueError if a value is not finite (a damaged file); all numbers of so many bits are valid."""
-        if not bool(self.codebooks.isfinite().all()):
-            raise ValueError("NaN or infinity among its tables")
 
 
 def tables_for(

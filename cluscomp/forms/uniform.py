@@ -1,28 +1,28 @@
 """Weights as whole numbers of a few bits on uniform grids: what round-to-nearest, GPTQ and AWQ store."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from cluscomp.forms.stored import Single
 from cluscomp.kernels.codes import pack, packed_bytes, unpack
 
 MOST = 65_504.0  # of a 16-bit float
 Zeros = Literal["none", "whole", "float16"]
 
 
-class PackedWeight(nn.Module, ABC):
+class PackedWeight(Single):
     """What weights as numbers of a few bits, with values for each group of inputs, have in common.
 
     `codes`, uint8, are the numbers of (O, I) packed at `width` bits each (kernels/codes.py). The values are a parameter
-    of float16 named `learned`; to be trained it is made a float32 master (`loosen`).
+    of float16.
     """
 
-    learned: ClassVar[str]
     codes: Tensor
 
     def __init__(
@@ -32,12 +32,7 @@ class PackedWeight(nn.Module, ABC):
         super().__init__()
         self.out_features, self.in_features, self.width = out_features, in_features, width
         self.register_buffer("codes", codes)
-        self.register_parameter(self.learned, nn.Parameter(values, requires_grad=values.is_floating_point()))
-
-    @property
-    def values(self) -> nn.Parameter:
-        """What can be trained, (O, G, ...)."""
-        return self.get_parameter(self.learned)
+        self.register_parameter(self.trained, nn.Parameter(values, requires_grad=values.is_floating_point()))
 
     @property
     def groups(self) -> int:
@@ -48,38 +43,9 @@ class PackedWeight(nn.Module, ABC):
         """The numbers as int32 (O, I)."""
         return unpack(self.codes, self.width, self.out_features * self.in_features).view(-1, self.in_features)
 
-    def loosen(self) -> None:
-        """Make the values float32 masters that can be trained."""
-        self.values.data = self.values.detach().float().clone()
-        self.values.requires_grad_(True)
-
-    def settle(self) -> None:
-        """Round the values to 16 bits. Raises ValueError if one is not finite or does not fit."""
-        self.values.requires_grad_(False)
-        self.values.grad = None
-        self.values.data = in_16_bits(self.values.data)
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Take back the values of a `state_dict` made before `loosen`."""
-        self.values.requires_grad_(False)
-        self.values.grad = None
-        self.values.data = state[self.learned]
-
-    def tiles(self) -> list[slice]:
-        """One: the weight is rebuilt as a whole."""
-        return [slice(0, self.in_features)]
-
-    def product(self, x_BI: Float[Tensor, "B I"]) -> None:  # noqa: ARG002
-        """None: rebuilding the dense weight (O, I) is the only way to a product (B, O)."""
-        return
-
-    @abstractmethod
-    def ledger(self) -> dict[str, int]:
-        """Stored bits by part."""
-
-    def paper_bits(self) -> int:
-        """Bits as stored, without padding."""
-        return sum(bits for part, bits in self.ledger().items() if part != "padding")
+    def rounded(self, values: Tensor) -> dict[str, Tensor]:
+        """The values in 16 bits. Raises ValueError if one is not finite or does not fit."""
+        return {self.trained: in_16_bits(values)}
 
     @abstractmethod
     def lies_on(self, *, width: int, group: int) -> bool:
@@ -100,7 +66,9 @@ class UniformWeight(PackedWeight):
     does likewise).
     """
 
-    learned = "scales"
+    kind = "uniform"
+    trained = "scales"
+    learns = frozenset({"values", "clipping", "rounding"})
     scales: nn.Parameter
     zeros: Tensor | None
     inputs: Tensor | None
@@ -164,6 +132,22 @@ class UniformWeight(PackedWeight):
             width=width,
         )
 
+    @classmethod
+    def bits(
+        cls, *, out_features: int, in_features: int, width: int, groups: int, zeros: Zeros, scaled_inputs: bool
+    ) -> dict[str, int]:
+        """Stored bits: codes, scales (of inputs too), zeros, padding of the packed streams."""
+        numbers, grids = out_features * in_features, out_features * groups
+        padding = packed_bytes(numbers, width) * 8 - numbers * width
+        if zeros == "whole":
+            padding += packed_bytes(grids, width) * 8 - grids * width
+        return {
+            "codes": numbers * width,
+            "scales": 16 * (grids + (in_features if scaled_inputs else 0)),
+            "zeros": grids * {"none": 0, "whole": width, "float16": 16}[zeros],
+            "padding": padding,
+        }
+
     def offsets(self) -> Float[Tensor, "O G"]:
         """The zeros (O, G); all groups of a symmetric grid have one."""
         if self.zeros is None:
@@ -183,17 +167,6 @@ class UniformWeight(PackedWeight):
         dense_OI = steps_OI * spread(self.scales.float(), self.in_features)
         return (dense_OI if self.inputs is None else dense_OI * self.inputs.float()).to(dtype)
 
-    def ledger(self) -> dict[str, int]:
-        """Stored bits: codes, scales (of inputs too), zeros, padding of the packed streams."""
-        zero_bits = {"none": 0, "whole": self.width, "float16": 16}[self.kind_of_zeros]
-        parts = {
-            "codes": self.out_features * self.in_features * self.width,
-            "scales": self.scales.numel() * 16 + (0 if self.inputs is None else self.inputs.numel() * 16),
-            "zeros": self.scales.numel() * zero_bits,
-        }
-        stored = sum(tensor.nbytes for tensor in (self.codes, self.zeros) if tensor is not None)
-        return parts | {"padding": stored * 8 - parts["codes"] - parts["zeros"]}
-
     def spec(self) -> dict[str, Any]:
         """What `empty` needs to make this module's shapes again."""
         return {
@@ -208,11 +181,6 @@ class UniformWeight(PackedWeight):
     def lies_on(self, *, width: int, group: int) -> bool:
         """Whether every group of this grid is a part of one of `group` inputs on a grid of the same width."""
         return self.width == width and self.inputs is None and self.divides(group)
-
-    def check(self) -> None:
-        """Raise ValueError if a scale or zero is not finite (a damaged file); all numbers of so many bits are valid."""
-        if not bool(self.scales.isfinite().all() & self.offsets().isfinite().all()):
-            raise ValueError("NaN or infinity among its scales or zeros")
 
 
 def in_16_bits(values: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from cluscomp.errors import named
 
 if TYPE_CHECKING:  # torch is not needed to check settings
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
+    from cluscomp.forms.stored import Stored
     from cluscomp.solve.layer import Layer, Seen
 
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:  # torch is not needed to check settings
 class Compressed:
     """The stored forms of some layers of a block by name, and what was chosen for them, as plain values."""
 
-    stored: "dict[str, nn.Module]"
+    stored: "dict[str, Stored]"
     chosen: dict[str, Any]
 
 
@@ -35,7 +36,7 @@ class Method(Protocol):
         ...
 
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
-        """The stored form of every layer of a block (see `forms.Weight`), some layers at a time.
+        """The stored form of every layer of a block (see `forms.stored.Stored`), some layers at a time.
 
         Layers that were given back are not looked at again. The result depends on the layers, the settings and the
         generators' seeds alone. Raises ValueError, beginning with the layer's name, for what cannot be.
@@ -47,7 +48,7 @@ class EachLayer(ABC):
     """A method that works layer by layer."""
 
     @abstractmethod
-    def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "nn.Module":
+    def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "Stored":
         """The stored form of a weight (O, I) in float32. Raises ValueError, without a name, if it cannot be.
 
         `seen` is there if `sees` names something.

@@ -88,7 +88,7 @@ class InputCodebooks(ABC):
         sub-vectors.
         """
         from cluscomp.forms.codebook import num_sub_vectors
-        from cluscomp.solve.shapes import Shape, stored_bits
+        from cluscomp.solve.shapes import Shape
 
         matrices = [(out_features, in_features)]
         if self.bits is None:
@@ -99,8 +99,8 @@ class InputCodebooks(ABC):
                     f"method.codebook_size={self.codebook_size} exceeds the {vectors} sub-vectors of length "
                     f"{self.vector_dim} in a {out_features} x {in_features} matrix; take fewer, or give bits=3 instead"
                 )
-            by_hand = self.vector_dim, self.codebook_size
-            return Shape(*by_hand, self.added * stored_bits(matrices, "in", *by_hand, self.storage))
+            by_hand = Shape.of(matrices, "in", self.vector_dim, self.codebook_size, self.storage)
+            return replace(by_hand, bits=self.added * by_hand.bits)
         return self._best(matrices, self.bits)[0]
 
     def _best(self, matrices: "Matrices", bits: float) -> "list[Shape]":

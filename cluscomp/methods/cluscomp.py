@@ -110,7 +110,7 @@ class ClusComp:
     def _shapes(self, matrices: "Matrices", bits: float | None) -> "list[Shape]":
         """What may be chosen from for the codebook of matrices of these shapes."""
         from cluscomp.forms.codebook import num_sub_vectors
-        from cluscomp.solve.shapes import Shape, described, reachable, stored_bits
+        from cluscomp.solve.shapes import Shape, described, reachable
 
         if bits is not None:
             return reachable(matrices, self.axis, bits, self.storage)
@@ -121,8 +121,7 @@ class ClusComp:
                 f"method.codebook_size={self.codebook_size} exceeds the {vectors} sub-vectors of length "
                 f"{self.vector_dim} in {described(matrices)}; take fewer, or give bits=3 instead"
             )
-        shape = self.vector_dim, self.codebook_size
-        return [Shape(*shape, stored_bits(matrices, self.axis, *shape, self.storage))]
+        return [Shape.of(matrices, self.axis, self.vector_dim, self.codebook_size, self.storage)]
 
     @property
     def _full(self) -> bool:

@@ -13,7 +13,6 @@ from cluscomp.settings import settings
 if TYPE_CHECKING:
     from cluscomp.forms.uniform import Zeros
 
-SCALE_BITS = 16  # of a group's scale, and of an input's
 MAX_WIDTH = 8
 
 
@@ -43,18 +42,6 @@ def check_choice(bits: float | None, **shape: int | None) -> None:
         )
 
 
-def stored_bits(
-    out_features: int, in_features: int, width: int, groups: int, zeros: "Zeros", *, scaled_inputs: bool = False
-) -> int:
-    """Bits of a uniform weight as stored: numbers, scales, zeros, padding (see `uniform.UniformWeight`)."""
-    from cluscomp.kernels.codes import packed_bytes
-
-    number = out_features * groups
-    zero_bits = {"none": 0, "whole": packed_bytes(number, width) * 8, "float16": SCALE_BITS * number}[zeros]
-    scales = SCALE_BITS * (number + (in_features if scaled_inputs else 0))
-    return packed_bytes(out_features * in_features, width) * 8 + scales + zero_bits
-
-
 def grid_of(
     out_features: int,
     in_features: int,
@@ -72,11 +59,19 @@ def grid_of(
     bits in groups of 18, 16 without zeros. Numbers of 1 bit have no room for whole zeros. Raises ValueError if nothing
     fits.
     """
+    from cluscomp.forms.uniform import UniformWeight
 
     def sized(width: int, groups: int) -> Grid:
         kind: Zeros = "none" if width == 1 and zeros == "whole" else zeros
-        size = stored_bits(out_features, in_features, width, groups, kind, scaled_inputs=scaled_inputs)
-        return Grid(width, groups, kind, size)
+        parts = UniformWeight.bits(
+            out_features=out_features,
+            in_features=in_features,
+            width=width,
+            groups=groups,
+            zeros=kind,
+            scaled_inputs=scaled_inputs,
+        )
+        return Grid(width, groups, kind, sum(parts.values()))
 
     return widest(out_features, in_features, sized, bits=bits, width=width, group=group)
 

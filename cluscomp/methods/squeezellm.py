@@ -28,11 +28,11 @@ class SqueezeLlm(Groups):
 
     def grid(self, out_features: int, in_features: int) -> Grid:
         """Width and groups for a weight (O, I). Raises ValueError as `widest`."""
-        from cluscomp.kernels.codes import packed_bytes
+        from cluscomp.forms.table import TableWeight
 
         def sized(width: int, groups: int) -> Grid:
-            tables = 16 * out_features * groups * 2**width
-            return Grid(width, groups, "none", packed_bytes(out_features * in_features, width) * 8 + tables)
+            parts = TableWeight.bits(out_features=out_features, in_features=in_features, width=width, groups=groups)
+            return Grid(width, groups, "none", sum(parts.values()))
 
         return widest(out_features, in_features, sized, bits=self.bits, width=self.width, group=self.group)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import nn
 
+from cluscomp.forms.stored import Stored
 from cluscomp.kernels.counting import Count
 from cluscomp.kernels.work import Work
 from cluscomp.methods import Method
@@ -25,12 +25,12 @@ class Dry:
     are the forms that it will make; else the likeliest, as errors of the real weights have a say.
     """
 
-    stored: dict[str, nn.Module]
+    stored: dict[str, Stored]
     work: Work
     peak: float
     exact: bool
 
-    def forms(self) -> dict[str, nn.Module]:
+    def forms(self) -> dict[str, Stored]:
         """The stored forms once more, to be put into a block."""
         return deepcopy(self.stored)
 
@@ -55,7 +55,7 @@ def _run(method: Method, places: tuple[tuple[str, Place], ...], dtype: torch.dty
             seen[place.input].add(torch.empty(1, place.in_features, device="meta"))
         weight_OI = torch.empty(place.out_features, place.in_features, dtype=dtype, device="meta")
         layers[name] = Layer(weight_OI, place.input, seen.get(place.input), torch.Generator().manual_seed(0))
-    stored: dict[str, nn.Module] = {}
+    stored: dict[str, Stored] = {}
     with Count() as count, torch.no_grad():
         try:
             for compressed in method.compress(layers):

@@ -195,7 +195,7 @@ class MetaModel:
         dense = list(block.parameters()) if train and not compressed(block) else []  # the whole original learns
         if train:
             for stored, _ in states:
-                stored.loosen()  # type: ignore[operator]
+                stored.to_masters()
             for parameter in dense:
                 parameter.requires_grad_(True)
         target_BTH = torch.empty_like(hidden_BTH)
@@ -207,7 +207,7 @@ class MetaModel:
             if train:
                 F.mse_loss(output_BTH.float(), target_BTH.float()).backward()
         for stored, state in states:
-            stored.restore(state)  # type: ignore[operator]
+            stored.restore(state)
         for parameter in dense:
             parameter.requires_grad_(False)
             parameter.grad = None

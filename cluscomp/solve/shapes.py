@@ -9,8 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from cluscomp.forms.codebook import SCALE_BITS, Axis, Storage, codebook_bits, lines_of, num_sub_vectors
-from cluscomp.kernels.codes import MAX_CODE_BITS, code_bits, packed_bytes
+from cluscomp.forms.codebook import STORAGE, Axis, CodebookWeight, Storage, lines_of, num_sub_vectors
+from cluscomp.kernels.codes import MAX_CODE_BITS, code_bits
 from cluscomp.kernels.counting import error_asked, times
 from cluscomp.solve.kmeans import Recipe, kmeans
 
@@ -33,24 +33,35 @@ class Shape:
     codebook_size: int
     bits: float
 
-
-def stored_bits(
-    matrices: Matrices, axis: Axis, vector_dim: int, codebook_size: int, storage: Storage = "float16"
-) -> float:
-    """Bits per weight that matrices (O, I) with one codebook take: what their `CodebookWeight.ledger`s add up to.
-
-    Per matrix ceil(N/8) * 8 * ceil(log2 K) for the codes, the packed stream being padded to a multiple of 8, and if
-    there are several 32 for its scale; for the codebook 16 * K * D, with one of 8 bits 8 * K * D + 32.
-    """
-    bits = codebook_bits(codebook_size, vector_dim, storage) + _scale_bits(matrices)
-    for out_features, in_features in matrices:
-        vectors = num_sub_vectors(out_features, in_features, vector_dim, axis)
-        bits += packed_bytes(vectors, code_bits(codebook_size)) * 8
-    return bits / weights_in(matrices)
+    @classmethod
+    def of(
+        cls, matrices: Matrices, axis: Axis, vector_dim: int, codebook_size: int, storage: Storage = "float16"
+    ) -> "Shape":
+        """A codebook (K, D) with the bits per weight that it, the codes and scales of matrices (O, I) take."""
+        return cls(
+            vector_dim, codebook_size,
+            _bits(matrices, axis, vector_dim, codebook_size, storage) / weights_in(matrices),
+        )  # fmt: skip
 
 
-def _scale_bits(matrices: Matrices) -> int:
-    return SCALE_BITS * len(matrices) if len(matrices) > 1 else 0
+def _bits(matrices: Matrices, axis: Axis, vector_dim: int, codebook_size: int, storage: Storage) -> int:
+    """Stored bits of matrices (O, I): where there are several, with one codebook and a scale each."""
+    return sum(
+        sum(
+            CodebookWeight.bits(
+                out_features=out_features,
+                in_features=in_features,
+                axis=axis,
+                vector_dim=vector_dim,
+                codebook_size=codebook_size,
+                codebooks=1,
+                storage=storage,
+                scaled=len(matrices) > 1,
+                follows=number > 0,
+            ).values()
+        )
+        for number, (out_features, in_features) in enumerate(matrices)
+    )
 
 
 def weights_in(matrices: Matrices) -> int:
@@ -70,20 +81,21 @@ def reachable(matrices: Matrices, axis: Axis, bits: float, storage: Storage = "f
 @cache  # blocks are alike: a plan asks the same for each
 def _reachable(matrices: tuple[tuple[int, int], ...], axis: Axis, bits: float, storage: Storage) -> list[Shape]:
     length = min(lines_of(*matrix, axis)[1] for matrix in matrices)
-    fixed, each = codebook_bits(0, 1, storage), codebook_bits(1, 1, storage) - codebook_bits(0, 1, storage)
-    fixed += _scale_bits(matrices)
+    limit = bits * weights_in(matrices)
     dims = range(1, min(MAX_VECTOR_DIM, length) + 1)
     shapes = []
     for vector_dim in dims:
-        vectors = [num_sub_vectors(*matrix, vector_dim, axis) for matrix in matrices]
+        vectors = sum(num_sub_vectors(*matrix, vector_dim, axis) for matrix in matrices)
+        each = 8 * STORAGE[storage].itemsize * vector_dim  # bits of one more centroid, while codes keep their width
         for width in range(MAX_CODE_BITS, 0, -1):
-            budget = bits * weights_in(matrices) - sum(packed_bytes(count, width) * 8 for count in vectors) - fixed
-            size = min(int(budget // (each * vector_dim)), 1 << width, sum(vectors))
+            most = 1 << width
+            left = limit - _bits(matrices, axis, vector_dim, most, storage)
+            size = min(most + int(left // each), most, vectors)
             if size >= 2 and code_bits(size) == width:
-                shapes.append(Shape(vector_dim, size, stored_bits(matrices, axis, vector_dim, size, storage)))
+                shapes.append(Shape.of(matrices, axis, vector_dim, size, storage))
                 break
     if not shapes:
-        least, dim = min((stored_bits(matrices, axis, dim, 2, storage), dim) for dim in dims)
+        least, dim = min((Shape.of(matrices, axis, dim, 2, storage).bits, dim) for dim in dims)
         raise ValueError(
             f"bits={bits} is out of reach for {described(matrices)}: "
             f"the least is {least:.3f}, with vector_dim={dim} and codebook_size=2"

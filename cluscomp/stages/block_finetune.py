@@ -134,18 +134,13 @@ class BlockFinetune:
 
     def _check_weights(self, outline: "MetaModel") -> None:
         """Raise InputError, naming the layer, if what is to be learned is no part of its stored form."""
-        from cluscomp.forms.codebook import CodebookWeight
         from cluscomp.forms.linear import compressed
-        from cluscomp.forms.uniform import UniformWeight
 
-        if self.learns == "values":
-            return
-        wanted = UniformWeight if self.learns in ROUNDED else CodebookWeight
         kind = (
             "on uniform grids, such as method=rtn" if self.learns in ROUNDED else "with codebooks, such as method=ipq"
         )
         for name, layer in compressed(outline.model).items():
-            if not isinstance(layer.stored, wanted):
+            if self.learns not in layer.stored.learns:
                 raise InputError(
                     f"block_finetune.learns={self.learns} needs a method {kind}: {name} is a "
                     f"{type(layer.stored).__name__}"

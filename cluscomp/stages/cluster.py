@@ -104,13 +104,11 @@ class Cluster:
 
         Its weights lie on that grid, so next to nothing would be lost, and the score say nothing about the method.
         """
-        from cluscomp.forms.uniform import PackedWeight
-
         if not any(kind.startswith("Q4") for kind in origin):
             return
         for name, block in zip(names, tried):
             for layer, stored in block.stored.items() if block is not None else ():
-                if isinstance(stored, PackedWeight) and stored.lies_on(width=4, group=32):
+                if stored.lies_on(width=4, group=32):
                     raise InputError(
                         f"{name}.{layer}: 4 bits in {stored.groups} groups of its {stored.in_features} inputs "
                         f"would be void: the original comes from a file of 4 bits in groups of 32 "
@@ -276,7 +274,6 @@ class Cluster:
         """
         import torch
 
-        from cluscomp.forms.codebook import CodebookWeight
         from cluscomp.forms.layers import put_in
         from cluscomp.models.original import linears
         from cluscomp.process import give_memory_back
@@ -300,8 +297,8 @@ class Cluster:
                         difference_OI = stored(torch.float32) - weight_OI
                     squares[layer] = [float(matrix.double().square().sum()) for matrix in (difference_OI, weight_OI)]
                     distributed[layer] = of_entries(weight_OI)
-                    if isinstance(stored, CodebookWeight):
-                        distributed[layer] |= of_codes(stored.unpacked(), stored.codebooks.shape[1])
+                    if (coded := stored.coded()) is not None:
+                        distributed[layer] |= of_codes(*coded)
                 if compressed.chosen:
                     chosen[", ".join(compressed.stored)] = compressed.chosen
                 give_memory_back()

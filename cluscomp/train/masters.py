@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.utils import parametrize
 
-from cluscomp.forms import Weight
 from cluscomp.forms.codebook import CodebookWeight
 from cluscomp.forms.linear import CompressedLinear, compressed
 from cluscomp.forms.uniform import UniformWeight
@@ -38,7 +37,7 @@ class Trained:
         self, model: nn.Module, *, codebooks: bool, others: dict[str, Parameter], masters: bool = True
     ) -> None:
         self._model, self._others, self._masters = model, others, masters
-        self._weights = [cast(Weight, layer.stored) for layer in compressed(model).values()] if codebooks else []
+        self._weights = [layer.stored for layer in compressed(model).values()] if codebooks else []
         self._states = [weight.state_dict() for weight in self._weights]
         self._data = {name: parameter.data for name, parameter in others.items()}
         self._cast = [name for name, data in self._data.items() if masters and data.dtype != torch.float32]
@@ -52,7 +51,7 @@ class Trained:
     def start(self) -> None:
         """Make the copies."""
         for weight in self._weights:
-            weight.loosen()
+            weight.to_masters()
         for name in self._cast:
             module, attribute = self._place(name)
             parametrize.register_parametrization(module, attribute, _Cast(self._data[name].dtype), unsafe=True)
@@ -72,7 +71,7 @@ class Trained:
             parameter.data = parameter.data.to(dtype if dtype.itemsize == 2 else torch.float16).to(dtype)
         try:
             for weight in self._weights:
-                weight.settle()
+                weight.to_storage()
         except ValueError as error:
             return str(error)
         return None
@@ -81,7 +80,7 @@ class Trained:
         """How far codebooks (or grids) went until now: squared change over squared size before."""
         change = size = 0.0
         for weight, before in zip(self._weights, self._states):
-            for name, now in cast(nn.Module, weight).named_parameters():
+            for name, now in weight.named_parameters():
                 if name in before:
                     change += float((now.detach().float() - before[name].float()).square().sum())
                     size += float(before[name].float().square().sum())

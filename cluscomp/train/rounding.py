@@ -1,22 +1,25 @@
 """A weight on uniform grids whose grids, or rounding too, are still being learned from the dense weight."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cluscomp.forms.stored import Stored
 from cluscomp.forms.uniform import UniformWeight, bounds, divisor, in_16_bits, middle, spread
 
 START = 4.0  # of what a sigmoid makes of it: 0.982 of the range
 
 
-class LearnedRounding(nn.Module):
+class LearnedRounding(Stored):
     """In the place of a stored weight while it is trained: a dense weight, rounded anew in every pass.
 
     Each group's grid spans from its least to its largest weight (and 0), both times a factor that is learned:
     OmniQuant's learnable weight clipping (arXiv 2308.13137), by sigmoids. With `offsets` each weight also learns what
     is added to it before it is rounded, at most half a step to either side, and the factors lie between 0 and 1:
-    AutoRound (arXiv 2309.05516). Gradients pass rounding unchanged. Until `loosen` and after `settle` or `restore` it
-    stands for what is stored, `stored`.
+    AutoRound (arXiv 2309.05516). Gradients pass rounding unchanged. Until `to_masters` and after `to_storage` or
+    `restore` it stands for what is stored, `stored`.
     """
 
     def __init__(self, weight_OI: Float[Tensor, "O I"], stored: UniformWeight, *, offsets: bool) -> None:
@@ -40,7 +43,21 @@ class LearnedRounding(nn.Module):
         """What is stored as things are."""
         return self._versions[-1]
 
-    def loosen(self) -> None:
+    @classmethod
+    def empty(cls, *args: Any, **spec: Any) -> UniformWeight:
+        """What it stands for; see `UniformWeight.empty`."""
+        return UniformWeight.empty(*args, **spec)
+
+    @classmethod
+    def bits(cls, *args: Any, **spec: Any) -> dict[str, int]:
+        """Stored bits of what it stands for."""
+        return UniformWeight.bits(*args, **spec)
+
+    def spec(self) -> dict[str, Any]:
+        """That of what it stands for."""
+        return self.stored.spec()
+
+    def to_masters(self) -> None:
         """Begin to learn: with nearly the whole range, and no offsets."""
         for factor in (self.low, self.high):
             factor.data.fill_(1.0 if self.offsets else START)
@@ -49,7 +66,7 @@ class LearnedRounding(nn.Module):
         self._loose = True
         self.requires_grad_(True)
 
-    def settle(self) -> None:
+    def to_storage(self) -> None:
         """Store what was learned. Raises ValueError if it is not finite or does not fit."""
         self._still()
         scales_OG, zeros_OG = (in_16_bits(values_OG).float() for values_OG in self._grids())  # whole zeros fit, too
@@ -69,14 +86,6 @@ class LearnedRounding(nn.Module):
         self.requires_grad_(False)
         for parameter in self.parameters():
             parameter.grad = None
-
-    def tiles(self) -> list[slice]:
-        """One: the weight is rebuilt as a whole."""
-        return [slice(0, self.in_features)]
-
-    def product(self, x_BI: Float[Tensor, "B I"]) -> None:  # noqa: ARG002
-        """None: rebuilding the dense weight (O, I) is the only way to a product (B, O)."""
-        return
 
     def forward(self, dtype: torch.dtype, inputs: slice | None = None) -> Float[Tensor, "O I"]:
         """The dense weight (O, I) in `dtype`; `inputs` is all of them (see `tiles`)."""

@@ -149,7 +149,7 @@ def test_forward_and_backward_are_those_of_the_dense_layer(shape, axis, books, b
 def test_a_large_weight_in_tiles_gives_the_dense_layer(x_shape, bias, monkeypatch):
     monkeypatch.setattr(codebook, "TILE", 200)  # 8 inputs of 22 outputs
     weight, _, _ = random_weight(22, 40, "out", dim=4, size=9, books=2)
-    weight.loosen()
+    weight.to_masters()
     assert len(weight.tiles()) == 5 and random_weight(22, 32)[0].tiles() == [slice(0, 32)]
     g = torch.Generator().manual_seed(0)
     bias_O = torch.randn(22, generator=g) if bias else None
@@ -286,7 +286,7 @@ def sharing(seed=0):
     for outputs, scale in ((6, 0.5), (9, 1.7)):
         codes = torch.from_numpy(rng.integers(0, 5, (1, 4 * outputs // 3)))
         sizes = {"out_features": outputs, "in_features": 4, "axis": "out"}
-        codebook.append(CodebookWeight.from_codes(codes, centroids, torch.tensor([scale]), **sizes))
+        weights.append(CodebookWeight.from_codes(codes, centroids, torch.tensor([scale]), **sizes))
     weights[1].follow(weights[0])
     return weights
 
@@ -306,7 +306,7 @@ def test_a_shared_codebook_is_scaled_for_each_weight_and_counted_once():
 def test_the_gradient_of_a_shared_codebook_is_the_sum_of_both():
     weights = sharing()
     for weight in weights:
-        weight.loosen()
+        weight.to_masters()
     dense = [weight(torch.float32) for weight in weights]
     alone = [torch.autograd.grad(one.square().sum(), weights[0].codebooks, retain_graph=True)[0] for one in dense]
     sum(one.square().sum() for one in dense).backward()

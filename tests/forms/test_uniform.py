@@ -16,7 +16,7 @@ from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms.layers import check_file, size_of
 from cluscomp.forms.uniform import UniformWeight, bounds, grids_for, rounded_weight
-from cluscomp.methods.on_grids import grid_of, stored_bits
+from cluscomp.methods.on_grids import grid_of
 from cluscomp.methods.rtn import RoundToNearest
 from cluscomp.models.original import Original, block_names, blocks
 from cluscomp.stages.cluster import Cluster
@@ -72,6 +72,15 @@ def test_the_dense_weight_is_that_of_a_loop(out_features, in_features, width, gr
     np.testing.assert_array_equal(weight.unpacked(), codes)
 
 
+def bits_of(out_features, in_features, width, groups, zeros, scaled=False):
+    """All stored bits, from shapes alone."""
+    parts = UniformWeight.bits(
+        out_features=out_features, in_features=in_features, width=width, groups=groups, zeros=zeros,
+        scaled_inputs=scaled,
+    )  # fmt: skip
+    return sum(parts.values())
+
+
 @settings(max_examples=60, deadline=None)
 @shapes
 def test_the_ledger_is_what_is_stored_and_what_the_solver_counts(
@@ -81,9 +90,7 @@ def test_the_ledger_is_what_is_stored_and_what_the_solver_counts(
     ledger = weight.ledger()
     stored = sum(tensor.numel() * tensor.element_size() * 8 for tensor in weight.state_dict().values())
     assert sum(ledger.values()) == stored
-    assert stored == stored_bits(
-        out_features, in_features, width, groups, "none" if symmetric else "whole", scaled_inputs=scaled
-    )
+    assert stored == bits_of(out_features, in_features, width, groups, "none" if symmetric else "whole", scaled)
     assert 0 <= ledger["padding"] < 2 * 8 * width
     assert weight.paper_bits() == stored - ledger["padding"]
     again = UniformWeight.empty(**weight.spec())
@@ -94,10 +101,10 @@ def test_the_ledger_is_what_is_stored_and_what_the_solver_counts(
 def test_bits_of_the_literatures_settings():
     """Widths plus the part of scales and zeros, of a matrix of Llama-2-7B: notes in papers and in llm-compressor."""
     shape = 4096, 4096
-    assert stored_bits(*shape, 4, 32, "whole") / 4096**2 == 4 + (16 + 4) / 128  # 4 bits, groups of 128
-    assert stored_bits(*shape, 3, 64, "whole") / 4096**2 == 3 + (16 + 3) / 64
-    assert stored_bits(*shape, 3, 32, "none") / 4096**2 == 3.125
-    assert stored_bits(*shape, 3, 1, "none") / 4096**2 == 3 + 16 / 4096
+    assert bits_of(*shape, 4, 32, "whole") / 4096**2 == 4 + (16 + 4) / 128  # 4 bits, groups of 128
+    assert bits_of(*shape, 3, 64, "whole") / 4096**2 == 3 + (16 + 3) / 64
+    assert bits_of(*shape, 3, 32, "none") / 4096**2 == 3.125
+    assert bits_of(*shape, 3, 1, "none") / 4096**2 == 3 + 16 / 4096
 
 
 @settings(max_examples=40, deadline=None)
@@ -151,7 +158,7 @@ def test_scales_learn_and_are_rounded_put_back_or_refused():
     weight = random_weight()[0]
     before = {name: tensor.clone() for name, tensor in weight.state_dict().items()}
     state = weight.state_dict()
-    weight.loosen()
+    weight.to_masters()
     assert weight.scales.dtype == torch.float32 and weight.scales.requires_grad
     weight(torch.float32).square().sum().backward()
     steps = weight.unpacked().float() - torch.from_numpy(np.repeat(weight.offsets().numpy(), [3, 3, 3, 2], 1))
@@ -161,16 +168,16 @@ def test_scales_learn_and_are_rounded_put_back_or_refused():
     )
     torch.testing.assert_close(weight.scales.grad, by_hand)
     weight.scales.data *= 1.1
-    weight.settle()
+    weight.to_storage()
     assert weight.scales.dtype == torch.float16 and weight.scales.grad is None and not weight.scales.requires_grad
     torch.testing.assert_close(weight.scales.data, before["scales"] * 1.1, rtol=1e-3, atol=1e-3)
     weight.restore(state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weight.state_dict().items())
     for wrong in (1e6, float("nan")):
-        weight.loosen()
+        weight.to_masters()
         weight.scales.data[0, 0] = wrong
         with pytest.raises(ValueError, match="16-bit float"):
-            weight.settle()
+            weight.to_storage()
 
 
 def test_damaged_scales_are_found():

@@ -18,7 +18,7 @@ from cluscomp.methods.cluscomp import ClusComp
 from cluscomp.models.original import Original, block_names, blocks, linears
 from cluscomp.solve.allocate import Option, allocate
 from cluscomp.solve.kmeans import Recipe, kmeans
-from cluscomp.solve.shapes import choose, menu, reachable, stored_bits
+from cluscomp.solve.shapes import Shape, choose, menu, reachable
 from cluscomp.stages.cluster import Cluster
 
 targets = st.one_of(st.sampled_from([1.0, 2.0, 3.0, 4.0, 8.0]), st.floats(0.2, 8))
@@ -77,7 +77,7 @@ def test_stored_bits_are_those_of_the_stored_weight(out_features, in_features, a
     weight = CodebookWeight.empty(
         out_features=out_features, in_features=in_features, axis=axis, vector_dim=dim, codebook_size=size, codebooks=1
     )
-    bits = stored_bits([(out_features, in_features)], axis, dim, size)
+    bits = Shape.of([(out_features, in_features)], axis, dim, size).bits
     assert bits * out_features * in_features == pytest.approx(sum(weight.ledger().values()))
 
 
@@ -110,9 +110,9 @@ def test_a_ledger_that_is_not_the_file_is_refused():
 
 
 def test_equation_3_of_the_paper():
-    assert stored_bits([(4096, 4096)], "out", 4, 65_500) == pytest.approx(4.25, abs=0.005)
+    assert Shape.of([(4096, 4096)], "out", 4, 65_500).bits == pytest.approx(4.25, abs=0.005)
     llama2_7b_block = 4 * [(4096, 4096)] + 2 * [(11_008, 4096)] + [(4096, 11_008)]
-    bits = sum(stored_bits([(o, i)], "out", 9, 45_000) * o * i for o, i in llama2_7b_block)
+    bits = sum(Shape.of([(o, i)], "out", 9, 45_000).bits * o * i for o, i in llama2_7b_block)
     assert bits / sum(o * i for o, i in llama2_7b_block) == pytest.approx(2.00, abs=0.01)
 
 
@@ -243,7 +243,7 @@ def test_stored_bits_are_those_of_the_weights_that_share(matrices, axis, dim, si
     ]
     for weight in stored[1:]:
         weight.follow(stored[0])
-    bits = stored_bits(matrices, axis, dim, size) * sum(o * i for o, i in matrices)
+    bits = Shape.of(matrices, axis, dim, size).bits * sum(o * i for o, i in matrices)
     assert bits == pytest.approx(sum(sum(weight.ledger().values()) for weight in stored))
     tensors = {id(tensor): tensor for weight in stored for tensor in weight.state_dict(keep_vars=True).values()}
     assert bits == pytest.approx(8 * sum(tensor.nbytes for tensor in tensors.values()))

@@ -167,7 +167,7 @@ def test_each_centroid_goes_against_the_mean_of_its_weights_gradients(clustered,
     dense = {name: layer.stored(torch.float32).detach().requires_grad_(True) for name, layer in layers.items()}
     codebooks = {name: layer.stored.codebooks for name, layer in layers.items()}
     for layer in layers.values():
-        layer.stored.loosen()
+        layer.stored.to_masters()
     before = {name: codebook.detach().clone() for name, codebook in codebooks.items()}
 
     def loss(_: None) -> torch.Tensor:

@@ -37,7 +37,7 @@ def begun(name: str, *, offsets: bool) -> tuple[torch.Tensor, UniformWeight, Lea
     method = METHODS[name]
     stored = made_by(method, weight_OI, statistic_of(x_TI), torch.Generator()).requires_grad_(False)
     learned = LearnedRounding(weight_OI, stored, offsets=offsets)
-    learned.loosen()
+    learned.to_masters()
     return weight_OI, stored, learned
 
 
@@ -82,7 +82,7 @@ def test_the_dense_weight_is_that_of_the_definition(name, offsets):
             expected[o, at] = by_hand(weight[o, at], ends, offset[o, at], stored.kind_of_zeros, stored.width)
     found = learned(torch.float32).detach().double().numpy()
     np.testing.assert_allclose(found, expected * columns, rtol=1e-4, atol=1e-5)
-    learned.settle()  # what is stored is that, but for scales of 16 bits
+    learned.to_storage()  # what is stored is that, but for scales of 16 bits
     near = learned.stored(torch.float32).double().numpy()
     assert np.mean(np.abs(near - expected * columns) > 5e-3 * np.abs(expected * columns).max()) < 0.02
     assert learned.stored.spec() == stored.spec() and learned.stored.ledger() == stored.ledger()
@@ -201,7 +201,7 @@ def test_values_and_gradients_are_those_of_the_autoround_package():
     weight_OI, _ = correlated(6, 24, 3)
     stored = made_by(METHODS["whole zeros"], weight_OI, None, torch.Generator()).requires_grad_(False)
     learned = LearnedRounding(weight_OI, stored, offsets=True)
-    learned.loosen()
+    learned.to_masters()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for factor in (learned.low, learned.high):

@@ -1,0 +1,239 @@
+"""What all stored forms of a weight share, and forms that are made of forms."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+KINDS: dict[str, type["Stored"]] = {}  # forms by their name in config.json; forms/layers.py, which knows all, fills it
+
+
+class Stored(nn.Module, ABC):
+    """A stored form of a weight (out features, in features). The constructor takes what is stored.
+
+    A form of a single trained tensor is a `Single`, one that is made of other forms a `Combined`.
+    """
+
+    kind: ClassVar[str]  # name in config.json
+    learns: ClassVar[frozenset[str]] = frozenset({"values"})  # what of it can learn: settings of stage block_finetune
+    out_features: int
+    in_features: int
+
+    @classmethod
+    @abstractmethod
+    def empty(cls, *args: Any, **spec: Any) -> "Stored":
+        """A form of the given shapes with undefined content, on the default device; to be loaded into."""
+
+    @classmethod
+    @abstractmethod
+    def bits(cls, *args: Any, **spec: Any) -> dict[str, int]:
+        """Stored bits by part (codes, codebooks, padding, ...), from shapes alone."""
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """Plain values from which `empty(**spec)` makes a form of the same shapes."""
+
+    @abstractmethod
+    def forward(self, dtype: torch.dtype, inputs: slice | None = None) -> Float[Tensor, "O I"]:
+        """The dense weight (O, I) in `dtype`, differentiable in the parameters.
+
+        `inputs`: only the columns of one of `tiles()`.
+        """
+
+    @abstractmethod
+    def to_masters(self) -> None:
+        """Make float32 masters of the parameters, to be trained."""
+
+    @abstractmethod
+    def to_storage(self) -> None:
+        """Round trained masters to what is stored. Raises ValueError if they are not finite or do not fit."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state_dict()` gave before `to_masters`."""
+
+    def tiles(self) -> list[slice]:
+        """Ranges of inputs, together all, to be rebuilt one after the other; a single one where that is as well."""
+        return [slice(0, self.in_features)]
+
+    def product(self, x_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B O"] | None:  # noqa: ARG002
+        """x W^T for a few tokens without the dense weight, (B, I) -> (B, O), or None where there is no faster way."""
+        return None
+
+    def ledger(self) -> dict[str, int]:
+        """Stored bits by part, without what another weight stores."""
+        return self.bits(**self.spec())
+
+    def paper_bits(self) -> int:
+        """Bits as the paper's Equation 3 counts them: 16 for each code, no padding; without codes those stored."""
+        return without_padding(self.ledger())
+
+    def follow(self, first: "Stored") -> None:
+        """Share the trained tensors of another weight, which stores and counts them. Raises ValueError if it cannot."""
+        raise ValueError(f"a {type(self).__name__} cannot share what it stores with a {type(first).__name__}")
+
+    def coded(self) -> tuple[Tensor, int] | None:
+        """Codes (M, N) into codebooks of vectors, and the codebooks' size K; None if there are none."""
+        return None
+
+    def lies_on(self, *, width: int, group: int) -> bool:  # noqa: ARG002
+        """Whether it can hold, without loss, what lies on a grid of `width` bits in groups of `group` inputs."""
+        return False
+
+    def check(self) -> None:
+        """Raise ValueError if a number is not finite (a damaged file)."""
+        for name, tensor in self.state_dict().items():
+            if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+                raise ValueError(f"NaN or infinity among its {name}")
+
+
+class Single(Stored):
+    """A form with one trained tensor, the parameter named `trained`."""
+
+    trained: ClassVar[str]
+
+    @abstractmethod
+    def rounded(self, values: Tensor) -> dict[str, Tensor]:
+        """Trained values as they are stored, with other tensors that follow from them, by name.
+
+        Raises ValueError if they are not finite or do not fit.
+        """
+
+    def masters(self) -> dict[str, Tensor]:
+        """The values to be trained in float32, with other tensors that change with them, by name."""
+        return {self.trained: self.values.detach().to(torch.float32, copy=True)}
+
+    @property
+    def values(self) -> nn.Parameter:
+        """What can be trained."""
+        return self.get_parameter(self.trained)
+
+    def to_masters(self) -> None:
+        """Make float32 masters of the values; of shared ones each weight may do so."""
+        self._put(self.masters())
+        self.values.requires_grad_(True)
+
+    def to_storage(self) -> None:
+        """Round the values to their storage. Raises ValueError if one is not finite or does not fit."""
+        self._freeze()
+        self._put(self.rounded(self.values.data))
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take back the tensors of a `state_dict` made before `to_masters`."""
+        self._freeze()
+        self._put(state)
+
+    def _freeze(self) -> None:
+        self.values.requires_grad_(False)
+        self.values.grad = None
+
+    def _put(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name == self.trained:
+                self.values.data = tensor
+            else:
+                setattr(self, name, tensor)
+
+
+class Combined(Stored):
+    """A form that is made of other forms, which store, count and train what is theirs.
+
+    Weights of this form share all trained tensors or none.
+    """
+
+    @property
+    @abstractmethod
+    def parts(self) -> Sequence[Stored]:
+        """The forms that it is made of, in the order of its spec."""
+
+    @classmethod
+    def own_bits(cls, *args: Any, **spec: Any) -> dict[str, int]:  # noqa: ARG003
+        """Bits by part of what it stores beside its parts."""
+        return {}
+
+    @classmethod
+    def bits(cls, *args: Any, **spec: Any) -> dict[str, int]:
+        """Its own bits and those of its parts, from shapes alone."""
+        return total(cls.own_bits(*args, **spec), *(KINDS[one["kind"]].bits(**shapes(one)) for one in nested(spec)))
+
+    def ledger(self) -> dict[str, int]:
+        """Its own bits and those of its parts, without what another weight stores."""
+        return total(self.own_bits(**self.spec()), *(part.ledger() for part in self.parts))
+
+    def paper_bits(self) -> int:
+        """As the parts count themselves, and its own bits as stored."""
+        return without_padding(self.own_bits(**self.spec())) + sum(part.paper_bits() for part in self.parts)
+
+    def to_masters(self) -> None:
+        """Make float32 masters of what its parts train."""
+        for part in self.parts:
+            part.to_masters()
+
+    def to_storage(self) -> None:
+        """Round what its parts trained. Raises ValueError if something is not finite or does not fit."""
+        for part in self.parts:
+            part.to_storage()
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take back what its parts had in a `state_dict` made before `to_masters`."""
+        names = {part: f"{name}." for name, part in self.named_modules()}
+        for part in self.parts:
+            inside = {key: tensor for key, tensor in state.items() if key.startswith(names[part])}
+            part.restore({key.removeprefix(names[part]): tensor for key, tensor in inside.items()})
+
+    def follow(self, first: Stored) -> None:
+        """Let each part share what the same part of another weight trains. Raises ValueError if one cannot."""
+        if not isinstance(first, Combined) or [*map(type, first.parts)] != [*map(type, self.parts)]:
+            super().follow(first)
+            return
+        for part, other in zip(self.parts, first.parts):
+            part.follow(other)
+
+    def coded(self) -> tuple[Tensor, int] | None:
+        """Codes and size of the codebooks of the first part that has some: (M, N), K."""
+        return next((found for found in (part.coded() for part in self.parts) if found), None)
+
+    def check(self) -> None:
+        """Raise ValueError if one of its parts is damaged."""
+        for part in self.parts:
+            part.check()
+
+
+def described(form: Stored) -> dict[str, Any]:
+    """Kind and shapes of a form, as config.json holds them."""
+    return {"kind": form.kind} | form.spec()
+
+
+def build(spec: dict[str, Any]) -> Stored:
+    """A form with undefined content from its kind and shapes, on the default device.
+
+    Raises ValueError for a kind that is not known.
+    """
+    form = KINDS.get(str(spec.get("kind")))
+    if form is None:
+        raise ValueError(f"a stored weight of kind '{spec.get('kind')}'; this version knows {', '.join(KINDS)}")
+    return form.empty(**shapes(spec))
+
+
+def shapes(spec: dict[str, Any]) -> dict[str, Any]:
+    """A spec without its kind."""
+    return {key: value for key, value in spec.items() if key != "kind"}
+
+
+def nested(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """The specs inside a spec."""
+    values = [one for value in spec.values() for one in (value if isinstance(value, list) else [value])]
+    return [value for value in values if isinstance(value, dict)]
+
+
+def total(*ledgers: dict[str, int]) -> dict[str, int]:
+    """The sum of ledgers, part by part."""
+    return {part: sum(one.get(part, 0) for one in ledgers) for part in dict.fromkeys(p for one in ledgers for p in one)}
+
+
+def without_padding(ledger: dict[str, int]) -> int:
+    """All bits of a ledger but those that fill up bytes."""
+    return sum(bits for part, bits in ledger.items() if part != "padding")
