@@ -93,11 +93,13 @@ def stage_keys(experiment: Experiment, root: dict[str, Any]) -> dict[str, str]:
     keys = {"original": content_key(root)}
     for before, name in zip(["original", *experiment.order], experiment.order):
         stage = experiment.stages[name]
-        keys[name] = content_key([keys[before], name, experiment.seed, key_settings(stage), stage.inputs()])
+        learned = stage.learns_from()
+        text = None if learned is None else learned.sha256
+        keys[name] = content_key([keys[before], name, experiment.seed, key_settings(stage), text])
     return keys
 
 
 def key_settings(stage: Any) -> dict[str, Any]:
-    """What of a stage's settings decides its result: a text counts by its hash (`inputs()`), not by where it lies."""
-    values = {key: value for key, value in asdict(stage).items() if key not in stage.idle()}
+    """What of a stage's settings decides its result: a text counts by its hash, not by where it lies."""
+    values = {key: value for key, value in asdict(stage).items() if key not in stage.without_effect()}
     return values | {part: values[part]["name"] for part in ("data", "instructions") if part in values}

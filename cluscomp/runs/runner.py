@@ -15,14 +15,14 @@ from cluscomp.data.overlap import WORDS
 from cluscomp.errors import InputError
 from cluscomp.runs.capsule import commit, versions
 from cluscomp.runs.experiment import Experiment, key_settings
-from cluscomp.score.tasks import write_answers
+from cluscomp.score.tasks import read_answers, write_answers
 from cluscomp.store.files import held_alone
 from cluscomp.store.records import content_key, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cluscomp.data.overlap import Seen
+    from cluscomp.data.overlap import Learned
     from cluscomp.models.original import Original
 
 log = logging.getLogger("cluscomp")
@@ -45,8 +45,8 @@ class Runner:
 
     def read(self) -> dict[str, Any]:
         """Hashes of all that the run reads besides the model, stage by stage, and the keys of the stages."""
-        stages = self.experiment.stages
-        data = {name: stages[name].inputs() for name in self.experiment.order}
+        found = {name: self.experiment.stages[name].learns_from() for name in self.experiment.order}
+        data = {name: {} if one is None else {one.name: one.sha256} for name, one in found.items()}
         return {"data": data | {"evaluate": self.experiment.evaluate.inputs()}, "keys": self.keys, "run": self.key}
 
     def check(self) -> None:
@@ -84,7 +84,14 @@ class Runner:
         return self.outputs / f"{name}-{self.keys[name]}"
 
     def _evaluation_folder(self, name: str) -> Path:
-        return self.outputs / f"evaluate-{content_key([self.keys[name], *self.evaluation])}"
+        flips = ["flips"] if self._counts_flips(name) else []
+        return self.outputs / f"evaluate-{content_key([self.keys[name], *self.evaluation, *flips])}"
+
+    def _counts_flips(self, name: str) -> bool:
+        """Whether the model's answers to tasks are compared with the original's, which then are there before."""
+        return (
+            name != "original" and "original" in self.experiment.measured and bool(self.experiment.evaluate.tasks.names)
+        )
 
     def _kept_folder(self) -> Path:
         """Where what the original predicts is kept."""
@@ -126,42 +133,40 @@ class Runner:
             return finished | {"scores": [row | {"after": name} for row in finished["scores"]]}
         self.worked = True
         with _Measured() as cost:
-            seen = evaluate.contamination(self.original, self._seen(name))
-            model = self._model(name)
-            scores = [asdict(score) for score in evaluate.measure(model, self.original, name, self._kept_folder())]
-            asked, answers = evaluate.ask(model, self.original, name)
-            scores += [asdict(score) for score in asked]
-            sample = evaluate.sample(model, self.original, name)
-        scores = [row | {"seen": seen.get(row["dataset"], {})} for row in scores]
-        if answers:
-            write_answers(folder / ANSWERS, answers)
-        metrics = cost | _code() | {"scores": scores, "sample": sample}
-        for row in scores:
-            log.info("evaluate  %s after %s: %.3f on %s", row["metric"], name, row["value"], row["dataset"])
+            found = evaluate.evaluate(
+                self._model(name), self.original, name, self._learned(name), self._kept_folder(),
+                seed=self.experiment.seed,
+                before=read_answers(self.answers("original")) if self._counts_flips(name) else [],
+            )  # fmt: skip
+        if found.answers:
+            write_answers(folder / ANSWERS, found.answers)
+        metrics = cost | _code() | {"scores": [asdict(score) for score in found.scores], "sample": found.sample}
+        for score in found.scores:
+            log.info("evaluate  %s after %s: %.3f on %s", score.metric, name, score.value, score.dataset)
         write_sealed(folder / "metrics.json", metrics)
         return metrics
 
-    def _seen(self, name: str) -> "dict[str, Seen]":
+    def _learned(self, name: str) -> "dict[str, Learned]":
         """What the stages up to `name` learned from, of those that learned from text."""
         order = ["original", *self.experiment.order]
-        found = {
-            stage: self.experiment.stages[stage].seen(self.original, self.experiment.seed)
-            for stage in order[1 : order.index(name) + 1]
-        }
-        return {stage: seen for stage, seen in found.items() if seen is not None}
+        found = {stage: self.experiment.stages[stage].learns_from() for stage in order[1 : order.index(name) + 1]}
+        return {stage: learned for stage, learned in found.items() if learned is not None}
 
-    def _model(self, name: str) -> "PreTrainedModel":
-        """The model after a stage."""
+    def _model(self, name: str) -> "PreTrainedModel | Original":
+        """The model after a stage; of the original, what reads it from its folder."""
         from cluscomp import checkpoint
 
         folder = self.checkpoint(name)
         if folder is None:
-            return self.original.model()
+            return self.original
         return checkpoint.load(folder, self.original.dtype, self.original.device)
 
     def _model_before(self, name: str) -> "PreTrainedModel":
+        from cluscomp.models.original import Original
+
         order = ["original", *self.experiment.order]
-        return self._model(order[order.index(name) - 1])
+        model = self._model(order[order.index(name) - 1])
+        return model.model() if isinstance(model, Original) else model
 
     def _finished(self, folder: Path) -> dict[str, Any] | None:
         return read_sealed(folder / "metrics.json")

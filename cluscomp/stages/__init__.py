@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cluscomp.data.overlap import Seen
+    from cluscomp.data.overlap import Learned
     from cluscomp.models.original import Original
     from cluscomp.plan.cost import Cost
     from cluscomp.plan.meta import MetaModel
@@ -28,15 +28,14 @@ class Stage(Protocol):
     takes: ClassVar[str]  # "original": a dense model whose blocks are still in the file; or "compressed"
     distributed: ClassVar[bool]  # whether all processes of a run (torchrun) work on it together
 
-    def inputs(self) -> dict[str, str]:
-        """Hashes of what the stage reads besides model and settings (texts); part of its key."""
+    def learns_from(self) -> "Learned | None":
+        """What `run` learns from besides model and settings, or None if from nothing.
+
+        Its hash is part of the stage's key; by name and windows scores on what was seen before are marked.
+        """
         ...
 
-    def seen(self, original: "Original", seed: int) -> "Seen | None":
-        """What `run` learns from besides model and settings, or None if from nothing."""
-        ...
-
-    def idle(self) -> set[str]:
+    def without_effect(self) -> set[str]:
         """Names of settings that do not decide the result as things stand, and so are no part of the stage's key."""
         ...
 

@@ -6,22 +6,19 @@ import random
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, InstanceOf
+from pydantic import Field
 
-from cluscomp.data.overlap import Seen
-from cluscomp.data.texts import Source, calibration_windows
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
+from cluscomp.stages.from_text import FromText
 from cluscomp.store.records import read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from cluscomp.models.original import Original
     from cluscomp.models.walk import Walk
     from cluscomp.plan.cost import Cost
     from cluscomp.plan.meta import MetaModel
@@ -34,7 +31,7 @@ ATTEMPTS = 3  # at training a block, each with half the learning rate of the one
 
 
 @settings
-class BlockFinetune:
+class BlockFinetune(FromText):
     """Block-wise error minimisation: mean squared error between the outputs of the compressed and the original block.
 
     The compressed block is fed what the compressed model makes of the text. `target` "fp_stream" (the paper) compares
@@ -52,9 +49,6 @@ class BlockFinetune:
 
     takes: ClassVar[str] = "compressed"
     distributed: ClassVar[bool] = False
-    data: InstanceOf[Source]
-    samples: int = Field(ge=1)
-    length: int = Field(ge=2)
     target: Literal["fp_stream", "same_input", "both"]
     norms: bool
     learns: Literal["values", "means", "clipping", "rounding"]
@@ -69,27 +63,9 @@ class BlockFinetune:
     clip: float | None = Field(gt=0)
     streams: Literal["memory", "disk"]
 
-    def inputs(self) -> dict[str, str]:
-        """The hash of the calibration text."""
-        return {"calibration": self.data.text("calibration").sha256}
-
-    def seen(self, original: "Original", seed: int) -> Seen:
-        """The calibration windows."""
-        text = self.data.text("calibration")
-        return Seen(text.name, self.data.domain, self._windows(original, seed).tolist())
-
-    def idle(self) -> set[str]:
+    def without_effect(self) -> set[str]:
         """Where the streams lie changes no result, nor does `learns` as it was before there was a choice."""
         return {"streams"} | ({"learns"} if self.learns == "values" else set())
-
-    def check(self, original: "Original") -> None:
-        """Cut the windows. Raises InputError if the text is too short or a window longer than the model takes."""
-        original.check_length("block_finetune.length", self.length)
-        self._windows(original, seed=0)
-
-    def _windows(self, original: "Original", seed: int) -> "np.ndarray":
-        text = self.data.text("calibration")
-        return calibration_windows(text, original.tokenizer, samples=self.samples, length=self.length, seed=seed)
 
     def cost(self, outline: "MetaModel") -> "Cost":
         """The compressed model, the original's frame, streams and the training of one block; see `Stage.cost`."""
@@ -165,7 +141,7 @@ class BlockFinetune:
         from cluscomp.train.masters import rounding
         from cluscomp.train.streams import Streams
 
-        ids_WT = torch.from_numpy(self._windows(job.original, job.seed)).to(job.original.device)
+        ids_WT = torch.from_numpy(self.windows(job.original.tokenizer, job.seed)).to(job.original.device)
         walk, teacher = Walk(model), Walk(job.original.model(), job.original)
         shape_WTH = (*ids_WT.shape, walk.embed(ids_WT[:1]).shape[2])
         streams = Streams(job.folder, self.streams, shape_WTH, job.original.dtype, job.original.device)

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, InstanceOf
 
-from cluscomp.data.overlap import Seen
-from cluscomp.data.texts import Source, calibration_windows
+from cluscomp.data.overlap import Learned
 from cluscomp.errors import InputError
 from cluscomp.methods import BlockMethod, ByLayer, Compressed, Method
 from cluscomp.models.sources import quantised_types
 from cluscomp.settings import settings
 from cluscomp.solve.layer import Layer, Place
+from cluscomp.stages.from_text import FromText
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -33,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 @settings
-class Cluster:
+class Cluster(FromText):
     """Compress block after block. Embeddings, head, norms and biases stay as they are.
 
     A method that asks for a statistic of the layers' inputs gets it from `samples` windows of `length` tokens of the
@@ -44,9 +43,6 @@ class Cluster:
     takes: ClassVar[str] = "original"
     distributed: ClassVar[bool] = False
     method: InstanceOf[Method]
-    data: InstanceOf[Source]
-    samples: int = Field(ge=1)
-    length: int = Field(ge=2)
     batch_size: int = Field(ge=1)
     prefix: Literal["original", "compressed"]
 
@@ -59,18 +55,11 @@ class Cluster:
     def _calibrated(self) -> bool:
         return self.method.statistic() is not None
 
-    def inputs(self) -> dict[str, str]:
-        """The hash of the calibration text, if the method looks at any."""
-        return {"calibration": self.data.text("calibration").sha256} if self._calibrated else {}
-
-    def seen(self, original: "Original", seed: int) -> Seen | None:
+    def learns_from(self) -> Learned | None:
         """The calibration windows, if the method looks at any."""
-        if not self._calibrated:
-            return None
-        text = self.data.text("calibration")
-        return Seen(text.name, self.data.domain, self._windows(original, seed).tolist())
+        return super().learns_from() if self._calibrated else None
 
-    def idle(self) -> set[str]:
+    def without_effect(self) -> set[str]:
         """The settings of calibration, if the method looks at no text."""
         return set() if self._calibrated else {"data", "samples", "length", "batch_size", "prefix"}
 
@@ -80,8 +69,7 @@ class Cluster:
         self._check_shapes(model, self._places(original))
         self._check_grids(model, quantised_types(original.folder))
         if self._calibrated:
-            original.check_length("cluster.length", self.length)
-            self._windows(original, seed=0)
+            super().check(original)
 
     def _check_shapes(self, model: "PreTrainedModel", places: "list[dict[str, Place]]") -> None:
         """Raise InputError, naming the layer, for a shape that the method cannot compress."""
@@ -128,10 +116,6 @@ class Cluster:
         from cluscomp.plan.meta import MetaModel
 
         return places(MetaModel(deepcopy(original.config), original.dtype, original.device.type))
-
-    def _windows(self, original: "Original", seed: int) -> "np.ndarray":
-        text = self.data.text("calibration")
-        return calibration_windows(text, original.tokenizer, samples=self.samples, length=self.length, seed=seed)
 
     def cost(self, outline: "MetaModel") -> "Cost":
         """One dense block, statistics and streams; on a GPU the finished blocks are in RAM. See `Stage.cost`."""
@@ -255,7 +239,7 @@ class Cluster:
     def _embedded(self, walk: "Walk", job: "Job") -> "list[Tensor]":
         import torch
 
-        windows = torch.from_numpy(self._windows(job.original, job.seed)).to(job.original.device)
+        windows = torch.from_numpy(self.windows(job.original.tokenizer, job.seed)).to(job.original.device)
         return [walk.embed(ids_BT) for ids_BT in windows.split(self.batch_size)]
 
     def observe(
