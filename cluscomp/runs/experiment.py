@@ -53,15 +53,17 @@ class Experiment:
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "Experiment":
+        model, left_by = "original", ""
         for number, name in enumerate(self.order):
             if name not in self.stages:
                 raise ValueError(f"order: there is no stage '{name}'; stages: {', '.join(sorted(self.stages))}")
             if name in self.order[:number]:
                 raise ValueError(f"order: stage '{name}' is named twice")
-            takes = self.stages[name].takes
-            if takes != ("compressed" if number else "original"):
-                why = "cannot come first: it takes a compressed model" if takes == "compressed" else "must come first"
-                raise ValueError(f"order: stage '{name}' {why}")
+            if self.stages[name].takes != model:
+                where = f"after '{left_by}'" if left_by else "first"
+                other = "a compressed model" if model == "original" else "one that is not compressed yet"
+                raise ValueError(f"order: stage '{name}' cannot come {where}: it takes {other}")
+            model, left_by = self.stages[name].gives, name
         unknown = [name for name in self.measured if name != "original" and name not in self.order]
         if unknown:
             raise ValueError(f"evaluate.after: '{unknown[0]}' is not 'original' or a stage in order {self.order}")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from cluscomp.data.overlap import Learned
     from cluscomp.models.original import Original
+    from cluscomp.stages import Job
 
 log = logging.getLogger("cluscomp")
 ANSWERS = "answers.jsonl.gz"  # to the tasks, of one model
@@ -99,8 +100,6 @@ class Runner:
 
     def _stage(self, name: str, folder: Path) -> dict[str, Any]:
         from cluscomp import checkpoint
-        from cluscomp.forms.layers import check_file, size_of
-        from cluscomp.stages import Job
 
         finished = self._finished(folder)
         if finished is not None:
@@ -113,13 +112,9 @@ class Runner:
                 return finished
         self.worked = True
         with _Measured() as cost:
-            model = self._model_before(name)
-            job = Job(folder, self.experiment.seed, self.original)
+            model, job = self._start(name)
             found = self.experiment.stages[name].run(model, job)
-            checkpoint.save(model, self.original.tokenizer, folder / "checkpoint")
-        counted = size_of(model)
-        check_file(counted, checkpoint.tensor_bytes(folder / "checkpoint"))
-        size = asdict(counted) | {"checkpoint_bytes": checkpoint.weight_bytes(folder / "checkpoint")}
+            size = self._keep(name, model, job)
         hash_ = checkpoint.checkpoint_hash(folder / "checkpoint")
         metrics = cost | _code() | {"found": found, "size": size, "checkpoint_hash": hash_}
         write_sealed(folder / "metrics.json", metrics)
@@ -133,10 +128,11 @@ class Runner:
             return finished | {"scores": [row | {"after": name} for row in finished["scores"]]}
         self.worked = True
         with _Measured() as cost:
+            before = self.answers("original")
             found = evaluate.evaluate(
                 self._model(name), self.original, name, self._learned(name), self._kept_folder(),
                 seed=self.experiment.seed,
-                before=read_answers(self.answers("original")) if self._counts_flips(name) else [],
+                before=read_answers(before) if self._counts_flips(name) and before.is_file() else (),
             )  # fmt: skip
         if found.answers:
             write_answers(folder / ANSWERS, found.answers)
@@ -153,20 +149,52 @@ class Runner:
         return {stage: learned for stage, learned in found.items() if learned is not None}
 
     def _model(self, name: str) -> "PreTrainedModel | Original":
-        """The model after a stage; of the original, what reads it from its folder."""
+        """The model after a stage; of a dense one, what reads it from its folder."""
         from cluscomp import checkpoint
 
-        folder = self.checkpoint(name)
-        if folder is None:
-            return self.original
-        return checkpoint.load(folder, self.original.dtype, self.original.device)
+        if self._is_dense(name):
+            return self._dense(name)
+        return checkpoint.load(self._folder(name) / "checkpoint", self.original.dtype, self.original.device)
 
-    def _model_before(self, name: str) -> "PreTrainedModel":
+    def _is_dense(self, name: str) -> bool:
+        return name == "original" or self.experiment.stages[name].gives == "original"
+
+    def _dense(self, name: str) -> "Original":
+        """What reads the model after a dense stage."""
         from cluscomp.models.original import Original
 
-        order = ["original", *self.experiment.order]
-        model = self._model(order[order.index(name) - 1])
-        return model.model() if isinstance(model, Original) else model
+        if name == "original":
+            return self.original
+        return Original(self._folder(name) / "checkpoint", self.original.dtype, self.original.device)
+
+    def _start(self, name: str) -> "tuple[PreTrainedModel, Job]":
+        """The model that a stage begins with, and its job, which reads weights as the last dense stage left them."""
+        from cluscomp import checkpoint
+        from cluscomp.stages import Job
+
+        before = ["original", *self.experiment.order][: self.experiment.order.index(name) + 1]
+        original = self._dense([one for one in before if self._is_dense(one)][-1])
+        job = Job(self._folder(name), self.experiment.seed, original, self.original)
+        if self._is_dense(before[-1]):
+            return original.model(), job
+        folder = self._folder(before[-1]) / "checkpoint"
+        return checkpoint.load(folder, self.original.dtype, self.original.device), job
+
+    def _keep(self, name: str, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
+        """Write the model after a stage into its folder; returns its size as it lies there."""
+        from cluscomp import checkpoint
+        from cluscomp.forms.layers import check_file, size_of
+        from cluscomp.models import dense
+        from cluscomp.stages.blockwise import dense_blocks
+
+        folder = job.folder / "checkpoint"
+        if self._is_dense(name):
+            dense.save(model, dense_blocks(job.folder, model), job.original, folder)
+            return {"ledger": {"kept": 8 * checkpoint.tensor_bytes(folder)}} | self._dense(name).size()
+        checkpoint.save(model, self.original.tokenizer, folder)
+        counted = size_of(model)
+        check_file(counted, checkpoint.tensor_bytes(folder))
+        return asdict(counted) | {"checkpoint_bytes": checkpoint.weight_bytes(folder)}
 
     def _finished(self, folder: Path) -> dict[str, Any] | None:
         return read_sealed(folder / "metrics.json")
@@ -220,11 +248,9 @@ class Follower(Runner):
 
     def stage(self, name: str) -> dict[str, Any]:
         """The metrics of a stage once the first process has written them."""
-        from cluscomp.stages import Job
-
         folder, stage = self._folder(name), self.experiment.stages[name]
         if stage.distributed and not self._whole(folder):
-            stage.run(self._model_before(name), Job(folder, self.experiment.seed, self.original))
+            stage.run(*self._start(name))
         while not self._whole(folder):
             time.sleep(POLL)
         return dict(read_sealed(folder / "metrics.json") or {})

@@ -40,7 +40,8 @@ class Cluster(FromText):
     Without such a method nothing is read but the model, and these settings mean nothing.
     """
 
-    takes: ClassVar[str] = "original"
+    takes: ClassVar[Literal["original"]] = "original"
+    gives: ClassVar[Literal["compressed"]] = "compressed"
     distributed: ClassVar[bool] = False
     method: InstanceOf[Method]
     batch_size: int = Field(ge=1)
@@ -190,49 +191,41 @@ class Cluster(FromText):
         anything, and the method's name. Raises InputError, naming the layer, if
         a weight is not finite or the method refuses it.
         """
-        from cluscomp import checkpoint
-        from cluscomp.models.original import block_names, blocks
+        from cluscomp.models.original import block_names
         from cluscomp.models.walk import Walk
-        from cluscomp.process import Progress, give_memory_back
+        from cluscomp.stages.blockwise import Blockwise
 
-        progress = Progress("cluster", len(blocks(model)))
         squares: dict[str, list[float]] = {}  # by layer: squared error, squared size
         chosen: dict[str, dict[str, Any]] = {}  # by the layers of a block that go together
         distributed: dict[str, dict[str, float]] = {}  # by layer
-        parts = [job.folder / f"block-{index:03}.safetensors" for index in range(len(blocks(model)))]
-        saved = [checkpoint.read_part(part) for part in parts]
-        last = max((index for index, part in enumerate(saved) if part is None), default=-1)
-        walk = Walk(model)
+        work, walk, names = Blockwise("cluster", job.folder, model), Walk(model), block_names(model)
+        last = work.last
         stream = self._embedded(walk, job) if self._calibrated and last >= 0 else []
         all_places = self._places(job.original)
-        for index, (name, block) in enumerate(zip(block_names(model), blocks(model))):
+        for index, block, finished in work.all():  # through finished ones the stream still has to pass
+            name, entering = names[index], stream
             job.original.load_block(model, index)
-            part = saved[index]
-            entering = stream
             statistics: dict[str, SecondMoment] = {}
-            if index <= last and (part is None or self.prefix == "original"):
-                stream, statistics = self.observe(walk, index, entering, count=part is None)
-            if part is None:
-                found = self.compress_block(block, name, job.seed, statistics, all_places[index])
-                checkpoint.save_part(parts[index], block, found)
+            if index <= last and (not finished or self.prefix == "original"):
+                stream, statistics = self.observe(walk, index, entering, count=not finished)
+            if finished:
+                found = work.put_back(index)
             else:
-                checkpoint.put_part(block, part)
-                found = part.numbers
+                found = self.compress_block(block, name, job.seed, statistics, all_places[index])
+                error = _ratio(found["squares"])
+                work.finish(index, found, f"relative error {error:.4f}", relative_error=error)
             if index < last and self.prefix == "compressed":
                 stream, _ = self.observe(walk, index, entering, count=False)
             block.to("cpu")  # what is finished leaves the GPU
-            give_memory_back()
             squares |= {f"{name}.{layer}": numbers for layer, numbers in found["squares"].items()}
             chosen |= {f"{name}.{layers}": values for layers, values in found["chosen"].items()}
             distributed |= {f"{name}.{layer}": values for layer, values in found.get("distributed", {}).items()}
-            error = _ratio(found["squares"])
-            progress.step(f"relative error {error:.4f}", relative_error=error)
         by_layer = {layer: error / size if size else 0.0 for layer, (error, size) in squares.items()}
         numbers = {"relative_error": _ratio(squares), "relative_error_by_layer": by_layer}
         numbers["distribution_by_layer"] = distributed
         numbers["method"] = type(self.method).__module__.rpartition(".")[2]
         if chosen:
-            log.info("%s", chosen_table(chosen, block_names(model)))
+            log.info("%s", chosen_table(chosen, names))
             numbers["chosen"] = chosen
         return numbers | ({"calibration": self.data.text("calibration").describe()} if self._calibrated else {})
 

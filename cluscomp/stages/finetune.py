@@ -124,7 +124,8 @@ class Finetune(_Task):
     compressed layers, scaled by `alpha`/`rank`, stored beside the model in 16 bits.
     """
 
-    takes: ClassVar[str] = "compressed"
+    takes: ClassVar[Literal["compressed"]] = "compressed"
+    gives: ClassVar[Literal["compressed"]] = "compressed"
     trainable: Literal["codebooks", "lora"]
     norms: bool
     rank: int = Field(ge=1)
@@ -159,9 +160,13 @@ class Finetune(_Task):
 
 @settings
 class FullFinetune(_Task):
-    """Finetuning of all parameters of the original in the dtype it computes in: what the others are compared with."""
+    """Finetuning of all parameters of the original in the dtype it computes in: what the others are compared with.
 
-    takes: ClassVar[str] = "original"
+    It leaves a checkpoint of ours, in which no layer is compressed; so none can be compressed after it.
+    """
+
+    takes: ClassVar[Literal["original"]] = "original"
+    gives: ClassVar[Literal["compressed"]] = "compressed"
 
     def cost(self, outline: "MetaModel") -> "Cost":
         """As training of all parameters; see `Stage.cost`."""

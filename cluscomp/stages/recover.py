@@ -28,12 +28,13 @@ class Recover(Steps):
     """End-to-end training on `tokens` tokens of the calibration text in random windows of `length`; codes stay.
 
     loss: next-token cross-entropy ("ce", the paper), KL to the original's predictions ("kl"), or their sum ("ce_kl").
-    For KL the original's `teacher_top` likeliest tokens are kept on disk while the stage runs: 8 bytes a number. The
-    end of the calibration text is held out: `held_out` windows of it are scored before and after, and training that
-    does not lower that loss is taken back.
+    The original is the model before all stages, also after a dense one. For KL its `teacher_top` likeliest tokens are
+    kept on disk while the stage runs: 8 bytes a number. The end of the calibration text is held out: `held_out` windows
+    of it are scored before and after, and training that does not lower that loss is taken back.
     """
 
-    takes: ClassVar[str] = "compressed"
+    takes: ClassVar[Literal["compressed"]] = "compressed"
+    gives: ClassVar[Literal["compressed"]] = "compressed"
     distributed: ClassVar[bool] = True
     data: InstanceOf[Source]
     tokens: int = Field(ge=1)
@@ -147,7 +148,7 @@ class Recover(Steps):
         from cluscomp.models.walk import Walk
 
         teacher = Teacher(job.folder / "training", windows_WT, self.teacher_top)
-        walk = Walk(job.original.model(), job.original)
+        walk = Walk(job.teacher.model(), job.teacher)
         teacher.write(walk, batch_size=self.batch_size, rank=rank(), world=processes())
         return teacher
 
