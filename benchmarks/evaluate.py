@@ -60,7 +60,7 @@ def ours(folder: Path, text: list[str], limit: int) -> float:
     evaluate = settings(text, limit)
     original = Original(folder, torch.float32, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as kept:
-        return evaluate.measure(original.model(), original, "original", Path(kept))[0].value
+        return evaluate.evaluate(original, original, "original", {}, Path(kept), seed=0).scores[0].value
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def measure(method: str) -> dict[str, Any]:
     walk = Walk(model)
     statistics: dict[str, Any] = {}
     if cluster.method.sees():
-        windows = torch.from_numpy(cluster._windows(original, 0))
+        windows = torch.from_numpy(cluster.windows(original.tokenizer, 0))
         with torch.no_grad():
             stream = [walk.embed(ids_BT) for ids_BT in windows.split(cluster.batch_size)]
             for index in range(BLOCK + 1):

@@ -133,9 +133,14 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         tokenizer.save_pretrained(unfinished)
         if adapted:
             adapters.write(model, unfinished / adapters.FOLDER)
-        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        hashes = {path.relative_to(unfinished).as_posix(): file_hash(path) for path in files}
-        (unfinished / MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": hashes}, indent=1) + "\n")
+        seal(unfinished)
+
+
+def seal(folder: Path) -> None:
+    """Write the hashes of all files of a folder into it, which `verify` compares."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": hashes}, indent=1) + "\n")
 
 
 def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -22,7 +22,6 @@ from cluscomp.store.secrets import Discreet, hide
 
 HERE = Path(__file__).parents[1]
 CONF = next(folder for folder in (HERE / "conf", HERE.parent / "conf") if folder.is_dir())
-STAGES = "cluscomp.stages."  # nodes whose _target_ is here are stages
 # used by settings, not by the run itself
 SHARED = ("method", "data", "instructions", "tasks", "bits", "data_root", "debug")
 
@@ -67,12 +66,7 @@ def build(config: DictConfig) -> Experiment:
         raise InputError(f"{missing[0]} is required: give {missing[0]}=...")
     raw: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    evaluate = values["evaluate"]["_target_"]
-    stages = [
-        key
-        for key, value in values.items()
-        if isinstance(value, dict) and value.get("_target_", "").startswith(STAGES) and value["_target_"] != evaluate
-    ]
+    stages = [key for key, value in values.items() if _is_stage(value)]
     if values["order"] == ["evaluate"]:  # nothing is compressed, so nothing has to be said of how
         values = {key: value for key, value in values.items() if key not in {"method", *stages}}
     shared_first = sorted(values, key=lambda key: key not in SHARED)  # so that an error names the group it stands in
@@ -82,6 +76,14 @@ def build(config: DictConfig) -> Experiment:
         return Experiment(stages={key: built[key] for key in stages if key in built}, **settings)
     except ValidationError as error:
         raise InputError(_told(error, "", raw)) from error
+
+
+def _is_stage(node: Any) -> bool:
+    """Whether a node of the settings is of a class of stages, ours or the user's."""
+    if not isinstance(node, dict) or "_target_" not in node:
+        return False
+    settings = hydra.utils.get_object(node["_target_"])
+    return hasattr(settings, "takes") and hasattr(settings, "gives")
 
 
 def _instantiate(key: str, value: Any, raw: dict[str, Any]) -> Any:

@@ -1,22 +1,26 @@
 """How much of a test text a model has seen before: sequences of words that stand in what it learned from, too."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from cluscomp.data.texts import Tokenizer
 
 WORDS = 13  # of a sequence, as usual since GPT-3 (arXiv 2005.14165, appendix C)
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """What a stage learned from: the text's name and domain, and its windows or examples as token ids.
+class Learned:
+    """What a stage learns from: the text's name, domain and hash, and, cut when asked for, what of it the stage takes.
 
-    Texts of one domain come from one data set (or pieces of it).
+    Texts of one domain come from one data set (or pieces of it). `windows`: (tokenizer, the run's seed) -> the windows
+    or examples as token ids.
     """
 
-    text: str
+    name: str
     domain: str
-    windows: list[list[int]]
+    sha256: str
+    windows: Callable[[Tokenizer, int], list[list[int]]]
 
 
 def sequences(text: str) -> set[int]:

@@ -26,7 +26,10 @@ from cluscomp.forms.layers import place
 from cluscomp.process import give_memory_back
 from cluscomp.store.files import file_hash
 
-DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+DTYPES = {  # by their names in safetensors
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 class Original:
@@ -81,7 +84,7 @@ class Original:
                 for name in shard.keys():  # noqa: SIM118
                     part = shard.get_slice(name)
                     numbers = math.prod(part.get_shape())
-                    bits, weights = bits + numbers * DTYPE_BITS[part.get_dtype()], weights + numbers
+                    bits, weights = bits + numbers * 8 * DTYPES[part.get_dtype()].itemsize, weights + numbers
         per_weight = bits / weights
         return {
             "paper_bits_per_weight": per_weight,
@@ -120,14 +123,24 @@ class Original:
             self.load_block(model, index)
         return model
 
-    def _fill(self, model: nn.Module, names: list[str]) -> None:
+    def tensors(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors of the file, by their names there, as the model computes with them."""
         for path in sorted({self._shards[name] for name in names}):
             with safe_open(path, "pt") as shard:
                 for name in (name for name in names if self._shards[name] == path):
                     tensor = shard.get_tensor(name)
                     dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
                     # a copy, or a norm that stays would keep all that was read of the file in memory
-                    place(model, name, tensor.to(self.device, dtype, copy=True))
+                    yield name, tensor.to(self.device, dtype, copy=True)
+
+    def file_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor in the file."""
+        with safe_open(self._shards[name], "pt") as shard:
+            return DTYPES[shard.get_slice(name).get_dtype()]
+
+    def _fill(self, model: nn.Module, names: list[str]) -> None:
+        for name, tensor in self.tensors(names):
+            place(model, name, tensor)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

@@ -37,21 +37,24 @@ class Plan:
     """What a run will need.
 
     `exact` tells whether size and bytes are those of the file or the likeliest ones: weights that have a say in their
-    stored form, and 32-bit numbers that may fit 16 bits, are not known before they are read.
+    stored form, and 32-bit numbers that may fit 16 bits, are not known before they are read. `unknown` names stages and
+    evaluations of which nothing is known, as a stage does not say what it costs; size and bytes are None where it may
+    change them.
     """
 
     rows: list[Row]
-    size: "Size"
-    checkpoint_bytes: int
+    size: "Size | None"
+    checkpoint_bytes: int | None
     exact: bool
     limits: Limits
     machine: str
+    unknown: tuple[str, ...] = ()
 
     def predicted(self) -> dict[str, Any]:
         """What the record stores of it."""
         figures = ("linear_bits_per_weight", "paper_bits_per_weight", "model_bits_per_weight")
         return {
-            "size": {key: asdict(self.size)[key] for key in figures},
+            "size": None if self.size is None else {key: asdict(self.size)[key] for key in figures},
             "checkpoint_bytes": self.checkpoint_bytes,
             "exact": self.exact,
             "calibrated": self.limits.calibrated,
@@ -85,18 +88,24 @@ class Plan:
             ]
             for row in self.rows
         ]  # fmt: skip
+        lines += [[name, *["not known"] * (4 + gpu), ""] for name in self.unknown]
         head = ["stage", "RAM, GiB", *(["GPU, GiB"] if gpu else []), "TFLOP", "time", "most of it"]
         sure = "" if self.exact else "about "
         had = f"RAM {self.limits.ram / GIB:.1f} GiB" + (
             f", GPU {self.limits.vram / GIB:.1f} GiB" if self.limits.vram is not None else ""
         )
         rates = "measured" if self.limits.calibrated else "assumed: times are rough"
+        size = "not known"
+        if self.size is not None and self.checkpoint_bytes is not None:
+            size = (
+                f"{sure}{self.size.linear_bits_per_weight:.3f} bits per weight of the linears as stored, "
+                f"{self.size.paper_bits_per_weight:.3f} as the paper counts, {self.size.model_bits_per_weight:.3f} of "
+                f"the whole model; {sure}{self.checkpoint_bytes / 1e6:.1f} MB"
+            )
         return "\n".join(
             [
                 tabulate(lines, head, "github", disable_numparse=True),
-                f"size      {sure}{self.size.linear_bits_per_weight:.3f} bits per weight of the linears as stored, "
-                f"{self.size.paper_bits_per_weight:.3f} as the paper counts, {self.size.model_bits_per_weight:.3f} of "
-                f"the whole model; {sure}{self.checkpoint_bytes / 1e6:.1f} MB",
+                f"size      {size}",
                 f"machine   {self.machine}: {had}; speed {rates}",
             ]
         )
@@ -125,12 +134,15 @@ def plan(experiment: Any, config: "PreTrainedConfig", dtype: "torch.dtype", devi
     machine: Machine = experiment.machine
     can = limits(machine, device, Path(experiment.cache).expanduser())
     outline = MetaModel(config, dtype, device)
-    costs: dict[str, Cost] = {}
+    costs: dict[str, Cost | None] = {}
+    known = True  # whether the outline is that of the model
     for name in ["original", *experiment.order]:
         if name != "original":
-            costs[name] = experiment.stages[name].cost(outline)
+            stage = experiment.stages[name]
+            costs[name] = stage.cost(outline) if known else None
+            known &= costs[name] is not None or stage.takes == stage.gives
         if name in experiment.measured:
-            costs[f"evaluate {name}"] = experiment.evaluate.cost(outline)
+            costs[f"evaluate {name}"] = experiment.evaluate.cost(outline) if known else None
     base = resident() + STARTED  # the walks above have brought in nearly all libraries
 
     def row(name: str, cost: Cost) -> Row:
@@ -139,5 +151,7 @@ def plan(experiment: Any, config: "PreTrainedConfig", dtype: "torch.dtype", devi
         ram, vram = (base + here + there, None) if device == "cpu" else (base + CONTEXT + here, CONTEXT + there)
         return Row(name, ram, vram, cost.work.flops, can.seconds(cost.work), parts, cost.relief)
 
-    rows = [row(name, cost) for name, cost in costs.items()]
-    return Plan(rows, outline.size(), outline.checkpoint_bytes(), outline.exact, can, machine.name)
+    rows = [row(name, cost) for name, cost in costs.items() if cost is not None]
+    unknown = tuple(name for name, cost in costs.items() if cost is None)
+    size, bytes_ = (outline.size(), outline.checkpoint_bytes()) if known else (None, None)
+    return Plan(rows, size, bytes_, outline.exact and not unknown, can, machine.name, unknown)

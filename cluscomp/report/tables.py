@@ -101,6 +101,8 @@ def method_name(record: Record, after: str) -> str:
     order = stages_until(record, after)
     if "cluster" not in order:
         return " + ".join([ORIGINAL, *order])
+    dense, order = order[: order.index("cluster")], order[order.index("cluster") :]
+    before = "".join(f"{stage} + " for stage in dense)
     settings = record.config["stages"]["cluster"]["method"]
     method = str(record.stages["cluster"]["found"].get("method", "cluscomp"))
     told = [f"{key}={settings[key]}" for key, usual in USUAL.items() if settings.get(key, usual) != usual]
@@ -116,13 +118,13 @@ def method_name(record: Record, after: str) -> str:
         learns = record.config["stages"]["block_finetune"].get("learns", "values") if "block_finetune" in order else ""
         learned = LEARNED.get((method, learns))
         alone = SPELLED.get(method, method.upper()) + (f" ({', '.join(told)})" if told else "")
-        return " + ".join([learned, *order[2:]] if learned else [alone, *order[1:]])
+        return before + " + ".join([learned, *order[2:]] if learned else [alone, *order[1:]])
     known = max(length for length in VARIANTS if VARIANTS[length][0] == order[: len(VARIANTS[length][0])])
     recipe = "" if settings.get("weighting", "none") != "none" or settings.get("assign") == "hessian" else "data-free"
     recipe = "paper" if settings["init"] == "random_points" else recipe
     told = [recipe, *told] if recipe else told
     name = VARIANTS[known][1] + (f" ({', '.join(told)})" if told else "")
-    return " + ".join([name, *order[known:]])
+    return before + " + ".join([name, *order[known:]])
 
 
 def stages_until(record: Record, after: str) -> list[str]:

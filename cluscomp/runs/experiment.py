@@ -53,15 +53,17 @@ class Experiment:
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "Experiment":
+        model, left_by = "original", ""
         for number, name in enumerate(self.order):
             if name not in self.stages:
                 raise ValueError(f"order: there is no stage '{name}'; stages: {', '.join(sorted(self.stages))}")
             if name in self.order[:number]:
                 raise ValueError(f"order: stage '{name}' is named twice")
-            takes = self.stages[name].takes
-            if takes != ("compressed" if number else "original"):
-                why = "cannot come first: it takes a compressed model" if takes == "compressed" else "must come first"
-                raise ValueError(f"order: stage '{name}' {why}")
+            if self.stages[name].takes != model:
+                where = f"after '{left_by}'" if left_by else "first"
+                other = "a compressed model" if model == "original" else "one that is not compressed yet"
+                raise ValueError(f"order: stage '{name}' cannot come {where}: it takes {other}")
+            model, left_by = self.stages[name].gives, name
         unknown = [name for name in self.measured if name != "original" and name not in self.order]
         if unknown:
             raise ValueError(f"evaluate.after: '{unknown[0]}' is not 'original' or a stage in order {self.order}")
@@ -93,11 +95,13 @@ def stage_keys(experiment: Experiment, root: dict[str, Any]) -> dict[str, str]:
     keys = {"original": content_key(root)}
     for before, name in zip(["original", *experiment.order], experiment.order):
         stage = experiment.stages[name]
-        keys[name] = content_key([keys[before], name, experiment.seed, key_settings(stage), stage.inputs()])
+        learned = stage.learns_from()
+        text = None if learned is None else learned.sha256
+        keys[name] = content_key([keys[before], name, experiment.seed, key_settings(stage), text])
     return keys
 
 
 def key_settings(stage: Any) -> dict[str, Any]:
-    """What of a stage's settings decides its result: a text counts by its hash (`inputs()`), not by where it lies."""
-    values = {key: value for key, value in asdict(stage).items() if key not in stage.idle()}
+    """What of a stage's settings decides its result: a text counts by its hash, not by where it lies."""
+    values = {key: value for key, value in asdict(stage).items() if key not in stage.without_effect()}
     return values | {part: values[part]["name"] for part in ("data", "instructions") if part in values}

@@ -20,7 +20,6 @@ from cluscomp.runs.capsule import commit, seal, versions
 from cluscomp.runs.experiment import Experiment, config_of, stage_keys
 from cluscomp.runs.preparation import device_of, dtype_of, foreseen, writable
 from cluscomp.runs.runner import Follower, Runner
-from cluscomp.score.tasks import flipped, read_answers
 from cluscomp.store.files import held_alone
 from cluscomp.store.records import EXTERNAL, SCHEMA, Record, Score, read, write
 from cluscomp.store.secrets import hide_all, log_file
@@ -87,7 +86,7 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
     path = run_folder / "record.json"
     record = None if runner.worked else _written_before(path)
     if record is None:
-        record = _record(experiment, config, runner.key, metrics, original, answers, predicted)
+        record = _record(experiment, config, runner.key, metrics, original, predicted)
         if first:
             for name, place in answers.items():
                 shutil.copy(place, run_folder / f"answers-{name}.jsonl.gz")
@@ -150,14 +149,12 @@ def _record(
     key: str,
     metrics: dict[str, dict[str, Any]],
     original: "Original",
-    answers: dict[str, Path],
     predicted: "Plan | None",
 ) -> Record:
     from cluscomp.kernels.loading import native
     from cluscomp.models.original import fingerprint
 
     scores = [Score(**row) for found in metrics.values() for row in found.get("scores", [])]
-    scores += _flips(scores, answers)
     hash_, dirty = commit()
     stages = {
         name: {key: metrics[name][key] for key in ("found", "size", "checkpoint_hash")} for name in experiment.order
@@ -194,19 +191,3 @@ def _record(
         },
         stages=stages,
     )
-
-
-def _flips(scores: list[Score], answers: dict[str, Path]) -> list[Score]:
-    """For each model but the original the share of answers that went from right to wrong or back, task by task."""
-    if "original" not in answers:
-        return []
-    original = read_answers(answers["original"])
-    protocols = {score.dataset: score.protocol for score in scores if score.after == "original"}
-    return [
-        Score(
-            after=name, metric="flipped", dataset=task, value=flips / count,
-            stderr=(flips * (count - flips) / count**3) ** 0.5, n=count, protocol=protocols[task],
-        )
-        for name, place in answers.items() if name != "original"
-        for task, (flips, count) in flipped(original, read_answers(place)).items()
-    ]  # fmt: skip

@@ -15,15 +15,16 @@ from cluscomp.data.overlap import WORDS
 from cluscomp.errors import InputError
 from cluscomp.runs.capsule import commit, versions
 from cluscomp.runs.experiment import Experiment, key_settings
-from cluscomp.score.tasks import write_answers
+from cluscomp.score.tasks import read_answers, write_answers
 from cluscomp.store.files import held_alone
 from cluscomp.store.records import content_key, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cluscomp.data.overlap import Seen
+    from cluscomp.data.overlap import Learned
     from cluscomp.models.original import Original
+    from cluscomp.stages import Job
 
 log = logging.getLogger("cluscomp")
 ANSWERS = "answers.jsonl.gz"  # to the tasks, of one model
@@ -45,8 +46,8 @@ class Runner:
 
     def read(self) -> dict[str, Any]:
         """Hashes of all that the run reads besides the model, stage by stage, and the keys of the stages."""
-        stages = self.experiment.stages
-        data = {name: stages[name].inputs() for name in self.experiment.order}
+        found = {name: self.experiment.stages[name].learns_from() for name in self.experiment.order}
+        data = {name: {} if one is None else {one.name: one.sha256} for name, one in found.items()}
         return {"data": data | {"evaluate": self.experiment.evaluate.inputs()}, "keys": self.keys, "run": self.key}
 
     def check(self) -> None:
@@ -84,7 +85,14 @@ class Runner:
         return self.outputs / f"{name}-{self.keys[name]}"
 
     def _evaluation_folder(self, name: str) -> Path:
-        return self.outputs / f"evaluate-{content_key([self.keys[name], *self.evaluation])}"
+        flips = ["flips"] if self._counts_flips(name) else []
+        return self.outputs / f"evaluate-{content_key([self.keys[name], *self.evaluation, *flips])}"
+
+    def _counts_flips(self, name: str) -> bool:
+        """Whether the model's answers to tasks are compared with the original's, which then are there before."""
+        return (
+            name != "original" and "original" in self.experiment.measured and bool(self.experiment.evaluate.tasks.names)
+        )
 
     def _kept_folder(self) -> Path:
         """Where what the original predicts is kept."""
@@ -92,8 +100,6 @@ class Runner:
 
     def _stage(self, name: str, folder: Path) -> dict[str, Any]:
         from cluscomp import checkpoint
-        from cluscomp.forms.layers import check_file, size_of
-        from cluscomp.stages import Job
 
         finished = self._finished(folder)
         if finished is not None:
@@ -106,13 +112,9 @@ class Runner:
                 return finished
         self.worked = True
         with _Measured() as cost:
-            model = self._model_before(name)
-            job = Job(folder, self.experiment.seed, self.original)
+            model, job = self._start(name)
             found = self.experiment.stages[name].run(model, job)
-            checkpoint.save(model, self.original.tokenizer, folder / "checkpoint")
-        counted = size_of(model)
-        check_file(counted, checkpoint.tensor_bytes(folder / "checkpoint"))
-        size = asdict(counted) | {"checkpoint_bytes": checkpoint.weight_bytes(folder / "checkpoint")}
+            size = self._keep(name, model, job)
         hash_ = checkpoint.checkpoint_hash(folder / "checkpoint")
         metrics = cost | _code() | {"found": found, "size": size, "checkpoint_hash": hash_}
         write_sealed(folder / "metrics.json", metrics)
@@ -126,42 +128,73 @@ class Runner:
             return finished | {"scores": [row | {"after": name} for row in finished["scores"]]}
         self.worked = True
         with _Measured() as cost:
-            seen = evaluate.contamination(self.original, self._seen(name))
-            model = self._model(name)
-            scores = [asdict(score) for score in evaluate.measure(model, self.original, name, self._kept_folder())]
-            asked, answers = evaluate.ask(model, self.original, name)
-            scores += [asdict(score) for score in asked]
-            sample = evaluate.sample(model, self.original, name)
-        scores = [row | {"seen": seen.get(row["dataset"], {})} for row in scores]
-        if answers:
-            write_answers(folder / ANSWERS, answers)
-        metrics = cost | _code() | {"scores": scores, "sample": sample}
-        for row in scores:
-            log.info("evaluate  %s after %s: %.3f on %s", row["metric"], name, row["value"], row["dataset"])
+            before = self.answers("original")
+            found = evaluate.evaluate(
+                self._model(name), self.original, name, self._learned(name), self._kept_folder(),
+                seed=self.experiment.seed,
+                before=read_answers(before) if self._counts_flips(name) and before.is_file() else (),
+            )  # fmt: skip
+        if found.answers:
+            write_answers(folder / ANSWERS, found.answers)
+        metrics = cost | _code() | {"scores": [asdict(score) for score in found.scores], "sample": found.sample}
+        for score in found.scores:
+            log.info("evaluate  %s after %s: %.3f on %s", score.metric, name, score.value, score.dataset)
         write_sealed(folder / "metrics.json", metrics)
         return metrics
 
-    def _seen(self, name: str) -> "dict[str, Seen]":
+    def _learned(self, name: str) -> "dict[str, Learned]":
         """What the stages up to `name` learned from, of those that learned from text."""
         order = ["original", *self.experiment.order]
-        found = {
-            stage: self.experiment.stages[stage].seen(self.original, self.experiment.seed)
-            for stage in order[1 : order.index(name) + 1]
-        }
-        return {stage: seen for stage, seen in found.items() if seen is not None}
+        found = {stage: self.experiment.stages[stage].learns_from() for stage in order[1 : order.index(name) + 1]}
+        return {stage: learned for stage, learned in found.items() if learned is not None}
 
-    def _model(self, name: str) -> "PreTrainedModel":
-        """The model after a stage."""
+    def _model(self, name: str) -> "PreTrainedModel | Original":
+        """The model after a stage; of a dense one, what reads it from its folder."""
         from cluscomp import checkpoint
 
-        folder = self.checkpoint(name)
-        if folder is None:
-            return self.original.model()
-        return checkpoint.load(folder, self.original.dtype, self.original.device)
+        if self._is_dense(name):
+            return self._dense(name)
+        return checkpoint.load(self._folder(name) / "checkpoint", self.original.dtype, self.original.device)
 
-    def _model_before(self, name: str) -> "PreTrainedModel":
-        order = ["original", *self.experiment.order]
-        return self._model(order[order.index(name) - 1])
+    def _is_dense(self, name: str) -> bool:
+        return name == "original" or self.experiment.stages[name].gives == "original"
+
+    def _dense(self, name: str) -> "Original":
+        """What reads the model after a dense stage."""
+        from cluscomp.models.original import Original
+
+        if name == "original":
+            return self.original
+        return Original(self._folder(name) / "checkpoint", self.original.dtype, self.original.device)
+
+    def _start(self, name: str) -> "tuple[PreTrainedModel, Job]":
+        """The model that a stage begins with, and its job, which reads weights as the last dense stage left them."""
+        from cluscomp import checkpoint
+        from cluscomp.stages import Job
+
+        before = ["original", *self.experiment.order][: self.experiment.order.index(name) + 1]
+        original = self._dense([one for one in before if self._is_dense(one)][-1])
+        job = Job(self._folder(name), self.experiment.seed, original, self.original)
+        if self._is_dense(before[-1]):
+            return original.model(), job
+        folder = self._folder(before[-1]) / "checkpoint"
+        return checkpoint.load(folder, self.original.dtype, self.original.device), job
+
+    def _keep(self, name: str, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
+        """Write the model after a stage into its folder; returns its size as it lies there."""
+        from cluscomp import checkpoint
+        from cluscomp.forms.layers import check_file, size_of
+        from cluscomp.models import dense
+        from cluscomp.stages.blockwise import dense_blocks
+
+        folder = job.folder / "checkpoint"
+        if self._is_dense(name):
+            dense.save(model, dense_blocks(job.folder, model), job.original, folder)
+            return {"ledger": {"kept": 8 * checkpoint.tensor_bytes(folder)}} | self._dense(name).size()
+        checkpoint.save(model, self.original.tokenizer, folder)
+        counted = size_of(model)
+        check_file(counted, checkpoint.tensor_bytes(folder))
+        return asdict(counted) | {"checkpoint_bytes": checkpoint.weight_bytes(folder)}
 
     def _finished(self, folder: Path) -> dict[str, Any] | None:
         return read_sealed(folder / "metrics.json")
@@ -215,11 +248,9 @@ class Follower(Runner):
 
     def stage(self, name: str) -> dict[str, Any]:
         """The metrics of a stage once the first process has written them."""
-        from cluscomp.stages import Job
-
         folder, stage = self._folder(name), self.experiment.stages[name]
         if stage.distributed and not self._whole(folder):
-            stage.run(self._model_before(name), Job(folder, self.experiment.seed, self.original))
+            stage.run(*self._start(name))
         while not self._whole(folder):
             time.sleep(POLL)
         return dict(read_sealed(folder / "metrics.json") or {})

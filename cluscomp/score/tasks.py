@@ -9,7 +9,7 @@ import gzip
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
@@ -263,7 +263,7 @@ def _answers(samples: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any
             yield {"task": task} | {name: row[name] for name in names}
 
 
-def write_answers(path: Path, answers: list[dict[str, Any]]) -> None:
+def write_answers(path: Path, answers: Sequence[dict[str, Any]]) -> None:
     """Write answers as JSON lines, compressed; equal answers make equal files."""
     with gzip.GzipFile(path, "wb", mtime=0) as file:
         for row in answers:
@@ -276,7 +276,7 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def flipped(original: list[dict[str, Any]], answers: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+def flipped(original: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, tuple[int, int]]:
     """For each task with right and wrong answers: how many went from right to wrong or back, and of how many."""
     before = {(row["task"], row["filter"], row["doc_id"]): row for row in original}
     found: dict[str, tuple[int, int]] = {}

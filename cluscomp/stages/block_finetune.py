@@ -6,18 +6,14 @@ import random
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, InstanceOf
+from pydantic import Field
 
-from cluscomp.data.overlap import Seen
-from cluscomp.data.texts import Source, calibration_windows
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
+from cluscomp.stages.from_text import FromText
 from cluscomp.store.records import read_sealed, write_sealed
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import numpy as np
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -26,15 +22,17 @@ if TYPE_CHECKING:
     from cluscomp.plan.cost import Cost
     from cluscomp.plan.meta import MetaModel
     from cluscomp.stages import Job
+    from cluscomp.stages.blockwise import Blockwise
     from cluscomp.train.streams import Streams
 
 log = logging.getLogger(__name__)
 ROUNDED = ("clipping", "rounding")  # what may be learned so that weights are rounded anew
+MARK = "streams.json"  # which blocks are done, and the hashes of the streams that leave the last of them
 ATTEMPTS = 3  # at training a block, each with half the learning rate of the one before
 
 
 @settings
-class BlockFinetune:
+class BlockFinetune(FromText):
     """Block-wise error minimisation: mean squared error between the outputs of the compressed and the original block.
 
     The compressed block is fed what the compressed model makes of the text. `target` "fp_stream" (the paper) compares
@@ -43,18 +41,17 @@ class BlockFinetune:
     lets the block's norms learn, too. `loss` "relative" divides the error by the mean square of the target: the same
     optimum, with gradients of like size in all blocks. `learns` "values": codebooks, or the scales of uniform grids.
     "means": codebooks by plain gradient descent, each centroid by the mean of its weights' gradients (iPQ). On uniform
-    grids weights may be rounded anew, from the original's: "clipping" learns how far each grid spans (OmniQuant),
+    grids weights may be rounded anew, from the dense ones: "clipping" learns how far each grid spans (OmniQuant),
     "rounding" also which way each weight is rounded, by the gradient's sign (AutoRound). `order` "fixed" takes the
     windows as they come (the paper code), "shuffled" anew in each epoch. `clip` bounds the norm of the gradient;
     `warmup` is the share of steps in which the learning rate rises. `streams` says where the hidden states are, and
-    changes no result.
+    changes no result. The original block is that of the model before all stages, also after a dense stage, which the
+    whole pipeline is to stay close to.
     """
 
-    takes: ClassVar[str] = "compressed"
+    takes: ClassVar[Literal["compressed"]] = "compressed"
+    gives: ClassVar[Literal["compressed"]] = "compressed"
     distributed: ClassVar[bool] = False
-    data: InstanceOf[Source]
-    samples: int = Field(ge=1)
-    length: int = Field(ge=2)
     target: Literal["fp_stream", "same_input", "both"]
     norms: bool
     learns: Literal["values", "means", "clipping", "rounding"]
@@ -69,27 +66,9 @@ class BlockFinetune:
     clip: float | None = Field(gt=0)
     streams: Literal["memory", "disk"]
 
-    def inputs(self) -> dict[str, str]:
-        """The hash of the calibration text."""
-        return {"calibration": self.data.text("calibration").sha256}
-
-    def seen(self, original: "Original", seed: int) -> Seen:
-        """The calibration windows."""
-        text = self.data.text("calibration")
-        return Seen(text.name, self.data.domain, self._windows(original, seed).tolist())
-
-    def idle(self) -> set[str]:
+    def without_effect(self) -> set[str]:
         """Where the streams lie changes no result, nor does `learns` as it was before there was a choice."""
         return {"streams"} | ({"learns"} if self.learns == "values" else set())
-
-    def check(self, original: "Original") -> None:
-        """Cut the windows. Raises InputError if the text is too short or a window longer than the model takes."""
-        original.check_length("block_finetune.length", self.length)
-        self._windows(original, seed=0)
-
-    def _windows(self, original: "Original", seed: int) -> "np.ndarray":
-        text = self.data.text("calibration")
-        return calibration_windows(text, original.tokenizer, samples=self.samples, length=self.length, seed=seed)
 
     def cost(self, outline: "MetaModel") -> "Cost":
         """The compressed model, the original's frame, streams and the training of one block; see `Stage.cost`."""
@@ -154,48 +133,46 @@ class BlockFinetune:
         """
         import torch
 
-        from cluscomp.models.original import linears
         from cluscomp.models.walk import Walk
-        from cluscomp.process import Progress
+        from cluscomp.stages.blockwise import Blockwise
         from cluscomp.train.masters import rounding
         from cluscomp.train.streams import Streams
 
-        ids_WT = torch.from_numpy(self._windows(job.original, job.seed)).to(job.original.device)
-        walk, teacher = Walk(model), Walk(job.original.model(), job.original)
+        ids_WT = torch.from_numpy(self.windows(job.original.tokenizer, job.seed)).to(job.original.device)
+        walk, teacher = Walk(model), Walk(job.teacher.model(), job.teacher)
         shape_WTH = (*ids_WT.shape, walk.embed(ids_WT[:1]).shape[2])
         streams = Streams(job.folder, self.streams, shape_WTH, job.original.dtype, job.original.device)
         student = original = streams.new("student", 0)
         for rows in self._batches():
             teacher.embed(ids_WT[rows])  # its blocks' arguments
             student[rows] = walk.embed(ids_WT[rows])
-        done: list[dict[str, Any]] = []
-        progress = Progress("block_finetune", len(walk))
-        if (saved := self._resume(job.folder, walk, streams)) is not None:
-            done, student, original = saved
-            progress.skip(len(done))
-        for index in range(len(done), len(walk)):
+        work = Blockwise("block_finetune", job.folder, model)
+        done, student, original = self._resumed(work, streams) or ([], student, original)
+        work.only_first(len(done))
+        for index, stored in work:
             targets: list[Tensor] = []
-            dense: dict[str, Tensor] = {}
             with torch.no_grad(), teacher.block(index) as block:
-                if self.learns in ROUNDED:
-                    dense = {name: linear.weight.detach().float() for name, linear in linears(block).items()}
                 if self.target != "same_input":
                     original = self._apply(teacher, index, block, original, streams.new("original", index + 1))
                     targets.append(original)
                 if self.target != "fp_stream":
                     targets.append(self._apply(teacher, index, block, student, streams.new("target", index + 1)))
             leaving = streams.new("student", index + 1)
-            with rounding(walk.blocks[index], dense, offsets=self.learns == "rounding") if dense else nullcontext():
+            dense = compressed_weights(stored, index, model, job.original) if self.learns in ROUNDED else {}
+            with rounding(stored, dense, offsets=self.learns == "rounding") if dense else nullcontext():
                 numbers = self.finetune_block(walk, index, student, targets, leaving, job.seed)
             student = leaving
             done.append(numbers)
-            self._save(job.folder, walk.blocks[index], done, student, original, streams)
+            needed = {"student": student} | ({} if self.target == "same_input" else {"original": original})
+            hashes = streams.save(len(done), needed)
             fate = f"attempt {numbers['attempts']}"
             if numbers["kept"]:
                 fate = "kept as it was"
             line = f"loss {numbers['before']:.3e} -> {numbers['after']:.3e}"
             line = f"{line}  {fate}" if numbers["reasons"] else line
-            progress.step(line, **{key: numbers[key] for key in ("before", "after", "attempts")})
+            work.finish(index, {}, line, **{key: numbers[key] for key in ("before", "after", "attempts")})
+            write_sealed(job.folder / MARK, {"done": done, "hashes": hashes})
+            streams.drop(but=len(done))
         return {
             "calibration": self.data.text("calibration").describe(),
             "tokens": ids_WT.numel(),
@@ -302,40 +279,25 @@ class BlockFinetune:
             leaving[rows] = walk.apply(index, block, entering[rows].to(walk.device)).to(leaving.device)
         return leaving
 
-    def _save(
-        self,
-        folder: "Path",
-        block: "nn.Module",
-        done: list[dict[str, Any]],
-        student: "Tensor",
-        original: "Tensor",
-        streams: "Streams",
-    ) -> None:
-        """Write the block, the streams that leave it and then, as the mark that it is done, streams.json."""
-        from cluscomp import checkpoint
-
-        checkpoint.save_part(folder / f"block-{len(done) - 1:03}.safetensors", block, {})
-        needed = {"student": student} | ({} if self.target == "same_input" else {"original": original})
-        hashes = streams.save(len(done), needed)
-        write_sealed(folder / "streams.json", {"done": done, "hashes": hashes})
-        streams.drop(but=len(done))
-
-    def _resume(
-        self, folder: "Path", walk: "Walk", streams: "Streams"
-    ) -> "tuple[list[dict[str, Any]], Tensor, Tensor] | None":
-        """Losses so far and both streams, after putting the finished blocks in place; None unless all is whole."""
-        from cluscomp import checkpoint
-
-        notes = read_sealed(folder / "streams.json")
+    def _resumed(self, work: "Blockwise", streams: "Streams") -> "tuple[list[dict[str, Any]], Tensor, Tensor] | None":
+        """What a killed run found so far, and both streams where it stopped; None unless all of it is whole."""
+        notes = read_sealed(work.folder / MARK)
         if notes is None:
             return None
         done: list[dict[str, Any]] = notes["done"]
-        found = [checkpoint.read_part(folder / f"block-{index:03}.safetensors") for index in range(len(done))]
-        parts = [part for part in found if part is not None]
         loaded = streams.load(len(done), notes["hashes"])
-        if loaded is None or len(parts) < len(done):
-            log.warning("%s: the state of a killed run is not whole: the stage starts anew", folder)
+        if loaded is None or not work.numbers.keys() >= set(range(len(done))):
+            log.warning("%s: the state of a killed run is not whole: the stage starts anew", work.folder)
             return None
-        for block, part in zip(walk.blocks, parts):
-            checkpoint.put_part(block, part)
         return done, loaded["student"], loaded.get("original", loaded["student"])
+
+
+def compressed_weights(
+    block: "nn.Module", index: int, model: "PreTrainedModel", original: "Original"
+) -> "dict[str, Tensor]":
+    """The dense weights (O, I) in float32 that the compressed layers of block `index` were made of, by name."""
+    from cluscomp.forms.linear import compressed
+    from cluscomp.models.original import block_names
+
+    names = {f"{block_names(model)[index]}.{name}.weight": name for name in compressed(block)}
+    return {names[full]: weight_OI.float() for full, weight_OI in original.tensors(list(names))}

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, InstanceOf
 
-from cluscomp.data.overlap import Seen as Learned
-from cluscomp.data.texts import Source, calibration_windows
+from cluscomp.data.overlap import Learned
 from cluscomp.errors import InputError
 from cluscomp.methods import Method
 from cluscomp.models.sources import quantised_types
 from cluscomp.settings import settings
+from cluscomp.stages.from_text import FromText
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 @settings
-class Cluster:
+class Cluster(FromText):
     """Compress block after block. Embeddings, head, norms and biases stay as they are.
 
     A method that asks for a statistic of the layers' inputs gets it from `samples` windows of `length` tokens of the
@@ -42,12 +41,10 @@ class Cluster:
     Without such a method nothing is read but the model, and these settings mean nothing.
     """
 
-    takes: ClassVar[str] = "original"
+    takes: ClassVar[Literal["original"]] = "original"
+    gives: ClassVar[Literal["compressed"]] = "compressed"
     distributed: ClassVar[bool] = False
     method: InstanceOf[Method]
-    data: InstanceOf[Source]
-    samples: int = Field(ge=1)
-    length: int = Field(ge=2)
     batch_size: int = Field(ge=1)
     prefix: Literal["original", "compressed"]
 
@@ -55,18 +52,11 @@ class Cluster:
     def _calibrated(self) -> bool:
         return bool(self.method.sees())
 
-    def inputs(self) -> dict[str, str]:
-        """The hash of the calibration text, if the method looks at any."""
-        return {"calibration": self.data.text("calibration").sha256} if self._calibrated else {}
-
-    def seen(self, original: "Original", seed: int) -> Learned | None:
+    def learns_from(self) -> Learned | None:
         """The calibration windows, if the method looks at any."""
-        if not self._calibrated:
-            return None
-        text = self.data.text("calibration")
-        return Learned(text.name, self.data.domain, self._windows(original, seed).tolist())
+        return super().learns_from() if self._calibrated else None
 
-    def idle(self) -> set[str]:
+    def without_effect(self) -> set[str]:
         """The settings of calibration, if the method looks at no text."""
         return set() if self._calibrated else {"data", "samples", "length", "batch_size", "prefix"}
 
@@ -78,8 +68,7 @@ class Cluster:
         tried = self._tried(outline)
         self._check_grids(block_names(outline.model), tried, quantised_types(original.folder))
         if self._calibrated:
-            original.check_length("cluster.length", self.length)
-            self._windows(original, seed=0)
+            super().check(original)
 
     def _outline(self, original: "Original") -> "MetaModel":
         from cluscomp.plan.meta import MetaModel
@@ -114,10 +103,6 @@ class Cluster:
                         f"would be void: the original comes from a file of 4 bits in groups of 32 "
                         f"({', '.join(origin)}), and lies on that grid. Take other bits, or method.group=64"
                     )
-
-    def _windows(self, original: "Original", seed: int) -> "np.ndarray":
-        text = self.data.text("calibration")
-        return calibration_windows(text, original.tokenizer, samples=self.samples, length=self.length, seed=seed)
 
     def cost(self, outline: "MetaModel") -> "Cost | None":
         """One dense block, statistics and streams; on a GPU the finished blocks are in RAM. See `Stage.cost`."""
@@ -184,56 +169,48 @@ class Cluster:
         anything, and the method's name. Raises InputError, naming the layer, if
         a weight is not finite or the method refuses it.
         """
-        from cluscomp import checkpoint
-        from cluscomp.models.original import block_names, blocks
+        from cluscomp.models.original import block_names
         from cluscomp.models.walk import Walk
-        from cluscomp.process import Progress, give_memory_back
+        from cluscomp.stages.blockwise import Blockwise
 
-        progress = Progress("cluster", len(blocks(model)))
         squares: dict[str, list[float]] = {}  # by layer: squared error, squared size
         chosen: dict[str, dict[str, Any]] = {}  # by the layers of a block that go together
         distributed: dict[str, dict[str, float]] = {}  # by layer
-        parts = [job.folder / f"block-{index:03}.safetensors" for index in range(len(blocks(model)))]
-        saved = [checkpoint.read_part(part) for part in parts]
-        last = max((index for index, part in enumerate(saved) if part is None), default=-1)
-        walk = Walk(model)
+        work, walk, names = Blockwise("cluster", job.folder, model), Walk(model), block_names(model)
+        last = work.last
         stream = self._embedded(walk, job) if self._calibrated and last >= 0 else []
         all_places = self._outline(job.original).places()
-        for index, (name, block) in enumerate(zip(block_names(model), blocks(model))):
+        for index, block, finished in work.all():  # through finished ones the stream still has to pass
+            name, entering = names[index], stream
             job.original.load_block(model, index)
-            part = saved[index]
-            entering = stream
             statistics: dict[str, Seen] = {}
-            if index <= last and (part is None or self.prefix == "original"):
-                stream, statistics = self.observe(walk, index, entering, count=part is None)
-            if part is None:
-                found = self.compress_block(block, name, job.seed, statistics, all_places[index])
-                checkpoint.save_part(parts[index], block, found)
+            if index <= last and (not finished or self.prefix == "original"):
+                stream, statistics = self.observe(walk, index, entering, count=not finished)
+            if finished:
+                found = work.put_back(index)
             else:
-                checkpoint.put_part(block, part)
-                found = part.numbers
+                found = self.compress_block(block, name, job.seed, statistics, all_places[index])
+                error = _ratio(found["squares"])
+                work.finish(index, found, f"relative error {error:.4f}", relative_error=error)
             if index < last and self.prefix == "compressed":
                 stream, _ = self.observe(walk, index, entering, count=False)
             block.to("cpu")  # what is finished leaves the GPU
-            give_memory_back()
             squares |= {f"{name}.{layer}": numbers for layer, numbers in found["squares"].items()}
             chosen |= {f"{name}.{layers}": values for layers, values in found["chosen"].items()}
             distributed |= {f"{name}.{layer}": values for layer, values in found.get("distributed", {}).items()}
-            error = _ratio(found["squares"])
-            progress.step(f"relative error {error:.4f}", relative_error=error)
         by_layer = {layer: error / size if size else 0.0 for layer, (error, size) in squares.items()}
         numbers = {"relative_error": _ratio(squares), "relative_error_by_layer": by_layer}
         numbers["distribution_by_layer"] = distributed
         numbers["method"] = type(self.method).__module__.rpartition(".")[2]
         if chosen:
-            log.info("%s", chosen_table(chosen, block_names(model)))
+            log.info("%s", chosen_table(chosen, names))
             numbers["chosen"] = chosen
         return numbers | ({"calibration": self.data.text("calibration").describe()} if self._calibrated else {})
 
     def _embedded(self, walk: "Walk", job: "Job") -> "list[Tensor]":
         import torch
 
-        windows = torch.from_numpy(self._windows(job.original, job.seed)).to(job.original.device)
+        windows = torch.from_numpy(self.windows(job.original.tokenizer, job.seed)).to(job.original.device)
         return [walk.embed(ids_BT) for ids_BT in windows.split(self.batch_size)]
 
     def observe(

@@ -1,15 +1,17 @@
 """Stage evaluate: scores of the original and of the model after each named stage, each under one protocol."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, InstanceOf
 
-from cluscomp.data.overlap import Seen, overlap
+from cluscomp.data.overlap import Learned, overlap
 from cluscomp.data.texts import Source, test_windows
 from cluscomp.errors import InputError
-from cluscomp.score.tasks import Tasks
+from cluscomp.score.tasks import Tasks, flipped
 from cluscomp.settings import settings
 from cluscomp.store.records import content_key
 
@@ -24,8 +26,18 @@ if TYPE_CHECKING:
     from cluscomp.score.perplexity import Mean, Reference
     from cluscomp.store.records import Score
 
+Answers = Sequence[dict[str, Any]]  # to tasks, row by row
 TASK_TOKENS = 128  # assumed of the longest rows of tasks
 LM_EVAL = 0.1 * 2**30  # bytes of RAM that lm-eval and its requests take
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found of one model: scores, all answers to the tasks, and how it continues the prompt, if any."""
+
+    scores: "list[Score]"
+    answers: Answers
+    sample: str | None
 
 
 @settings
@@ -68,7 +80,7 @@ class Evaluate:
             tasks["lm-eval tasks"] = content_key(what)
         return tasks | {source.name: source.text("test").sha256 for source in self.texts.values()}
 
-    def idle(self) -> set[str]:
+    def without_effect(self) -> set[str]:
         """Which models are measured does not change what is measured of each; texts and tasks count by their hashes."""
         return {"after", "texts", "tasks"}
 
@@ -137,17 +149,47 @@ class Evaluate:
             windows_WT[:, 0] = tokenizer.bos_token_id
         return torch.from_numpy(windows_WT)
 
-    def measure(self, model: "PreTrainedModel", original: "Original", after: str, kept: Path) -> "list[Score]":
-        """Score a model; one whose blocks are still in the original's file is read from there block by block.
+    def evaluate(
+        self,
+        model: "PreTrainedModel | Original",
+        original: "Original",
+        after: str,
+        learned: dict[str, Learned],
+        kept: Path,
+        *,
+        seed: int,
+        before: Answers = (),
+    ) -> Evaluation:
+        """Score a model, ask it the tasks and let it continue the prompt.
 
-        `kept` is a folder for what the original predicts, named by all that decides that but text and settings here.
+        Args:
+            model: the model; or, of one whose blocks lie in a file, what reads them: its texts are scored block by
+                block, for tasks and prompt it is loaded whole.
+            original: the model before all stages, whose tokenizer, and distance from, are taken.
+            after: the stage that left the model, or "original".
+            learned: what each stage up to there has learned from.
+            kept: a folder for what the original predicts, named by all that decides that but text and settings here.
+            seed: the run's, by which stages cut what they learn from.
+            before: the original's answers to the tasks, to count flips; none: no flips.
         """
+        from cluscomp.models.original import Original
         from cluscomp.models.walk import Walk
 
-        walk = Walk(model, original if after == "original" else None)
-        return [score for source in self.texts.values() for score in self._scores(walk, source, original, after, kept)]
+        scores = []
+        if self.texts:
+            seen = self._seen(original, learned, seed)
+            walk = Walk(model.model(), model) if isinstance(model, Original) else Walk(model)
+            for source in self.texts.values():
+                scores += self._scores(walk, source, original, after, kept, seen[source.name])
+        if not self.tasks.names and self.prompt is None:
+            return Evaluation(scores, [], None)
+        whole = model.load_all() if isinstance(model, Original) else model
+        asked, answers = self._ask(whole, original, after, before) if self.tasks.names else ([], [])
+        return Evaluation(scores + asked, answers, self._sample(whole, original))
 
-    def _scores(self, walk: "Walk", source: Source, original: "Original", after: str, kept: Path) -> "list[Score]":
+    def _scores(
+        self, walk: "Walk", source: Source, original: "Original", after: str, kept: Path, seen: dict[str, Any]
+    ) -> "list[Score]":
         import math
 
         from cluscomp.score.perplexity import mean_of, scored_bytes, window_scores
@@ -166,28 +208,28 @@ class Evaluate:
         return [
             Score(
                 after=after, metric=metric, dataset=source.name, value=mean.value, stderr=mean.stderr, n=mean.count,
-                protocol=protocol,
+                protocol=protocol, seen=seen,
             )
             for metric, mean in found.items()
         ]  # fmt: skip
 
-    def contamination(self, original: "Original", seen: dict[str, Seen]) -> dict[str, dict[str, Any]]:
+    def _seen(self, original: "Original", learned: dict[str, Learned], seed: int) -> dict[str, dict[str, Any]]:
         """For each test text by name, and each stage that learned from text, what of the scored windows it had seen.
 
         The fields are those of a score's `seen`.
         """
         decode = partial(original.tokenizer.batch_decode, clean_up_tokenization_spaces=False)
-        learned = {stage: decode(one.windows) for stage, one in seen.items()}
+        texts = {stage: decode(one.windows(original.tokenizer, seed)) for stage, one in learned.items()}
         found: dict[str, dict[str, Any]] = {}
-        for source in self.texts.values() if seen else ():
-            parts = decode(self._windows(source, original).tolist())
+        for source in self.texts.values():
+            parts = decode(self._windows(source, original).tolist()) if learned else []
             found[source.name] = {
                 stage: {
-                    "text": one.text,
+                    "text": one.name,
                     "in_domain": one.domain == source.domain,
-                    "overlap": overlap(parts, learned[stage]),
+                    "overlap": overlap(parts, texts[stage]),
                 }
-                for stage, one in seen.items()
+                for stage, one in learned.items()
             }
         return found
 
@@ -206,38 +248,42 @@ class Evaluate:
             predictions.write(first, batch_size=self.batch_size)
         return Reference(first, predictions)
 
-    def ask(
-        self, model: "PreTrainedModel", original: "Original", after: str
-    ) -> "tuple[list[Score], list[dict[str, Any]]]":
-        """Scores of the tasks, and all answers. The original is loaded whole for it."""
+    def _ask(
+        self, model: "PreTrainedModel", original: "Original", after: str, before: Answers
+    ) -> "tuple[list[Score], Answers]":
+        """Scores of the tasks, for each the share of answers that flipped from those `before`, and all answers."""
         from cluscomp.store.records import Score, protocol
 
-        if not self.tasks.names:
-            return [], []
-        whole = original.load_all() if after == "original" else model
-        found, answers = self.tasks.ask(whole, original.tokenizer)
+        found, answers = self.tasks.ask(model, original.tokenizer)
         settings = {key: value for key, value in self.tasks.describe().items() if key not in {"names", "mean"}}
         common = settings | {"lm_eval": lm_eval_version(), "partial": self.tasks.limit is not None}
         scores = [
             Score(
                 after=after, metric=one.metric, dataset=one.task, value=one.value, stderr=one.stderr, n=one.n,
                 protocol=protocol(
-                    **common | self._machine(whole, original),
+                    **common | self._machine(model, original),
                     task_version=one.version, task_hash=content_key(one.hash), task_shots=one.shots,
                 ),
             )
             for one in found
         ]  # fmt: skip
-        return scores, answers
+        protocols = {score.dataset: score.protocol for score in scores}
+        flips = [
+            Score(
+                after=after, metric="flipped", dataset=task, value=flips / count,
+                stderr=(flips * (count - flips) / count**3) ** 0.5, n=count, protocol=protocols[task],
+            )
+            for task, (flips, count) in flipped(before, answers).items()
+        ]  # fmt: skip
+        return scores + flips, answers
 
-    def sample(self, model: "PreTrainedModel", original: "Original", after: str) -> str | None:
-        """What the model makes of the prompt, or None without one. The original is loaded whole for it."""
+    def _sample(self, model: "PreTrainedModel", original: "Original") -> str | None:
+        """What the model makes of the prompt, or None without one."""
         from cluscomp.score.perplexity import continuation
 
         if self.prompt is None:
             return None
-        whole = original.load_all() if after == "original" else model
-        return continuation(whole, original.tokenizer, self.prompt, self.prompt_tokens)
+        return continuation(model, original.tokenizer, self.prompt, self.prompt_tokens)
 
     def _context(self, original: "Original") -> int:
         return self.context or int(original.config.get_text_config().max_position_embeddings)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, InstanceOf
 
 from cluscomp.data.instructions import Encoded, Instructions, Tokens
-from cluscomp.data.overlap import Seen
+from cluscomp.data.overlap import Learned
+from cluscomp.data.texts import Tokenizer
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 from cluscomp.train.steps import LOGITS, Steps
@@ -38,25 +39,25 @@ class _Task(Steps):
     epochs: int = Field(ge=1)
     held_out: int = Field(ge=1)
 
-    def inputs(self) -> dict[str, str]:
-        """The hash of the examples."""
-        return {"instructions": self.instructions.fingerprint()}
+    def learns_from(self) -> Learned:
+        """The examples it trains on, each of them once."""
+        told = self.instructions
 
-    def seen(self, original: "Original", seed: int) -> Seen:
-        """The examples it trains on."""
-        _, train, _ = self._examples(original, seed)
-        windows = list({id(one): one.ids for one in train}.values())  # each of them once
-        return Seen(self.instructions.name, self.instructions.domain, windows)
+        def windows(tokenizer: Tokenizer, seed: int) -> list[list[int]]:
+            _, train, _ = self._examples(tokenizer, seed)
+            return list({id(one): one.ids for one in train}.values())
+
+        return Learned(told.name, told.domain, told.fingerprint(), windows)
 
     def check(self, original: "Original") -> None:
         """Encode the examples. Raises InputError if they are too few, of another form, or too long for the model."""
         self.check_processes("finetune")
         original.check_length("finetune.length", self.length)
-        self._examples(original, seed=0)
+        self._examples(original.tokenizer, seed=0)
 
-    def _examples(self, original: "Original", seed: int) -> tuple[Encoded, list[Tokens], list[Tokens]]:
+    def _examples(self, tokenizer: Tokenizer, seed: int) -> tuple[Encoded, list[Tokens], list[Tokens]]:
         """All examples, those of all steps in their order, and those held out."""
-        encoded = self.instructions.encode(original.tokenizer, self.length)
+        encoded = self.instructions.encode(tokenizer, self.length)
         rng = random.Random(seed)
         shuffled = rng.sample(encoded.examples, len(encoded.examples))
         train, held_out = shuffled[self.held_out :][: self.examples], shuffled[: self.held_out]
@@ -91,7 +92,7 @@ class _Task(Steps):
         from cluscomp.forms.layers import size_of
         from cluscomp.train.whole import Objective, train_whole
 
-        encoded, train, held_out = self._examples(job.original, job.seed)
+        encoded, train, held_out = self._examples(job.original.tokenizer, job.seed)
         first = _Answers(held_out)[0]["input_ids"][None]
         found = train_whole(
             model,
@@ -123,15 +124,16 @@ class Finetune(_Task):
     compressed layers, scaled by `alpha`/`rank`, stored beside the model in 16 bits.
     """
 
-    takes: ClassVar[str] = "compressed"
+    takes: ClassVar[Literal["compressed"]] = "compressed"
+    gives: ClassVar[Literal["compressed"]] = "compressed"
     trainable: Literal["codebooks", "lora"]
     norms: bool
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0)
 
-    def idle(self) -> set[str]:
+    def without_effect(self) -> set[str]:
         """How often the state is written; and without adapters, their settings."""
-        return super().idle() | (set() if self.trainable == "lora" else {"rank", "alpha"})
+        return super().without_effect() | (set() if self.trainable == "lora" else {"rank", "alpha"})
 
     def cost(self, outline: "MetaModel") -> "Cost":
         """See `Stage.cost`; adapters' activations are left out."""
@@ -158,9 +160,13 @@ class Finetune(_Task):
 
 @settings
 class FullFinetune(_Task):
-    """Finetuning of all parameters of the original in the dtype it computes in: what the others are compared with."""
+    """Finetuning of all parameters of the original in the dtype it computes in: what the others are compared with.
 
-    takes: ClassVar[str] = "original"
+    It leaves a checkpoint of ours, in which no layer is compressed; so none can be compressed after it.
+    """
+
+    takes: ClassVar[Literal["original"]] = "original"
+    gives: ClassVar[Literal["compressed"]] = "compressed"
 
     def cost(self, outline: "MetaModel") -> "Cost":
         """As training of all parameters; see `Stage.cost`."""

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, InstanceOf
 
-from cluscomp.data.overlap import Seen
-from cluscomp.data.texts import Source, calibration_windows, split, test_windows
+from cluscomp.data.overlap import Learned
+from cluscomp.data.texts import Source, Tokenizer, calibration_windows, split, test_windows
 from cluscomp.process import processes, rank
 from cluscomp.settings import settings
 from cluscomp.train.steps import LOGITS, Steps
@@ -28,12 +28,13 @@ class Recover(Steps):
     """End-to-end training on `tokens` tokens of the calibration text in random windows of `length`; codes stay.
 
     loss: next-token cross-entropy ("ce", the paper), KL to the original's predictions ("kl"), or their sum ("ce_kl").
-    For KL the original's `teacher_top` likeliest tokens are kept on disk while the stage runs: 8 bytes a number. The
-    end of the calibration text is held out: `held_out` windows of it are scored before and after, and training that
-    does not lower that loss is taken back.
+    The original is the model before all stages, also after a dense one. For KL its `teacher_top` likeliest tokens are
+    kept on disk while the stage runs: 8 bytes a number. The end of the calibration text is held out: `held_out` windows
+    of it are scored before and after, and training that does not lower that loss is taken back.
     """
 
-    takes: ClassVar[str] = "compressed"
+    takes: ClassVar[Literal["compressed"]] = "compressed"
+    gives: ClassVar[Literal["compressed"]] = "compressed"
     distributed: ClassVar[bool] = True
     data: InstanceOf[Source]
     tokens: int = Field(ge=1)
@@ -56,16 +57,14 @@ class Recover(Steps):
         """Windows of all steps; what is left of the tokens is not used."""
         return self.tokens // self.length // self.of_a_step * self.of_a_step
 
-    def inputs(self) -> dict[str, str]:
-        """The hash of the calibration text."""
-        return {"calibration": self.data.text("calibration").sha256}
-
-    def seen(self, original: "Original", seed: int) -> Seen:
+    def learns_from(self) -> Learned:
         """The windows it trains on."""
         text = self.data.text("calibration")
-        return Seen(text.name, self.data.domain, self._windows(original, seed)[0].tolist())
+        return Learned(
+            text.name, self.data.domain, text.sha256, lambda tokenizer, seed: self._windows(tokenizer, seed)[0].tolist()
+        )
 
-    def idle(self) -> set[str]:
+    def without_effect(self) -> set[str]:
         """How often the state is written, and how much is kept of a teacher that is not asked."""
         return {"save_every"} if "kl" in self.loss else {"save_every", "teacher_top"}
 
@@ -73,15 +72,15 @@ class Recover(Steps):
         """Cut the windows. Raises InputError if the text is too short or a window longer than the model takes."""
         self.check_processes("recover")
         original.check_length("recover.length", self.length)
-        self._windows(original, seed=0)
+        self._windows(original.tokenizer, seed=0)
 
-    def _windows(self, original: "Original", seed: int) -> "tuple[Tensor, Tensor]":
+    def _windows(self, tokenizer: Tokenizer, seed: int) -> "tuple[Tensor, Tensor]":
         """Windows (W, T) to train on, in their order, and held-out ones."""
         import torch
 
         text, held_out = split(self.data.text("calibration"), HELD_OUT_SHARE)
-        train = calibration_windows(text, original.tokenizer, samples=self._samples, length=self.length, seed=seed)
-        scored = test_windows(held_out, original.tokenizer, length=self.length, limit=self.held_out)
+        train = calibration_windows(text, tokenizer, samples=self._samples, length=self.length, seed=seed)
+        scored = test_windows(held_out, tokenizer, length=self.length, limit=self.held_out)
         return torch.from_numpy(train), torch.from_numpy(scored)
 
     def cost(self, outline: "MetaModel") -> "Cost":
@@ -123,7 +122,7 @@ class Recover(Steps):
         from cluscomp.train.masters import Trained, norms
         from cluscomp.train.whole import Objective, train_whole
 
-        train, held_out = self._windows(job.original, job.seed)
+        train, held_out = self._windows(job.original.tokenizer, job.seed)
         teacher = self._teacher(job, torch.cat([train, held_out])) if "kl" in self.loss else None
         trained = Trained(model, codebooks=True, others=norms(model) if self.norms else {})
         objective = Objective(
@@ -149,7 +148,7 @@ class Recover(Steps):
         from cluscomp.models.walk import Walk
 
         teacher = Teacher(job.folder / "training", windows_WT, self.teacher_top)
-        walk = Walk(job.original.model(), job.original)
+        walk = Walk(job.teacher.model(), job.teacher)
         teacher.write(walk, batch_size=self.batch_size, rank=rank(), world=processes())
         return teacher
 

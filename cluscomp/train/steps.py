@@ -34,7 +34,7 @@ class Steps:
         """Examples of one step."""
         return self.batch_size * self.accumulation
 
-    def idle(self) -> set[str]:
+    def without_effect(self) -> set[str]:
         """How often the state is written changes no result."""
         return {"save_every"}
 

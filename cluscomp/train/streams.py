@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-Place = Literal["memory", "disk"]
+Where = Literal["memory", "disk"]
 
 
 class Streams:
@@ -23,14 +23,14 @@ class Streams:
     """
 
     def __init__(
-        self, folder: Path, place: Place, shape_WTH: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+        self, folder: Path, where: Where, shape_WTH: tuple[int, int, int], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.folder, self.place, self.shape_WTH, self.dtype, self.device = folder, place, shape_WTH, dtype, device
+        self.folder, self.where, self.shape_WTH, self.dtype, self.device = folder, where, shape_WTH, dtype, device
         self._bytes = torch.Size(shape_WTH).numel() * dtype.itemsize
 
     def new(self, name: str, index: int) -> Float[Tensor, "W T H"]:
         """A stream (W, T, H) with undefined content, to be filled. Raises OSError if the disk is full."""
-        if self.place == "memory":
+        if self.where == "memory":
             return torch.empty(self.shape_WTH, dtype=self.dtype, device=self.device)
         path = self._path(name, index)
         with path.open("wb") as file:
@@ -41,7 +41,7 @@ class Streams:
         """Leave each stream, (W, T, H), in its file; returns their SHA-256 by name. Raises OSError if that fails."""
         hashes = {}
         for name, stream_WTH in streams.items():
-            if self.place == "memory":
+            if self.where == "memory":
                 with self._path(name, index).open("wb") as file:
                     for content in _content(stream_WTH):
                         file.write(content)
@@ -60,7 +60,7 @@ class Streams:
             if _hash(mapped_WTH) != expected:
                 log.warning("%s is damaged (its hash is wrong)", path)
                 return None
-            streams[name] = mapped_WTH if self.place == "disk" else mapped_WTH.to(self.device, copy=True)
+            streams[name] = mapped_WTH if self.where == "disk" else mapped_WTH.to(self.device, copy=True)
         return streams
 
     def drop(self, but: int) -> None:

@@ -68,7 +68,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def windows(original: Original, text: FileText) -> torch.Tensor:
-    return torch.from_numpy(stage(text)._windows(original, 0))
+    return torch.from_numpy(stage(text).windows(original.tokenizer, 0))
 
 
 @torch.no_grad()

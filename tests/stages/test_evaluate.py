@@ -31,6 +31,11 @@ def evaluate(ground: Path, *overrides: str):
     return composed(*SMALL, f"data.file={ground / 'first.txt'}", *overrides).evaluate
 
 
+def scores(settings, model, original: Original, after: str, kept: Path) -> list:
+    """Of a model that no stage has changed, so that nothing was learned from."""
+    return settings.evaluate(model, original, after, {}, kept, seed=0).scores
+
+
 def opened(folder: Path) -> Original:
     return Original(folder, torch.float32, torch.device("cpu"))
 
@@ -48,11 +53,11 @@ def test_several_texts_are_scored_each_under_its_name(ground, tiny_folder):
     second = ["+data@evaluate.texts.other=text", f"evaluate.texts.other.file={ground / 'second.txt'}"]
     original = opened(tiny_folder)
     both = evaluate(ground, *second, "evaluate.texts.other.name=other")
-    rows = both.measure(original.model(), original, "original", ground)
+    rows = scores(both, original, original, "original", ground)
     assert [(row.dataset, row.metric) for row in rows] == [
         ("text", "perplexity"), ("text", "bits_per_byte"), ("other", "perplexity"), ("other", "bits_per_byte"),
     ]  # fmt: skip
-    alone = evaluate(ground).measure(original.model(), original, "original", ground)
+    alone = scores(evaluate(ground), original, original, "original", ground)
     assert rows[:2] == alone and rows[2].value != rows[0].value
     with pytest.raises(InputError, match="texts: two of them are named 'text'"):
         evaluate(ground, *second)
@@ -62,7 +67,7 @@ def test_bos_takes_the_place_of_every_windows_first_token(ground, tiny_folder, t
     """The score is that of plain transformers on windows put together by hand."""
     folder = with_bos(tiny_folder, tmp_path / "model")
     original = opened(folder)
-    row = evaluate(ground, "evaluate.bos=true").measure(original.model(), original, "original", ground)[0]
+    row = scores(evaluate(ground, "evaluate.bos=true"), original, original, "original", ground)[0]
     text = (ground / "first.txt").read_text().split("\n\n")[48:]  # the last fifth
     ids = torch.tensor(original.tokenizer("\n\n".join(text)).input_ids)[:96].view(3, 32)
     ids[:, 0] = original.tokenizer.bos_token_id
@@ -105,9 +110,9 @@ def test_the_original_is_no_distance_from_itself_and_another_model_some(ground, 
     settings = evaluate(ground, "evaluate.distance=true")
 
     def measured(model, after) -> dict[str, float]:
-        return {row.metric: row.value for row in settings.measure(model, original, after, tmp_path)}
+        return {row.metric: row.value for row in scores(settings, model, original, after, tmp_path)}
 
-    itself = measured(original.model(), "original")
+    itself = measured(original, "original")
     assert itself["kl"] == 0.0 and itself["top1_agreement"] == 1.0
     assert measured(original.load_all(), "cluster") == itself  # its blocks walked, not read from disk
     found = measured(other.load_all(), "cluster")
@@ -126,15 +131,15 @@ def test_the_original_is_no_distance_from_itself_and_another_model_some(ground, 
 
 def test_what_the_original_predicts_is_kept_and_a_damaged_part_made_anew(ground, tiny_folder, tmp_path, caplog):
     original, settings = opened(tiny_folder), evaluate(ground, "evaluate.distance=true")
-    first = settings.measure(original.model(), original, "original", tmp_path)
+    first = scores(settings, original, original, "original", tmp_path)
     (part,) = tmp_path.rglob("*.safetensors")
     written = part.stat().st_mtime_ns
-    assert settings.measure(original.model(), original, "original", tmp_path) == first
+    assert scores(settings, original, original, "original", tmp_path) == first
     assert part.stat().st_mtime_ns == written
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
     part.write_bytes(content)
-    assert settings.measure(original.model(), original, "original", tmp_path) == first
+    assert scores(settings, original, original, "original", tmp_path) == first
     assert "damaged" in caplog.text and part.stat().st_mtime_ns != written
 
 

@@ -209,7 +209,7 @@ def test_unusable_rows_are_told(ground, tmp_path, tokenizer):
 def test_at_most_so_many_examples_are_trained_on_and_the_same_are_held_out(ground):
     original = Original(built(ground).model.folder(ground / "cache"), torch.float32, torch.device("cpu"))
     stages = [built(ground, f"finetune.examples={number}").stages["finetune"] for number in ("null", "16")]
-    (_, train, held_out), (_, fewer, same) = (stage._examples(original, seed=3) for stage in stages)
+    (_, train, held_out), (_, fewer, same) = (stage._examples(original.tokenizer, seed=3) for stage in stages)
     assert same == held_out and len(held_out) == 16 and not any(one in fewer for one in held_out)
     assert len(fewer) == 2 * 16 and len({tuple(one.ids) for one in fewer}) <= 16 < len(
         {tuple(one.ids) for one in train}

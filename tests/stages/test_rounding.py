@@ -192,7 +192,9 @@ def test_it_is_counted_as_memory_and_keys_are_those_of_before(families, text):
     Cluster(method=method, **IDLE).cost(outline)
     peaks = [sum(stage(text, learns=learns).cost(outline).device.values()) for learns in LEARN]
     assert peaks[0] < peaks[1] < peaks[2]
-    assert stage(text).idle() == {"streams", "learns"} and stage(text, learns="rounding").idle() == {"streams"}
+    assert stage(text).without_effect() == {"streams", "learns"} and stage(
+        text, learns="rounding"
+    ).without_effect() == {"streams"}
 
 
 def test_values_and_gradients_are_those_of_the_autoround_package():
