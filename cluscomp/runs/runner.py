@@ -1,7 +1,9 @@
 """One stage or evaluation of a run in its folder, unless it is finished there.
 
-A folder is named by its key. It is finished when `metrics.json` is there, which is written last. A process that comes
-to a folder where another one works waits, and re-uses what that one leaves.
+A folder is named by its key. It is finished when `metrics.json` is there, which is written last and names the key and
+the checkpoint's hash; one that names others belongs elsewhere, and is not believed. A process that comes to a folder
+where another one works waits, and re-uses what that one leaves. A `fresh` run works in a folder within and puts what it
+made in place of what was there.
 """
 
 import logging
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cluscomp")
 ANSWERS = "answers.jsonl.gz"  # to the tasks, of one model
+METRICS, CHECKPOINT, FRESH = "metrics.json", "checkpoint", "fresh"
 
 
 class Runner:
@@ -37,6 +40,7 @@ class Runner:
         evaluate = experiment.evaluate
         self.evaluation = [key_settings(evaluate), evaluate.inputs(), original.device.type, versions(), WORDS]
         self.worked = False  # whether anything was computed that had not been finished before
+        self._warned: set[str] = set()
 
     @property
     def key(self) -> str:
@@ -52,13 +56,13 @@ class Runner:
     def check(self) -> None:
         """Ask every stage that is not finished whether it can work. Raises InputError before any long work."""
         for name in self.experiment.order:
-            if self._finished(self._folder(name)) is None:
+            if self.experiment.fresh or self._finished(self._folder(name)) is None:
                 self.experiment.stages[name].check(self.original)
         self.experiment.evaluate.check(self.original)
 
     def checkpoint(self, name: str) -> Path | None:
         """Where the model after a stage lies; None for the original, which is no checkpoint of ours."""
-        return None if name == "original" else self._folder(name) / "checkpoint"
+        return None if name == "original" else self._folder(name) / CHECKPOINT
 
     def answers(self, name: str) -> Path:
         """Where the answers of the model after a stage to the tasks are, if there were tasks."""
@@ -69,7 +73,7 @@ class Runner:
         folder = self._folder(name)
         with held_alone(folder, name):
             metrics = self._stage(name, folder)
-            _keep_alone(folder, "checkpoint", "metrics.json", "lock")
+            _keep_alone(folder, CHECKPOINT, METRICS, "lock")
         return metrics
 
     def evaluate(self, name: str) -> dict[str, Any]:
@@ -77,7 +81,7 @@ class Runner:
         folder = self._evaluation_folder(name)
         with held_alone(folder, f"evaluate {name}"):
             metrics = self._evaluate(name, folder)
-            _keep_alone(folder, "metrics.json", ANSWERS, "lock")
+            _keep_alone(folder, METRICS, ANSWERS, "lock")
         return metrics
 
     def _folder(self, name: str) -> Path:
@@ -95,51 +99,67 @@ class Runner:
         from cluscomp.forms.layers import check_file, size_of
         from cluscomp.stages import Job
 
-        finished = self._finished(folder)
+        finished = None if self.experiment.fresh else self._whole(folder)
         if finished is not None:
-            try:
-                checkpoint.verify(folder / "checkpoint")
-            except InputError as error:
-                log.warning("%s; the stage is run again", error)
-            else:
-                log.info("%s  finished before, %s", name, folder)
-                return finished
+            log.info("%s  finished before, %s", name, folder)
+            tell_of_other_code(name, finished)
+            return finished
         self.worked = True
         with _Measured() as cost:
+            work = self._work_folder(folder)
             model = self._model_before(name)
-            job = Job(folder, self.experiment.seed, self.original)
-            found = self.experiment.stages[name].run(model, job)
-            checkpoint.save(model, self.original.tokenizer, folder / "checkpoint")
+            found = self.experiment.stages[name].run(model, Job(work, self.experiment.seed, self.original))
+            saved = work / CHECKPOINT
+            checkpoint.save(model, self.original.tokenizer, saved)
         counted = size_of(model)
-        check_file(counted, checkpoint.tensor_bytes(folder / "checkpoint"))
-        size = asdict(counted) | {"checkpoint_bytes": checkpoint.weight_bytes(folder / "checkpoint")}
-        hash_ = checkpoint.checkpoint_hash(folder / "checkpoint")
-        metrics = cost | _code() | {"found": found, "size": size, "checkpoint_hash": hash_}
-        write_sealed(folder / "metrics.json", metrics)
+        check_file(counted, checkpoint.tensor_bytes(saved))
+        size = asdict(counted) | {"checkpoint_bytes": checkpoint.weight_bytes(saved)}
+        hash_ = checkpoint.checkpoint_hash(saved)
+        metrics = {"key": _key_of(folder)} | cost | _code() | {"found": found, "size": size, "checkpoint_hash": hash_}
+        self._finish(work, metrics, folder, CHECKPOINT)
         return metrics
 
     def _evaluate(self, name: str, folder: Path) -> dict[str, Any]:
         evaluate = self.experiment.evaluate
-        finished = self._finished(folder)
+        finished = None if self.experiment.fresh else self._finished(folder)
         if finished is not None:
+            tell_of_other_code(f"evaluate {name}", finished)
             # The same model may have been reached under another name.
             return finished | {"scores": [row | {"after": name} for row in finished["scores"]]}
         self.worked = True
         with _Measured() as cost:
+            work = self._work_folder(folder)
+            kept = work / "predictions" if self.experiment.fresh else self._kept_folder()
             seen = evaluate.contamination(self.original, self._seen(name))
             model = self._model(name)
-            scores = [asdict(score) for score in evaluate.measure(model, self.original, name, self._kept_folder())]
+            scores = [asdict(score) for score in evaluate.measure(model, self.original, name, kept)]
             asked, answers = evaluate.ask(model, self.original, name)
             scores += [asdict(score) for score in asked]
             sample = evaluate.sample(model, self.original, name)
         scores = [row | {"seen": seen.get(row["dataset"], {})} for row in scores]
         if answers:
-            write_answers(folder / ANSWERS, answers)
-        metrics = cost | _code() | {"scores": scores, "sample": sample}
+            write_answers(work / ANSWERS, answers)
+        metrics = {"key": _key_of(folder)} | cost | _code() | {"scores": scores, "sample": sample}
         for row in scores:
             log.info("evaluate  %s after %s: %.3f on %s", row["metric"], name, row["value"], row["dataset"])
-        write_sealed(folder / "metrics.json", metrics)
+        self._finish(work, metrics, folder, ANSWERS)
         return metrics
+
+    def _work_folder(self, folder: Path) -> Path:
+        """Where a stage or evaluation works: in its folder, or if `fresh` in one within that."""
+        work = folder / FRESH if self.experiment.fresh else folder
+        work.mkdir(exist_ok=True)
+        return work
+
+    def _finish(self, work: Path, metrics: dict[str, Any], folder: Path, beside: str) -> None:
+        """Write the metrics, and put them and what lies `beside` them into `folder`, in place of what was there."""
+        write_sealed(work / METRICS, metrics)
+        if work != folder:
+            (folder / METRICS).unlink(missing_ok=True)  # first, so that it never stands beside what is not its own
+            _remove(folder / beside)
+            for name in (beside, METRICS):
+                if (work / name).exists():
+                    (work / name).rename(folder / name)
 
     def _seen(self, name: str) -> "dict[str, Seen]":
         """What the stages up to `name` learned from, of those that learned from text."""
@@ -164,7 +184,32 @@ class Runner:
         return self._model(order[order.index(name) - 1])
 
     def _finished(self, folder: Path) -> dict[str, Any] | None:
-        return read_sealed(folder / "metrics.json")
+        """The metrics of a finished stage or evaluation; None without, and, with a warning, for those of another."""
+        metrics = read_sealed(folder / METRICS)
+        if metrics is None or metrics.get("key") == _key_of(folder):
+            return metrics
+        self._warn(f"{folder / METRICS} belongs to another folder ({metrics.get('key')}); it is made anew")
+        return None
+
+    def _whole(self, folder: Path) -> dict[str, Any] | None:
+        """The metrics of a finished stage whose checkpoint is the one they name; otherwise None, with a warning."""
+        from cluscomp import checkpoint
+
+        metrics = self._finished(folder)
+        if metrics is None:
+            return None
+        try:
+            if checkpoint.checkpoint_hash(folder / CHECKPOINT) == metrics["checkpoint_hash"]:
+                return metrics
+            self._warn(f"{folder / CHECKPOINT} belongs to another folder; the stage is run again")
+        except InputError as error:
+            self._warn(f"{error}; the stage is run again")
+        return None
+
+    def _warn(self, sentence: str) -> None:
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            log.warning("%s", sentence)
 
 
 class _Measured:
@@ -192,6 +237,22 @@ class _Measured:
             torch.cuda.reset_peak_memory_stats()
 
 
+def tell_of_other_code(what: str, found: dict[str, Any]) -> None:
+    """A line in the log if metrics or a record were finished by other code than this."""
+    then, now = (_told(one) for one in (found, _code()))
+    if then != now:
+        log.info("%s  finished before, by %s; this is %s", what, then, now)
+
+
+def _told(code: dict[str, Any]) -> str:
+    commit = f"commit {code['commit'][:12]}" if code.get("commit") else "code of no commit"
+    return f"{commit} with changes" if code.get("dirty") else commit
+
+
+def _key_of(folder: Path) -> str:
+    return folder.name.rpartition("-")[2]
+
+
 def _code() -> dict[str, Any]:
     """Of which commit the code is that computes, and whether it differs from it."""
     return dict(zip(("commit", "dirty"), commit()))
@@ -201,10 +262,14 @@ def _keep_alone(folder: Path, *names: str) -> None:
     """Remove all else from a folder: what let a killed stage go on, and what killed processes left half-written."""
     for path in folder.iterdir():
         if path.name not in names:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 POLL = 0.2  # seconds between two looks for what the first process writes
@@ -218,23 +283,14 @@ class Follower(Runner):
         from cluscomp.stages import Job
 
         folder, stage = self._folder(name), self.experiment.stages[name]
-        if stage.distributed and not self._whole(folder):
+        if stage.distributed and self._whole(folder) is None:
             stage.run(self._model_before(name), Job(folder, self.experiment.seed, self.original))
-        while not self._whole(folder):
+        while (finished := self._whole(folder)) is None:
             time.sleep(POLL)
-        return dict(read_sealed(folder / "metrics.json") or {})
+        return finished
 
     def evaluate(self, name: str) -> dict[str, Any]:
         """The scores once the first process has written them."""
         while (finished := self._finished(self._evaluation_folder(name))) is None:
             time.sleep(POLL)
         return finished
-
-    def _whole(self, folder: Path) -> bool:
-        """Whether a stage is finished and its checkpoint as it was written."""
-        from cluscomp import checkpoint
-
-        try:
-            return self._finished(folder) is not None and bool(checkpoint.verify(folder / "checkpoint"))
-        except InputError:
-            return False
