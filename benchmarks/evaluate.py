@@ -24,12 +24,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from goals import Goal, Times, finish, medians, show_times, timed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluscomp.command.compose import CONF, build
+from cluscomp.command.compose import composed
 from cluscomp.data.texts import PydocText
 from cluscomp.models.original import Original
 from cluscomp.stages.evaluate import Evaluate
@@ -50,9 +49,8 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 def settings(text: list[str], limit: int) -> Evaluate:
     """What the command line would build."""
     overrides = ["bits=3", *text, f"evaluate.context={CONTEXT}", f"evaluate.limit={limit}", "evaluate.batch_size=1"]
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        found: Evaluate = build(hydra.compose("config", overrides=overrides)).evaluate
-        return found
+    found: Evaluate = composed(overrides).evaluate
+    return found
 
 
 def ours(folder: Path, text: list[str], limit: int) -> float:
@@ -158,8 +156,7 @@ def main() -> None:
     text = ["data=pydoc"]
     if options.data_root is not None:
         text = ["data=wikitext2", f"data_root={options.data_root}"]
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        source = build(hydra.compose("config", overrides=["bits=3", "model=smollm2_135m"])).model
+    source = composed(["bits=3", "model=smollm2_135m"]).model
     folder = source.folder(Path("~/.cache/cluscomp").expanduser())
     for score in (ours, plain):
         score(folder, text, 1)  # to warm up

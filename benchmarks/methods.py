@@ -18,11 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from goals import Goal, finish, installed, paired, show_times, timed
 
-from cluscomp.command.compose import CONF, build
+from cluscomp.command import compose
+from cluscomp.command.compose import CONF
 from cluscomp.methods.hqq import Hqq
 from cluscomp.models.original import Original, block_names, linears
 from cluscomp.models.walk import Walk
@@ -36,8 +36,7 @@ CALIBRATION = ["data=pydoc", "cluster.samples=8", "cluster.length=512"]
 
 def composed(*overrides: str) -> Experiment:
     """What the command line would build."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return build(hydra.compose("config", overrides=[*overrides, *CALIBRATION]))
+    return compose.composed([*overrides, *CALIBRATION])
 
 
 def opened(experiment: Experiment) -> Original:

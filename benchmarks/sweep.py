@@ -19,11 +19,10 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-import hydra
 import transformers
 from goals import Goal, finish
 
-from cluscomp.command.compose import CONF, build
+from cluscomp.command.compose import composed
 from cluscomp.runs.run import run
 
 GRID = {"bits": [4, 3, 2], "block_finetune.samples": [4, 8, 16, 32], "seed": [0, 1]}
@@ -40,17 +39,15 @@ def done(what):
     global last
     now = time.perf_counter()
     times[what], last = now - last, now
-import hydra
-from cluscomp.command import compose
+from cluscomp.command.compose import composed
 done("imports of the command")
-with hydra.initialize_config_dir(version_base="1.3", config_dir=str(compose.CONF)):
-    experiment = compose.build(hydra.compose("config", overrides=sys.argv[1:]))
+experiment = composed(sys.argv[1:])
 done("compose and check")
 import torch
 done("import of torch")
 import transformers
-from cluscomp.models import fingerprint
-from cluscomp.quantised import opened
+from cluscomp.models.original import fingerprint
+from cluscomp.models.quantised import opened
 done("import of transformers and what needs torch")
 from pathlib import Path
 folder = experiment.model.folder(Path(experiment.cache))
@@ -76,9 +73,7 @@ def cpu_seconds(place: Path, name: str, *, shared: bool) -> float:
     for number, cell in enumerate(cells()):
         given = [*overrides(place, place / name / ("all" if shared else str(number))), *cell]
         began = time.process_time()
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            experiment = build(hydra.compose("config", overrides=given))
-        run(experiment)
+        run(composed(given))
         used += time.process_time() - began
         print(f"{name}  cell {number + 1}/{len(cells())}  {used:.1f} CPU seconds", flush=True)
     return used

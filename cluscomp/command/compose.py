@@ -1,17 +1,19 @@
 """Yaml and overrides to checked settings; what was wrong, in a sentence. No Hydra past this room."""
 
 import difflib
+import functools
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
@@ -45,7 +47,7 @@ def compose_for(command: Callable[[Experiment], float | None]) -> None:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def compose(config: DictConfig) -> float | None:
         with told_in_a_sentence():  # before Hydra sees it, which would add lines of its own
-            experiment = build(config)
+            experiment = build(config, HydraConfig.get().runtime.choices)
             quiet_libraries()
             return command(experiment)
         return None
@@ -56,11 +58,18 @@ def compose_for(command: Callable[[Experiment], float | None]) -> None:
 def composed(overrides: list[str]) -> Experiment:
     """The settings that overrides make, without a run of Hydra's own around them."""
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return build(hydra.compose("config", overrides=overrides))
+        config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
+        chosen = config.hydra.runtime.choices
+        with open_dict(config):
+            del config["hydra"]
+        return build(config, chosen)
 
 
-def build(config: DictConfig) -> Experiment:
-    """The checked, immutable settings of a run. Raises InputError that names key, value and what is allowed."""
+def build(config: DictConfig, chosen: Mapping[str, str | None]) -> Experiment:
+    """The checked, immutable settings of a run. Raises InputError that names key, value and what is allowed.
+
+    `chosen` names the yaml of each group, as Hydra does: evaluate: perplexity, data@evaluate.texts.c4: c4_sample.
+    """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise InputError(f"{missing[0]} is required: give {missing[0]}=...")
@@ -72,8 +81,9 @@ def build(config: DictConfig) -> Experiment:
     shared_first = sorted(values, key=lambda key: key not in SHARED)  # so that an error names the group it stands in
     built = {key: _instantiate(key, values[key], raw) for key in shared_first}
     settings = {key: value for key, value in built.items() if key not in {*SHARED, *stages}}
+    choices = _choices(chosen, raw, values)  # after what tells most mistakes, for it takes as long as all before
     try:
-        return Experiment(stages={key: built[key] for key in stages if key in built}, **settings)
+        return Experiment(stages={key: built[key] for key in stages if key in built}, choices=choices, **settings)
     except ValidationError as error:
         raise InputError(_told(error, "", raw)) from error
 
@@ -84,6 +94,63 @@ def _is_stage(node: Any) -> bool:
         return False
     settings = hydra.utils.get_object(node["_target_"])
     return hasattr(settings, "takes") and hasattr(settings, "gives")
+
+
+def _choices(chosen: Mapping[str, str | None], raw: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """For each group its yaml, and the settings that differ from it, by dotted name, as they are resolved.
+
+    They are compared as they are written, so that `bits: ${bits}` is no difference.
+    """
+    options = {group: option for group, option in chosen.items() if option and not group.startswith("hydra/")}
+    plain = {group: option for group, option in options.items() if "@" not in group and group != "experiment"}
+    usual = written(**plain)
+    found: dict[str, Any] = {}
+    for group, option in options.items():
+        kind, _, place = group.partition("@")
+        place = place or group
+        node, resolved = _at(raw, place), _at(values, place)
+        yaml = written(f"{kind}/{option}").get(kind) if "@" in group else usual.get(kind)
+        inside = [other.partition("@")[2] for other in options if "@" in other and other != group]
+        if resolved is None and group != "experiment":  # nothing is compressed
+            continue
+        differs = {
+            key: _at(resolved, key)
+            for key in _differing(node or {}, yaml or {})
+            if not any(f"{place}.{key}.".startswith(f"{one}.") for one in inside)
+        }
+        found[group] = {"yaml": option, "differs": differs}
+    return found
+
+
+@functools.cache
+def written(name: str = "config", **options: str) -> dict[str, Any]:
+    """What yaml files say, unresolved: all of them with these choices of groups, or one alone (evaluate/gptq_2048).
+
+    Hydra has to be at work, on the command line or by `hydra.initialize_config_dir`.
+    """
+    entries = OmegaConf.load(CONF / "config.yaml").defaults
+    known = {str(group) for entry in entries if isinstance(entry, DictConfig) for group in entry}
+    overrides = [f"{'' if group in known else '+'}{group}={option}" for group, option in sorted(options.items())]
+    return dict(OmegaConf.to_container(hydra.compose(name, overrides=overrides)))  # type: ignore[arg-type]
+
+
+def _differing(node: dict[str, Any], yaml: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of what a node says otherwise than a yaml."""
+    found = []
+    for key, value in node.items():
+        other = yaml.get(key, ...)
+        if isinstance(value, dict) and isinstance(other, dict):
+            found += _differing(value, other, f"{prefix}{key}.")
+        elif value != other:
+            found.append(f"{prefix}{key}")
+    return found
+
+
+def _at(values: Any, place: str) -> Any:
+    """What stands in a dictionary of dictionaries at a dotted name, or None."""
+    for part in place.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def _instantiate(key: str, value: Any, raw: dict[str, Any]) -> Any:
@@ -102,9 +169,7 @@ def _told(error: ValidationError, prefix: str, raw: dict[str, Any]) -> str:
     sentences = []
     for problem in error.errors():
         path = [*filter(None, [prefix]), *map(str, problem["loc"])]
-        node: Any = raw
-        for part in path:
-            node = node.get(part) if isinstance(node, dict) else None
+        node = _at(raw, ".".join(path))
         taken_from = re.fullmatch(r"\$\{([\w.]+)\}", node) if isinstance(node, str) else None
         name = taken_from[1] if taken_from else ".".join(path)
         message = problem["msg"].removeprefix("Value error, ")

@@ -11,7 +11,7 @@ from cluscomp.command.compose import compose_for, explain
 from cluscomp.errors import InputError
 from cluscomp.process import rank
 from cluscomp.runs.cells import Cell, announce, at_work, folder_of, read_cell, status_table
-from cluscomp.runs.experiment import ASIDE, Experiment, config_of
+from cluscomp.runs.experiment import ASIDE, Experiment, settings_of
 from cluscomp.runs.preparation import planned, writable
 from cluscomp.runs.run import Outcome, run
 from cluscomp.store.files import is_held
@@ -37,7 +37,7 @@ def _cell(experiment: Experiment) -> tuple[Path, list[str]]:
     given = HydraConfig.get().overrides.task
     overrides = [hide_override(item) for item in given if item.partition("=")[0] not in ASIDE]
     outputs = writable("outputs", experiment.outputs)
-    return folder_of(outputs, experiment.name, config_of(experiment)), overrides
+    return folder_of(outputs, experiment.name, settings_of(experiment)), overrides
 
 
 def sweep(arguments: list[str]) -> None:

@@ -216,14 +216,23 @@ def check_supported(model: PreTrainedModel) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over a model folder's config, tokenizer and weights: the identity of an original model.
+    """SHA-256 over a model folder's config, tokenizer and weights: the identity of an original model."""
+    return combined(file_hashes(folder))
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a model folder that decides what the model is, by name.
 
     In Hugging Face's cache a weight file is a link to a file named by its own hash, which saves reading it.
     """
-    digest = hashlib.sha256()
+    found = {}
     for path in sorted(folder.iterdir()):
         if path.suffix in {".safetensors", ".json", ".model", ".jinja"}:
             stored_name = path.resolve().name
-            content = stored_name if re.fullmatch("[0-9a-f]{64}", stored_name) else file_hash(path)
-            digest.update(f"{path.name}:{content}\n".encode())
-    return digest.hexdigest()
+            found[path.name] = stored_name if re.fullmatch("[0-9a-f]{64}", stored_name) else file_hash(path)
+    return found
+
+
+def combined(hashes: dict[str, str]) -> str:
+    """SHA-256 over files' names and hashes."""
+    return hashlib.sha256("".join(f"{name}:{value}\n" for name, value in hashes.items()).encode()).hexdigest()

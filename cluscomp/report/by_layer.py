@@ -25,7 +25,7 @@ def layer_table(records: list[Record]) -> pd.DataFrame:
             of_layer = known.get(name, {})
             rows.append(
                 {
-                    "model": model_name(record),
+                    "model": model_name(record, records),
                     "limit": limit(record),
                     "method": method_name(record, "cluster"),
                     "block": int(number[1]) if number else -1,
@@ -61,7 +61,7 @@ def drift_table(records: list[Record]) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "model": model_name(record),
+                "model": model_name(record, records),
                 "limit": limit(record),
                 "method": method_name(record, "block_finetune"),
                 "block": number,

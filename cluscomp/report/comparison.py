@@ -7,6 +7,7 @@ import pandas as pd
 
 from cluscomp.report.published import CONTEXTS, Published
 from cluscomp.report.tables import (
+    by_model,
     check_protocols,
     cost_until,
     limit,
@@ -151,7 +152,7 @@ def finetuning_table(records: list[Record]) -> pd.DataFrame:
         order, found = record.config["order"], record.stages["finetune"]["found"]
         before = order[order.index("finetune") - 1] if order[0] != "finetune" else ORIGINAL
         row: dict[str, Any] = {
-            "model": model_name(record),
+            "model": model_name(record, records),
             "method": method_name(record, before),
             "stored bits": round(sizes(record, before)["linear_bits_per_weight"], 3),
             "learns": record.config["stages"]["finetune"]["trainable"],
@@ -176,8 +177,8 @@ def finetuning_table(records: list[Record]) -> pd.DataFrame:
 
 def _of_metric(records: list[Record], metric: str) -> list[tuple[Record, Score]]:
     """All scores of a metric. Raises InputError for one data set under two protocols for one model."""
-    for model in dict.fromkeys(map(model_name, records)):
-        check_protocols([record for record in records if model_name(record) == model], metric)
+    for same in by_model(records).values():
+        check_protocols(same, metric)
     return [(record, score) for record in records for score in record.scores if score.metric == metric]
 
 
@@ -187,12 +188,12 @@ def _row(
     """The row of a model after a stage; of the original, and of what several runs left alike, there is one."""
     original = after == ORIGINAL
     made = "" if original else record.stages[after].get("checkpoint_hash", record.run["name"])
-    key = (model_name(record), made, after)
+    key = (model_name(record, records), made, after)
     size = sizes(record, after)
     return rows.setdefault(
         key,
         {
-            "model": model_name(record),
+            "model": model_name(record, records),
             "limit": "-" if original else limit(record),
             "method": method_name(record, after),
             "seed": "" if original else str(record.config["seed"]),
@@ -210,11 +211,11 @@ def _settings(records: list[Record], record: Record, after: str) -> str:
     stages = stages_until(record, after)
     if not stages:
         return ""
-    alike = (model_name(record), limit(record), method_name(record, after))
+    alike = (model_name(record, records), limit(record), method_name(record, after))
     rivals = [
         one
         for one in records
-        if after in one.config["order"] and (model_name(one), limit(one), method_name(one, after)) == alike
+        if after in one.config["order"] and (model_name(one, records), limit(one), method_name(one, after)) == alike
     ]
     differing = settings_that_differ(rivals)[rivals.index(record)]
     return ", ".join(
@@ -255,11 +256,11 @@ def _comparable(records: list[Record]) -> list[dict[str, Any]]:
             if score.protocol.get("partial", False) or not names:
                 continue
             size, method = sizes(record, score.after), method_name(record, score.after)
-            key = (model_name(record), "" if method == ORIGINAL else record.run["name"], method, score.dataset)
+            key = (model_name(record, records), "" if method == ORIGINAL else record.run["name"], method, score.dataset)
             found.setdefault(
                 key,
                 {
-                    "model": model_name(record), "data": score.dataset, "method": method, "protocol": names[0],
+                    "model": model_name(record, records), "data": score.dataset, "method": method, "protocol": names[0],
                     "bits": round(size["linear_bits_per_weight"], 3), "value": score.value * (100 if percent else 1),
                 },
             )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from cluscomp.report.tables import IN_DOMAIN, check_protocols, model_name, scores
+from cluscomp.report.tables import IN_DOMAIN, by_model, check_protocols, scores
 from cluscomp.store.records import ORIGINAL, Record
 
 BITS, BYTES = "stored bits", "MB"
@@ -19,8 +19,8 @@ def pareto(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
     Lower is better but for acc and exact_match. Raises InputError if scores of one model and data set were measured
     under different protocols.
     """
-    for model in dict.fromkeys(map(model_name, records)):
-        check_protocols([record for record in records if model_name(record) == model], metric)
+    for same in by_model(records).values():
+        check_protocols(same, metric)
     rows = scores(records)
     rows = rows[(rows["metric"] == metric) & (rows["after"] != ORIGINAL)]
     table = pd.DataFrame(
@@ -59,8 +59,8 @@ def seed_spread(records: list[Record], metric: str = "perplexity") -> pd.DataFra
     of the mean to the best one of the same limit is no more than the larger spread of both: it says nothing then.
     Raises InputError for scores of one data set under different protocols.
     """
-    for model in dict.fromkeys(map(model_name, records)):
-        check_protocols([record for record in records if model_name(record) == model], metric)
+    for same in by_model(records).values():
+        check_protocols(same, metric)
     rows = scores(records)
     rows = rows[(rows["metric"] == metric) & (rows["after"] != ORIGINAL)]
     found: list[dict[str, Any]] = []

@@ -11,17 +11,19 @@ from cluscomp.report.published import MODELS
 from cluscomp.store.records import EXTERNAL, ORIGINAL, Record, Score, differences
 
 PARTIAL, IN_DOMAIN, SEEN = "partial", "in-domain", "seen"
-VARIANTS = {  # of ClusComp by the stages it begins with
-    1: (["cluster"], "ClusComp-"),
-    2: (["cluster", "block_finetune"], "ClusComp"),
-    3: (["cluster", "block_finetune", "recover"], "ClusComp+"),
-}
-USUAL = {  # of all methods
-    "share": "none", "allocation": "uniform", "descent": 0, "storage": "float16", "codebooks": 2, "beam": 1,
-}  # fmt: skip
-FLOOR = 0.85  # of cluscomp, where errors are measured to share out bits
-SPELLED = {"squeezellm": "SqueezeLLM", "ipq": "iPQ"}  # others are in capitals
-LEARNED = {("rtn", "rounding"): "AutoRound", ("rtn", "clipping"): "OmniQuant"}  # by method and block_finetune.learns
+STAGES = ["cluster", "block_finetune", "recover"]
+_CLUSCOMP = ("ClusComp-", "ClusComp", "ClusComp+")
+# What papers call a method, by its yaml, after the first of STAGES, the first two and all three; and of which kind
+SPELLED: dict[str, tuple[tuple[str, ...], str]] = {
+    "cluscomp": (_CLUSCOMP, ""),
+    "cluscomp_data_free": (_CLUSCOMP, "data-free"),
+    "cluscomp_paper": (_CLUSCOMP, "paper"),
+    "autoround": (("RTN", "AutoRound"), ""),
+    "omniquant": (("RTN", "OmniQuant"), ""),
+    "squeezellm": (("SqueezeLLM",), ""),
+    "ipq": (("iPQ",), ""),
+} | {name: ((name.upper(),), "") for name in ("rtn", "gptq", "awq", "hqq", "gptvq", "aqlm")}
+COLUMN = {"bits", "vector_dim", "codebook_size", "width", "group"}  # what a table tells in a column: the limit
 _ACCURACY = re.compile(r"acc$|exact_match")
 MARKS = {
     PARTIAL: "measured on the first windows or rows only (evaluate.limit, tasks.limit)",
@@ -38,7 +40,7 @@ def scores(records: list[Record]) -> pd.DataFrame:
             {
                 "run": record.run["name"],
                 "seed": record.config["seed"],
-                "model": model_name(record),
+                "model": model_name(record, records),
                 "limit": limit(record),
                 "method": method_name(record, score.after),
                 "after": score.after,
@@ -65,13 +67,33 @@ def sizes(record: Record, after: str) -> dict[str, Any]:
     return {key: size[key] for key in ("linear_bits_per_weight", "model_bits_per_weight", "checkpoint_bytes")}
 
 
-def model_name(record: Record) -> str:
-    """What papers call the model, or its id on the hub, or its file, or how it was made."""
+def model_name(record: Record, among: list[Record]) -> str:
+    """What papers call the model, or its id on the hub, or its file, or how it was made.
+
+    Where records `among` which it stands are of another model with that name, the name ends with a hash of its weights.
+    """
+    name, weights = _model(record)
+    others = {one for other, one in map(_model, among) if other == name and one} - {weights}
+    return f"{name}@{weights[:8]}" if others and weights else name
+
+
+def by_model(records: list[Record]) -> dict[str, list[Record]]:
+    """The records of each model by its name."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(model_name(record, records), []).append(record)
+    return found
+
+
+def _model(record: Record) -> tuple[str, str]:
+    """A model's name and a hash of its weights; without one where the record is older, or another library's model."""
     model = record.config["model"]
-    if (original := record.stages.get(EXTERNAL, {}).get("found", {}).get("original")) is not None:
-        model = {"id": original}
+    external = record.stages.get(EXTERNAL, {}).get("found", {}).get("original")
+    if external is not None:
+        model = {"id": external}
     name = str(model.get("id") or model.get("file") or model.get("architecture"))
-    return MODELS.get(name, name.rpartition("/")[2].removesuffix(".gguf"))
+    weights = "" if external is not None else record.run.get("weights", "")
+    return MODELS.get(name, name.rpartition("/")[2].removesuffix(".gguf")), weights
 
 
 def limit(record: Record) -> str:
@@ -83,15 +105,15 @@ def limit(record: Record) -> str:
         return f"{record.stages[EXTERNAL]['size']['linear_bits_per_weight']:.3g}"
     if "cluster" not in record.config["order"]:
         return "-"
-    bits = record.config["stages"]["cluster"]["method"]["bits"]
+    bits = record.config["stages"]["cluster"]["method"].get("bits")
     return "by hand" if bits is None else f"{bits:g}"
 
 
 def method_name(record: Record, after: str) -> str:
-    """The method and the stages up to `after`, as the paper calls them: ClusComp-, ClusComp, ClusComp+, GPTQ, ...
+    """The method's yaml and the stages up to `after`, as papers call them: ClusComp-, ClusComp, ClusComp+, GPTQ, ...
 
-    Of ClusComp the settings that are not the default's are told: "(paper)" is K-means as in the paper's code,
-    "(data-free)" our recipe without a look at the inputs.
+    In brackets its settings that differ from the yaml, but those of `COLUMN`. A yaml that no paper names is called by
+    its own name.
     """
     if after == ORIGINAL:
         return ORIGINAL
@@ -102,29 +124,23 @@ def method_name(record: Record, after: str) -> str:
     if "cluster" not in order:
         return " + ".join([ORIGINAL, *order])
     dense, order = order[: order.index("cluster")], order[order.index("cluster") :]
-    before = "".join(f"{stage} + " for stage in dense)
-    settings = record.config["stages"]["cluster"]["method"]
-    method = str(record.stages["cluster"]["found"].get("method", "cluscomp"))
-    told = [f"{key}={settings[key]}" for key, usual in USUAL.items() if settings.get(key, usual) != usual]
-    prefix = record.config["stages"]["cluster"].get("prefix", "original")
-    told += [f"prefix={prefix}"] if prefix != "original" else []
-    measured = settings.get("allocation") in ("fill", "sensitivity")
-    if method == "cluscomp" and settings["init"] == "kd" and measured:
-        floor = settings.get("floor", 0.0)  # records before it was a setting
-        told += [f"floor={floor:g}"] if floor != FLOOR else []
-    if method == "cluscomp" and (settings.get("axis"), settings["init"]) == ("in", "random_points"):
-        method = "ipq"  # its form and recipe
-    if method != "cluscomp":
-        learns = record.config["stages"]["block_finetune"].get("learns", "values") if "block_finetune" in order else ""
-        learned = LEARNED.get((method, learns))
-        alone = SPELLED.get(method, method.upper()) + (f" ({', '.join(told)})" if told else "")
-        return before + " + ".join([learned, *order[2:]] if learned else [alone, *order[1:]])
-    known = max(length for length in VARIANTS if VARIANTS[length][0] == order[: len(VARIANTS[length][0])])
-    recipe = "" if settings.get("weighting", "none") != "none" or settings.get("assign") == "hessian" else "data-free"
-    recipe = "paper" if settings["init"] == "random_points" else recipe
-    told = [recipe, *told] if recipe else told
-    name = VARIANTS[known][1] + (f" ({', '.join(told)})" if told else "")
-    return before + " + ".join([name, *order[known:]])
+    chosen = record.choices["method"]
+    names, kind = SPELLED.get(chosen["yaml"], ((chosen["yaml"],), ""))
+    length = max(count for count in range(1, len(names) + 1) if order[:count] == STAGES[:count])
+    differs = {key: value for key, value in chosen["differs"].items() if key not in COLUMN}
+    differs |= {key: value for key, value in record.choices["cluster"]["differs"].items() if key == "prefix"}
+    told = ", ".join([*filter(None, [kind]), *_told(differs)])
+    rest = [_stage_name(record, stage) for stage in order[length:]]
+    return " + ".join([*dense, names[length - 1] + (f" ({told})" if told else ""), *rest])
+
+
+def _stage_name(record: Record, stage: str) -> str:
+    learns = record.config["stages"].get(stage, {}).get("learns", "values")
+    return stage if learns == "values" else f"{stage} (learns={learns})"
+
+
+def _told(settings: dict[str, Any]) -> list[str]:
+    return [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()]
 
 
 def stages_until(record: Record, after: str) -> list[str]:
@@ -306,7 +322,10 @@ def settings_that_differ(records: list[Record]) -> list[dict[str, Any]]:
 def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        elif key != "class":  # which the name of the method stands for
+            found[f"{prefix}{key}"] = value
     return found
 
 

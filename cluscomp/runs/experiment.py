@@ -5,26 +5,26 @@ and the format version. So runs that share a beginning share its result, changed
 two configs never overwrite each other.
 """
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, InstanceOf, field_validator, model_validator
 
 from cluscomp.plan.machine import Machine
-from cluscomp.settings import settings
+from cluscomp.settings import described, settings
 from cluscomp.store.records import content_key
 
 PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
-ASIDE = (*PLACES, "retry")  # and which cells of a sweep are run: settings that decide nothing of a run's result
+# and what is run, though it was before, and which yaml the settings are from: what decides nothing of a run's result
+ASIDE = (*PLACES, "retry", "fresh", "choices")
 
 
 @settings
 class Experiment:
     """The settings of a run. `order` names the stages to run, each one of `stages`; `evaluate` measures after them.
 
-    "evaluate" may stand last in `order`, to say so; [evaluate] alone scores the model as it is.
+    "evaluate" may stand last in `order`, to say so; [evaluate] alone scores the model as it is. `choices` tells which
+    yaml of each group was chosen, and in which settings this run differs from it; see `Record`.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
@@ -42,7 +42,9 @@ class Experiment:
     publish: str | None
     force: bool
     retry: bool
+    fresh: bool
     objective: str = Field(min_length=1)
+    choices: dict[str, dict[str, Any]]
 
     @field_validator("order", mode="after")
     @classmethod
@@ -76,18 +78,33 @@ class Experiment:
         return places if self.evaluate.after is None else self.evaluate.after
 
 
+def settings_of(experiment: Experiment) -> dict[str, Any]:
+    """The resolved settings and their classes as plain values, by which cells are told apart: all but `ASIDE`."""
+    return dict(_without_aside(described(experiment)))
+
+
 def config_of(experiment: Experiment) -> dict[str, Any]:
-    """The resolved settings as plain values, as they stand in the record: all but `ASIDE`.
+    """`settings_of` as they stand in the record, which names no place of this machine."""
+    return without_places(settings_of(experiment))
 
-    Of a whole path its last part is kept.
-    """
 
-    def plain(value: Any) -> Any:
+def without_places(values: dict[str, Any]) -> dict[str, Any]:
+    """Plain values without those of `ASIDE`, and of each whole path its last part."""
+
+    def short(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items() if key not in ASIDE}
+            return {key: short(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [short(part) for part in value]
         return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
-    return dict(plain(json.loads(json.dumps(asdict(experiment), default=str))))
+    return dict(short(_without_aside(values)))
+
+
+def _without_aside(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_aside(part) for key, part in value.items() if key not in ASIDE}
+    return value
 
 
 def stage_keys(experiment: Experiment, root: dict[str, Any]) -> dict[str, str]:
@@ -102,6 +119,9 @@ def stage_keys(experiment: Experiment, root: dict[str, Any]) -> dict[str, str]:
 
 
 def key_settings(stage: Any) -> dict[str, Any]:
-    """What of a stage's settings decides its result: a text counts by its hash, not by where it lies."""
-    values = {key: value for key, value in asdict(stage).items() if key not in stage.without_effect()}
+    """A stage's class, and what of its settings decides its result.
+
+    A text counts by its hash (`Stage.learns_from`), not by where it lies.
+    """
+    values = {key: value for key, value in described(stage).items() if key not in stage.without_effect()}
     return values | {part: values[part]["name"] for part in ("data", "instructions") if part in values}

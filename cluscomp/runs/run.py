@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluscomp.errors import InputError
-from cluscomp.process import rank
+from cluscomp.process import processes, rank
 from cluscomp.runs.capsule import commit, seal, versions
-from cluscomp.runs.experiment import Experiment, config_of, stage_keys
+from cluscomp.runs.experiment import Experiment, config_of, stage_keys, without_places
 from cluscomp.runs.preparation import device_of, dtype_of, foreseen, writable
-from cluscomp.runs.runner import Follower, Runner
+from cluscomp.runs.runner import Follower, Runner, tell_of_other_code
 from cluscomp.store.files import held_alone
 from cluscomp.store.records import EXTERNAL, SCHEMA, Record, Score, read, write
 from cluscomp.store.secrets import hide_all, log_file
@@ -54,12 +54,14 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
     publish = None if experiment.publish is None or not first else writable("publish", experiment.publish)
     if not experiment.machine.here:
         raise InputError(f"machine={experiment.machine.name}: only `cluscomp plan` works for another machine")
+    if experiment.fresh and processes() > 1:
+        raise InputError("fresh=true: not with several processes, which could not tell old stages from new ones")
     predicted = foreseen(experiment, cache) if first else None
     with held_alone(cache, "model"):
         folder = experiment.model.folder(cache)
 
     from cluscomp.checkpoint import FORMAT
-    from cluscomp.models.original import fingerprint
+    from cluscomp.models.original import combined, file_hashes
     from cluscomp.models.quantised import opened
     from cluscomp.runs.trackers import Forgiving, NoTracker
 
@@ -67,7 +69,8 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
     gc.freeze()  # libraries stay anyway: each later collection looks only at what runs make
     device, dtype = device_of(experiment.device), dtype_of(experiment)
     original = opened(folder, dtype, device, to_score=not experiment.order)
-    root = {"model": fingerprint(folder), "dtype": str(dtype), "device": device.type, "format": FORMAT}
+    hashes = file_hashes(folder)
+    root = {"model": combined(hashes), "dtype": str(dtype), "device": device.type, "format": FORMAT}
     runner = (Runner if first else Follower)(experiment, outputs, original, stage_keys(experiment, root))
     runner.check()
     run_folder = outputs / f"run-{runner.key}"
@@ -84,9 +87,10 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
         raise
     answers = {name: runner.answers(name) for name in experiment.measured if runner.answers(name).is_file()}
     path = run_folder / "record.json"
-    record = None if runner.worked else _written_before(path)
+    record = None if runner.worked else _written_before(path, runner.key)
     if record is None:
-        record = _record(experiment, config, runner.key, metrics, original, predicted)
+        weights = combined({name: value for name, value in hashes.items() if name.endswith(".safetensors")})[:16]
+        record = _record(experiment, config, runner.key, weights, metrics, original, predicted)
         if first:
             for name, place in answers.items():
                 shutil.copy(place, run_folder / f"answers-{name}.jsonl.gz")
@@ -116,15 +120,19 @@ def _fold(experiment: Experiment, runner: Runner, session: "Session") -> dict[st
     return metrics
 
 
-def _written_before(path: Path) -> Record | None:
+def _written_before(path: Path, key: str) -> Record | None:
     """The record of an earlier process with the same run, which stays as it is; None if there is no whole one."""
     if not path.is_file():
         return None
     try:
-        return read(path)
+        record = read(path)
+        if record.run.get("key") != key:
+            raise InputError(f"{path}: the record of another run, {record.run.get('name')}")
     except InputError as error:
         log.warning("%s; it is written anew", error)
         return None
+    tell_of_other_code(record.run["name"], record.run)
+    return record
 
 
 def _log_into(folder: Path) -> None:
@@ -147,6 +155,7 @@ def _record(
     experiment: Experiment,
     config: dict[str, Any],
     key: str,
+    weights: str,
     metrics: dict[str, dict[str, Any]],
     original: "Original",
     predicted: "Plan | None",
@@ -169,6 +178,7 @@ def _record(
             "name": f"{experiment.name}-{key}",
             "experiment": experiment.name,
             "key": key,
+            "weights": weights,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": {name: found["seconds"] for name, found in metrics.items()},
             "cpu_seconds": {name: found["cpu_seconds"] for name, found in metrics.items() if "cpu_seconds" in found},
@@ -178,6 +188,7 @@ def _record(
             "status": "finished",
         },
         config=config,
+        choices=hide_all(without_places(experiment.choices)),
         scores=scores,
         size=(metrics[experiment.order[-1]]["size"] if experiment.order else {}) | {"original": original.size()},
         machine={

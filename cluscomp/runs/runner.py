@@ -1,7 +1,9 @@
 """One stage or evaluation of a run in its folder, unless it is finished there.
 
-A folder is named by its key. It is finished when `metrics.json` is there, which is written last. A process that comes
-to a folder where another one works waits, and re-uses what that one leaves.
+A folder is named by its key. It is finished when `metrics.json` is there, which is written last and names the key and
+the checkpoint's hash; one that names others belongs elsewhere, and is not believed. A process that comes to a folder
+where another one works waits, and re-uses what that one leaves. A `fresh` run works in a folder within and puts what it
+made in place of what was there.
 """
 
 import logging
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cluscomp")
 ANSWERS = "answers.jsonl.gz"  # to the tasks, of one model
+METRICS, CHECKPOINT, FRESH = "metrics.json", "checkpoint", "fresh"
 
 
 class Runner:
@@ -38,6 +41,7 @@ class Runner:
         evaluate = experiment.evaluate
         self.evaluation = [key_settings(evaluate), evaluate.inputs(), original.device.type, versions(), WORDS]
         self.worked = False  # whether anything was computed that had not been finished before
+        self._warned: set[str] = set()
 
     @property
     def key(self) -> str:
@@ -53,13 +57,13 @@ class Runner:
     def check(self) -> None:
         """Ask every stage that is not finished whether it can work. Raises InputError before any long work."""
         for name in self.experiment.order:
-            if self._finished(self._folder(name)) is None:
+            if self.experiment.fresh or self._finished(self._folder(name)) is None:
                 self.experiment.stages[name].check(self.original)
         self.experiment.evaluate.check(self.original)
 
     def checkpoint(self, name: str) -> Path | None:
         """Where the model after a stage lies; None for the original, which is no checkpoint of ours."""
-        return None if name == "original" else self._folder(name) / "checkpoint"
+        return None if name == "original" else self._folder(name) / CHECKPOINT
 
     def answers(self, name: str) -> Path:
         """Where the answers of the model after a stage to the tasks are, if there were tasks."""
@@ -70,7 +74,7 @@ class Runner:
         folder = self._folder(name)
         with held_alone(folder, name):
             metrics = self._stage(name, folder)
-            _keep_alone(folder, "checkpoint", "metrics.json", "lock")
+            _keep_alone(folder, CHECKPOINT, METRICS, "lock")
         return metrics
 
     def evaluate(self, name: str) -> dict[str, Any]:
@@ -78,7 +82,7 @@ class Runner:
         folder = self._evaluation_folder(name)
         with held_alone(folder, f"evaluate {name}"):
             metrics = self._evaluate(name, folder)
-            _keep_alone(folder, "metrics.json", ANSWERS, "lock")
+            _keep_alone(folder, METRICS, ANSWERS, "lock")
         return metrics
 
     def _folder(self, name: str) -> Path:
@@ -101,46 +105,61 @@ class Runner:
     def _stage(self, name: str, folder: Path) -> dict[str, Any]:
         from cluscomp import checkpoint
 
-        finished = self._finished(folder)
+        finished = None if self.experiment.fresh else self._whole(folder)
         if finished is not None:
-            try:
-                checkpoint.verify(folder / "checkpoint")
-            except InputError as error:
-                log.warning("%s; the stage is run again", error)
-            else:
-                log.info("%s  finished before, %s", name, folder)
-                return finished
+            log.info("%s  finished before, %s", name, folder)
+            tell_of_other_code(name, finished)
+            return finished
         self.worked = True
         with _Measured() as cost:
-            model, job = self._start(name)
+            model, job = self._start(name, self._work_folder(folder))
             found = self.experiment.stages[name].run(model, job)
             size = self._keep(name, model, job)
-        hash_ = checkpoint.checkpoint_hash(folder / "checkpoint")
-        metrics = cost | _code() | {"found": found, "size": size, "checkpoint_hash": hash_}
-        write_sealed(folder / "metrics.json", metrics)
+        hash_ = checkpoint.checkpoint_hash(job.folder / CHECKPOINT)
+        metrics = {"key": _key_of(folder)} | cost | _code() | {"found": found, "size": size, "checkpoint_hash": hash_}
+        self._finish(job.folder, metrics, folder, CHECKPOINT)
         return metrics
 
     def _evaluate(self, name: str, folder: Path) -> dict[str, Any]:
         evaluate = self.experiment.evaluate
-        finished = self._finished(folder)
+        finished = None if self.experiment.fresh else self._finished(folder)
         if finished is not None:
+            tell_of_other_code(f"evaluate {name}", finished)
             # The same model may have been reached under another name.
             return finished | {"scores": [row | {"after": name} for row in finished["scores"]]}
         self.worked = True
         with _Measured() as cost:
-            before = self.answers("original")
+            work, before = self._work_folder(folder), self.answers("original")
             found = evaluate.evaluate(
-                self._model(name), self.original, name, self._learned(name), self._kept_folder(),
+                self._model(name), self.original, name, self._learned(name),
+                work / "predictions" if self.experiment.fresh else self._kept_folder(),
                 seed=self.experiment.seed,
                 before=read_answers(before) if self._counts_flips(name) and before.is_file() else (),
             )  # fmt: skip
         if found.answers:
-            write_answers(folder / ANSWERS, found.answers)
-        metrics = cost | _code() | {"scores": [asdict(score) for score in found.scores], "sample": found.sample}
+            write_answers(work / ANSWERS, found.answers)
+        scores = [asdict(score) for score in found.scores]
+        metrics = {"key": _key_of(folder)} | cost | _code() | {"scores": scores, "sample": found.sample}
         for score in found.scores:
             log.info("evaluate  %s after %s: %.3f on %s", score.metric, name, score.value, score.dataset)
-        write_sealed(folder / "metrics.json", metrics)
+        self._finish(work, metrics, folder, ANSWERS)
         return metrics
+
+    def _work_folder(self, folder: Path) -> Path:
+        """Where a stage or evaluation works: in its folder, or if `fresh` in one within that."""
+        work = folder / FRESH if self.experiment.fresh else folder
+        work.mkdir(exist_ok=True)
+        return work
+
+    def _finish(self, work: Path, metrics: dict[str, Any], folder: Path, beside: str) -> None:
+        """Write the metrics, and put them and what lies `beside` them into `folder`, in place of what was there."""
+        write_sealed(work / METRICS, metrics)
+        if work != folder:
+            (folder / METRICS).unlink(missing_ok=True)  # first, so that it never stands beside what is not its own
+            _remove(folder / beside)
+            for name in (beside, METRICS):
+                if (work / name).exists():
+                    (work / name).rename(folder / name)
 
     def _learned(self, name: str) -> "dict[str, Learned]":
         """What the stages up to `name` learned from, of those that learned from text."""
@@ -154,7 +173,7 @@ class Runner:
 
         if self._is_dense(name):
             return self._dense(name)
-        return checkpoint.load(self._folder(name) / "checkpoint", self.original.dtype, self.original.device)
+        return checkpoint.load(self._folder(name) / CHECKPOINT, self.original.dtype, self.original.device)
 
     def _is_dense(self, name: str) -> bool:
         return name == "original" or self.experiment.stages[name].gives == "original"
@@ -165,19 +184,19 @@ class Runner:
 
         if name == "original":
             return self.original
-        return Original(self._folder(name) / "checkpoint", self.original.dtype, self.original.device)
+        return Original(self._folder(name) / CHECKPOINT, self.original.dtype, self.original.device)
 
-    def _start(self, name: str) -> "tuple[PreTrainedModel, Job]":
+    def _start(self, name: str, work: Path) -> "tuple[PreTrainedModel, Job]":
         """The model that a stage begins with, and its job, which reads weights as the last dense stage left them."""
         from cluscomp import checkpoint
         from cluscomp.stages import Job
 
         before = ["original", *self.experiment.order][: self.experiment.order.index(name) + 1]
         original = self._dense([one for one in before if self._is_dense(one)][-1])
-        job = Job(self._folder(name), self.experiment.seed, original, self.original)
+        job = Job(work, self.experiment.seed, original, self.original)
         if self._is_dense(before[-1]):
             return original.model(), job
-        folder = self._folder(before[-1]) / "checkpoint"
+        folder = self._folder(before[-1]) / CHECKPOINT
         return checkpoint.load(folder, self.original.dtype, self.original.device), job
 
     def _keep(self, name: str, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
@@ -185,19 +204,46 @@ class Runner:
         from cluscomp import checkpoint
         from cluscomp.forms.layers import check_file, size_of
         from cluscomp.models import dense
+        from cluscomp.models.original import Original
         from cluscomp.stages.blockwise import dense_blocks
 
-        folder = job.folder / "checkpoint"
+        folder = job.folder / CHECKPOINT
         if self._is_dense(name):
             dense.save(model, dense_blocks(job.folder, model), job.original, folder)
-            return {"ledger": {"kept": 8 * checkpoint.tensor_bytes(folder)}} | self._dense(name).size()
+            written = Original(folder, self.original.dtype, self.original.device)
+            return {"ledger": {"kept": 8 * checkpoint.tensor_bytes(folder)}} | written.size()
         checkpoint.save(model, self.original.tokenizer, folder)
         counted = size_of(model)
         check_file(counted, checkpoint.tensor_bytes(folder))
         return asdict(counted) | {"checkpoint_bytes": checkpoint.weight_bytes(folder)}
 
     def _finished(self, folder: Path) -> dict[str, Any] | None:
-        return read_sealed(folder / "metrics.json")
+        """The metrics of a finished stage or evaluation; None without, and, with a warning, for those of another."""
+        metrics = read_sealed(folder / METRICS)
+        if metrics is None or metrics.get("key") == _key_of(folder):
+            return metrics
+        self._warn(f"{folder / METRICS} belongs to another folder ({metrics.get('key')}); it is made anew")
+        return None
+
+    def _whole(self, folder: Path) -> dict[str, Any] | None:
+        """The metrics of a finished stage whose checkpoint is the one they name; otherwise None, with a warning."""
+        from cluscomp import checkpoint
+
+        metrics = self._finished(folder)
+        if metrics is None:
+            return None
+        try:
+            if checkpoint.checkpoint_hash(folder / CHECKPOINT) == metrics["checkpoint_hash"]:
+                return metrics
+            self._warn(f"{folder / CHECKPOINT} belongs to another folder; the stage is run again")
+        except InputError as error:
+            self._warn(f"{error}; the stage is run again")
+        return None
+
+    def _warn(self, sentence: str) -> None:
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            log.warning("%s", sentence)
 
 
 class _Measured:
@@ -225,6 +271,22 @@ class _Measured:
             torch.cuda.reset_peak_memory_stats()
 
 
+def tell_of_other_code(what: str, found: dict[str, Any]) -> None:
+    """A line in the log if metrics or a record were finished by other code than this."""
+    then, now = (_told(one) for one in (found, _code()))
+    if then != now:
+        log.info("%s  finished before, by %s; this is %s", what, then, now)
+
+
+def _told(code: dict[str, Any]) -> str:
+    commit = f"commit {code['commit'][:12]}" if code.get("commit") else "code of no commit"
+    return f"{commit} with changes" if code.get("dirty") else commit
+
+
+def _key_of(folder: Path) -> str:
+    return folder.name.rpartition("-")[2]
+
+
 def _code() -> dict[str, Any]:
     """Of which commit the code is that computes, and whether it differs from it."""
     return dict(zip(("commit", "dirty"), commit()))
@@ -234,10 +296,14 @@ def _keep_alone(folder: Path, *names: str) -> None:
     """Remove all else from a folder: what let a killed stage go on, and what killed processes left half-written."""
     for path in folder.iterdir():
         if path.name not in names:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 POLL = 0.2  # seconds between two looks for what the first process writes
@@ -249,23 +315,14 @@ class Follower(Runner):
     def stage(self, name: str) -> dict[str, Any]:
         """The metrics of a stage once the first process has written them."""
         folder, stage = self._folder(name), self.experiment.stages[name]
-        if stage.distributed and not self._whole(folder):
-            stage.run(*self._start(name))
-        while not self._whole(folder):
+        if stage.distributed and self._whole(folder) is None:
+            stage.run(*self._start(name, folder))
+        while (finished := self._whole(folder)) is None:
             time.sleep(POLL)
-        return dict(read_sealed(folder / "metrics.json") or {})
+        return finished
 
     def evaluate(self, name: str) -> dict[str, Any]:
         """The scores once the first process has written them."""
         while (finished := self._finished(self._evaluation_folder(name))) is None:
             time.sleep(POLL)
         return finished
-
-    def _whole(self, folder: Path) -> bool:
-        """Whether a stage is finished and its checkpoint as it was written."""
-        from cluscomp import checkpoint
-
-        try:
-            return self._finished(folder) is not None and bool(checkpoint.verify(folder / "checkpoint"))
-        except InputError:
-            return False

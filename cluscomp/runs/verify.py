@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from cluscomp.errors import InputError
 from cluscomp.runs.cells import read_cell
-from cluscomp.store.records import EXTERNAL, ORIGINAL, Record, Score, content_key, differences, read_sealed
+from cluscomp.store.records import EXTERNAL, ORIGINAL, Record, Score, differences, read_sealed
 
 TOLERANCE = 1e-3  # of a value, within which other arithmetic may bring it; of an accuracy also one answer
 Verdict = Literal["equal", "within tolerance", "different"]
@@ -80,14 +80,15 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def overrides_of(record: Record, outputs: Path) -> list[str]:
     """The overrides that the record's run was started with, from what its cell left. Raises InputError without one."""
-    folder = outputs / "cells" / record.run["experiment"] / content_key(record.config)
-    try:
-        return read_cell(folder).overrides
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder} is not there, so nothing tells how {record.run['name']} was started: give outputs=FOLDER of "
-            "that run, or its overrides, say experiment=NAME bits=3"
-        ) from None
+    folder = outputs / "cells" / record.run["experiment"]
+    for path in sorted(folder.glob("*/cell.json")):
+        cell = read_cell(path.parent)
+        if Path(cell.record).parent.name == f"run-{record.run['key']}":
+            return cell.overrides
+    raise InputError(
+        f"no cell in {folder} tells how {record.run['name']} was started: give outputs=FOLDER of that run, or its "
+        "overrides, say experiment=NAME bits=3"
+    )
 
 
 def checkpoint_of(record: Record, after: str, outputs: Path) -> Path | None:

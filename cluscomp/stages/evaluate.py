@@ -12,7 +12,7 @@ from cluscomp.data.overlap import Learned, overlap
 from cluscomp.data.texts import Source, test_windows
 from cluscomp.errors import InputError
 from cluscomp.score.tasks import Tasks, flipped
-from cluscomp.settings import settings
+from cluscomp.settings import described, settings
 from cluscomp.store.records import content_key
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Evaluate:
         """
         tasks: dict[str, str] = {}
         if self.tasks.names:
-            what = [self.tasks.describe(), self.tasks.rows(), lm_eval_version()]
+            what = [described(self.tasks)["class"], self.tasks.describe(), self.tasks.rows(), lm_eval_version()]
             tasks["lm-eval tasks"] = content_key(what)
         return tasks | {source.name: source.text("test").sha256 for source in self.texts.values()}
 

@@ -15,7 +15,7 @@ from cluscomp.errors import InputError
 from cluscomp.store.files import new_file
 
 log = logging.getLogger(__name__)
-SCHEMA = 1
+SCHEMA = 2
 EXTERNAL = "external"  # what made a model that another library compressed, where scores and stages are named
 STRICT = ConfigDict(extra="forbid")
 
@@ -54,8 +54,11 @@ class Record:
     """What a run did and found.
 
     run: name, experiment, key, date, seconds per stage (on the clock; of all cores together), status, commit of the
-    code and of each stage, `dirty` (some of it was computed by code that no commit holds).
-    config: the resolved settings.
+    code and of each stage, `dirty` (some of it was computed by code that no commit holds), `weights` (a hash of the
+    original's weight files: which model it was).
+    config: the resolved settings, under "class" the class of each part.
+    choices: for each group of yaml files the one that was chosen (`yaml`), and the settings of this run that differ
+    from what it says, by dotted name (`differs`).
     size: `paper_bits_per_weight` (16-bit codes), `linear_bits_per_weight` (as stored), `model_bits_per_weight`,
     `checkpoint_bytes`, `ledger` (bits by part).
     machine: device, versions, which kernels, peak memory per stage in bytes, and what the plan had predicted.
@@ -65,6 +68,7 @@ class Record:
     schema: int
     run: dict[str, Any]
     config: dict[str, Any]
+    choices: dict[str, dict[str, Any]]
     scores: list[Score]
     size: dict[str, Any]
     machine: dict[str, Any]
@@ -142,7 +146,10 @@ def read(path: Path) -> Record:
     try:
         values = json.loads(path.read_text())
         if isinstance(values, dict) and values.get("schema", SCHEMA) != SCHEMA:
-            raise InputError(f"{path}: schema {values['schema']}; this version reads {SCHEMA}")
+            raise InputError(
+                f"{path}: schema {values['schema']}; this version reads {SCHEMA} (python -m cluscomp.command.convert "
+                f"{path.parent} brings records of schema 1 there)"
+            )
         return TypeAdapter(Record).validate_python(values)
     except (OSError, ValueError, ValidationError) as error:
         raise InputError(f"{path}: not a record: {error}") from error

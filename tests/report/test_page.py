@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_tables import asked, method_record, record, score, size, with_tasks
+from test_tables import asked, chosen, method_record, record, score, size, with_tasks
 
 from cluscomp.command import records
 from cluscomp.errors import InputError
@@ -39,7 +39,8 @@ def run_of(
     made = record(name, [score("original", 20.0, **protocol_), score("cluster", value, **protocol_)])
     made.config.update(order=["cluster"], seed=seed)
     made.config["stages"]["cluster"]["method"]["bits"] = bits
-    made.stages["cluster"].update(size=size(stored, 8.0, file_size), found={"method": method})
+    made.stages["cluster"].update(size=size(stored, 8.0, file_size))
+    made.choices.update(chosen(method))
     made.run["seconds"], made.machine["peak_ram"] = {"cluster": 90.0}, {"cluster": 2**30}
     return made
 
@@ -89,56 +90,74 @@ def test_models_of_different_tokenizers_stand_in_one_table():
 
 
 @pytest.mark.parametrize(
-    ("order", "after", "settings", "name"),
+    ("order", "after", "choices", "name"),
     [
-        (["cluster"], "cluster", {}, "ClusComp-"),
-        (["cluster", "block_finetune"], "block_finetune", {}, "ClusComp"),
-        (["cluster", "block_finetune", "recover"], "recover", {}, "ClusComp+"),
-        (["cluster", "block_finetune", "recover"], "block_finetune", {}, "ClusComp"),
-        (["cluster", "block_finetune", "finetune"], "finetune", {}, "ClusComp + finetune"),
+        (["cluster"], "cluster", chosen(), "ClusComp-"),
+        (["cluster", "block_finetune"], "block_finetune", chosen(), "ClusComp"),
+        (["cluster", "block_finetune", "recover"], "recover", chosen(), "ClusComp+"),
+        (["cluster", "block_finetune", "recover"], "block_finetune", chosen(), "ClusComp"),
+        (["cluster", "block_finetune", "finetune"], "finetune", chosen(), "ClusComp + finetune"),
         (["finetune"], "finetune", {}, "original + finetune"),
-        (["cluster", "recover"], "recover", {}, "ClusComp- + recover"),
-        (["cluster"], "cluster", {"weighting": "none", "assign": "nearest"}, "ClusComp- (data-free)"),
-        (["cluster"], "cluster", {"init": "random_points", "weighting": "none"}, "ClusComp- (paper)"),
-        (["cluster"], "cluster", {"init": "random_points", "weighting": "none", "axis": "in"}, "iPQ"),
-        (["cluster"], "cluster", {"share": "input", "descent": 2}, "ClusComp- (share=input, descent=2)"),
-        (["cluster"], "cluster", {"allocation": "fill", "floor": 0.85}, "ClusComp- (allocation=fill)"),
-        (["cluster"], "cluster", {"allocation": "fill"}, "ClusComp- (allocation=fill, floor=0)"),
-        (["cluster"], "original", {}, "original"),
+        (["cluster", "recover"], "recover", chosen(), "ClusComp- + recover"),
+        (["cluster"], "cluster", chosen("cluscomp_data_free"), "ClusComp- (data-free)"),
+        (["cluster"], "cluster", chosen("cluscomp_paper", damping=0.5), "ClusComp- (paper, damping=0.5)"),
+        (["cluster"], "cluster", chosen("ipq"), "iPQ"),
+        (["cluster"], "cluster", chosen(share="input", descent=2), "ClusComp- (share=input, descent=2)"),
+        (["cluster"], "cluster", chosen("gptvq", allocation="uniform"), "GPTVQ (allocation=uniform)"),
+        (["cluster"], "cluster", chosen(floor=0.0), "ClusComp- (floor=0)"),
+        (["cluster"], "cluster", chosen(vector_dim=4, codebook_size=65500), "ClusComp-"),
+        (["cluster"], "cluster", chosen("rtn", _target_="mine.Zeros", group=16), "RTN (_target_=mine.Zeros)"),
+        (["cluster"], "cluster", chosen("gptq", prefix="compressed"), "GPTQ (prefix=compressed)"),
+        (["cluster", "tune"], "tune", chosen("signs", power=2), "signs (power=2) + tune"),
+        (["cluster"], "original", chosen(), "original"),
     ],
 )
-def test_methods_are_called_what_the_paper_calls_them(order, after, settings, name):
-    made = record()
+def test_methods_are_called_what_papers_call_them_and_by_what_differs_from_their_yaml(order, after, choices, name):
+    made = replace(record(), choices=choices)
     made.config["order"] = order
-    made.config["stages"]["cluster"]["method"].update(settings)
     assert method_name(made, after) == name
     assert method_name(method_record("a", "gptq", 3.0, 1.0, 3.0), "tune") == "GPTQ + tune"
 
 
-def test_inputs_from_the_compressed_layers_before_are_told():
-    made = run_of("a", 30.0, method="gptq")
-    made.config["stages"]["cluster"]["prefix"] = "compressed"
-    assert method_name(made, "cluster") == "GPTQ (prefix=compressed)"
-
-
-def test_an_allocation_is_told_of_every_method():
-    made = run_of("a", 30.0, method="gptvq")
-    made.config["stages"]["cluster"]["method"]["allocation"] = "fill"
-    assert method_name(made, "cluster") == "GPTVQ (allocation=fill)"
+def test_every_yaml_of_a_method_has_a_name_that_no_other_has():
+    files = (ROOT / "conf" / "method").glob("*.yaml")
+    made = {path.stem: replace(record(), choices=chosen(path.stem)) for path in files}
+    for one in made.values():
+        one.config["order"] = ["cluster", "block_finetune"]
+    names = {name: method_name(one, "block_finetune") for name, one in made.items()}
+    assert len(set(names.values())) == len(names) and not set(names) & set(names.values())
 
 
 @pytest.mark.parametrize(
     ("method", "learns", "name"),
     [
-        ("rtn", "rounding", "AutoRound"), ("rtn", "clipping", "OmniQuant"), ("rtn", "values", "RTN + block_finetune"),
-        ("gptq", "rounding", "GPTQ + block_finetune"), ("gptq", None, "GPTQ + block_finetune"),
+        ("autoround", "rounding", "AutoRound"), ("omniquant", "clipping", "OmniQuant"),
+        ("rtn", "values", "RTN + block_finetune"), ("gptq", None, "GPTQ + block_finetune"),
+        ("gptq", "rounding", "GPTQ + block_finetune (learns=rounding)"),
     ],
 )  # fmt: skip
 def test_what_block_finetune_learns_of_uniform_grids_has_the_name_of_its_paper(method, learns, name):
     made = run_of("a", 30.0, method=method)
     made.config["order"] = ["cluster", "block_finetune"]
     made.config["stages"]["block_finetune"] = {} if learns is None else {"learns": learns}
-    assert method_name(made, "block_finetune") == name and method_name(made, "cluster") == method.upper()
+    assert method_name(made, "block_finetune") == name
+    assert method_name(made, "cluster") == ("GPTQ" if method == "gptq" else "RTN")
+
+
+def test_two_models_of_one_name_are_told_apart_by_their_weights():
+    """Of three runs on folders called `final` two are of one model; an older record does not tell which it is of."""
+    runs = [run_of(name, 30.0 + number, method=name) for number, name in enumerate(("gptq", "awq", "rtn", "hqq"))]
+    for made, weights in zip(runs, ("a" * 16, "a" * 16, "b" * 16, None)):
+        made.config["model"] = {"id": "final"}
+        made.run.update({} if weights is None else {"weights": weights})
+    named = perplexity_table(runs).query("method != 'original'").set_index("method")["model"]
+    assert named.to_dict() == {
+        "GPTQ": "final@aaaaaaaa",
+        "AWQ": "final@aaaaaaaa",
+        "RTN": "final@bbbbbbbb",
+        "HQQ": "final",
+    }
+    assert set(perplexity_table(runs[:2])["model"]) == {"final"}
 
 
 def test_the_pareto_front_tells_what_learned_from_the_data_it_is_scored_on():

@@ -18,6 +18,12 @@ def size(linear: float, model: float, bytes_: int) -> dict:
     return {"linear_bits_per_weight": linear, "model_bits_per_weight": model, "checkpoint_bytes": bytes_, "ledger": {}}
 
 
+def chosen(method: str = "cluscomp", **differs: object) -> dict:
+    """Choices of a run by hand: the method's yaml, and the settings that differ from it."""
+    prefix = {"prefix": differs.pop("prefix")} if "prefix" in differs else {}
+    return {"method": {"yaml": method, "differs": differs}, "cluster": {"yaml": "default", "differs": prefix}}
+
+
 def record(name: str = "run-a", rows: list[Score] | None = None) -> Record:
     last = size(3.0, 8.0, 123_000_000)
     return Record(
@@ -29,6 +35,7 @@ def record(name: str = "run-a", rows: list[Score] | None = None) -> Record:
             "order": ["cluster", "tune"],
             "stages": {"cluster": {"method": {"bits": 3.0, "init": "kd", "weighting": "diagonal"}}},
         },
+        choices=chosen(),
         scores=[score("original", 20.0), score("cluster", 30.0), score("tune", 25.0)] if rows is None else rows,
         size=last | {"original": size(16.0, 16.0, 269_060_000)},
         machine={},
@@ -222,10 +229,11 @@ def method_record(name: str, method: str, bits: float | None, value: float, stor
         schema=SCHEMA,
         run={"name": name, "seconds": {"cluster": 90.0, "tune": 30.0, "evaluate tune": 999.0}},
         config={"order": ["cluster", "tune"], "stages": {"cluster": {"method": {"bits": bits}}}},
+        choices=chosen(method),
         scores=rows,
         size={},
         machine={"peak_ram": {"cluster": 2**30, "tune": 2**29, "evaluate tune": 2**33}},
-        stages={"cluster": {"size": {}, "found": {"method": method}}, "tune": {"size": last}},
+        stages={"cluster": {"size": {}, "found": {}}, "tune": {"size": last}},
     )
 
 

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp.data.texts import calibration_windows
-from cluscomp.runs.experiment import stage_keys
+from cluscomp.runs.experiment import config_of, settings_of, stage_keys, without_places
 from cluscomp.runs.run import Outcome
-from cluscomp.store.records import SCHEMA, protocol, read
+from cluscomp.store.records import SCHEMA, protocol, read, read_sealed, write_sealed
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny.json"
 SMALL = [
@@ -110,6 +110,50 @@ def test_every_setting_that_decides_the_result_makes_another_key(assign, stage, 
     assert not set(stage_keys(experiment, {"model": "n"}).values()) & set(before.values())
 
 
+ZEROS = """
+import torch
+
+from cluscomp.methods.rtn import RoundToNearest
+from cluscomp.settings import settings
+
+
+@settings
+class Zeros(RoundToNearest):
+    \"\"\"Every weight is zero.\"\"\"
+
+    def compress(self, weight_OI, *rest):
+        return super().compress(torch.zeros_like(weight_OI), *rest)
+"""
+
+
+def test_two_methods_with_equal_settings_share_nothing(ground, tmp_path, monkeypatch):
+    """One of them is the user's own, in a module on the path."""
+    (tmp_path / "zeros.py").write_text(ZEROS)
+    monkeypatch.syspath_prepend(tmp_path)
+    common = ["model=tiny", "data=text", "method=rtn", "bits=4", "evaluate.context=32", "evaluate.limit=2"]
+    given = [*common, f"data.file={ground / 'text.txt'}", f"outputs={tmp_path / 'out'}", f"cache={ground / 'cache'}"]
+    other = [*given, "method._target_=zeros.Zeros"]
+    first, second = pipelines.pipeline(*given), pipelines.pipeline(*other)
+    assert first.path != second.path and stage_hash(first, "cluster") != stage_hash(second, "cluster")
+    errors = [made.record.stages["cluster"]["found"]["relative_error"] for made in (first, second)]
+    assert errors[1] == pytest.approx(1.0) and errors[0] < 0.1
+    classes = [made.record.config["stages"]["cluster"]["method"]["class"] for made in (first, second)]
+    assert classes == ["cluscomp.methods.rtn.RoundToNearest", "zeros.Zeros"]
+    assert settings_of(pipelines.composed(*given)) != settings_of(pipelines.composed(*other))
+    assert second.record.choices["method"] == {"yaml": "rtn", "differs": {"_target_": "zeros.Zeros"}}
+
+
+def test_cells_tell_folders_of_one_name_apart_and_records_name_neither(tmp_path):
+    given = ["bits=3", "model=hub", "data=text"]
+    one, other = (
+        pipelines.composed(*given, f"model.id={tmp_path / name / 'final'}", f"data.file={tmp_path / name / 'text.txt'}")
+        for name in "ab"
+    )
+    assert settings_of(one) != settings_of(other)
+    assert config_of(one) == config_of(other) and str(tmp_path) not in json.dumps(config_of(one))
+    assert str(tmp_path) not in json.dumps(without_places(one.choices))
+
+
 def stage_hash(outcome: Outcome, stage: str) -> str:
     return outcome.record.stages[stage]["checkpoint_hash"]
 
@@ -131,7 +175,8 @@ def test_the_record_has_the_schema_of_the_design(tuned, ground):
     record = read(tuned.path)
     assert record == tuned.record and record.schema == SCHEMA
     assert set(record.run) == {
-        "name", "experiment", "key", "date", "seconds", "cpu_seconds", "commit", "commits", "dirty", "status",
+        "name", "experiment", "key", "weights", "date", "seconds", "cpu_seconds", "commit", "commits", "dirty",
+        "status",
     }  # fmt: skip
     assert record.run["status"] == "finished" and tuned.path.parent.name == f"run-{record.run['key']}"
     steps = ["evaluate original", "cluster", "evaluate cluster", "block_finetune", "evaluate block_finetune"]
@@ -252,6 +297,84 @@ def test_damaged_metrics_are_made_again(tuned, ground, tmp_path, damage, caplog)
     assert "metrics.json is damaged" in caplog.text
     assert stage_hash(again, "cluster") == stage_hash(tuned, "cluster")
     assert again.record.scores == [row for row in tuned.record.scores if row.after != "block_finetune"]
+
+
+def test_two_stages_whose_folders_were_exchanged_are_told_and_made_again(tuned, ground, tmp_path, caplog):
+    """Each part of them is whole, but belongs to the other one: the folder, the metrics or the checkpoint alone."""
+    other = pipeline(ground, tmp_path / "other", "method.iterations=1")
+    assert stage_hash(other, "cluster") != stage_hash(tuned, "cluster")
+    (theirs,) = (tmp_path / "other").glob("cluster-*")
+    for part in ("", "metrics.json", "checkpoint"):
+        outputs = tmp_path / f"moved-{part}"
+        shutil.copytree(ground / "outputs", outputs)
+        (ours,) = (path for path in outputs.glob("cluster-*") if path.name == f"cluster-{key_of(tuned, ground)}")
+        shutil.rmtree(ours / part) if part != "metrics.json" else (ours / part).unlink()
+        (shutil.copyfile if part == "metrics.json" else shutil.copytree)(theirs / part, ours / part)
+        caplog.clear()
+        again = pipeline(ground, outputs)
+        assert caplog.text.count("belongs to another folder") == 1
+        assert stage_hash(again, "cluster") == stage_hash(tuned, "cluster")
+
+
+def key_of(outcome: Outcome, ground: Path) -> str:
+    """The key of the run's stage cluster, from the folder that holds its checkpoint."""
+    hashes = {
+        path.parent.name: json.loads(path.read_text()) for path in (ground / "outputs").glob("cluster-*/metrics.json")
+    }
+    (name,) = (name for name, found in hashes.items() if found["checkpoint_hash"] == stage_hash(outcome, "cluster"))
+    return name.removeprefix("cluster-")
+
+
+def test_scores_that_belong_to_another_model_are_measured_again(tuned, ground, tmp_path, caplog):
+    shutil.copytree(ground / "outputs", tmp_path / "moved")
+    first, second, *_ = sorted((tmp_path / "moved").glob("evaluate-*"))
+    for one, two in ((first, "aside"), (second, first.name), (tmp_path / "moved" / "aside", second.name)):
+        one.rename(one.with_name(two))
+    again = pipeline(ground, tmp_path / "moved", *TUNED)
+    assert "belongs to another folder" in caplog.text and again.record.scores == tuned.record.scores
+
+
+def test_what_another_commit_finished_says_so_once(ground, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "cluscomp")
+    pipeline(ground, tmp_path / "out")
+    for path in tmp_path.glob("out/*/metrics.json"):
+        write_sealed(path, dict(read_sealed(path) or {}) | {"commit": "f" * 40, "dirty": False})
+    (record,) = tmp_path.glob("out/run-*/record.json")
+    values = json.loads(record.read_text())
+    values["run"] |= {"commit": None, "dirty": None}
+    record.write_text(json.dumps(values))
+    assert "finished before, by" not in caplog.text
+    pipeline(ground, tmp_path / "out")
+    told = [line for line in caplog.messages if "finished before, by" in line]
+    assert [line.split("  ")[0] for line in told][:3] == ["evaluate original", "cluster", "evaluate cluster"]
+    assert len(told) == 4 and all("by commit ffffffffffff; this is " in line for line in told[:3])
+    assert told[3].startswith("run-") and "by code of no commit; this is " in told[3]
+
+
+def test_a_fresh_run_makes_everything_anew_and_replaces_only_by_what_is_whole(ground, tmp_path, monkeypatch):
+    first = pipeline(ground, tmp_path / "out", "evaluate.distance=true")
+    before = files(tmp_path / "out")
+
+    def fails(*_, **__):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr("cluscomp.checkpoint.save", fails)
+        pipeline(ground, tmp_path / "out", "evaluate.distance=true", "fresh=true")
+    kept = files(tmp_path / "out")
+    stage = {path for path in before if "cluster-" in path}
+    assert {path: kept[path] for path in stage} == {path: before[path] for path in stage}
+
+    again = pipeline(ground, tmp_path / "out", "evaluate.distance=true", "fresh=true")
+    after = files(tmp_path / "out")
+    assert after.keys() == before.keys()
+    assert not [
+        path for path in before if path.endswith(("metrics.json", "safetensors")) and after[path] == before[path]
+    ]
+    assert again.path == first.path and again.record.run["date"] >= first.record.run["date"]
+    assert again.record.scores == first.record.scores
+    assert again.record.stages["cluster"]["checkpoint_hash"] == stage_hash(first, "cluster")
+    assert again.record.config == first.record.config
 
 
 def kill_at(ground: Path, outputs: Path, pattern: str, *more: str) -> None:

@@ -16,6 +16,7 @@ SCORE = Score(
 def record(**changes) -> Record:
     values = {
         "schema": SCHEMA, "run": {"name": "run-1", "seconds": {"cluster": 1.5}}, "config": {"seed": 0, "bits": None},
+        "choices": {"method": {"yaml": "rtn", "differs": {"group": 64}}},
         "scores": [SCORE], "size": {"linear_bits_per_weight": 3.0}, "machine": {"device": "cpu"},
         "stages": {"cluster": {"found": {"relative_error": 0.25}}},
     }  # fmt: skip
@@ -51,7 +52,7 @@ def test_sealed_values_are_read_as_they_were_or_not_at_all(tmp_path, caplog):
 def test_the_file_holds_the_keys_of_the_schema(tmp_path):
     write(record(), tmp_path / "record.json")
     values = json.loads((tmp_path / "record.json").read_text())
-    assert list(values) == ["schema", "run", "config", "scores", "size", "machine", "stages"]
+    assert list(values) == ["schema", "run", "config", "choices", "scores", "size", "machine", "stages"]
     assert set(values["scores"][0]) == {"after", "metric", "dataset", "value", "stderr", "n", "protocol", "seen"}
 
 
@@ -102,7 +103,7 @@ def test_an_older_schema_is_told_from_damage(tmp_path):
     """A record of another schema has other keys; what is wrong with it is its schema, not those."""
     path = tmp_path / "record.json"
     path.write_text(json.dumps({"schema": 0, "results": []}))
-    with pytest.raises(InputError, match=f"schema 0; this version reads {SCHEMA}"):
+    with pytest.raises(InputError, match=f"schema 0; this version reads {SCHEMA}.*command.convert {tmp_path} "):
         read(path)
 
 

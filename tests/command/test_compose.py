@@ -1,0 +1,56 @@
+"""Choices: the yaml of each group, and the settings that differ from it, however they were given."""
+
+import json
+from pathlib import Path
+
+import hydra
+import pytest
+from pipelines import composed
+
+from cluscomp.command.compose import CONF
+from cluscomp.command.convert import converted
+from cluscomp.runs.experiment import config_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_what_is_written_in_a_yaml_is_no_difference():
+    """Bits, data and seed reach the groups by interpolation; the values of presets are those of their whole chain."""
+    found = composed("bits=3", "seed=7", "method=autoround", "evaluate=gptq_2048", "experiment=sharing").choices
+    assert {name: one["yaml"] for name, one in found.items()}.items() >= {
+        "method": "autoround", "block_finetune": "autoround_quick", "evaluate": "gptq_2048", "experiment": "sharing",
+        "data@evaluate.texts.c4": "c4", "cluster": "default",
+    }.items()  # fmt: skip
+    assert found["evaluate"]["differs"] == {"context": 512, "limit": 40, "batch_size": 8}  # of the experiment
+    assert not any(one["differs"] for name, one in found.items() if name != "evaluate")
+
+
+def test_what_differs_from_a_yaml_is_told_as_it_is_resolved():
+    given = ["bits=3", "method.floor=0.5", "cluster.samples=${seed}", "seed=9", "+data@evaluate.texts.more=ptb"]
+    found = composed(*given, "evaluate.texts.more.test=other").choices
+    assert found["method"] == {"yaml": "cluscomp", "differs": {"floor": 0.5}}
+    assert found["cluster"]["differs"] == {"samples": 9} and found["evaluate"]["differs"] == {}
+    assert found["data@evaluate.texts.more"] == {"yaml": "ptb", "differs": {"test": "other"}}
+
+
+def test_a_run_that_compresses_nothing_has_no_method():
+    assert not {"method", "cluster"} & composed("order=[evaluate]").choices.keys()
+
+
+@pytest.mark.parametrize("given", [["method=gptq"], ["method=omniquant"], ["experiment=demo", "method.floor=0.5"]])
+def test_a_record_of_schema_1_is_converted_to_what_a_run_writes(given):
+    """Of choices those of stages that are run; of others the yaml that differs least need not be the one chosen."""
+    experiment = composed("bits=3", *given)
+
+    def without_classes(value):
+        if not isinstance(value, dict):
+            return value
+        return {key: without_classes(part) for key, part in value.items() if key != "class"}
+
+    old = {"schema": 1, "run": {}, "config": without_classes(config_of(experiment)), "scores": []}
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        found = converted(json.loads(json.dumps(old)))
+    assert list(found) == ["schema", "run", "config", "choices", "scores"] and found["schema"] == 2
+    assert found["config"] == config_of(experiment)
+    same = {"method", *experiment.order}
+    assert {name: found["choices"][name] for name in same} == {name: experiment.choices[name] for name in same}
