@@ -29,7 +29,7 @@ from cluscomp.models.walk import Walk
 from cluscomp.plan.meta import MetaModel
 from cluscomp.runs.experiment import Experiment
 
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if "_target_" in path.read_text())
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if "_global_" not in path.read_text())
 BLOCK, BITS, MOST = 2, 3, 1.1
 CALIBRATION = ["data=pydoc", "cluster.samples=8", "cluster.length=512"]
 

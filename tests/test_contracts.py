@@ -41,7 +41,12 @@ VARIANTS = {  # choices that say only what is other than in another choice of th
     for path in sorted((CONF / group).glob("*.yaml"))
     if "_target_" not in (node := yaml.safe_load(path.read_text())) and "order" not in node
 }
-METHODS = [name for name in NODES if name.startswith("method/")]
+METHODS = {name: node for name, node in NODES.items() if name.startswith("method/")}
+METHODS |= {
+    name: METHODS[f"method/{node['defaults'][0]}.yaml"] | {key: node[key] for key in node if key != "defaults"}
+    for name, node in VARIANTS.items()
+    if name.startswith("method/")
+}
 STAGES = [name for name, node in NODES.items() if node["_target_"].startswith("cluscomp.stages.")]
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 NOTEBOOKS = sorted((ROOT / "analysis").glob("*.ipynb"))
@@ -115,7 +120,7 @@ def test_methods_that_are_mostly_training_choose_it(name, learns):
 @pytest.fixture(params=METHODS)
 def method(request):
     """Each method with the values of its yaml, made small enough for a tiny weight."""
-    node = OmegaConf.create({"bits": None, "method": NODES[request.param]})
+    node = OmegaConf.create({"bits": None, "method": METHODS[request.param]})
     given = OmegaConf.to_container(OmegaConf.create({"bits": 3.0, "method": node.method}), resolve=True)["method"]
     given |= {key: value for key, value in SMALLER.items() if given.get(key) is not None}
     return hydra.utils.instantiate(given, _convert_="all")

@@ -20,7 +20,8 @@ from cluscomp.store.records import SCHEMA, read, to_json
 # What a run did before there was the setting.
 BEFORE: dict[str, Any] = {
     "weighting": "none", "assign": "nearest", "least_squares": 0, "descent": 0, "share": "none", "storage": "float16",
-    "allocation": "uniform", "floor": 0.0, "damping": 0.01, "prefix": "original", "norms": False, "learns": "values",
+    "allocation": "uniform", "floor": 0.0, "measure": True,
+    "damping": 0.01, "prefix": "original", "norms": False, "learns": "values",
     "loss": "mse", "order": "fixed", "warmup": 0.0, "clip": None, "streams": "memory", "bos": False, "distance": False,
 }  # fmt: skip
 MEASURED = ("fill", "sensitivity")  # values of `allocation` under which `floor` says something

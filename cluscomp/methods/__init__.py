@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # torch is not needed to check settings
     from torch import Tensor
 
     from cluscomp.forms.stored import Stored
+    from cluscomp.solve.allocate import Menu
     from cluscomp.solve.layer import Layer, Seen
 
 
@@ -40,6 +41,23 @@ class Method(Protocol):
 
         Layers that were given back are not looked at again. The result depends on the layers, the settings and the
         generators' seeds alone. Raises ValueError, beginning with the layer's name, for what cannot be.
+        """
+        ...
+
+
+@runtime_checkable
+class Offers(Method, Protocol):
+    """A method whose bits can be shared out, inside a block or over the whole model."""
+
+    @property
+    def bits(self) -> float | None:
+        """The most bits per weight that may be stored; None: its settings fix what is stored."""
+        ...
+
+    def offers(self, layers: "dict[str, Layer]") -> "Iterator[Menu]":
+        """For each layer, or for layers that go together, what they may have at and around `bits`, some at a time.
+
+        `dataclasses.replace(method, **option.settings)` is the method that makes an option's stored form of them.
         """
         ...
 

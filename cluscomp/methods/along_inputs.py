@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cluscomp.forms.codebook import CodebookWeight
+    from cluscomp.solve.allocate import Menu
     from cluscomp.solve.layer import Layer, Seen
     from cluscomp.solve.shapes import Matrices, Shape
 
@@ -61,25 +62,38 @@ class InputCodebooks(ABC):
 
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
         """See `Method.compress`."""
-        shapes = self.shapes({name: (*layer.weight_OI.shape,) for name, layer in layers.items()})
+        shapes = self.shapes({name: _matrix(layer) for name, layer in layers.items()})
         for name, shape in shapes.items():
             layer = layers[name]
             with named([name]):
                 stored = self.stored(layer.weight_OI.float(), layer.show(), layer.generator, shape)
             yield Compressed({name: stored}, {})
 
+    def offers(self, layers: "dict[str, Layer]") -> "Iterator[Menu]":
+        """By shapes alone; see `methods.Offers`."""
+        for name, layer in layers.items():
+            yield self._menu(name, _matrix(layer))
+
     def shapes(self, matrices: "dict[str, tuple[int, int]]") -> "dict[str, Shape]":
         """The shape of the codebooks of each layer (O, I) of a block, by name. Raises ValueError, beginning with it."""
-        from cluscomp.solve.allocate import expected_shapes
+        from cluscomp.solve.allocate import share_out
 
+        if self.allocation == "fill" and self.bits is not None:
+            picked = share_out([self._menu(name, matrix) for name, matrix in matrices.items()], self.bits)
+            methods = [replace(self, **option.settings) for option in picked]
+        else:
+            methods = [self] * len(matrices)
         found = {}
-        for name, matrix in matrices.items():
+        for method, (name, matrix) in zip(methods, matrices.items()):
             with named([name]):
-                found[name] = self.shape(*matrix)
-        if self.allocation == "uniform" or self.bits is None:
-            return found
-        shared_out = expected_shapes([[matrix] for matrix in matrices.values()], self._best, self.bits, self._quality)
-        return dict(zip(matrices, shared_out))
+                found[name] = method.shape(*matrix)
+        return found
+
+    def _menu(self, name: str, matrix: "tuple[int, int]") -> "Menu":
+        from cluscomp.solve.allocate import expected_menu
+
+        assert self.bits is not None  # who asks for offers has looked
+        return expected_menu([name], [matrix], self._best, self.bits, self._quality)
 
     def shape(self, out_features: int, in_features: int) -> "Shape":
         """Length D and size K of each codebook for a weight (O, I): by hand, or the best within `bits` for all of them.
@@ -119,3 +133,7 @@ class InputCodebooks(ABC):
         from cluscomp.solve.shapes import expected_bits
 
         return expected_bits(shape) + (self.added - 1) * math.log2(shape.codebook_size) / shape.vector_dim
+
+
+def _matrix(layer: "Layer") -> tuple[int, int]:
+    return layer.weight_OI.shape[0], layer.weight_OI.shape[1]

@@ -3,9 +3,8 @@
 And what the layers' inputs can add to it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cluscomp.forms.codebook import CodebookWeight
+    from cluscomp.solve.allocate import Menu
     from cluscomp.solve.kmeans import Clustering, Recipe
     from cluscomp.solve.layer import Layer
     from cluscomp.solve.shapes import Matrices, Shape
@@ -34,11 +34,11 @@ class ClusComp:
     codebook's values. `share`: which weights of a block have one codebook and a scale each, "input" those that read the
     same input (query, key and value; gate and up), "block" all, "none" (the paper) each its own. `allocation` "uniform"
     gives every codebook at most `bits`, which leaves some unspent as codes take whole bits; "fill" spends them, with
-    `bits` as the most of a block (nothing else where a block has one codebook, or D and K are fixed); "gaussian" does
-    so without measuring any error, so that shapes follow from `bits` and the matrices' shapes alone; "sensitivity"
-    shares out what "uniform" takes so that the layers' relative errors add up to the least. "fill" and "sensitivity"
-    give no codebook less than about a share `floor` of `bits`. `iterations`, `init`, `over_relaxation` and
-    `move_centroids` are the recipe of K-means (`kmeans.Recipe`); the paper's is 20, random_points, 1, false.
+    `bits` as the most of a block (nothing else where a block has one codebook, or D and K are fixed), and gives no
+    codebook less than about a share `floor` of `bits`. With `measure` the errors of shapes are measured on the weights;
+    without, they are those of Gaussian ones, so that shapes follow from the matrices' shapes alone. `iterations`,
+    `init`, `over_relaxation` and `move_centroids` are the recipe of K-means (`kmeans.Recipe`); the paper's is 20,
+    random_points, 1, false.
 
     The rest spends no bytes and is not in the paper; any of it needs calibration text and axis "out".
     `weighting` "diagonal": a sub-vector counts by the mean square of its input. `assign` "hessian": codes are chosen
@@ -53,7 +53,8 @@ class ClusComp:
     axis: Literal["out", "in"]
     storage: Literal["float16", "float8", "int8"]
     share: Literal["none", "input", "block"]
-    allocation: Literal["uniform", "fill", "gaussian", "sensitivity"]
+    allocation: Literal["uniform", "fill"]
+    measure: bool
     floor: float = Field(ge=0, le=1)
     iterations: int = Field(ge=1)
     init: Literal["random_points", "kd"]
@@ -70,11 +71,6 @@ class ClusComp:
         check_choice(self.bits, vector_dim=self.vector_dim, codebook_size=self.codebook_size)
         if self.share != "none" and self.storage != "float16":
             raise ValueError(f"method.share={self.share} needs method.storage=float16 (here {self.storage})")
-        if self.allocation == "sensitivity" and (self.bits is None or self.share == "block"):
-            raise ValueError(
-                "method.allocation=sensitivity needs bits=3 (any number from 1 to 8) and several codebooks a "
-                "block, method.share=none or input, to share out bits between"
-            )
         if self.axis == "in" and self.sees():
             raise ValueError(
                 f"method.axis=in needs method.weighting=none, method.assign=nearest, method.least_squares=0 and "
@@ -90,14 +86,33 @@ class ClusComp:
 
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
         """Group after group of layers that share a codebook; see `Method.compress`."""
+        from cluscomp.solve.allocate import share_out
+
         groups = self._groups(layers)
-
-        def opened(names: list[str]) -> "_Group":
-            return _Group([layers[name] for name in names], self, names)
-
-        for names, shape in zip(groups, self._shapes_of([partial(opened, names) for names in groups])):
-            stored = self._clustered(opened(names), shape)
+        methods = [self] * len(groups)
+        if self.bits is not None and self.allocation == "fill" and (len(groups) > 1 or not self.measure):
+            methods = [replace(self, **option.settings) for option in share_out([*self.offers(layers)], self.bits)]
+        for names, method in zip(groups, methods):
+            group = self._opened(layers, names)
+            with named(names):
+                shape = method.shape(group)
+                stored = method.clustered(group, shape)
             yield Compressed(dict(zip(names, stored)), asdict(shape))
+
+    def offers(self, layers: "dict[str, Layer]") -> "Iterator[Menu]":
+        """What the layers that share a codebook may have; one group is open at a time. See `methods.Offers`."""
+        from cluscomp.solve.allocate import expected_menu, measured_menu
+
+        assert self.bits is not None  # who asks for offers has looked
+        for names in self._groups(layers):
+            group = self._opened(layers, names)
+            if self.measure:
+                yield measured_menu(group, self._shapes, self.bits, self._recipe, self.floor)
+            else:
+                yield expected_menu(names, group.matrices, self._shapes, self.bits)
+
+    def _opened(self, layers: "dict[str, Layer]", names: list[str]) -> "_Group":
+        return _Group([layers[name] for name in names], self, names)
 
     def _groups(self, layers: "dict[str, Layer]") -> list[list[str]]:
         """The names of the layers that share a codebook, group after group."""
@@ -134,51 +149,38 @@ class ClusComp:
 
         return Recipe(self.iterations, self.init, self.over_relaxation, self.move_centroids)
 
-    def _shapes_of(self, groups: "list[Callable[[], _Group]]") -> "list[Shape]":
-        """The shape of each group's codebook; one group is open at a time."""
-        from cluscomp.solve import allocate
+    def shape(self, group: "_Group") -> "Shape":
+        """The shape of the codebook of a group: by hand, or the best within `bits`."""
+        from cluscomp.solve.shapes import choose, expected_bits
 
-        if not self._shared_out(len(groups)):
-            return allocate.uniform(groups, self._shapes, self.bits, self._recipe)
-        assert self.bits is not None  # _shared_out
-        policies: dict[str, Callable[..., list[Shape]]] = {
-            "fill": partial(allocate.fill, floor=self.floor),
-            "gaussian": allocate.gaussian,
-            "sensitivity": partial(allocate.sensitivity, floor=self.floor),
-        }
-        policy = policies[self.allocation]
-        return policy(groups, self._shapes, self.bits, self._recipe)
+        shapes = self._shapes(group.matrices, self.bits)
+        if self.measure:
+            return choose(group.points, shapes, self._recipe, group.generator)
+        return max(shapes, key=expected_bits)
 
-    def _shared_out(self, groups: int) -> bool:
-        """Whether bits are given out between groups: not with shapes by hand, or a single codebook."""
-        if self.bits is None or self.allocation == "uniform":
-            return False
-        return groups > 1 or self.allocation == "gaussian"
-
-    def _clustered(self, group: "_Group", shape: "Shape") -> "list[CodebookWeight]":
+    def clustered(self, group: "_Group", shape: "Shape") -> "list[CodebookWeight]":
         """The stored forms of a group's layers, with one codebook."""
         import torch
 
         from cluscomp.forms.codebook import CodebookWeight, num_sub_vectors
 
-        with named(group.names):
-            found = group.kmeans(shape, self._recipe)
-            counts = [num_sub_vectors(*matrix, shape.vector_dim, self.axis) for matrix in group.matrices]
-            codes, centroids_KD = list(found.codes_N.split(counts)), found.centroids_KD
-            if self._full:
-                codes, centroids_KD = self._by_output(group, codes, centroids_KD)
-            stored = [
-                CodebookWeight.from_codes(
-                    codes_N[None],
-                    centroids_KD[None],
-                    None if scale is None else torch.tensor([scale], device=codes_N.device),
-                    out_features=out_features,
-                    in_features=in_features,
-                    axis=self.axis,
-                    storage=self.storage,
-                )
-                for codes_N, scale, (out_features, in_features) in zip(codes, group.scales, group.matrices)
-            ]
+        found = group.kmeans(shape, self._recipe)
+        counts = [num_sub_vectors(*matrix, shape.vector_dim, self.axis) for matrix in group.matrices]
+        codes, centroids_KD = list(found.codes_N.split(counts)), found.centroids_KD
+        if self._full:
+            codes, centroids_KD = self._by_output(group, codes, centroids_KD)
+        stored = [
+            CodebookWeight.from_codes(
+                codes_N[None],
+                centroids_KD[None],
+                None if scale is None else torch.tensor([scale], device=codes_N.device),
+                out_features=out_features,
+                in_features=in_features,
+                axis=self.axis,
+                storage=self.storage,
+            )
+            for codes_N, scale, (out_features, in_features) in zip(codes, group.scales, group.matrices)
+        ]
         for weight in stored[1:]:
             weight.follow(stored[0])
         return stored

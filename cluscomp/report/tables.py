@@ -129,6 +129,8 @@ def method_name(record: Record, after: str) -> str:
     length = max(count for count in range(1, len(names) + 1) if order[:count] == STAGES[:count])
     differs = {key: value for key, value in chosen["differs"].items() if key not in COLUMN}
     differs |= {key: value for key, value in record.choices["cluster"]["differs"].items() if key == "prefix"}
+    if record.config["stages"]["cluster"].get("allocation", {}).get("scope") == "model":
+        differs["scope"] = "model"
     told = ", ".join([*filter(None, [kind]), *_told(differs)])
     rest = [_stage_name(record, stage) for stage in order[length:]]
     return " + ".join([*dense, names[length - 1] + (f" ({told})" if told else ""), *rest])

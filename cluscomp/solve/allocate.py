@@ -1,94 +1,93 @@
-"""Bits shared out among layers."""
+"""Bits shared out among layers: menus of what each may have, and the choice of least damage in all."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cluscomp.errors import named
 from cluscomp.solve.kmeans import Recipe
-from cluscomp.solve.shapes import Matrices, Shape, around, choose, expected_bits, menu, weights_in
-
-
-def expected_shapes(
-    groups: Sequence[Matrices],
-    shapes: Callable[[Matrices, float], list[Shape]],
-    bits: float,
-    quality: Callable[[Shape], float] = expected_bits,
-) -> list[Shape]:
-    """A shape for each group of matrices, of least total damage in `bits` a weight of all of them.
-
-    As if the weights were Gaussian and of one variance, so that nothing is measured: `quality` of a shape is as
-    `expected_bits`. `shapes(matrices, bits)` is as `reachable` gives them.
-    """
-    numbers = [weights_in(matrices) for matrices in groups]
-    offered = [
-        [max(shapes(matrices, bits), key=quality), *around(partial(shapes, matrices), bits)] for matrices in groups
-    ]
-    menus = [
-        [Option(round(shape.bits * number), number * 4 ** -quality(shape)) for shape in found]
-        for found, number in zip(offered, numbers)
-    ]
-    return [found[number] for found, number in zip(offered, allocate(menus, bits * sum(numbers)))]
+from cluscomp.solve.shapes import Matrices, Shape, around, expected_bits, menu, weights_in
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a codebook would cost, in bits, and the damage that it would leave."""
+    """Something that layers may have: its stored bits, the damage that it would leave, and the settings that make it.
+
+    `settings` are plain values, of the method that offers it.
+    """
 
     bits: int
     damage: float
+    settings: dict[str, Any]
 
 
-def allocate(menus: list[list[Option]], budget: float | None = None) -> list[int]:
-    """Which option of each menu to take, so that all together do the least damage in `budget` bits.
+@dataclass(frozen=True)
+class Menu:
+    """What some layers that go together may have, the first option within any limit; their names and weights in all."""
 
-    None: in the bits of all first options, which are within any budget.
+    names: list[str]
+    weights: int
+    options: list[Option]
+
+
+def share_out(menus: Sequence[Menu], bits: float) -> list[Option]:
+    """An option of each menu, so that all together do the least damage in `bits` a weight of all of them.
 
     For a price of a bit each menu's best option stands alone (Lagrange); the lowest price that keeps within the bits is
     found by bisection over the prices at which a choice changes. What is left is spent on the best single changes.
     Never more damage than the first options together.
     """
+    first = [menu.options[0] for menu in menus]
+    limit = bits * sum(menu.weights for menu in menus)
+    picked = _best_price([menu.options for menu in menus], first, limit)
+    while True:
+        left = limit - _total_bits(picked)
+        gains = [
+            (old.damage - option.damage, number, place)
+            for number, (menu, old) in enumerate(zip(menus, picked))
+            for place, option in enumerate(menu.options)
+            if option.bits - old.bits <= left and option.damage < old.damage
+        ]
+        if not gains:
+            return picked if _total_damage(picked) <= _total_damage(first) else first
+        _, number, place = max(gains)
+        picked = [*picked[:number], menus[number].options[place], *picked[number + 1 :]]
 
-    def at(price: float) -> list[int]:
-        return [min(range(len(menu)), key=lambda i: menu[i].damage + price * menu[i].bits) for menu in menus]
 
-    def total(picked: list[int], what: str) -> float:
-        return float(sum(getattr(menu[i], what) for menu, i in zip(menus, picked)))
+def _best_price(menus: list[list[Option]], first: list[Option], limit: float) -> list[Option]:
+    """The options of least damage plus price times bits, at the lowest price at which all are within the limit."""
 
-    first = [0] * len(menus)
-    budget = total(first, "bits") if budget is None else budget
+    def at(price: float) -> list[Option]:
+        return [min(menu, key=lambda option: option.damage + price * option.bits) for menu in menus]
+
     prices = sorted(
         {(a.damage - b.damage) / (b.bits - a.bits) for menu in menus for a in menu for b in menu if a.bits < b.bits}
     )
-    low, high = -1, len(prices)  # just above prices[high] all is within the budget
-    picked = first
+    low, high, picked = -1, len(prices), first  # just above prices[high] all is within the limit
     while high - low > 1:
         middle = (low + high) // 2
         found = at(math.nextafter(prices[middle], math.inf))
-        if total(found, "bits") <= budget:
+        if _total_bits(found) <= limit:
             high, picked = middle, found
         else:
             low = middle
-    while True:
-        left = budget - total(picked, "bits")
-        gains = [
-            (menu[i].damage - option.damage, number, j)
-            for number, (menu, i) in enumerate(zip(menus, picked))
-            for j, option in enumerate(menu)
-            if option.bits - menu[i].bits <= left and option.damage < menu[i].damage
-        ]
-        if not gains:
-            return picked if total(picked, "damage") <= total(first, "damage") else first
-        _, number, j = max(gains)
-        picked = [*picked[:number], j, *picked[number + 1 :]]
+    return picked
 
 
-Shapes = Callable[[Matrices, float | None], list[Shape]]
+def _total_bits(options: list[Option]) -> int:
+    return sum(option.bits for option in options)
+
+
+def _total_damage(options: list[Option]) -> float:
+    return float(sum(option.damage for option in options))
+
+
+Shapes = Callable[[Matrices, float], list[Shape]]
 
 
 class Group(Protocol):
@@ -109,53 +108,38 @@ class Group(Protocol):
         ...
 
 
-Groups = Sequence[Callable[[], Group]]
+def measured_menu(group: Group, shapes: Shapes, bits: float, recipe: Recipe, floor: float) -> Menu:
+    """Codebooks for a group at and around `bits` a weight, with the damage measured on its weights.
 
-
-def uniform(groups: Groups, shapes: Shapes, bits: float | None, recipe: Recipe) -> list[Shape]:
-    """The best shape within `bits` for each group."""
-    chosen = []
-    for group in (opened() for opened in groups):
-        with named(group.names):
-            chosen.append(choose(group.points, shapes(group.matrices, bits), recipe, group.generator))
-    return chosen
-
-
-def fill(groups: Groups, shapes: Shapes, bits: float, recipe: Recipe, floor: float = 0.0) -> list[Shape]:
-    """The shapes of least total damage in the bits that all groups may take together.
-
-    A group's damage is the relative error that K-means leaves, weighted as its points are, times its weights. Where one
-    input is far larger than all others that error tells of its sub-vectors alone and a handful of centroids seems to
-    do; `floor`, a share of `bits`, is the least that a group is offered.
+    It is the relative error that K-means leaves, weighted as its points are, times the weights. Where one input is far
+    larger than all others that error tells of its sub-vectors alone and a handful of centroids seems to do; `floor`, a
+    share of `bits`, is the least that is offered. `shapes(matrices, bits)` is as `shapes.reachable` gives them.
     """
-    offered, menus, numbers = _menus(groups, shapes, bits, recipe, floor, lambda group: group.numbers / group.energy)
-    return [found[number] for found, number in zip(offered, allocate(menus, bits * numbers))]
+    with named(group.names):
+        found = menu(group.points, partial(shapes, group.matrices), bits, recipe, group.generator, floor)
+    damage = group.numbers / group.energy
+    options = [Option(round(shape.bits * group.numbers), error * damage, by_hand(shape)) for shape, error in found]
+    return Menu(list(group.names), group.numbers, options)
 
 
-def gaussian(groups: Groups, shapes: Shapes, bits: float, _recipe: Recipe) -> list[Shape]:
-    """As `fill`, the damage being that of Gaussian weights of one variance: from shapes alone, nothing is measured."""
-    return expected_shapes([opened().matrices for opened in groups], shapes, bits)
+def expected_menu(
+    names: Sequence[str],
+    matrices: Matrices,
+    shapes: Shapes,
+    bits: float,
+    quality: Callable[[Shape], float] = expected_bits,
+) -> Menu:
+    """As `measured_menu`, as if weights were Gaussian and of one variance, so that nothing is measured.
 
-
-def sensitivity(groups: Groups, shapes: Shapes, bits: float, recipe: Recipe, floor: float = 0.0) -> list[Shape]:
-    """The shapes of least total damage in no more bits than `uniform` would take.
-
-    A group's damage is the relative error that K-means leaves, weighted as its points are, times its matrices; `floor`
-    is as in `fill`.
+    `quality` of a shape is as `shapes.expected_bits`.
     """
-    offered, menus, _ = _menus(groups, shapes, bits, recipe, floor, lambda group: len(group.matrices) / group.energy)
-    return [found[number] for found, number in zip(offered, allocate(menus))]
+    weights = weights_in(matrices)
+    with named(names):
+        found = [max(shapes(matrices, bits), key=quality), *around(partial(shapes, matrices), bits)]
+    options = [Option(round(one.bits * weights), weights * 4 ** -quality(one), by_hand(one)) for one in found]
+    return Menu(list(names), weights, options)
 
 
-def _menus(
-    groups: Groups, shapes: Shapes, bits: float, recipe: Recipe, floor: float, damage: Callable[[Group], float]
-) -> tuple[list[list[Shape]], list[list[Option]], int]:
-    """For each group the shapes it may have and what they cost and damage; and the number of all weights."""
-    offered, menus, numbers = [], [], 0
-    for group in (opened() for opened in groups):
-        with named(group.names):
-            measured = menu(group.points, partial(shapes, group.matrices), bits, recipe, group.generator, floor)
-        offered.append([shape for shape, _ in measured])
-        menus.append([Option(round(shape.bits * group.numbers), error * damage(group)) for shape, error in measured])
-        numbers += group.numbers
-    return offered, menus, numbers
+def by_hand(shape: Shape) -> dict[str, Any]:
+    """The settings that give a method's codebook this shape."""
+    return {"bits": None, "vector_dim": shape.vector_dim, "codebook_size": shape.codebook_size}

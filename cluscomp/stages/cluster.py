@@ -2,7 +2,9 @@
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -10,9 +12,10 @@ from pydantic import Field, InstanceOf
 
 from cluscomp.data.overlap import Learned
 from cluscomp.errors import InputError
-from cluscomp.methods import Method
+from cluscomp.methods import Compressed, Method, Offers
 from cluscomp.models.sources import quantised_types
 from cluscomp.settings import settings
+from cluscomp.stages.allocation import Allocation, Menus, Shares
 from cluscomp.stages.from_text import FromText
 
 if TYPE_CHECKING:
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
     from cluscomp.plan.cost import Cost
     from cluscomp.plan.dry import Dry
     from cluscomp.plan.meta import MetaModel, Place
-    from cluscomp.solve.layer import Seen
+    from cluscomp.solve.allocate import Option
+    from cluscomp.solve.layer import Layer, Seen
     from cluscomp.stages import Job
 
 log = logging.getLogger(__name__)
@@ -45,12 +49,17 @@ class Cluster(FromText):
     gives: ClassVar[Literal["compressed"]] = "compressed"
     distributed: ClassVar[bool] = False
     method: InstanceOf[Method]
+    allocation: InstanceOf[Allocation]
     batch_size: int = Field(ge=1)
     prefix: Literal["original", "compressed"]
 
     @property
     def _calibrated(self) -> bool:
         return bool(self.method.sees())
+
+    @property
+    def _over_the_model(self) -> bool:
+        return self.allocation.scope == "model"
 
     def learns_from(self) -> Learned | None:
         """The calibration windows, if the method looks at any."""
@@ -66,6 +75,10 @@ class Cluster(FromText):
 
         outline = self._outline(original)
         tried = self._tried(outline)
+        if self._over_the_model and (not isinstance(self.method, Offers) or self.method.bits is None):
+            raise InputError(
+                "allocation.scope=model needs a method whose bits can be shared out (cluscomp, gptvq, aqlm) and bits="
+            )
         self._check_grids(block_names(outline.model), tried, quantised_types(original.folder))
         if self._calibrated:
             super().check(original)
@@ -124,12 +137,13 @@ class Cluster(FromText):
             captured = self.batch_size * self.length * sum(inputs.values()) * outline.dtype.itemsize
             observing = once.peak + captured + adding
             passes = self.samples / self.batch_size
-            work += once.work * passes * (outline.blocks - 1) * (1 + (self.prefix == "compressed"))
-            work += counted * passes * outline.blocks
+            walks = 1 + (self.prefix == "compressed") + self._over_the_model
+            work += once.work * passes * (outline.blocks - 1) * walks
+            work += counted * passes * outline.blocks * (1 + self._over_the_model)
         compared = max(24.0 * o * i for o, i in outline.dense.values())  # error and size of a layer in `compress_block`
         for block, found in zip(blocks(outline.model), tried):
             work += found.work
-            outline.exact &= found.exact
+            outline.exact &= found.exact and not self._over_the_model
             for layer, stored in found.forms().items():
                 put_in(block, layer, stored)
         here = outline.device == "cpu"
@@ -178,8 +192,9 @@ class Cluster(FromText):
         distributed: dict[str, dict[str, float]] = {}  # by layer
         work, walk, names = Blockwise("cluster", job.folder, model), Walk(model), block_names(model)
         last = work.last
-        stream = self._embedded(walk, job) if self._calibrated and last >= 0 else []
         all_places = self._outline(job.original).places()
+        shares = self._shared_out(model, job, all_places) if self._over_the_model else None
+        stream = self._embedded(walk, job) if self._calibrated and last >= 0 else []
         for index, block, finished in work.all():  # through finished ones the stream still has to pass
             name, entering = names[index], stream
             job.original.load_block(model, index)
@@ -189,7 +204,8 @@ class Cluster(FromText):
             if finished:
                 found = work.put_back(index)
             else:
-                found = self.compress_block(block, name, job.seed, statistics, all_places[index])
+                share = None if shares is None else shares.blocks[index]
+                found = self.compress_block(block, name, job.seed, statistics, all_places[index], share)
                 error = _ratio(found["squares"])
                 work.finish(index, found, f"relative error {error:.4f}", relative_error=error)
             if index < last and self.prefix == "compressed":
@@ -201,11 +217,37 @@ class Cluster(FromText):
         by_layer = {layer: error / size if size else 0.0 for layer, (error, size) in squares.items()}
         numbers = {"relative_error": _ratio(squares), "relative_error_by_layer": by_layer}
         numbers["distribution_by_layer"] = distributed
+        if shares is not None:
+            numbers["shared_out"] = shares.report()
         numbers["method"] = type(self.method).__module__.rpartition(".")[2]
         if chosen:
             log.info("%s", chosen_table(chosen, names))
             numbers["chosen"] = chosen
         return numbers | ({"calibration": self.data.text("calibration").describe()} if self._calibrated else {})
+
+    def _shared_out(self, model: "PreTrainedModel", job: "Job", places: "list[dict[str, Place]]") -> Shares:
+        """Go through the original and ask what the layers of each block may have; what is known survives a kill."""
+        from cluscomp.models.original import block_names
+        from cluscomp.models.walk import Walk
+        from cluscomp.process import Progress
+
+        assert isinstance(self.method, Offers) and self.method.bits is not None  # check
+        walk, names = Walk(model), block_names(model)
+        menus, progress = Menus(job.folder, len(names)), Progress("cluster, menus", len(names))
+        stream = self._embedded(walk, job) if self._calibrated and menus.last >= 0 else []
+        for index in range(menus.last + 1):
+            with job.original.block(model, index) as block:
+                statistics: dict[str, Seen] = {}
+                if self._calibrated:
+                    stream, statistics = self.observe(walk, index, stream, count=not menus.has(index))
+                if not menus.has(index):
+                    layers = self._layers(block, names[index], job.seed, statistics, places[index])
+                    try:
+                        menus.ask(index, self.method, layers)
+                    except ValueError as error:
+                        raise InputError(f"{names[index]}.{error}") from error
+            progress.step("asked what its layers may have")
+        return menus.share_out(self.method.bits)
 
     def _embedded(self, walk: "Walk", job: "Job") -> "list[Tensor]":
         import torch
@@ -243,30 +285,24 @@ class Cluster(FromText):
         seed: int,
         statistics: "dict[str, Seen]",
         places: "dict[str, Place] | None" = None,
+        share: "list[tuple[list[str], Option]] | None" = None,
     ) -> dict[str, dict[str, Any]]:
         """Replace every linear layer of a block; without `places` each has an input of its own.
 
+        `share` says what was chosen for its layers where bits are shared out over the model.
         Returns `squares`, by layer the squared error and squared size of its weight, `distributed`, by layer how its
         entries and codes are, and `chosen`, by the names of layers that go together what the method chose for them.
         """
         import torch
 
         from cluscomp.forms.layers import put_in
-        from cluscomp.models.original import linears
         from cluscomp.process import give_memory_back
         from cluscomp.solve.distribution import of_codes, of_entries
-        from cluscomp.solve.layer import Layer
 
-        layers = {}
-        for number, (layer, dense) in enumerate(linears(block).items()):
-            if not bool(dense.weight.isfinite().all()):
-                raise InputError(f"{name}.{layer}: NaN or infinity among its weights; the model is damaged")
-            generator = torch.Generator().manual_seed(layer_seed(seed, f"{name}.{layer}"))
-            input_ = places[layer].input if places else number
-            layers[layer] = Layer(dense.weight.detach(), input_, statistics.get(layer), generator)
+        layers = self._layers(block, name, seed, statistics, places)
         squares, distributed, chosen = {}, {}, {}
         try:
-            for compressed in self.method.compress(layers):
+            for compressed in self._compressed(layers, share):
                 for layer, stored in compressed.stored.items():
                     put_in(block, layer, stored)
                     weight_OI = layers.pop(layer).weight_OI.float()
@@ -282,6 +318,40 @@ class Cluster(FromText):
         except ValueError as error:
             raise InputError(f"{name}.{error}") from error
         return {"squares": squares, "distributed": distributed, "chosen": chosen}
+
+    def _layers(
+        self,
+        block: "nn.Module",
+        name: str,
+        seed: int,
+        statistics: "dict[str, Seen]",
+        places: "dict[str, Place] | None",
+    ) -> "dict[str, Layer]":
+        """The linear layers of a block as methods see them."""
+        import torch
+
+        from cluscomp.models.original import linears
+        from cluscomp.solve.layer import Layer
+
+        layers = {}
+        for number, (layer, dense) in enumerate(linears(block).items()):
+            if not bool(dense.weight.isfinite().all()):
+                raise InputError(f"{name}.{layer}: NaN or infinity among its weights; the model is damaged")
+            generator = torch.Generator().manual_seed(layer_seed(seed, f"{name}.{layer}"))
+            input_ = places[layer].input if places else number
+            layers[layer] = Layer(dense.weight.detach(), input_, statistics.get(layer), generator)
+        return layers
+
+    def _compressed(
+        self, layers: "dict[str, Layer]", share: "list[tuple[list[str], Option]] | None"
+    ) -> Iterator[Compressed]:
+        """What the method makes of the layers, with the settings that were chosen for some of them, if any were."""
+        if share is None:
+            yield from self.method.compress(layers)
+            return
+        for names, option in share:
+            method = replace(self.method, **option.settings)  # type: ignore[type-var]
+            yield from method.compress({name: layers[name] for name in names})
 
 
 def chosen_table(chosen: dict[str, dict[str, Any]], block_names: list[str]) -> str:

@@ -12,7 +12,7 @@ from cluscomp.forms.linear import compressed
 from cluscomp.plan import dry
 from cluscomp.plan.meta import Place
 
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if "_target_" in path.read_text())
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if "_global_" not in path.read_text())
 STAGES = ["cluster", "block_finetune", "recover", "finetune"]
 SMALL = [
     "model=tiny", "data=text", "bits=4", "evaluate.context=32", "evaluate.limit=4", "evaluate.after=[]",

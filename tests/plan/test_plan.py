@@ -53,7 +53,7 @@ def test_the_planned_bytes_are_those_of_the_file(families, tmp_path, stored, dty
     axis, storage, dim, size, share = stored
     method = ClusComp(
         bits=None, vector_dim=dim, codebook_size=size, axis=axis, storage=storage, share=share,
-        allocation="uniform", floor=0.0, iterations=1, **PAPER, **NO_DATA,
+        allocation="uniform", floor=0.0, measure=True, iterations=1, **PAPER, **NO_DATA,
     )  # fmt: skip
     folder = families("llama", tie_word_embeddings=axis == "out")
     config = read_config(folder)

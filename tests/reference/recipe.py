@@ -1,8 +1,16 @@
 """The paper's way to run K-means and to store a codebook, as settings, and the settings of a stage without data."""
 
 from cluscomp.data.texts import PydocText
+from cluscomp.stages.allocation import Allocation
 
 PAPER = {"init": "random_points", "over_relaxation": 1.0, "move_centroids": False}
-STORED = {"axis": "out", "storage": "float16", "share": "none", "allocation": "uniform", "floor": 0.0}
+STORED = {"axis": "out", "storage": "float16", "share": "none", "allocation": "uniform", "floor": 0.0, "measure": True}
 NO_DATA = {"weighting": "none", "assign": "nearest", "damping": 0.01, "least_squares": 0, "descent": 0}
-IDLE = {"data": PydocText(name="pydoc"), "samples": 1, "length": 8, "batch_size": 1, "prefix": "original"}
+IDLE = {
+    "allocation": Allocation(scope="block"),
+    "data": PydocText(name="pydoc"),
+    "samples": 1,
+    "length": 8,
+    "batch_size": 1,
+    "prefix": "original",
+}

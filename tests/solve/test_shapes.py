@@ -16,7 +16,7 @@ from cluscomp.forms.codebook import CodebookWeight, sub_vectors
 from cluscomp.forms.layers import Size, check_file, size_of
 from cluscomp.methods.cluscomp import ClusComp
 from cluscomp.models.original import Original, block_names, blocks, linears
-from cluscomp.solve.allocate import Option, allocate
+from cluscomp.solve.allocate import Menu, Option, share_out
 from cluscomp.solve.kmeans import Recipe, kmeans
 from cluscomp.solve.shapes import Shape, choose, menu, reachable
 from cluscomp.stages.cluster import Cluster
@@ -257,17 +257,21 @@ def test_matrices_that_share_are_named_where_nothing_is_within_reach():
 # allocation
 
 
-options = st.builds(Option, bits=st.integers(1, 50), damage=st.floats(0, 10))
+options = st.builds(Option, bits=st.integers(1, 50), damage=st.floats(0, 10), settings=st.just({}))
 menus = st.lists(st.lists(options, min_size=1, max_size=5), min_size=1, max_size=4)
+
+
+def shared_out(menus, bits):
+    """Of layers of one weight each, so that `bits` in all are `bits` / layers a weight."""
+    return share_out([Menu(["layer"], 1, options) for options in menus], bits / len(menus))
 
 
 @settings(max_examples=200, deadline=None)
 @given(menus)
 def test_what_is_allocated_is_never_larger_or_worse_than_all_first_options_and_near_the_best(menus):
     """Against every combination: what Lagrange and single changes leave is less than one option's damage."""
-    picked = allocate(menus)
-    chosen = [options[i] for options, i in zip(menus, picked)]
-    budget = sum(options[0].bits for options in menus)
+    budget = sum(options[0].bits for options in menus) + 0.5
+    chosen = shared_out(menus, budget)
     damage = sum(option.damage for option in chosen)
     assert sum(option.bits for option in chosen) <= budget
     assert damage <= sum(options[0].damage for options in menus) + 1e-9
@@ -278,10 +282,10 @@ def test_what_is_allocated_is_never_larger_or_worse_than_all_first_options_and_n
 
 def test_bits_go_where_they_help():
     """By hand: two bits more for the second matrix undo 3 of damage, and the first misses them by 1."""
-    first = [Option(10, 2.0), Option(8, 3.0), Option(12, 1.5)]
-    second = [Option(10, 5.0), Option(8, 9.0), Option(12, 2.0)]
-    assert allocate([first, second]) == [1, 2]
-    assert allocate([first]) == [0]
+    first = [Option(10, 2.0, {}), Option(8, 3.0, {}), Option(12, 1.5, {})]
+    second = [Option(10, 5.0, {}), Option(8, 9.0, {}), Option(12, 2.0, {})]
+    assert shared_out([first, second], 20) == [first[1], second[2]]
+    assert shared_out([first], 10) == [first[0]]
 
 
 def test_a_menu_begins_with_the_choice_for_the_target():

@@ -1,8 +1,11 @@
 """Stage cluster with a method that looks at the layers' inputs: what it is shown, and that nothing else decides."""
 
+import shutil
+
 import pytest
 import torch
-from reference.recipe import STORED
+from layers import made_by
+from reference.recipe import IDLE, STORED
 from transformers import AutoModelForCausalLM
 
 from cluscomp import checkpoint
@@ -10,12 +13,14 @@ from cluscomp.data.texts import FileText, calibration_windows
 from cluscomp.errors import InputError
 from cluscomp.forms.linear import compressed
 from cluscomp.methods.cluscomp import ClusComp
+from cluscomp.methods.rtn import RoundToNearest
 from cluscomp.models.original import Original, blocks, linears
 from cluscomp.models.walk import Walk
 from cluscomp.plan import dry
 from cluscomp.plan.meta import MetaModel
 from cluscomp.solve.layer import Seen
 from cluscomp.stages import Job
+from cluscomp.stages.allocation import Allocation
 from cluscomp.stages.cluster import Cluster, chosen_table, layer_seed
 
 CPU = torch.device("cpu")
@@ -28,8 +33,9 @@ def method(**changed) -> ClusComp:
     return ClusComp(**{"bits": None, "vector_dim": 4, "codebook_size": 16} | KMEANS | STORED | BY_OUTPUT | changed)
 
 
-def stage(text: FileText, prefix: str = "original", **changed) -> Cluster:
-    return Cluster(method=method(**changed), data=text, prefix=prefix, **CALIBRATION)
+def stage(text: FileText, prefix: str = "original", scope: str = "block", **changed) -> Cluster:
+    allocation = Allocation(scope=scope)
+    return Cluster(method=method(**changed), allocation=allocation, data=text, prefix=prefix, **CALIBRATION)
 
 
 def run(cluster: Cluster, original: Original, folder):
@@ -196,7 +202,7 @@ def test_a_block_whose_layers_share_nothing_is_compressed_layer_by_layer(tiny_fo
     for name, layer in compressed(blocks(model)[0]).items():
         generator = torch.Generator().manual_seed(layer_seed(0, f"model.layers.0.{name}"))
         weight_OI = walk.blocks[0].get_submodule(name).weight.detach()
-        alone = compressed(method(), weight_OI, statistics[name], generator)
+        alone = made_by(method(), weight_OI, statistics[name], generator)
         assert equal(dict(alone.state_dict()), dict(layer.stored.state_dict()))
 
 
@@ -227,29 +233,56 @@ def test_a_stage_that_shares_and_lost_some_parts_ends_with_the_same_bits(tiny_fo
     assert [codebooks(block) for block in blocks(whole)] == [codebooks(block) for block in blocks(again)]
 
 
-@pytest.mark.parametrize("share", ["none", "input"])
-def test_bits_shared_out_by_sensitivity_are_no_more_and_do_less_damage(tiny_folder, text, tmp_path, share):
-    """Damage by the settings' own measure, that of the layers' inputs' squares, and after clustering in full."""
+@pytest.mark.parametrize("share", ["none", "block"])
+def test_bits_shared_out_over_the_model_are_no_more_and_do_less_damage(tiny_folder, text, tmp_path, share):
+    """Damage by the settings' own measure, after clustering in full; a block a hundred times as large costs no more."""
     original = Original(tiny_folder, torch.float32, CPU)
-    target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "share": share}
-    target |= {"assign": "nearest", "least_squares": 0, "descent": 0}
-    bits, damages = [], []
-    ids_WT = windows(text, original)
-    moments = second_moments(original.load_all(), ids_WT)
-    for allocation in ("uniform", "sensitivity"):
-        model, found = run(stage(text, allocation=allocation, **target), original, tmp_path / allocation)
-        bits.append(sum(sum(layer.stored.ledger().values()) for layer in compressed(model).values()))
-        damage = 0.0
+    target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "share": share, "allocation": "fill"}
+    target |= {"assign": "nearest", "least_squares": 0, "descent": 0, "weighting": "none"}
+    bits, damages = {}, {}
+    for scope in ("block", "model"):
+        model, found = run(stage(text, scope=scope, **target), original, tmp_path / scope)
+        weights = sum(layer.out_features * layer.in_features for layer in compressed(model).values())
+        bits[scope] = sum(sum(layer.stored.ledger().values()) for layer in compressed(model).values()) / weights
+        damages[scope] = 0.0
         for index, block in enumerate(blocks(model)):
             dense = linears(blocks(original.load_all())[index])
             for name, layer in compressed(block).items():
-                weight_OI = dense[name].weight.double()
-                squares_I = moments[f"{index}.{name}"].diagonal()
-                error_OI = layer.stored(torch.float32).detach().double() - weight_OI
-                damage += float((error_OI.square() * squares_I).sum() / (weight_OI.square() * squares_I).sum())
-        damages.append(damage)
-        assert found["chosen"].keys() >= {"model.layers.0.mlp.down_proj"}
-    assert bits[1] <= bits[0] and damages[1] < damages[0]
+                weight_OI = dense[name].weight
+                error = (layer.stored(torch.float32).detach() - weight_OI).square().sum() / weight_OI.square().mean()
+                damages[scope] += float(error)
+    told = found["shared_out"]
+    assert told["limit"] == 3.0 and told["spent"] == pytest.approx(bits["model"]) and told["left"] >= 0
+    assert bits["model"] <= 3.0 and damages["model"] < damages["block"]
+
+
+def test_a_killed_run_that_shares_bits_out_over_the_model_goes_on_with_the_same_bits(tiny_folder, text, tmp_path):
+    original = Original(tiny_folder, torch.float32, CPU)
+    sharing = stage(text, scope="model", bits=3.0, vector_dim=None, codebook_size=None, allocation="fill")
+    whole, found = run(sharing, original, tmp_path / "whole")
+    folder = tmp_path / "killed"
+    shutil.copytree(tmp_path / "whole", folder)
+    (folder / "menus-001.json").unlink()  # ended while the second block was asked
+    for part in folder.glob("block-*"):
+        part.unlink()
+    again, refound = run(sharing, original, folder)
+    assert equal(state(whole), state(again)) and found == refound
+    (folder / "block-002.safetensors").unlink()  # ended while the last block was compressed
+    again, refound = run(sharing, original, folder)
+    assert equal(state(whole), state(again)) and found == refound
+
+
+def test_a_method_whose_bits_cannot_be_shared_out_is_refused(tiny_folder, text):
+    original = Original(tiny_folder, torch.float32, CPU)
+    with pytest.raises(InputError, match=r"allocation\.scope=model needs .* bits="):
+        stage(text, scope="model").check(original)  # shapes by hand
+    plain = RoundToNearest(bits=3.0, width=None, group=None, symmetric=False)
+    with pytest.raises(InputError, match=r"allocation\.scope=model needs .*cluscomp"):
+        Cluster(
+            method=plain,
+            allocation=Allocation(scope="model"),
+            **{key: value for key, value in IDLE.items() if key != "allocation"},
+        ).check(original)
 
 
 @pytest.mark.parametrize("share", ["none", "input"])
@@ -274,7 +307,8 @@ def test_a_filled_block_takes_all_its_bits_and_does_less_damage(tiny_folder, tex
 @pytest.mark.parametrize("share", ["none", "input", "block"])
 def test_shapes_as_of_gaussian_weights_are_those_of_the_plan_and_fill_the_block(tiny_folder, text, tmp_path, share):
     original = Original(tiny_folder, torch.float32, CPU)
-    target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "share": share, "allocation": "gaussian"}
+    target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "share": share, "allocation": "fill"}
+    target |= {"measure": False}
     clustering = stage(text, **target)
     model, found = run(clustering, original, tmp_path)
     outline = MetaModel(original.config, torch.float32, "cpu")
@@ -298,11 +332,7 @@ def test_with_shapes_by_hand_there_is_nothing_to_fill(tiny_folder, text, tmp_pat
     "changed, words",
     [
         ({"share": "input", "storage": "int8"}, "share=input needs method.storage=float16"),
-        ({"allocation": "sensitivity"}, "sensitivity needs bits=3"),
-        (
-            {"allocation": "sensitivity", "share": "block", "bits": 3.0, "vector_dim": None, "codebook_size": None},
-            "several codebooks a block",
-        ),
+        ({"axis": "in"}, "axis=in needs method.weighting=none"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changed, words):
