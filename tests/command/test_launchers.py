@@ -73,6 +73,6 @@ def test_the_objective_is_the_mean_over_texts_after_the_last_stage():
         score("original", "perplexity", "a", 1.0), score("cluster", "perplexity", "a", 4.0),
         score("cluster", "perplexity", "b", 8.0), score("cluster", "kl", "a", 0.5),
     ]  # fmt: skip
-    record = Record(schema=SCHEMA, run={}, config={}, scores=scores, size={}, machine={}, stages={})
+    record = Record(schema=SCHEMA, run={}, config={}, choices={}, scores=scores, size={}, machine={}, stages={})
     assert objective(record, "perplexity") == 6.0 and objective(record, "kl") == 0.5
     assert objective(record, "accuracy") is None

@@ -222,7 +222,7 @@ def test_a_dequantised_folder_scores_as_what_it_is_and_counts_as_it_says(stated,
 
 
 def test_a_dequantised_folder_stands_in_tables_beside_the_methods_of_its_original(stated, compressing, command):
-    said = json.loads((stated / "stored_bits.json").read_text()) | {"original": model_name(compressing.record)}
+    said = json.loads((stated / "stored_bits.json").read_text()) | {"original": model_name(compressing.record, [])}
     (stated / "stored_bits.json").write_text(json.dumps(said))
     record = read(scored(stated, command).path)
     assert {score.after for score in record.scores} == {"external"}

@@ -21,7 +21,7 @@ def told(error):
 def record(path, **run):
     """A record as a run leaves it, with nothing measured."""
     values = {"name": "bits", "key": path.parent.name, "commit": "abc", "dirty": False} | run
-    write(Record(schema=SCHEMA, run=values, config={}, scores=[], size={}, machine={}, stages={}), path)
+    write(Record(schema=SCHEMA, run=values, config={}, choices={}, scores=[], size={}, machine={}, stages={}), path)
     return path
 
 

@@ -121,8 +121,8 @@ from cluscomp.settings import settings
 class Zeros(RoundToNearest):
     \"\"\"Every weight is zero.\"\"\"
 
-    def compress(self, weight_OI, *rest):
-        return super().compress(torch.zeros_like(weight_OI), *rest)
+    def stored(self, weight_OI, *rest):
+        return super().stored(torch.zeros_like(weight_OI), *rest)
 """
 
 

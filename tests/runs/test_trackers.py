@@ -20,7 +20,7 @@ from cluscomp.store.records import read
 TRACK = """
 import sys
 from pathlib import Path
-from cluscomp.tracking import WandbTracker
+from cluscomp.runs.trackers import WandbTracker
 tracker = WandbTracker(project="tests", entity=None, mode="offline", timeout=30.0)
 session = tracker.begin("run-1", {"seed": 3, "method": {"bits": 2.5}}, Path(sys.argv[1]))
 session.log("cluster", {"relative_error": 0.25, "seconds": 1.5})

@@ -15,7 +15,7 @@ LEASE = 3.0
 WORK = """
 import signal, socket, sys, time
 from pathlib import Path
-from cluscomp import files
+from cluscomp.store import files
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may have been told to ignore it
 folder, name, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
