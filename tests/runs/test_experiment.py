@@ -73,10 +73,11 @@ FIELDS = [
     for part, settings in (
         (None, experiment.stages[stage]),
         ("method", getattr(experiment.stages[stage], "method", None)),
+        ("allocation", getattr(experiment.stages[stage], "allocation", None)),
     )
     if settings is not None
     for field in fields(settings)
-    if field.name != "method"
+    if part is not None or field.name not in ("method", "allocation")
 ]
 
 
@@ -85,10 +86,6 @@ def test_every_setting_that_decides_the_result_makes_another_key(assign, stage, 
     """So no state of other settings is ever used again. Where streams lie decides nothing, nor a text nobody reads."""
     experiment = EXPERIMENTS[assign]
     settings = experiment.stages[stage] if part is None else getattr(experiment.stages[stage], part)
-    if field == "allocation":  # of bits, so there must be some
-        settings = replace(settings, bits=3.0, vector_dim=None, codebook_size=None)
-        cluster = replace(experiment.stages[stage], method=settings)
-        experiment = replace(experiment, stages=experiment.stages | {stage: cluster})
     if field == "data":
         changes = {"data": pipelines.composed(*TINY_TUNED, "data=text", f"data.file={__file__}").stages[stage].data}
     elif field == "bits":
