@@ -3,12 +3,13 @@
     python benchmarks/plan.py [--calibrate] [--configurations NAME ...] [--output FILE]
 
 Each configuration is a whole run of the command in a process of its own; the figures are those of its record. The
-goals: bytes exact, memory within 15 %, time within 30 % of what was measured (time only with --calibrate, and on a
-machine without other work).
+goals: bytes exact, memory within 15 %, time within a factor of 2 of what was measured (time only with --calibrate, and
+on a machine without other work; stages of less than a second are not held to it).
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from goals import Goal, finish
+
+from cluscomp.command.compose import CONF
 
 SHORT = ["evaluate.context=512", "evaluate.limit=8", "block_finetune=quick", "block_finetune.samples=4"]
 DATA_FREE = ["method=cluscomp_data_free", "method.vector_dim=4", "method.codebook_size=256"]
@@ -30,6 +33,15 @@ CONFIGURATIONS = {
     ],
     "demo": ["experiment=demo"],
 }
+# Every method on two blocks of SmolLM2's shapes, with random weights, then one epoch of finetuning.
+TWO_BLOCKS = [
+    "model=tiny", "model.config.hidden_size=576", "model.config.intermediate_size=1536",
+    "model.config.num_attention_heads=9", "model.config.num_key_value_heads=3", "model.config.num_hidden_layers=2",
+    "order=[cluster,block_finetune]", "bits=3", "cluster.samples=8", "evaluate.after=[]", "block_finetune=quick",
+    "block_finetune.samples=8", "block_finetune.epochs=1",
+]  # fmt: skip
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if "_global_" not in path.read_text())
+CONFIGURATIONS |= {method: [*TWO_BLOCKS, f"method={method}"] for method in METHODS}
 
 
 def record_of(overrides: list[str]) -> dict[str, Any]:
@@ -58,13 +70,15 @@ def main() -> None:
         figures[name] = {"predicted": told, "measured": measured | {"bytes": record["size"]["checkpoint_bytes"]}}
         ratio = told["checkpoint_bytes"] / record["size"]["checkpoint_bytes"]
         goals.append(Goal(f"{name}: bytes, predicted off by", 0.0 if told["exact"] else None, abs(ratio - 1), "", True))
-        for kind, most in (("peak_ram", 0.15), ("seconds", 0.30 if told["calibrated"] else None)):
+        for kind, limit in (("peak_ram", 1.15), ("seconds", 2.0 if told["calibrated"] else None)):
             for stage, value in measured[kind].items():
                 ratio = told[kind][stage] / value
+                most = None if kind == "seconds" and value < 1 else limit
                 print(
                     f"{name:24s} {stage:24s} {kind:9s} {told[kind][stage]:14.1f} {value:14.1f} {ratio:6.2f}", flush=True
                 )
-                goals.append(Goal(f"{name}: {kind} of {stage}, predicted off by", most, abs(ratio - 1), "", True))
+                factor = max(ratio, 1 / ratio) if ratio else math.inf
+                goals.append(Goal(f"{name}: {kind} of {stage}, predicted off by a factor of", most, factor, "", True))
     finish(goals, figures, {"method": " ".join(__doc__.split())}, options.output, began)
 
 
