@@ -62,7 +62,7 @@ def process(place):
 @pytest.fixture
 def cli(place, monkeypatch, capfd, caplog):
     """The same within this process, which has torch loaded already."""
-    from cluscomp.command.sweep import main
+    from cluscomp.__main__ import main
 
     def run(*arguments: str) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["cluscomp", *arguments])
