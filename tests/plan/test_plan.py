@@ -30,6 +30,7 @@ from cluscomp.process import resident
 from cluscomp.runs.preparation import planned
 from cluscomp.solve.layer import Seen
 from cluscomp.stages.cluster import Cluster
+from cluscomp.stages.clustering import compress_block
 from cluscomp.train.masters import Trained, norms
 from cluscomp.train.streams import Streams
 
@@ -65,7 +66,7 @@ def test_the_planned_bytes_are_those_of_the_file(families, tmp_path, stored, dty
     original = Original(folder, dtype, CPU)
     model = original.load_all().float()  # in bfloat16: as a file of 16 bits, read into 32
     for name, block, here in zip(block_names(model), blocks(model), layers):
-        cluster.compress_block(block, name, 0, {}, here)
+        compress_block(method, block, name, 0, {}, here)
     save(model, original.tokenizer, tmp_path / "saved")
     assert outline.checkpoint_bytes() == (tmp_path / "saved" / "model.safetensors").stat().st_size
     assert outline.size() == size_of(model)
