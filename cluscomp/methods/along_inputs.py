@@ -61,7 +61,7 @@ class InputCodebooks(ABC):
         """The stored form of a weight (O, I) in float32, with codebooks of this shape. Raises ValueError, no name."""
 
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
-        """See `Method.compress`."""
+        """Layer after layer; see `Method.compress`."""
         from cluscomp.solve.allocate import share_out
 
         methods = [self] * len(layers)

@@ -39,7 +39,7 @@ class Hqq(Grids):
         return "float16"
 
     def sees(self) -> frozenset[str]:
-        """Nothing."""
+        """Nothing: no text is read."""
         return frozenset()
 
     def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "UniformWeight":

@@ -19,7 +19,7 @@ from cluscomp.errors import InputError
 from cluscomp.forms.layers import put_in, size_of
 from cluscomp.kernels.work import Work
 from cluscomp.methods.cluscomp import ClusComp
-from cluscomp.models.original import Original, block_names, blocks, linears, read_config
+from cluscomp.models.original import Original, block_names, blocks, linears, norms, read_config
 from cluscomp.models.walk import Walk
 from cluscomp.plan import dry
 from cluscomp.plan.cost import worst
@@ -31,7 +31,7 @@ from cluscomp.runs.preparation import planned
 from cluscomp.solve.layer import Seen
 from cluscomp.stages.cluster import Cluster
 from cluscomp.stages.clustering import compress_block
-from cluscomp.train.masters import Trained, norms
+from cluscomp.train.masters import Trained
 from cluscomp.train.streams import Streams
 
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if "???" not in path.read_text())
@@ -72,7 +72,7 @@ def test_the_planned_bytes_are_those_of_the_file(families, tmp_path, stored, dty
     assert outline.size() == size_of(model)
     for norm in norms(model).values():
         norm.data = (norm.data * 1.001).half().float()
-    outline.train(norms(outline.model))
+    outline.train_norms()
     save(model, original.tokenizer, tmp_path / "trained")
     assert outline.checkpoint_bytes() == (tmp_path / "trained" / "model.safetensors").stat().st_size
 
