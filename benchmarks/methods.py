@@ -28,6 +28,7 @@ from cluscomp.models.original import Original, block_names, linears
 from cluscomp.models.walk import Walk
 from cluscomp.plan.meta import MetaModel
 from cluscomp.runs.experiment import Experiment
+from cluscomp.stages.clustering import compress_block, observe
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if "_global_" not in path.read_text())
 BLOCK, BITS, MOST = 2, 3, 1.1
@@ -59,11 +60,13 @@ def measure(method: str) -> dict[str, Any]:
             stream = [walk.embed(ids_BT) for ids_BT in windows.split(cluster.batch_size)]
             for index in range(BLOCK + 1):
                 with original.block(model, index):
-                    stream, statistics = cluster.observe(walk, index, stream, count=index == BLOCK)
+                    stream, statistics = observe(cluster.method, walk, index, stream, count=index == BLOCK)
     original.load_block(model, BLOCK)
     block = walk.blocks[BLOCK]
     of_block = MetaModel(original.config, torch.float32, "cpu").places()[BLOCK]
-    found, times = timed(lambda: cluster.compress_block(block, block_names(model)[BLOCK], 0, statistics, of_block))
+    found, times = timed(
+        lambda: compress_block(cluster.method, block, block_names(model)[BLOCK], 0, statistics, of_block)
+    )
     layers = [module.stored for module in block.modules() if hasattr(module, "stored")]
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     error, size = (sum(values) for values in zip(*found["squares"].values()))

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from reference.recipe import IDLE, NO_DATA, PAPER, STORED
+from reference.recipe import NO_DATA, PAPER, STORED
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,7 +20,7 @@ from cluscomp.forms.layers import size_of
 from cluscomp.forms.linear import CompressedLinear, compressed
 from cluscomp.methods.cluscomp import ClusComp
 from cluscomp.models.original import Original, block_names, blocks
-from cluscomp.stages.cluster import Cluster
+from cluscomp.stages.clustering import compress_block
 from cluscomp.store.files import file_hash
 
 
@@ -31,7 +31,7 @@ def compress(folder, codebook_size=7, share="none"):
     stored = STORED | {"share": share}
     method = ClusComp(bits=None, vector_dim=2, codebook_size=codebook_size, iterations=2, **PAPER, **stored, **NO_DATA)
     for name, block in zip(block_names(model), blocks(model)):
-        Cluster(method=method, **IDLE).compress_block(block, name, seed=0, statistics={})
+        compress_block(method, block, name, seed=0, statistics={})
     return model, original.tokenizer
 
 

@@ -308,6 +308,69 @@ def test_init_files_define_protocols_or_a_version_and_export_nothing_else(path):
             assert isinstance(node, ast.ClassDef) or isinstance(node.value, ast.Constant)
 
 
+def imported(node: ast.AST) -> list[str]:
+    """The modules that a statement imports, by dotted name; of `from cluscomp.x import y` both x and x.y."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return []
+
+
+LATE = [  # (file, line, modules) of every import that stands inside a function
+    (str(path.relative_to(PACKAGE)), node.lineno, imported(node))
+    for path in SOURCES
+    for node in {
+        node
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+        if imported(node)
+    }
+]
+SETTINGS = {  # files of settings that are checked before torch is loaded
+    str(path.relative_to(PACKAGE))
+    for path in SOURCES
+    if "\n@settings\n" in path.read_text() and "\nimport torch\n" not in path.read_text()
+}
+OPTIONAL = re.compile(r"cluscomp\.kernels\.(\w+_triton|_native)$")  # Triton, or a compiler, may not be there
+WHY = {  # libraries that may be imported late, and why
+    "datasets": "slow, and only some texts need it",
+    "faiss": "optional",
+    "filelock": "slow, and only runs hold locks",
+    "gguf": "optional",
+    "huggingface_hub": "slow, and only models of the hub need it",
+    "lm_eval": "optional",
+    "matplotlib": "slow, and only figures need parts of it",
+    "pandas": "slow, and only tables need it",
+    "peft": "slow, and only adapters need it",
+    "pydoc_data": "slow, and only one text needs it",
+    "resource": "not on every system",
+    "tokenizers": "slow, and only models made in code need it",
+    "torch": "slow, and not needed to check settings",
+    "transformers": "slow, and not needed to check settings",
+    "wandb": "optional",
+}
+
+
+def test_imports_stand_at_the_top_but_for_commands_and_settings_that_work():
+    own = [(name, line, modules) for name, line, modules in LATE if modules[0].split(".")[0] == "cluscomp"]
+    counted = [one for one in own if not any(map(OPTIONAL.match, one[2]))]
+    elsewhere = [one for one in counted if not one[0].startswith("command/") and one[0] not in SETTINGS]
+    assert not elsewhere
+    assert len(counted) <= 40, counted
+
+
+def test_libraries_are_imported_late_for_a_reason():
+    libraries = {modules[0].split(".")[0] for _, _, modules in LATE} - {"cluscomp"}
+    assert libraries == WHY.keys()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_can_be_read_in_one_sitting(path):
+    assert len(path.read_text().splitlines()) < 350
+
+
 def test_rooms_have_a_reason_to_exist():
     names = {path.stem for path in SOURCES}
     assert not names & {"utils", "util", "core", "common", "helpers", "registry", "factory", "misc", "base"}

@@ -10,8 +10,8 @@ from cluscomp.command.sweep import show_cells
 from cluscomp.errors import InputError
 from cluscomp.runs.cells import collect, read_cells
 from cluscomp.runs.experiment import PLACES, config_of
-from cluscomp.runs.preparation import writable
-from cluscomp.runs.run import run
+from cluscomp.runs.verify import changed, compare, overrides_of, quoted, scoring_alone, verdict_table, worst
+from cluscomp.store.files import writable
 from cluscomp.store.records import Record, read, read_folder
 
 
@@ -30,14 +30,13 @@ def collected(arguments: list[str]) -> None:
 
 def table(arguments: list[str]) -> None:
     """Write all tables of an experiment's records into results/NAME; into=FILE also puts one into a document."""
-    from cluscomp.report import page, published
-    from cluscomp.report.rendering import FORMATS
+    from cluscomp.report import page, published, rendering
 
     name, given = named("table", arguments, {"published": "false", "format": "md", "results": "results", "into": ""})
     results = place(given["results"])
-    format_ = next((one for one in FORMATS if one == given["format"]), None)
+    format_ = next((one for one in rendering.FORMATS if one == given["format"]), None)
     if format_ is None:
-        raise InputError(f"format={given['format']}: allowed here: {', '.join(FORMATS)}")
+        raise InputError(f"format={given['format']}: allowed here: {', '.join(rendering.FORMATS)}")
     if given["published"] not in ("true", "false"):
         raise InputError(f"published={given['published']}: true or false")
     found = _records(results, name)
@@ -58,14 +57,14 @@ def table(arguments: list[str]) -> None:
 
 def plot(arguments: list[str]) -> None:
     """Draw an experiment's figures into results/NAME, as PDF and PNG."""
-    from cluscomp.report import page, plots
+    from cluscomp.report import figures, plots
 
     name, given = named("plot", arguments, {"results": "results"})
     results = place(given["results"])
-    figures = page.figures(_records(results, name))
-    if not figures:
+    found = figures.figures(_records(results, name))
+    if not found:
         raise InputError(f"{results / name}: its records hold nothing to draw")
-    for stem, (figure, data) in figures.items():
+    for stem, (figure, data) in found.items():
         for path in plots.save(figure, results / name / stem, data):
             print(path)
 
@@ -95,7 +94,7 @@ def place(value: str) -> Path:
 
 def verify(arguments: list[str]) -> None:
     """Measure a record's models again, or with full=true make them anew, too. Exit code 1 if a score is different."""
-    from cluscomp.runs.verify import changed, compare, overrides_of, quoted, scoring_alone, verdict_table, worst
+    from cluscomp.runs.run import run
 
     given = dict(item.partition("=")[::2] for item in arguments[1:])
     if not arguments or "=" in arguments[0]:

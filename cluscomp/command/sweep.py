@@ -4,23 +4,28 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 
 from cluscomp.command.compose import compose_for, explain
 from cluscomp.errors import InputError
+from cluscomp.plan.machine import write_calibration
 from cluscomp.process import rank
 from cluscomp.runs.cells import Cell, announce, at_work, folder_of, read_cell, status_table
 from cluscomp.runs.experiment import ASIDE, Experiment, settings_of
-from cluscomp.runs.preparation import planned, writable
-from cluscomp.runs.run import Outcome, run
-from cluscomp.store.files import is_held
+from cluscomp.store.files import is_held, writable
 from cluscomp.store.records import objective
 from cluscomp.store.secrets import hide, hide_override
+
+if TYPE_CHECKING:
+    from cluscomp.runs.run import Outcome
 
 
 def run_one(experiment: Experiment) -> float | None:
     """The score that a search looks at (`objective`), or None if it was not measured."""
+    from cluscomp.runs.run import run
+
     if rank() > 0:
         run(experiment)
         return None
@@ -102,6 +107,8 @@ def _run_one_of_many(experiment: Experiment) -> float | None:
 
 def show_plan(experiment: Experiment) -> None:
     """Print the plan; what does not fit is told as a run would tell it."""
+    from cluscomp.runs.preparation import planned
+
     found = planned(experiment)
     print(found.table())
     found.refuse()
@@ -110,14 +117,13 @@ def show_plan(experiment: Experiment) -> None:
 def calibrate(experiment: Experiment) -> None:
     """Measure what this machine can do, keep it for later plans, and print the plan."""
     from cluscomp.plan.calibrate import measure
-    from cluscomp.plan.machine import write_calibration
 
     path = write_calibration(Path(experiment.cache).expanduser(), measure())
     print(f"measured: {path}")
     show_plan(experiment)
 
 
-def show(outcome: Outcome) -> None:
+def show(outcome: "Outcome") -> None:
     """Print a run's table if anything was measured, what the models made of the prompt, and where everything lies."""
     from cluscomp.report.tables import legend, stage_table, task_table
 

@@ -7,6 +7,7 @@ differences, lowest number on a tie). They differ from brute force only in what 
 import numpy as np
 import torch
 
+from cluscomp.kernels import lloyd_torch
 from cluscomp.kernels.lloyd_torch import Clustering, Progress
 from cluscomp.kernels.loading import native, number_of_threads
 
@@ -47,8 +48,6 @@ def assign(
     threads = number_of_threads(threads)
     if native is None or points_ND.is_cuda:
         _refuse_not_finite(points_ND, "points")
-        from cluscomp.kernels import lloyd_torch
-
         if points_ND.is_cuda:
             return lloyd_torch.assign(points_ND, centroids_KD)
         return lloyd_torch.assign_reference(points_ND, centroids_KD)
@@ -137,8 +136,6 @@ def lloyd(  # noqa: PLR0912
         return Clustering(found.centroids_KD.to(device), found.codes_N.to(device), found.inertia)
     if native is None or points_ND.is_cuda:
         _refuse_not_finite(points_ND, "points")
-        from cluscomp.kernels import lloyd_torch
-
         start_KD = None if kd else first_KD
         return lloyd_torch.lloyd(
             points_ND, K, start_KD, iterations, over_relaxation, move_centroids, seed, weights_N, progress

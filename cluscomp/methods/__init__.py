@@ -73,7 +73,7 @@ class EachLayer(ABC):
         """
 
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
-        """See `Method.compress`."""
+        """Layer after layer; see `Method.compress`."""
         for name, layer in list(layers.items()):
             with named([name]):
                 stored = self.stored(layer.weight_OI.float(), layer.seen, layer.generator)

@@ -1,9 +1,9 @@
 """Length and size of codebooks along the inputs for a limit of stored bits; torch is not needed to check settings."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
@@ -61,8 +61,16 @@ class InputCodebooks(ABC):
         """The stored form of a weight (O, I) in float32, with codebooks of this shape. Raises ValueError, no name."""
 
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
-        """See `Method.compress`."""
-        shapes = self.shapes({name: _matrix(layer) for name, layer in layers.items()})
+        """Layer after layer; see `Method.compress`."""
+        from cluscomp.solve.allocate import share_out
+
+        methods = [self] * len(layers)
+        if self.allocation == "fill" and self.bits is not None:
+            methods = [replace(self, **option.settings) for option in share_out([*self.offers(layers)], self.bits)]
+        shapes = {}
+        for method, (name, layer) in zip(methods, layers.items()):
+            with named([name]):
+                shapes[name] = method.shape(*_matrix(layer))
         for name, shape in shapes.items():
             layer = layers[name]
             with named([name]):
@@ -71,29 +79,16 @@ class InputCodebooks(ABC):
 
     def offers(self, layers: "dict[str, Layer]") -> "Iterator[Menu]":
         """By shapes alone; see `methods.Offers`."""
-        for name, layer in layers.items():
-            yield self._menu(name, _matrix(layer))
-
-    def shapes(self, matrices: "dict[str, tuple[int, int]]") -> "dict[str, Shape]":
-        """The shape of the codebooks of each layer (O, I) of a block, by name. Raises ValueError, beginning with it."""
-        from cluscomp.solve.allocate import share_out
-
-        if self.allocation == "fill" and self.bits is not None:
-            picked = share_out([self._menu(name, matrix) for name, matrix in matrices.items()], self.bits)
-            methods = [replace(self, **option.settings) for option in picked]
-        else:
-            methods = [self] * len(matrices)
-        found = {}
-        for method, (name, matrix) in zip(methods, matrices.items()):
-            with named([name]):
-                found[name] = method.shape(*matrix)
-        return found
-
-    def _menu(self, name: str, matrix: "tuple[int, int]") -> "Menu":
-        from cluscomp.solve.allocate import expected_menu
+        from cluscomp.solve import allocate, shapes
 
         assert self.bits is not None  # who asks for offers has looked
-        return expected_menu([name], [matrix], self._best, self.bits, self._quality)
+        quality = partial(shapes.expected_bits, codebooks=self.added)
+
+        def best(matrices: "Matrices", bits: float) -> "list[Shape]":
+            return [shapes.best_of_sum(matrices, "in", bits, self.storage, self.added)]
+
+        for name, layer in layers.items():
+            yield allocate.expected_menu([name], [_matrix(layer)], best, self.bits, quality)
 
     def shape(self, out_features: int, in_features: int) -> "Shape":
         """Length D and size K of each codebook for a weight (O, I): by hand, or the best within `bits` for all of them.
@@ -101,38 +96,14 @@ class InputCodebooks(ABC):
         With the bits per weight that all of them take. Raises ValueError if none fits, or K exceeds the number of
         sub-vectors.
         """
-        from cluscomp.forms.codebook import num_sub_vectors
-        from cluscomp.solve.shapes import Shape
+        from cluscomp.solve.shapes import best_of_sum, fixed
 
         matrices = [(out_features, in_features)]
-        if self.bits is None:
-            assert self.vector_dim is not None and self.codebook_size is not None  # check_choice
-            vectors = num_sub_vectors(out_features, in_features, self.vector_dim, "in")
-            if self.codebook_size > vectors:
-                raise ValueError(
-                    f"method.codebook_size={self.codebook_size} exceeds the {vectors} sub-vectors of length "
-                    f"{self.vector_dim} in a {out_features} x {in_features} matrix; take fewer, or give bits=3 instead"
-                )
-            by_hand = Shape.of(matrices, "in", self.vector_dim, self.codebook_size, self.storage)
-            return replace(by_hand, bits=self.added * by_hand.bits)
-        return self._best(matrices, self.bits)[0]
-
-    def _best(self, matrices: "Matrices", bits: float) -> "list[Shape]":
-        """The one best shape within `bits` a weight for all codebooks."""
-        from cluscomp.solve.shapes import reachable
-
-        try:
-            shapes = reachable(matrices, "in", bits / self.added, self.storage)
-        except ValueError as error:
-            raise ValueError(f"{error} (each of {self.added} codebooks has its share of bits={bits})") from error
-        best = max(shapes, key=self._quality)
-        return [replace(best, bits=self.added * best.bits)]
-
-    def _quality(self, shape: "Shape") -> float:
-        """As `cluscomp.solve.shapes.expected_bits`; every further codebook adds what its codes take."""
-        from cluscomp.solve.shapes import expected_bits
-
-        return expected_bits(shape) + (self.added - 1) * math.log2(shape.codebook_size) / shape.vector_dim
+        if self.bits is not None:
+            return best_of_sum(matrices, "in", self.bits, self.storage, self.added)
+        assert self.vector_dim is not None and self.codebook_size is not None  # check_choice
+        by_hand = fixed(matrices, "in", self.vector_dim, self.codebook_size, self.storage)
+        return replace(by_hand, bits=self.added * by_hand.bits)
 
 
 def _matrix(layer: "Layer") -> tuple[int, int]:

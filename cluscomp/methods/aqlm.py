@@ -49,35 +49,17 @@ class Aqlm(InputCodebooks):
         self, weight_OI: "Tensor", seen: "Seen", generator: "torch.Generator", shape: "Shape"
     ) -> "CodebookWeight":
         """Find codes and codebooks of a weight (O, I); see `InputCodebooks.stored`."""
-        import torch
+        from cluscomp.solve import along_inputs, along_outputs
 
-        from cluscomp.forms.codebook import CodebookWeight, sub_vectors
-        from cluscomp.kernels.counting import alike
-        from cluscomp.solve.along_inputs import descend, least_squares_codebooks, vector_weights
-        from cluscomp.solve.along_outputs import damped
-        from cluscomp.solve.kmeans import Recipe, kmeans
-
-        outputs, inputs = weight_OI.shape
-        moment_II = damped(seen.matrix_II, self.damping)
-        recipe = Recipe(self.iterations, "kd", 1.9, move_centroids=True)
-        importance_N = vector_weights(moment_II.diagonal(), outputs, shape.vector_dim)
-        left_ND = sub_vectors(weight_OI, shape.vector_dim, "in")
-        codes, books = [], []
-        for _ in range(self.codebooks):
-            found = kmeans(left_ND, shape.codebook_size, recipe, generator, importance_N)
-            codes.append(found.codes_N.view(-1, outputs))
-            books.append(found.centroids_KD)
-            left_ND = left_ND - found.centroids_KD[found.codes_N.long()]
-        codes_MJO, books_MKD = torch.stack(codes), torch.stack(books)
-        for _ in alike(range(self.rounds), weight_OI):
-            books_MKD = least_squares_codebooks(weight_OI, codes_MJO, books_MKD, moment_II, self.least_squares)
-            codes_MJO = descend(weight_OI, codes_MJO, books_MKD, moment_II, self.beam)
-        books_MKD = least_squares_codebooks(weight_OI, codes_MJO, books_MKD, moment_II, self.least_squares)
-        return CodebookWeight.from_codes(
-            codes_MJO.flatten(1),
-            books_MKD,
-            out_features=outputs,
-            in_features=inputs,
-            axis="in",
-            storage=self.storage,
+        return along_inputs.as_sum(
+            weight_OI,
+            along_outputs.damped(seen.matrix_II, self.damping),
+            shape,
+            self.storage,
+            generator,
+            codebooks=self.codebooks,
+            iterations=self.iterations,
+            rounds=self.rounds,
+            least_squares=self.least_squares,
+            beam=self.beam,
         )

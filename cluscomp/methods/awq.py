@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from cluscomp.methods.on_grids import Grid, WholeGrids
+from cluscomp.methods.on_grids import WholeGrids
 from cluscomp.settings import settings
 
 if TYPE_CHECKING:
@@ -37,61 +37,17 @@ class Awq(WholeGrids):
 
     def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "UniformWeight":
         """Round a weight (O, I) with scaled inputs; see `EachLayer.stored`."""
-        from cluscomp.forms.uniform import UniformWeight, grids_for, in_16_bits, nearest, spread
-        from cluscomp.kernels.counting import alike
-        from cluscomp.solve.along_outputs import output_error
+        from cluscomp.solve.on_grids import with_scaled_inputs
 
         assert seen is not None  # sees() asks for it
-        grid, inputs = self.grid(*weight_OI.shape), weight_OI.shape[1]
-        moment_II, size_I = seen.matrix_II, seen.magnitude_I.clamp(min=1e-4)
-        best = None
-        for step in alike(range(self.steps), weight_OI):
-            scale_I = size_I ** (step / self.steps)
-            scale_I = scale_I / (scale_I.max() * scale_I.min()).sqrt()
-            inverse_I = in_16_bits(1 / scale_I).float()
-            scaled_OI = weight_OI / inverse_I
-            scales_OG, zeros_OG = grids_for(scaled_OI, grid.width, grid.groups, symmetric=grid.symmetric)
-            error_OI = self._error(scaled_OI, spread(scales_OG, inputs), spread(zeros_OG, inputs), grid.width)
-            error = output_error(error_OI * inverse_I, moment_II)
-            if best is None or error < best[0]:
-                best = error, inverse_I, scales_OG, zeros_OG
-        assert best is not None  # steps >= 1
-        _, inverse_I, scales_OG, zeros_OG = best
-        scaled_OI = weight_OI / inverse_I
-        if self.clip:
-            scaled_II = moment_II * inverse_I * inverse_I[:, None]
-            scales_OG, zeros_OG = self._clipped(scaled_OI, scaled_II, grid)
-        codes_OI = nearest(scaled_OI, spread(scales_OG, inputs), spread(zeros_OG, inputs), grid.width)
-        zeros = None if grid.symmetric else zeros_OG.int()
-        return UniformWeight.from_codes(codes_OI, scales_OG, zeros, grid.width, inverse_I)
-
-    def _clipped(self, weight_OI: "Tensor", moment_II: "Tensor", grid: Grid) -> "tuple[Tensor, Tensor]":
-        """Scales and zeros (O, G) of each group (O, C) narrowed as its part of the output's error likes best."""
-        import torch
-
-        from cluscomp.forms.uniform import bounds, grid_for
-        from cluscomp.kernels.counting import alike
-
-        scales, zeros = [], []
-        for group in alike(bounds(weight_OI.shape[1], grid.groups), weight_OI):
-            weight_OC, moment_CC = weight_OI[:, group], moment_II[group, group]
-            least_O = torch.full_like(weight_OC[:, 0], torch.inf)
-            best_O, best_zero_O = torch.zeros_like(least_O), torch.zeros_like(least_O)
-            for narrower in alike(range(self.clip), weight_OI):
-                shrink = 1 - 0.05 * narrower
-                scale_O, zero_O = grid_for(weight_OC, grid.width, symmetric=grid.symmetric, shrink=shrink)
-                error_OC = self._error(weight_OC, scale_O[:, None], zero_O[:, None], grid.width)
-                error_O = ((error_OC @ moment_CC) * error_OC).sum(1)
-                better_O = error_O < least_O
-                best_O, best_zero_O = torch.where(better_O, scale_O, best_O), torch.where(better_O, zero_O, best_zero_O)
-                least_O = torch.minimum(error_O, least_O)
-            scales.append(best_O)
-            zeros.append(best_zero_O)
-        of_all = (-1, grid.groups)  # where one stands for all
-        return torch.stack(scales, 1).expand(of_all), torch.stack(zeros, 1).expand(of_all)
-
-    def _error(self, weight: "Tensor", scale: "Tensor", zero: "Tensor", width: int) -> "Tensor":
-        """Values of the grid less the weights they stand for; all of one shape, or spread to it."""
-        from cluscomp.forms.uniform import nearest
-
-        return (nearest(weight, scale, zero, width) - zero) * scale - weight
+        grid = self.grid(*weight_OI.shape)
+        return with_scaled_inputs(
+            weight_OI,
+            seen.matrix_II,
+            seen.magnitude_I,
+            grid.width,
+            grid.groups,
+            symmetric=grid.symmetric,
+            steps=self.steps,
+            clip=self.clip,
+        )

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cluscomp.forms.uniform import UniformWeight
-    from cluscomp.solve.along_outputs import Wanted
     from cluscomp.solve.layer import Seen
 
 
@@ -46,35 +45,16 @@ class Gptq(WholeGrids):
 
     def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "UniformWeight":
         """Round a weight (O, I) with error feedback; see `EachLayer.stored`."""
-        import torch
-
-        from cluscomp.forms.uniform import UniformWeight, bounds, grid_for, grids_for, nearest
-        from cluscomp.kernels.counting import numbers
-        from cluscomp.solve.along_outputs import damped, feedback
+        from cluscomp.solve import along_outputs, on_grids
 
         assert seen is not None  # sees() asks for it
-        grid, inputs = self.grid(*weight_OI.shape), weight_OI.shape[1]
-        moment_II = damped(seen.matrix_II, self.damping)
-        scales_OG, zeros_OG = grids_for(weight_OI, grid.width, grid.groups, symmetric=grid.symmetric)
-        groups = bounds(inputs, grid.groups)
-        group_of = [number for number, group in enumerate(groups) for _ in range(group.start, group.stop)]
-        order_I = torch.arange(inputs, device=weight_OI.device)
-        if self.act_order:
-            order_I = moment_II.diagonal().argsort(descending=True, stable=True)
-        order = numbers(order_I)
-        codes_IO = torch.empty(inputs, len(weight_OI), dtype=torch.int32, device=weight_OI.device)
-
-        def choose(i: int, wanted: "Wanted", _factor: "Tensor") -> "Tensor":
-            column, number = order[i], group_of[order[i]]
-            if not self.static_groups and column == groups[number].start:
-                scales_OG[:, number], zeros_OG[:, number] = grid_for(
-                    wanted(groups[number].stop).T, grid.width, symmetric=grid.symmetric
-                )
-            scale_O, zero_O = scales_OG[:, number], zeros_OG[:, number]
-            codes_IO[column] = codes_O = nearest(wanted(i + 1)[0], scale_O, zero_O, grid.width)
-            return ((codes_O - zero_O) * scale_O)[None]
-
-        feedback(weight_OI.T[order_I].contiguous(), moment_II[order_I][:, order_I], choose)
-        return UniformWeight.from_codes(
-            codes_IO.T.contiguous(), scales_OG, None if grid.symmetric else zeros_OG.int(), grid.width
+        grid = self.grid(*weight_OI.shape)
+        return on_grids.with_feedback(
+            weight_OI,
+            along_outputs.damped(seen.matrix_II, self.damping),
+            grid.width,
+            grid.groups,
+            symmetric=grid.symmetric,
+            act_order=self.act_order,
+            static_groups=self.static_groups,
         )

@@ -39,28 +39,14 @@ class Gptvq(InputCodebooks):
         self, weight_OI: "Tensor", seen: "Seen", generator: "torch.Generator", shape: "Shape"
     ) -> "CodebookWeight":
         """Find codes and codebook of a weight (O, I); see `InputCodebooks.stored`."""
-        from cluscomp.forms.codebook import CodebookWeight, centroid_values, sub_vectors
-        from cluscomp.solve.along_inputs import feedback_vectors, least_squares_codebooks, vector_weights
-        from cluscomp.solve.along_outputs import damped
-        from cluscomp.solve.kmeans import Recipe, kmeans, nearest
+        from cluscomp.solve import along_inputs, along_outputs
 
-        outputs, inputs = weight_OI.shape
-        moment_II = damped(seen.matrix_II, self.damping)
-        found = kmeans(
-            sub_vectors(weight_OI, shape.vector_dim, "in"),
-            shape.codebook_size,
-            Recipe(self.iterations, "kd", 1.9, move_centroids=True),
+        return along_inputs.with_feedback(
+            weight_OI,
+            along_outputs.damped(seen.matrix_II, self.damping),
+            shape,
+            self.storage,
             generator,
-            vector_weights(moment_II.diagonal(), outputs, shape.vector_dim),
-        )
-        book_1KD = centroid_values(found.centroids_KD[None], self.storage)
-        codes_1JO = feedback_vectors(weight_OI, book_1KD[0], moment_II, nearest)[None]
-        book_1KD = least_squares_codebooks(weight_OI, codes_1JO, book_1KD, moment_II, self.least_squares)
-        return CodebookWeight.from_codes(
-            codes_1JO.flatten(1),
-            book_1KD,
-            out_features=outputs,
-            in_features=inputs,
-            axis="in",
-            storage=self.storage,
+            iterations=self.iterations,
+            least_squares=self.least_squares,
         )

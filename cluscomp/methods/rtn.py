@@ -21,7 +21,7 @@ class RoundToNearest(WholeGrids):
     """
 
     def sees(self) -> frozenset[str]:
-        """Nothing."""
+        """Nothing: no text is read."""
         return frozenset()
 
     def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "UniformWeight":

@@ -12,6 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn import Parameter
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,9 +24,11 @@ from transformers import (
 
 from cluscomp.errors import InputError
 from cluscomp.forms.layers import place
+from cluscomp.forms.linear import CompressedLinear
 from cluscomp.process import give_memory_back
 from cluscomp.store.files import file_hash
 
+LINEAR = (CompressedLinear, nn.Linear)
 DTYPES = {  # by their names in safetensors
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -199,6 +202,12 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
     """The dense linear layers inside a block, by their name in the block."""
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def norms(model: nn.Module) -> dict[str, Parameter]:
+    """The parameters of norms, by name: vectors that belong to no linear layer."""
+    linear = {id(vector) for part in model.modules() if isinstance(part, LINEAR) for vector in part.parameters()}
+    return {name: vector for name, vector in model.named_parameters() if vector.ndim == 1 and id(vector) not in linear}
 
 
 def check_supported(model: PreTrainedModel) -> None:

@@ -1,6 +1,6 @@
 """A model's outline: its shapes without its weights, walked to learn what a stage will hold and do."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,9 +15,10 @@ from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms.layers import Size, empty_layers, size_of
 from cluscomp.forms.linear import compressed, unique_tensors
+from cluscomp.forms.stored import Stored
 from cluscomp.kernels.counting import Count
 from cluscomp.kernels.work import Work
-from cluscomp.models.original import blocks, check_supported, linears, quantizer
+from cluscomp.models.original import block_names, blocks, check_supported, linears, norms, quantizer
 from cluscomp.models.walk import Walk
 from cluscomp.plan.cost import Cost
 
@@ -77,9 +78,15 @@ class MetaModel:
         if quantizer(config) is not None:
             empty_layers(model, config.quantization_config["weights"], dtype)
 
-    def train(self, names: Iterable[str]) -> None:
-        """Parameters that are kept learn, too: they end as 16 bits hold them, of 32 in float16."""
-        self._rounded |= set(names) if self.dtype.itemsize > 2 else set()
+    def train_norms(self, *, outside: bool = True) -> None:
+        """Norms learn, too, without `outside` those of blocks alone; they end as 16 bits have it, of 32 as float16."""
+        inside = tuple(f"{name}." for name in block_names(self.model))
+        found = {name for name in norms(self.model) if outside or name.startswith(inside)}
+        self._rounded |= found if self.dtype.itemsize > 2 else set()
+
+    def forms(self) -> dict[str, Stored]:
+        """The stored forms of all compressed layers, by the layer's name."""
+        return {name: layer.stored for name, layer in compressed(self.model).items()}
 
     @property
     def block(self) -> nn.Module:
@@ -230,6 +237,43 @@ class MetaModel:
         tensors = unique_tensors(self.model)
         return checkpoint.file_bytes({name: (dtype(name, tensor), tensor.shape) for name, tensor in tensors.items()})
 
+    def end_to_end(
+        self,
+        *,
+        batch_size: int,
+        accumulation: int,
+        length: int,
+        examples: int,
+        held_out: int,
+        trained: float,
+        logits: int,
+        before: Work = NOTHING,
+        masters: bool = True,
+    ) -> Cost:
+        """Training of the whole model: the inputs of all blocks are kept, one block's insides are made again.
+
+        `logits`: numbers of them that are in memory at once.
+        """
+        inside = self.training(batch_size, length)
+        state = 16.0 * trained if masters else 3.0 * self.dtype.itemsize * trained
+        kept = self.stored if self.compressed else self.all_numbers * self.dtype.itemsize - self.outside
+        device = {
+            "codes and codebooks" if self.compressed else "dense blocks": kept,
+            "embedding, head": self.outside,
+            "masters, gradients, AdamW's state": state,
+            "inputs of all blocks": self.blocks * self.stream(batch_size, length),
+            "inside one block": inside.peak,
+            "logits": 12.0 * logits,
+        }
+        batches = examples // batch_size
+        once = self.forward(batch_size, length).work * self.blocks
+        head = self.logits(batch_size, length).work
+        work = (inside.work * self.blocks + once + head * 3) * batches
+        work += Work(traffic=40.0 * trained) * (batches / accumulation)
+        work += (once + head) * (2 * held_out / batch_size) + before
+        work += Work(read=float(self.checkpoint_bytes()))
+        return Cost(device, {}, work, "a smaller batch_size with more accumulation, or a smaller length")
+
 
 class _Attention(TorchFunctionMode):
     """Attention as the fused kernels do it; the meta device would take the plain one, with its matrix of all pairs."""
@@ -261,41 +305,3 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, _grad):  # type: ignore[no-untyped-def]
         ctx.count.work += Work(flops=2.5 * ctx.flops, calls=1)
         return None, *(torch.empty_like(saved) for saved in ctx.saved_tensors[:3])
-
-
-def end_to_end(
-    outline: MetaModel,
-    *,
-    batch_size: int,
-    accumulation: int,
-    length: int,
-    examples: int,
-    held_out: int,
-    trained: float,
-    logits: int,
-    before: Work = NOTHING,
-    masters: bool = True,
-) -> Cost:
-    """Training of the whole model: the inputs of all blocks are kept, one block's insides are made again.
-
-    `logits`: numbers of them that are in memory at once.
-    """
-    inside = outline.training(batch_size, length)
-    state = 16.0 * trained if masters else 3.0 * outline.dtype.itemsize * trained
-    kept = outline.stored if outline.compressed else outline.all_numbers * outline.dtype.itemsize - outline.outside
-    device = {
-        "codes and codebooks" if outline.compressed else "dense blocks": kept,
-        "embedding, head": outline.outside,
-        "masters, gradients, AdamW's state": state,
-        "inputs of all blocks": outline.blocks * outline.stream(batch_size, length),
-        "inside one block": inside.peak,
-        "logits": 12.0 * logits,
-    }
-    batches = examples // batch_size
-    once = outline.forward(batch_size, length).work * outline.blocks
-    head = outline.logits(batch_size, length).work
-    work = (inside.work * outline.blocks + once + head * 3) * batches
-    work += Work(traffic=40.0 * trained) * (batches / accumulation)
-    work += (once + head) * (2 * held_out / batch_size) + before
-    work += Work(read=float(outline.checkpoint_bytes()))
-    return Cost(device, {}, work, "a smaller batch_size with more accumulation, or a smaller length")

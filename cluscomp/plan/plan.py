@@ -2,18 +2,19 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from transformers import PreTrainedConfig
 
 from cluscomp.errors import InputError
+from cluscomp.forms.layers import Size
+from cluscomp.models.original import check_dense
 from cluscomp.plan.cost import Cost
 from cluscomp.plan.machine import GIB, Limits, Machine, limits
+from cluscomp.plan.meta import MetaModel
 from cluscomp.process import resident
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedConfig
-
-    from cluscomp.forms.layers import Size
 
 CONTEXT = 0.5 * GIB  # of GPU memory and of RAM, that CUDA itself takes
 STARTED = 0.08 * GIB  # of RAM, that tokenizer, texts and the first matrix products leave behind (0.05 to 0.1 were seen)
@@ -43,7 +44,7 @@ class Plan:
     """
 
     rows: list[Row]
-    size: "Size | None"
+    size: Size | None
     checkpoint_bytes: int | None
     exact: bool
     limits: Limits
@@ -78,8 +79,6 @@ class Plan:
 
     def table(self) -> str:
         """The plan as text."""
-        from tabulate import tabulate
-
         gpu = any(row.vram is not None for row in self.rows)
         lines = [
             [
@@ -124,11 +123,8 @@ def largest(parts: dict[str, float]) -> str:
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in first if size)
 
 
-def plan(experiment: Any, config: "PreTrainedConfig", dtype: "torch.dtype", device: str) -> Plan:
+def plan(experiment: Any, config: PreTrainedConfig, dtype: torch.dtype, device: str) -> Plan:
     """Fold the stages of an experiment over the outline of its model. Raises InputError for what cannot be planned."""
-    from cluscomp.models.original import check_dense
-    from cluscomp.plan.meta import MetaModel
-
     if experiment.order:
         check_dense(config)
     machine: Machine = experiment.machine

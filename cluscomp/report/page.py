@@ -1,10 +1,9 @@
-"""All tables and figures of one experiment: what applies to its records, and where it is written."""
+"""All tables of one experiment: what applies to its records, and where it is written."""
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -13,10 +12,7 @@ from cluscomp.report import by_layer, comparison, pareto, tables
 from cluscomp.report.published import Published
 from cluscomp.report.rendering import SUFFIX, Format, rendered
 from cluscomp.store.files import new_file
-from cluscomp.store.records import ORIGINAL, Record
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from cluscomp.store.records import Record
 
 STEM = "tables"
 
@@ -165,23 +161,3 @@ def put_into(document: Path, name: str, records: list[Record]) -> None:
         raise InputError(f"{document}: there is no place for the table, {begin} and {end}")
     with new_file(document) as unfinished:
         unfinished.write_text(after, encoding="utf-8")
-
-
-def figures(records: list[Record]) -> dict[str, "tuple[Figure, pd.DataFrame]"]:
-    """Every figure that these records fill, by its file's name, with the data it shows."""
-    from cluscomp.report import plots
-
-    found: dict[str, tuple[Figure, pd.DataFrame]] = {}
-    points = pareto.pareto(records)
-    if len(points):
-        scores = tables.scores(records)
-        originals = scores[(scores["after"] == ORIGINAL) & (scores["metric"] == "perplexity")]
-        originals = originals[["dataset", "value"]].rename(columns={"dataset": "data"}).drop_duplicates("data")
-        found["pareto"] = plots.pareto(points, originals=originals), pd.concat([points, originals])
-    layers = by_layer.layer_table(records)
-    if len(layers):
-        found["layers"] = plots.layers(layers), layers
-    planned = tables.prediction_table(records)
-    if len(planned):
-        found["plan"] = plots.predictions(planned), planned
-    return found

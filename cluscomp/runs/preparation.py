@@ -1,39 +1,25 @@
-"""What a run finds out before it works: its folders, device and dtype, and what it will need."""
+"""What a run finds out before it works: its device and dtype, and what it will need."""
 
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from cluscomp.checkpoint import NAME
 from cluscomp.errors import InputError
+from cluscomp.models.original import quantizer
+from cluscomp.plan.calibrate import slowdown
+from cluscomp.plan.plan import Plan, plan
 from cluscomp.runs.experiment import Experiment
-
-if TYPE_CHECKING:
-    import torch
-
-    from cluscomp.plan.plan import Plan
 
 log = logging.getLogger("cluscomp")
 
 SLOW = 3.0  # times as long as in float32: worth a warning
 
 
-def writable(key: str, value: str) -> Path:
-    """A folder that a setting names, made if need be. Raises InputError if it cannot be written."""
-    folder = Path(value).expanduser().absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{key}={value}: cannot be made ({error.strerror})") from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{key}={value}: cannot be written")
-    return folder
-
-
-def device_of(name: str) -> "torch.device":
+def device_of(name: str) -> torch.device:
     """The device all models compute on. Raises InputError for one that is not here."""
-    import torch
-
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device=cuda: this machine has no usable GPU; device=cpu or device=auto works")
     if name == "cpu" or not torch.cuda.is_available():
@@ -42,24 +28,18 @@ def device_of(name: str) -> "torch.device":
     return torch.device("cuda")
 
 
-def dtype_of(experiment: Experiment) -> "torch.dtype":
+def dtype_of(experiment: Experiment) -> torch.dtype:
     """The dtype all models compute in: "auto" is float32 on the CPU (bfloat16 is slower there), bfloat16 on a GPU."""
-    import torch
-
     if experiment.dtype != "auto":
         return getattr(torch, experiment.dtype)  # type: ignore[no-any-return]
     return torch.float32 if device_of(experiment.device).type == "cpu" else torch.bfloat16
 
 
-def foreseen(experiment: Experiment, cache: Path) -> "Plan | None":
+def foreseen(experiment: Experiment, cache: Path) -> Plan | None:
     """The plan of a run on this machine, in the log; None, with a line, for a model of which too little is known.
 
     Raises InputError if a stage does not fit, unless `force`.
     """
-    from cluscomp.checkpoint import NAME
-    from cluscomp.models.original import quantizer
-    from cluscomp.plan.plan import plan
-
     device = device_of(experiment.device)
     _warn_of_slow_products(experiment, device.type)
     try:
@@ -77,12 +57,8 @@ def foreseen(experiment: Experiment, cache: Path) -> "Plan | None":
     return found
 
 
-def planned(experiment: Experiment) -> "Plan":
+def planned(experiment: Experiment) -> Plan:
     """The plan of a run for its machine; reads nothing but the model's config. Raises InputError without one."""
-    import torch
-
-    from cluscomp.plan.plan import plan
-
     if experiment.machine.here:
         device, dtype = device_of(experiment.device).type, dtype_of(experiment)
         _warn_of_slow_products(experiment, device)
@@ -97,8 +73,6 @@ def _warn_of_slow_products(experiment: Experiment, device: str) -> None:
     """Processors without instructions for 16-bit numbers compute in them all the same, but take hours for minutes."""
     if device != "cpu" or experiment.dtype in ("auto", "float32"):
         return
-    from cluscomp.plan.calibrate import slowdown
-
     dtype = dtype_of(experiment)
     if (factor := slowdown(dtype)) > SLOW:
         log.warning(

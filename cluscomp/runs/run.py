@@ -12,22 +12,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from cluscomp.checkpoint import FORMAT
 from cluscomp.errors import InputError
+from cluscomp.kernels.loading import native
+from cluscomp.models.original import Original, combined, file_hashes, fingerprint
+from cluscomp.models.quantised import opened
+from cluscomp.plan.plan import Plan
 from cluscomp.process import processes, rank
 from cluscomp.runs.capsule import commit, seal, versions
 from cluscomp.runs.experiment import Experiment, config_of, stage_keys, without_places
-from cluscomp.runs.preparation import device_of, dtype_of, foreseen, writable
+from cluscomp.runs.preparation import device_of, dtype_of, foreseen
 from cluscomp.runs.runner import Follower, Runner, tell_of_other_code
-from cluscomp.store.files import held_alone
+from cluscomp.runs.trackers import Forgiving, NoTracker, Session
+from cluscomp.store.files import held_alone, writable
 from cluscomp.store.records import EXTERNAL, SCHEMA, Record, Score, read, write
 from cluscomp.store.secrets import hide_all, log_file
-
-if TYPE_CHECKING:
-    from cluscomp.models.original import Original
-    from cluscomp.plan.plan import Plan
-    from cluscomp.runs.trackers import Session
 
 log = logging.getLogger("cluscomp")
 LOG = "log.txt"  # what the terminal showed, in the run's folder
@@ -59,12 +60,6 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
     predicted = foreseen(experiment, cache) if first else None
     with held_alone(cache, "model"):
         folder = experiment.model.folder(cache)
-
-    from cluscomp.checkpoint import FORMAT
-    from cluscomp.models.original import combined, file_hashes
-    from cluscomp.models.quantised import opened
-    from cluscomp.runs.trackers import Forgiving, NoTracker
-
     gc.collect()
     gc.freeze()  # libraries stay anyway: each later collection looks only at what runs make
     device, dtype = device_of(experiment.device), dtype_of(experiment)
@@ -106,7 +101,7 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
     return Outcome(record, path, runner.checkpoint(["original", *experiment.order][-1]), samples)
 
 
-def _fold(experiment: Experiment, runner: Runner, session: "Session") -> dict[str, dict[str, Any]]:
+def _fold(experiment: Experiment, runner: Runner, session: Session) -> dict[str, dict[str, Any]]:
     """The metrics of all stages and evaluations, in the order of the run."""
     metrics: dict[str, dict[str, Any]] = {}
     for name in ["original", *experiment.order]:
@@ -157,12 +152,9 @@ def _record(
     key: str,
     weights: str,
     metrics: dict[str, dict[str, Any]],
-    original: "Original",
-    predicted: "Plan | None",
+    original: Original,
+    predicted: Plan | None,
 ) -> Record:
-    from cluscomp.kernels.loading import native
-    from cluscomp.models.original import fingerprint
-
     scores = [Score(**row) for found in metrics.values() for row in found.get("scores", [])]
     hash_, dirty = commit()
     stages = {

@@ -11,22 +11,25 @@ import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cluscomp.data.overlap import WORDS
+import torch
+from transformers import PreTrainedModel
+
+from cluscomp import checkpoint
+from cluscomp.data.overlap import WORDS, Learned
 from cluscomp.errors import InputError
+from cluscomp.forms.layers import check_file, size_of
+from cluscomp.models import dense
+from cluscomp.models.original import Original
+from cluscomp.process import peak_memory, reset_peak_memory
 from cluscomp.runs.capsule import commit, versions
 from cluscomp.runs.experiment import Experiment, key_settings
 from cluscomp.score.tasks import read_answers, write_answers
+from cluscomp.stages import Job
+from cluscomp.stages.blockwise import dense_blocks
 from cluscomp.store.files import held_alone
 from cluscomp.store.records import content_key, read_sealed, write_sealed
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from cluscomp.data.overlap import Learned
-    from cluscomp.models.original import Original
-    from cluscomp.stages import Job
 
 log = logging.getLogger("cluscomp")
 ANSWERS = "answers.jsonl.gz"  # to the tasks, of one model
@@ -36,7 +39,7 @@ METRICS, CHECKPOINT, FRESH = "metrics.json", "checkpoint", "fresh"
 class Runner:
     """Stages and evaluations of an experiment with these keys, by name; "original" is the model before all stages."""
 
-    def __init__(self, experiment: Experiment, outputs: Path, original: "Original", keys: dict[str, str]) -> None:
+    def __init__(self, experiment: Experiment, outputs: Path, original: Original, keys: dict[str, str]) -> None:
         self.experiment, self.outputs, self.original, self.keys = experiment, outputs, original, keys
         evaluate = experiment.evaluate
         self.evaluation = [key_settings(evaluate), evaluate.inputs(), original.device.type, versions(), WORDS]
@@ -103,8 +106,6 @@ class Runner:
         return self.outputs / f"predictions-{content_key([self.keys['original'], versions()])}"
 
     def _stage(self, name: str, folder: Path) -> dict[str, Any]:
-        from cluscomp import checkpoint
-
         finished = None if self.experiment.fresh else self._whole(folder)
         if finished is not None:
             log.info("%s  finished before, %s", name, folder)
@@ -161,16 +162,14 @@ class Runner:
                 if (work / name).exists():
                     (work / name).rename(folder / name)
 
-    def _learned(self, name: str) -> "dict[str, Learned]":
+    def _learned(self, name: str) -> dict[str, Learned]:
         """What the stages up to `name` learned from, of those that learned from text."""
         order = ["original", *self.experiment.order]
         found = {stage: self.experiment.stages[stage].learns_from() for stage in order[1 : order.index(name) + 1]}
         return {stage: learned for stage, learned in found.items() if learned is not None}
 
-    def _model(self, name: str) -> "PreTrainedModel | Original":
+    def _model(self, name: str) -> PreTrainedModel | Original:
         """The model after a stage; of a dense one, what reads it from its folder."""
-        from cluscomp import checkpoint
-
         if self._is_dense(name):
             return self._dense(name)
         return checkpoint.load(self._folder(name) / CHECKPOINT, self.original.dtype, self.original.device)
@@ -178,19 +177,14 @@ class Runner:
     def _is_dense(self, name: str) -> bool:
         return name == "original" or self.experiment.stages[name].gives == "original"
 
-    def _dense(self, name: str) -> "Original":
+    def _dense(self, name: str) -> Original:
         """What reads the model after a dense stage."""
-        from cluscomp.models.original import Original
-
         if name == "original":
             return self.original
         return Original(self._folder(name) / CHECKPOINT, self.original.dtype, self.original.device)
 
-    def _start(self, name: str, work: Path) -> "tuple[PreTrainedModel, Job]":
+    def _start(self, name: str, work: Path) -> tuple[PreTrainedModel, Job]:
         """The model that a stage begins with, and its job, which reads weights as the last dense stage left them."""
-        from cluscomp import checkpoint
-        from cluscomp.stages import Job
-
         before = ["original", *self.experiment.order][: self.experiment.order.index(name) + 1]
         original = self._dense([one for one in before if self._is_dense(one)][-1])
         job = Job(work, self.experiment.seed, original, self.original)
@@ -199,14 +193,8 @@ class Runner:
         folder = self._folder(before[-1]) / CHECKPOINT
         return checkpoint.load(folder, self.original.dtype, self.original.device), job
 
-    def _keep(self, name: str, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
+    def _keep(self, name: str, model: PreTrainedModel, job: Job) -> dict[str, Any]:
         """Write the model after a stage into its folder; returns its size as it lies there."""
-        from cluscomp import checkpoint
-        from cluscomp.forms.layers import check_file, size_of
-        from cluscomp.models import dense
-        from cluscomp.models.original import Original
-        from cluscomp.stages.blockwise import dense_blocks
-
         folder = job.folder / CHECKPOINT
         if self._is_dense(name):
             dense.save(model, dense_blocks(job.folder, model), job.original, folder)
@@ -227,8 +215,6 @@ class Runner:
 
     def _whole(self, folder: Path) -> dict[str, Any] | None:
         """The metrics of a finished stage whose checkpoint is the one they name; otherwise None, with a warning."""
-        from cluscomp import checkpoint
-
         metrics = self._finished(folder)
         if metrics is None:
             return None
@@ -250,17 +236,11 @@ class _Measured:
     """Seconds, CPU seconds and peak memory (bytes) of a `with` block, as a dictionary that fills at its end."""
 
     def __enter__(self) -> dict[str, Any]:
-        from cluscomp.process import reset_peak_memory
-
         reset_peak_memory()
         self.start, self.cpu_start, self.cost = time.monotonic(), time.process_time(), dict[str, Any]()
         return self.cost
 
     def __exit__(self, *_: object) -> None:
-        import torch
-
-        from cluscomp.process import peak_memory
-
         self.cost |= {
             "seconds": time.monotonic() - self.start,
             "cpu_seconds": time.process_time() - self.cpu_start,

@@ -6,6 +6,7 @@ asked for: reading them all takes a minute.
 
 import difflib
 import gzip
+import importlib.metadata
 import json
 import math
 import re
@@ -25,6 +26,7 @@ from cluscomp.store.records import content_key
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Answers = Sequence[dict[str, Any]]  # to tasks, row by row
 NAMED = re.compile(
     r"^[\"']?(?:task|group|tag)[\"']?: *[\"']?([^\s#\"'\[]+)|^ *- *(?:task: *)?[\"']?([\w.+-]+)[\"']? *$", re.M
 )
@@ -287,3 +289,11 @@ def flipped(original: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]
             flips, count = found.get(row["task"], (0, 0))
             found[row["task"]] = flips + (row[metric] != other[metric]), count + 1
     return found
+
+
+def lm_eval_version() -> str | None:
+    """The installed lm-eval's version, or None."""
+    try:
+        return importlib.metadata.version("lm-eval")
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -4,13 +4,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from cluscomp.errors import named
-from cluscomp.solve.kmeans import Recipe
+from cluscomp.solve.groups import Group
 from cluscomp.solve.shapes import Matrices, Shape, around, expected_bits, menu, weights_in
 
 
@@ -90,25 +87,7 @@ def _total_damage(options: list[Option]) -> float:
 Shapes = Callable[[Matrices, float], list[Shape]]
 
 
-class Group(Protocol):
-    """Layers that share a codebook."""
-
-    names: Sequence[str]
-    matrices: list[tuple[int, int]]
-    numbers: int  # of all weights
-    generator: torch.Generator
-
-    def points(self, vector_dim: int) -> tuple[Tensor, Tensor | None]:
-        """The sub-vectors (N, D) of all layers and what each counts, (N,), or None."""
-        ...
-
-    @property
-    def energy(self) -> float:
-        """The mean square of the weights, weighted as K-means weights them."""
-        ...
-
-
-def measured_menu(group: Group, shapes: Shapes, bits: float, recipe: Recipe, floor: float) -> Menu:
+def measured_menu(group: Group, shapes: Shapes, bits: float, floor: float) -> Menu:
     """Codebooks for a group at and around `bits` a weight, with the damage measured on its weights.
 
     It is the relative error that K-means leaves, weighted as its points are, times the weights. Where one input is far
@@ -116,7 +95,7 @@ def measured_menu(group: Group, shapes: Shapes, bits: float, recipe: Recipe, flo
     share of `bits`, is the least that is offered. `shapes(matrices, bits)` is as `shapes.reachable` gives them.
     """
     with named(group.names):
-        found = menu(group.points, partial(shapes, group.matrices), bits, recipe, group.generator, floor)
+        found = menu(group.points, partial(shapes, group.matrices), bits, group.recipe, group.generator, floor)
     damage = group.numbers / group.energy
     options = [Option(round(shape.bits * group.numbers), error * damage, by_hand(shape)) for shape, error in found]
     return Menu(list(group.names), group.numbers, options)

@@ -9,11 +9,100 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cluscomp.forms.codebook import sub_vectors
-from cluscomp.kernels.counting import times
+from cluscomp.forms.codebook import CodebookWeight, Storage, centroid_values, sub_vectors
+from cluscomp.kernels.counting import alike, times
 from cluscomp.solve.along_outputs import Nearest, Wanted, conjugate_gradients, feedback
+from cluscomp.solve.kmeans import Recipe, kmeans, nearest
+from cluscomp.solve.shapes import Shape
 
 CANDIDATES = 2**24
+
+
+def with_feedback(
+    weight_OI: Float[Tensor, "O I"],
+    moment_II: Float[Tensor, "I I"],
+    shape: Shape,
+    storage: Storage,
+    generator: torch.Generator,
+    *,
+    iterations: int,
+    least_squares: int,
+) -> CodebookWeight:
+    """GPTVQ (arXiv 2402.15319): a codebook of K-means, codes with error feedback, the codebook of least output error.
+
+    Args:
+        weight_OI: (O, I) in float32.
+        moment_II: (I, I), the second moment of its inputs, positive definite (see `damped`).
+        shape: length and number of the centroids.
+        storage: the type of their values, in which codes are chosen.
+        generator: of the seed of K-means.
+        iterations: rounds of K-means, in which a sub-vector counts by the mean square of its inputs.
+        least_squares: steps towards the codebook of least output error.
+    """
+    outputs, inputs = weight_OI.shape
+    found = kmeans(
+        sub_vectors(weight_OI, shape.vector_dim, "in"),
+        shape.codebook_size,
+        Recipe(iterations, "kd", 1.9, move_centroids=True),
+        generator,
+        vector_weights(moment_II.diagonal(), outputs, shape.vector_dim),
+    )
+    book_1KD = centroid_values(found.centroids_KD[None], storage)
+    codes_1JO = feedback_vectors(weight_OI, book_1KD[0], moment_II, nearest)[None]
+    book_1KD = least_squares_codebooks(weight_OI, codes_1JO, book_1KD, moment_II, least_squares)
+    return CodebookWeight.from_codes(
+        codes_1JO.flatten(1), book_1KD, out_features=outputs, in_features=inputs, axis="in", storage=storage
+    )
+
+
+def as_sum(
+    weight_OI: Float[Tensor, "O I"],
+    moment_II: Float[Tensor, "I I"],
+    shape: Shape,
+    storage: Storage,
+    generator: torch.Generator,
+    *,
+    codebooks: int,
+    iterations: int,
+    rounds: int,
+    least_squares: int,
+    beam: int,
+) -> CodebookWeight:
+    """AQLM (arXiv 2401.06118): sums of centroids of several codebooks, by what the layer's output loses.
+
+    The start is K-means of the weight, then of what is left, and so on; in each round the codebooks are solved for the
+    codes, and the codes searched for the codebooks, which have the last word.
+
+    Args:
+        weight_OI: (O, I) in float32.
+        moment_II: (I, I), the second moment of its inputs, positive definite (see `damped`).
+        shape: length and number of each codebook's centroids.
+        storage: the type of their values.
+        generator: of the seeds of K-means.
+        codebooks: M.
+        iterations: rounds of K-means, in which a sub-vector counts by the mean square of its inputs.
+        rounds: of codebooks and codes in turn.
+        least_squares: steps towards the codebooks of least output error, in each round and at the end.
+        beam: how many choices of a sub-vector's codes are kept; see `descend`.
+    """
+    outputs, inputs = weight_OI.shape
+    recipe = Recipe(iterations, "kd", 1.9, move_centroids=True)
+    importance_N = vector_weights(moment_II.diagonal(), outputs, shape.vector_dim)
+    left_ND = sub_vectors(weight_OI, shape.vector_dim, "in")
+    codes, books = [], []
+    for _ in range(codebooks):
+        found = kmeans(left_ND, shape.codebook_size, recipe, generator, importance_N)
+        codes.append(found.codes_N.view(-1, outputs))
+        books.append(found.centroids_KD)
+        left_ND = left_ND - found.centroids_KD[found.codes_N.long()]
+    codes_MJO, books_MKD = torch.stack(codes), torch.stack(books)
+    for _ in alike(range(rounds), weight_OI):
+        books_MKD = least_squares_codebooks(weight_OI, codes_MJO, books_MKD, moment_II, least_squares)
+        codes_MJO = descend(weight_OI, codes_MJO, books_MKD, moment_II, beam)
+    books_MKD = least_squares_codebooks(weight_OI, codes_MJO, books_MKD, moment_II, least_squares)
+    return CodebookWeight.from_codes(
+        codes_MJO.flatten(1), books_MKD, out_features=outputs, in_features=inputs, axis="in", storage=storage
+    )
 
 
 def vector_weights(diagonal_I: Float[Tensor, " I"], outputs: int, vector_dim: int) -> Float[Tensor, " N"]:

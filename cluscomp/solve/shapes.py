@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -109,14 +109,43 @@ def described(matrices: Matrices) -> str:
     return f"a {shapes} matrix" if len(matrices) == 1 else f"matrices of {shapes} with one codebook"
 
 
-def expected_bits(shape: Shape) -> float:
+def fixed(matrices: Matrices, axis: Axis, vector_dim: int, codebook_size: int, storage: Storage = "float16") -> Shape:
+    """The shape that settings fix by hand, for matrices (O, I) that share the codebook.
+
+    Raises ValueError if there are more centroids than sub-vectors.
+    """
+    vectors = sum(num_sub_vectors(*matrix, vector_dim, axis) for matrix in matrices)
+    if codebook_size > vectors:
+        raise ValueError(
+            f"method.codebook_size={codebook_size} exceeds the {vectors} sub-vectors of length {vector_dim} in "
+            f"{described(matrices)}; take fewer, or give bits=3 instead"
+        )
+    return Shape.of(matrices, axis, vector_dim, codebook_size, storage)
+
+
+def best_of_sum(matrices: Matrices, axis: Axis, bits: float, storage: Storage, codebooks: int) -> Shape:
+    """The best shape by `expected_bits` of codebooks whose centroids are added, within `bits` a weight for all of them.
+
+    With the bits that all of them take. Raises ValueError as `reachable`.
+    """
+    try:
+        shapes = reachable(matrices, axis, bits / codebooks, storage)
+    except ValueError as error:
+        raise ValueError(f"{error} (each of {codebooks} codebooks has its share of bits={bits})") from error
+    best = max(shapes, key=partial(expected_bits, codebooks=codebooks))
+    return replace(best, bits=codebooks * best.bits)
+
+
+def expected_bits(shape: Shape, codebooks: int = 1) -> float:
     """Quality of (D, K) for Gaussian weights in bits: log2(K)/D less the high-rate loss of D dimensions.
 
     The loss is half the log2 of Zador's constant with the sphere bound on the cell shape; it ranks candidates only.
+    Every further codebook whose centroids are added brings what its codes take.
     """
     dim = shape.vector_dim
     log_constant = math.log(2 / (dim + 2)) + 2 / dim * math.lgamma(dim / 2 + 1) + (dim + 2) / 2 * math.log1p(2 / dim)
-    return math.log2(shape.codebook_size) / dim - log_constant / math.log(4)
+    width = math.log2(shape.codebook_size)
+    return width / dim - log_constant / math.log(4) + (codebooks - 1) * width / dim
 
 
 def measured_error(points: Points, shape: Shape, recipe: Recipe, generator: torch.Generator) -> float:

@@ -1,15 +1,18 @@
 """A model block by block, as stages work on it that a kill may end: what is finished lies in the stage's folder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cluscomp import checkpoint
-from cluscomp.models.original import blocks
+from cluscomp.errors import InputError
+from cluscomp.models.original import block_names, blocks, linears
 from cluscomp.process import Progress, give_memory_back
+from cluscomp.stages import Job
 
 
 class Blockwise:
@@ -85,3 +88,44 @@ def dense_blocks(folder: Path, model: PreTrainedModel) -> Iterator[dict[str, Ten
             yield part.others
         else:
             yield checkpoint.stored_state(block)
+
+
+def change_weights(
+    stage: str, model: PreTrainedModel, job: Job, change: Callable[[Tensor, torch.dtype], Tensor]
+) -> dict[str, Any]:
+    """Change the linear weights of a dense model block after block; each is kept in the job's folder, not in memory.
+
+    `change(weight_OI, dtype)` gives the weight (O, I) as it will be, in its own dtype; `dtype` is that of the
+    original's file. Returns `relative_error`, the squared change over the squared size of all weights, and the same for
+    each layer. Raises InputError, naming the layer, where `change` raises ValueError.
+    """
+    names = block_names(model)
+    work = Blockwise(stage, job.folder, model)
+    for index, _, finished in work.all():
+        if finished:
+            continue
+        with job.original.block(model, index) as block:
+            squares = {}
+            for name, linear in linears(block).items():
+                weight_OI = linear.weight.detach()
+                full = f"{names[index]}.{name}"
+                try:
+                    changed_OI = change(weight_OI, job.original.file_dtype(f"{full}.weight"))
+                except ValueError as error:
+                    raise InputError(f"{full}: {error}") from error
+                difference_OI = changed_OI.double() - weight_OI.double()
+                squares[name] = [float(difference_OI.square().sum()), float(weight_OI.double().square().sum())]
+                linear.weight.data = changed_OI
+            lost = relative_error(squares)
+            work.finish(index, squares, f"relative error {lost:.2e}", relative_error=lost)
+    squares = {
+        f"{names[index]}.{name}": pair for index, found in sorted(work.numbers.items()) for name, pair in found.items()
+    }
+    by_layer = {name: relative_error({name: pair}) for name, pair in squares.items()}
+    return {"relative_error": relative_error(squares), "relative_error_by_layer": by_layer}
+
+
+def relative_error(squares: dict[str, list[float]]) -> float:
+    """Squared error over squared size of several layers together, of which both are given by name."""
+    error, size = (sum(values) for values in zip(*squares.values()))
+    return error / size if size else 0.0

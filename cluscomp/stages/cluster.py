@@ -1,39 +1,22 @@
 """Stage cluster: every linear layer inside the blocks is compressed by the method (paper, section 3.2)."""
 
-import logging
-from collections import Counter
-from collections.abc import Iterator
-from copy import deepcopy
-from dataclasses import replace
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, InstanceOf
 
 from cluscomp.data.overlap import Learned
-from cluscomp.errors import InputError
-from cluscomp.methods import Compressed, Method, Offers
-from cluscomp.models.sources import quantised_types
+from cluscomp.methods import Method
 from cluscomp.settings import settings
-from cluscomp.stages.allocation import Allocation, Menus, Shares
+from cluscomp.stages.allocation import Allocation
 from cluscomp.stages.from_text import FromText
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from cluscomp.kernels.work import Work
     from cluscomp.models.original import Original
-    from cluscomp.models.walk import Walk
     from cluscomp.plan.cost import Cost
-    from cluscomp.plan.dry import Dry
-    from cluscomp.plan.meta import MetaModel, Place
-    from cluscomp.solve.allocate import Option
-    from cluscomp.solve.layer import Layer, Seen
+    from cluscomp.plan.meta import MetaModel
     from cluscomp.stages import Job
-
-log = logging.getLogger(__name__)
 
 
 @settings
@@ -54,325 +37,45 @@ class Cluster(FromText):
     prefix: Literal["original", "compressed"]
 
     @property
-    def _calibrated(self) -> bool:
+    def calibrated(self) -> bool:
+        """Whether the method looks at calibration text."""
         return bool(self.method.sees())
 
     @property
-    def _over_the_model(self) -> bool:
+    def over_the_model(self) -> bool:
+        """Whether bits are shared out over the whole model."""
         return self.allocation.scope == "model"
 
     def learns_from(self) -> Learned | None:
         """The calibration windows, if the method looks at any."""
-        return super().learns_from() if self._calibrated else None
+        return super().learns_from() if self.calibrated else None
 
     def without_effect(self) -> set[str]:
         """The settings of calibration, if the method looks at no text."""
-        return set() if self._calibrated else {"data", "samples", "length", "batch_size", "prefix"}
+        return set() if self.calibrated else {"data", "samples", "length", "batch_size", "prefix"}
 
     def check(self, original: "Original") -> None:
         """Try the method on every block's shapes, and cut windows. Raises InputError that names the layer."""
-        from cluscomp.models.original import block_names
+        from cluscomp.stages.clustering import check_method
 
-        outline = self._outline(original)
-        tried = self._tried(outline)
-        if self._over_the_model and (not isinstance(self.method, Offers) or self.method.bits is None):
-            raise InputError(
-                "allocation.scope=model needs a method whose bits can be shared out (cluscomp, gptvq, aqlm) and bits="
-            )
-        self._check_grids(block_names(outline.model), tried, quantised_types(original.folder))
-        if self._calibrated:
+        check_method(self, original)
+        if self.calibrated:
             super().check(original)
-
-    def _outline(self, original: "Original") -> "MetaModel":
-        from cluscomp.plan.meta import MetaModel
-
-        return MetaModel(deepcopy(original.config), original.dtype, original.device.type)
-
-    def _tried(self, outline: "MetaModel") -> "list[Dry | None]":
-        """What the method will do to each block. Raises InputError, naming the layer, for what it cannot do."""
-        from cluscomp.models.original import block_names
-        from cluscomp.plan import dry
-
-        found = []
-        for name, places in zip(block_names(outline.model), outline.places()):
-            try:
-                found.append(dry.compress(self.method, places, outline.dtype))
-            except ValueError as error:
-                raise InputError(f"{name}.{error}") from error
-        return found
-
-    def _check_grids(self, names: list[str], tried: "list[Dry | None]", origin: list[str]) -> None:
-        """Raise InputError for 4 bits in groups of 32 or a divisor if the original comes from such a file (GGUF's Q4).
-
-        Its weights lie on that grid, so next to nothing would be lost, and the score say nothing about the method.
-        """
-        if not any(kind.startswith("Q4") for kind in origin):
-            return
-        for name, block in zip(names, tried):
-            for layer, stored in block.stored.items() if block is not None else ():
-                if stored.lies_on(width=4, group=32):
-                    raise InputError(
-                        f"{name}.{layer}: 4 bits in {stored.groups} groups of its {stored.in_features} inputs "
-                        f"would be void: the original comes from a file of 4 bits in groups of 32 "
-                        f"({', '.join(origin)}), and lies on that grid. Take other bits, or method.group=64"
-                    )
 
     def cost(self, outline: "MetaModel") -> "Cost | None":
         """One dense block, statistics and streams; on a GPU the finished blocks are in RAM. See `Stage.cost`."""
-        from cluscomp.forms.layers import put_in
-        from cluscomp.kernels.work import Work
-        from cluscomp.models.original import blocks
-        from cluscomp.plan.cost import Cost, worst
+        from cluscomp.stages.clustering import cost
 
-        work = Work(read=outline.all_numbers * outline.file_bytes)
-        tried = [one for one in self._tried(outline) if one is not None]
-        if len(tried) < outline.blocks:
-            return None
-        observing = streams = moments = 0.0
-        if self._calibrated:
-            inputs = {place.input: place.in_features for places in outline.places() for place in places.values()}
-            streams = 2 * outline.stream(self.samples, self.length)
-            once = outline.forward(self.batch_size, self.length)
-            counted, moments, adding = self._counting(inputs, self.batch_size * self.length, outline.dtype)
-            captured = self.batch_size * self.length * sum(inputs.values()) * outline.dtype.itemsize
-            observing = once.peak + captured + adding
-            passes = self.samples / self.batch_size
-            walks = 1 + (self.prefix == "compressed") + self._over_the_model
-            work += once.work * passes * (outline.blocks - 1) * walks
-            work += counted * passes * outline.blocks * (1 + self._over_the_model)
-        compared = max(24.0 * o * i for o, i in outline.dense.values())  # error and size of a layer in `compress_block`
-        for block, found in zip(blocks(outline.model), tried):
-            work += found.work
-            outline.exact &= found.exact and not self._over_the_model
-            for layer, stored in found.forms().items():
-                put_in(block, layer, stored)
-        here = outline.device == "cpu"
-        finished = {"codes and codebooks": outline.stored}
-        always = {"embedding, head": outline.outside} | (finished if here else {})
-        working = {"a dense block": outline.dense_block, "streams": streams, "second moments": moments}
-        device = worst(
-            always | working | {"activations": observing},
-            always | working | {"clustering one matrix": max(compared, *(found.peak for found in tried))},
-            always | {"writing the checkpoint": outline.writing},
-        )
-        relief = "fewer cluster.samples, or method=cluscomp_data_free" if self._calibrated else ""
-        return Cost(device, {} if here else finished, work, relief)
-
-    def _counting(self, inputs: dict[int, int], tokens: int, dtype: "torch.dtype") -> "tuple[Work, float, float]":
-        """Work of one batch for the statistics of a block, the bytes they are kept in, and those beside at most."""
-        import torch
-
-        from cluscomp.kernels.counting import Count
-        from cluscomp.kernels.work import Work
-        from cluscomp.solve.layer import Seen
-
-        work, kept, most = Work(), 0.0, 0.0
-        for size in inputs.values():
-            seen = Seen(self.method.sees())
-            seen.add(torch.empty(1, size, dtype=dtype, device="meta"))
-            with Count() as count:
-                seen.add(torch.empty(tokens, size, dtype=dtype, device="meta"))
-            work, kept, most = work + count.work, kept + seen.nbytes, max(most, count.peak)
-        return work, kept, most
+        return cost(self, outline)
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Compress the model; finished blocks lie in the job's folder and survive a kill.
 
         Returns `relative_error`, the squared error over the squared size of all compressed weights, the same for each
         layer, how its entries and codes are distributed (solve/distribution.py), what the method chose for it, if
-        anything, and the method's name. Raises InputError, naming the layer, if
-        a weight is not finite or the method refuses it.
+        anything, and the method's name. Raises InputError, naming the layer, if a weight is not finite or the method
+        refuses it.
         """
-        from cluscomp.models.original import block_names
-        from cluscomp.models.walk import Walk
-        from cluscomp.stages.blockwise import Blockwise
+        from cluscomp.stages.clustering import run
 
-        squares: dict[str, list[float]] = {}  # by layer: squared error, squared size
-        chosen: dict[str, dict[str, Any]] = {}  # by the layers of a block that go together
-        distributed: dict[str, dict[str, float]] = {}  # by layer
-        work, walk, names = Blockwise("cluster", job.folder, model), Walk(model), block_names(model)
-        last = work.last
-        all_places = self._outline(job.original).places()
-        shares = self._shared_out(model, job, all_places) if self._over_the_model else None
-        stream = self._embedded(walk, job) if self._calibrated and last >= 0 else []
-        for index, block, finished in work.all():  # through finished ones the stream still has to pass
-            name, entering = names[index], stream
-            job.original.load_block(model, index)
-            statistics: dict[str, Seen] = {}
-            if index <= last and (not finished or self.prefix == "original"):
-                stream, statistics = self.observe(walk, index, entering, count=not finished)
-            if finished:
-                found = work.put_back(index)
-            else:
-                share = None if shares is None else shares.blocks[index]
-                found = self.compress_block(block, name, job.seed, statistics, all_places[index], share)
-                error = _ratio(found["squares"])
-                work.finish(index, found, f"relative error {error:.4f}", relative_error=error)
-            if index < last and self.prefix == "compressed":
-                stream, _ = self.observe(walk, index, entering, count=False)
-            block.to("cpu")  # what is finished leaves the GPU
-            squares |= {f"{name}.{layer}": numbers for layer, numbers in found["squares"].items()}
-            chosen |= {f"{name}.{layers}": values for layers, values in found["chosen"].items()}
-            distributed |= {f"{name}.{layer}": values for layer, values in found.get("distributed", {}).items()}
-        by_layer = {layer: error / size if size else 0.0 for layer, (error, size) in squares.items()}
-        numbers = {"relative_error": _ratio(squares), "relative_error_by_layer": by_layer}
-        numbers["distribution_by_layer"] = distributed
-        if shares is not None:
-            numbers["shared_out"] = shares.report()
-        numbers["method"] = type(self.method).__module__.rpartition(".")[2]
-        if chosen:
-            log.info("%s", chosen_table(chosen, names))
-            numbers["chosen"] = chosen
-        return numbers | ({"calibration": self.data.text("calibration").describe()} if self._calibrated else {})
-
-    def _shared_out(self, model: "PreTrainedModel", job: "Job", places: "list[dict[str, Place]]") -> Shares:
-        """Go through the original and ask what the layers of each block may have; what is known survives a kill."""
-        from cluscomp.models.original import block_names
-        from cluscomp.models.walk import Walk
-        from cluscomp.process import Progress
-
-        assert isinstance(self.method, Offers) and self.method.bits is not None  # check
-        walk, names = Walk(model), block_names(model)
-        menus, progress = Menus(job.folder, len(names)), Progress("cluster, menus", len(names))
-        stream = self._embedded(walk, job) if self._calibrated and menus.last >= 0 else []
-        for index in range(menus.last + 1):
-            with job.original.block(model, index) as block:
-                statistics: dict[str, Seen] = {}
-                if self._calibrated:
-                    stream, statistics = self.observe(walk, index, stream, count=not menus.has(index))
-                if not menus.has(index):
-                    layers = self._layers(block, names[index], job.seed, statistics, places[index])
-                    try:
-                        menus.ask(index, self.method, layers)
-                    except ValueError as error:
-                        raise InputError(f"{names[index]}.{error}") from error
-            progress.step("asked what its layers may have")
-        return menus.share_out(self.method.bits)
-
-    def _embedded(self, walk: "Walk", job: "Job") -> "list[Tensor]":
-        import torch
-
-        windows = torch.from_numpy(self.windows(job.original.tokenizer, job.seed)).to(job.original.device)
-        return [walk.embed(ids_BT) for ids_BT in windows.split(self.batch_size)]
-
-    def observe(
-        self, walk: "Walk", index: int, entering: "list[Tensor]", *, count: bool
-    ) -> "tuple[list[Tensor], dict[str, Seen]]":
-        """What a block makes of its inputs (batches of (B, T, H)), and with `count` each linear layer's statistic.
-
-        Layers with one input share one statistic.
-        """
-        from cluscomp.models.original import linears
-        from cluscomp.solve.layer import Seen
-
-        block, stream = walk.blocks[index], []
-        shared: dict[tuple[str, ...], Seen] = {}
-        for hidden_BTH in entering:
-            output_BTH, inputs = walk.observe(index, block, hidden_BTH, list(linears(block)) if count else [])
-            stream.append(output_BTH)
-            groups: dict[int, list[str]] = {}
-            for layer, x in inputs.items():
-                groups.setdefault(id(x), []).append(layer)
-            for layers in groups.values():
-                statistic = shared.setdefault(tuple(layers), Seen(self.method.sees()))
-                statistic.add(inputs[layers[0]])
-        return stream, {layer: statistic for layers, statistic in shared.items() for layer in layers}
-
-    def compress_block(
-        self,
-        block: "nn.Module",
-        name: str,
-        seed: int,
-        statistics: "dict[str, Seen]",
-        places: "dict[str, Place] | None" = None,
-        share: "list[tuple[list[str], Option]] | None" = None,
-    ) -> dict[str, dict[str, Any]]:
-        """Replace every linear layer of a block; without `places` each has an input of its own.
-
-        `share` says what was chosen for its layers where bits are shared out over the model.
-        Returns `squares`, by layer the squared error and squared size of its weight, `distributed`, by layer how its
-        entries and codes are, and `chosen`, by the names of layers that go together what the method chose for them.
-        """
-        import torch
-
-        from cluscomp.forms.layers import put_in
-        from cluscomp.process import give_memory_back
-        from cluscomp.solve.distribution import of_codes, of_entries
-
-        layers = self._layers(block, name, seed, statistics, places)
-        squares, distributed, chosen = {}, {}, {}
-        try:
-            for compressed in self._compressed(layers, share):
-                for layer, stored in compressed.stored.items():
-                    put_in(block, layer, stored)
-                    weight_OI = layers.pop(layer).weight_OI.float()
-                    with torch.no_grad():
-                        difference_OI = stored(torch.float32) - weight_OI
-                    squares[layer] = [float(matrix.double().square().sum()) for matrix in (difference_OI, weight_OI)]
-                    distributed[layer] = of_entries(weight_OI)
-                    if (coded := stored.coded()) is not None:
-                        distributed[layer] |= of_codes(*coded)
-                if compressed.chosen:
-                    chosen[", ".join(compressed.stored)] = compressed.chosen
-                give_memory_back()
-        except ValueError as error:
-            raise InputError(f"{name}.{error}") from error
-        return {"squares": squares, "distributed": distributed, "chosen": chosen}
-
-    def _layers(
-        self,
-        block: "nn.Module",
-        name: str,
-        seed: int,
-        statistics: "dict[str, Seen]",
-        places: "dict[str, Place] | None",
-    ) -> "dict[str, Layer]":
-        """The linear layers of a block as methods see them."""
-        import torch
-
-        from cluscomp.models.original import linears
-        from cluscomp.solve.layer import Layer
-
-        layers = {}
-        for number, (layer, dense) in enumerate(linears(block).items()):
-            if not bool(dense.weight.isfinite().all()):
-                raise InputError(f"{name}.{layer}: NaN or infinity among its weights; the model is damaged")
-            generator = torch.Generator().manual_seed(layer_seed(seed, f"{name}.{layer}"))
-            input_ = places[layer].input if places else number
-            layers[layer] = Layer(dense.weight.detach(), input_, statistics.get(layer), generator)
-        return layers
-
-    def _compressed(
-        self, layers: "dict[str, Layer]", share: "list[tuple[list[str], Option]] | None"
-    ) -> Iterator[Compressed]:
-        """What the method makes of the layers, with the settings that were chosen for some of them, if any were."""
-        if share is None:
-            yield from self.method.compress(layers)
-            return
-        for names, option in share:
-            method = replace(self.method, **option.settings)  # type: ignore[type-var]
-            yield from method.compress({name: layers[name] for name in names})
-
-
-def chosen_table(chosen: dict[str, dict[str, Any]], block_names: list[str]) -> str:
-    """What was chosen, as text: for each kind of layers and each choice, in how many blocks."""
-    from tabulate import tabulate
-
-    counts: Counter[tuple[Any, ...]] = Counter()
-    for layers, values in chosen.items():
-        kind = next(layers.removeprefix(f"{name}.") for name in block_names if layers.startswith(f"{name}."))
-        counts[kind, *(f"{value:.3f}" if isinstance(value, float) else value for value in values.values())] += 1
-    head = ["layers", *next(iter(chosen.values())), "blocks"]
-    rows = [[*row, count] for row, count in counts.items()]
-    return str(tabulate(rows, head, "github", disable_numparse=True))
-
-
-def layer_seed(seed: int, name: str) -> int:
-    """A layer's own seed from the run's seed and its name, so that results do not depend on the order of layers."""
-    return int.from_bytes(sha256(f"{seed} {name}".encode()).digest()[:7])
-
-
-def _ratio(squares: dict[str, list[float]]) -> float:
-    """Squared error over squared size of several layers together."""
-    error, size = (sum(values) for values in zip(*squares.values()))
-    return error / size if size else 0.0
+        return run(self, model, job)

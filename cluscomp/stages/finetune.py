@@ -13,7 +13,6 @@ from cluscomp.settings import settings
 from cluscomp.train.steps import LOGITS, Steps
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from cluscomp.models.original import Original
@@ -73,11 +72,8 @@ class _Task(Steps):
 
     def _cost(self, outline: "MetaModel", trained: float, masters: bool) -> "Cost":
         """As whole-model training on `examples` of full length; the work of all (null) is not known and not counted."""
-        from cluscomp.plan.meta import end_to_end
-
         examples = (self.examples or 0) * self.epochs
-        return end_to_end(
-            outline,
+        return outline.end_to_end(
             batch_size=self.batch_size,
             accumulation=self.accumulation,
             length=self.length,
@@ -89,30 +85,15 @@ class _Task(Steps):
         )
 
     def _train(self, model: "PreTrainedModel", job: "Job", trained: "Trained") -> dict[str, Any]:
-        from cluscomp.forms.layers import size_of
-        from cluscomp.train.whole import Objective, train_whole
+        from cluscomp.train.on_answers import train_on_answers
 
         encoded, train, held_out = self._examples(job.original.tokenizer, job.seed)
-        first = _Answers(held_out)[0]["input_ids"][None]
-        found = train_whole(
-            model,
-            trained,
-            Objective(model, trained.parameters, cross_entropy=1, kl=0, ids_BT=first),
-            _Answers(train),
-            _Answers(held_out),
-            self,
-            tokens=sum(len(one.ids) for one in train),
-            name="finetune",
-            folder=job.folder / "training",
-            seed=job.seed,
-        )
+        found = train_on_answers(model, trained, train, held_out, self, folder=job.folder / "training", seed=job.seed)
         return {
             "instructions": self.instructions.name,
             "examples": len(encoded.examples),
             "truncated": encoded.truncated,
             "dropped": encoded.dropped,
-            "tokens": sum(len(one.ids) for one in train),
-            "deployed_bytes": sum(size_of(model).ledger.values()) // 8,
         } | found
 
 
@@ -137,10 +118,8 @@ class Finetune(_Task):
 
     def cost(self, outline: "MetaModel") -> "Cost":
         """See `Stage.cost`; adapters' activations are left out."""
-        from cluscomp.train.masters import norms
-
         if self.norms:
-            outline.train(norms(outline.model))
+            outline.train_norms()
         trained = outline.codebook_numbers(outline.model)
         if self.trainable == "lora":
             trained = self.rank * outline.blocks * sum(o + i for o, i in outline.dense.values())
@@ -148,14 +127,13 @@ class Finetune(_Task):
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Train codebooks or adapters in place; returns losses, counts and deployed bytes."""
-        from cluscomp.forms import adapters
-        from cluscomp.train.masters import Trained, norms
+        from cluscomp.train.on_answers import with_adapters, with_codebooks
 
-        others = norms(model) if self.norms else {}
-        if self.trainable == "lora":
-            adapters.add(model, rank=self.rank, alpha=self.alpha, seed=job.seed)
-            others |= adapters.parameters(model)
-        return self._train(model, job, Trained(model, codebooks=self.trainable == "codebooks", others=others))
+        if self.trainable == "codebooks":
+            trained = with_codebooks(model, norms_too=self.norms)
+        else:
+            trained = with_adapters(model, norms_too=self.norms, rank=self.rank, alpha=self.alpha, seed=job.seed)
+        return self._train(model, job, trained)
 
 
 @settings
@@ -174,29 +152,6 @@ class FullFinetune(_Task):
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Load all blocks and train every parameter in place; returns losses, counts and deployed bytes."""
-        from cluscomp.models.original import blocks
-        from cluscomp.train.masters import Trained
+        from cluscomp.train.on_answers import with_everything
 
-        for index in range(len(blocks(model))):
-            job.original.load_block(model, index)
-        others = dict(model.named_parameters())
-        return self._train(model, job, Trained(model, codebooks=False, others=others, masters=False))
-
-
-class _Answers:
-    """Encoded examples as training examples: the label of a token is the next one, if that counts."""
-
-    def __init__(self, examples: list[Tokens]) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> "dict[str, Tensor]":
-        import torch
-
-        from cluscomp.train.whole import IGNORED
-
-        one = self.examples[index]
-        labels = [token if counts else IGNORED for token, counts in zip(one.ids[1:], one.counted[1:])]
-        return {"input_ids": torch.tensor(one.ids), "labels": torch.tensor([*labels, IGNORED])}
+        return self._train(model, job, with_everything(model, job.original))

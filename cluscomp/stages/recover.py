@@ -2,20 +2,19 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, InstanceOf
 
 from cluscomp.data.overlap import Learned
 from cluscomp.data.texts import Source, Tokenizer, calibration_windows, split, test_windows
-from cluscomp.process import processes, rank
+from cluscomp.kernels.work import Work
 from cluscomp.settings import settings
 from cluscomp.train.steps import LOGITS, Steps
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from cluscomp.models.original import Original
-    from cluscomp.models.predictions import Teacher
     from cluscomp.plan.cost import Cost
     from cluscomp.plan.meta import MetaModel
     from cluscomp.stages import Job
@@ -74,23 +73,17 @@ class Recover(Steps):
         original.check_length("recover.length", self.length)
         self._windows(original.tokenizer, seed=0)
 
-    def _windows(self, tokenizer: Tokenizer, seed: int) -> "tuple[Tensor, Tensor]":
+    def _windows(self, tokenizer: Tokenizer, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Windows (W, T) to train on, in their order, and held-out ones."""
-        import torch
-
         text, held_out = split(self.data.text("calibration"), HELD_OUT_SHARE)
         train = calibration_windows(text, tokenizer, samples=self._samples, length=self.length, seed=seed)
         scored = test_windows(held_out, tokenizer, length=self.length, limit=self.held_out)
-        return torch.from_numpy(train), torch.from_numpy(scored)
+        return train, scored
 
     def cost(self, outline: "MetaModel") -> "Cost":
         """The compressed model, masters of its codebooks, the blocks' inputs and one block; see `Stage.cost`."""
-        from cluscomp.kernels.work import Work
-        from cluscomp.plan.meta import end_to_end
-        from cluscomp.train.masters import norms
-
         if self.norms:
-            outline.train(norms(outline.model))
+            outline.train_norms()
         trained = outline.codebook_numbers(outline.model)
         teaching = Work()
         if "kl" in self.loss:
@@ -100,8 +93,7 @@ class Recover(Steps):
                 outline.logits(self.batch_size, self.length),
             )
             teaching = (forward.work * outline.blocks + logits.work) * windows
-        return end_to_end(
-            outline,
+        return outline.end_to_end(
             batch_size=self.batch_size,
             accumulation=self.accumulation,
             length=self.length,
@@ -117,56 +109,20 @@ class Recover(Steps):
 
         Only codebooks, their optimiser state, the inputs of the blocks and one dense matrix are in memory at once.
         """
-        import torch
-
-        from cluscomp.train.masters import Trained, norms
-        from cluscomp.train.whole import Objective, train_whole
+        from cluscomp.train.on_text import train_on_text
 
         train, held_out = self._windows(job.original.tokenizer, job.seed)
-        teacher = self._teacher(job, torch.cat([train, held_out])) if "kl" in self.loss else None
-        trained = Trained(model, codebooks=True, others=norms(model) if self.norms else {})
-        objective = Objective(
-            model, trained.parameters, cross_entropy="ce" in self.loss, kl="kl" in self.loss, ids_BT=held_out[:1]
-        )
-        found = train_whole(
+        found = train_on_text(
             model,
-            trained,
-            objective,
-            _Windows(train, teacher, 0),
-            _Windows(held_out, teacher, len(train)),
+            train,
+            held_out,
             self,
-            tokens=train.numel(),
-            name="recover",
+            cross_entropy="ce" in self.loss,
+            teacher=job.teacher if "kl" in self.loss else None,
+            teacher_top=self.teacher_top,
+            norms_too=self.norms,
             folder=job.folder / "training",
             seed=job.seed,
         )
         text = self.data.text("calibration").describe()
-        return {"calibration": text, "tokens": train.numel(), "held_out_tokens": held_out.numel()} | found
-
-    def _teacher(self, job: "Job", windows_WT: "Tensor") -> "Teacher":
-        from cluscomp.models.predictions import Teacher
-        from cluscomp.models.walk import Walk
-
-        teacher = Teacher(job.folder / "training", windows_WT, self.teacher_top)
-        walk = Walk(job.teacher.model(), job.teacher)
-        teacher.write(walk, batch_size=self.batch_size, rank=rank(), world=processes())
-        return teacher
-
-
-class _Windows:
-    """Windows (W, T) as training examples, with the teacher's predictions from its window `first` on."""
-
-    def __init__(self, windows_WT: "Tensor", teacher: "Teacher | None", first: int) -> None:
-        self.windows_WT, self.teacher, self.first = windows_WT, teacher, first
-
-    def __len__(self) -> int:
-        return len(self.windows_WT)
-
-    def __getitem__(self, index: int) -> "dict[str, Tensor]":
-        import torch.nn.functional as F
-
-        from cluscomp.train.whole import IGNORED
-
-        ids_T = self.windows_WT[index]
-        predictions = {} if self.teacher is None else self.teacher.window(self.first + index)
-        return {"input_ids": ids_T, "labels": F.pad(ids_T[1:], (0, 1), value=IGNORED)} | predictions
+        return {"calibration": text, "tokens": train.size, "held_out_tokens": held_out.size} | found

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from cluscomp.errors import InputError
+from cluscomp.kernels.work import Work
+from cluscomp.plan.cost import Cost, worst
 from cluscomp.settings import settings
 
 if TYPE_CHECKING:
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cluscomp.models.original import Original
-    from cluscomp.plan.cost import Cost
     from cluscomp.plan.meta import MetaModel
     from cluscomp.stages import Job
 
@@ -44,11 +44,8 @@ class Round:
     def check(self, original: "Original") -> None:
         """Any model will do that can be compressed at all."""
 
-    def cost(self, outline: "MetaModel") -> "Cost":
+    def cost(self, outline: "MetaModel") -> Cost:
         """One dense block, and the grids of one weight spread over it; see `Stage.cost`."""
-        from cluscomp.kernels.work import Work
-        from cluscomp.plan.cost import Cost, worst
-
         sizes = [o * i for o, i in outline.dense.values()]
         always = {"embedding, head": outline.outside}
         device = worst(
@@ -64,35 +61,9 @@ class Round:
         Returns `relative_error`, the squared error over the squared size of all rounded weights, and the same for each
         layer. Raises InputError, naming the layer, for a weight that is not finite or too large for a 16-bit scale.
         """
-        from cluscomp.models.original import block_names, linears
-        from cluscomp.stages.blockwise import Blockwise
+        from cluscomp.stages.blockwise import change_weights
 
-        names = block_names(model)
-        work = Blockwise("round", job.folder, model)
-        for index, _, finished in work.all():
-            if finished:
-                continue
-            with job.original.block(model, index) as block:
-                squares = {}
-                for name, linear in linears(block).items():
-                    weight_OI = linear.weight.detach()
-                    full = f"{names[index]}.{name}"
-                    try:
-                        rounded_OI = self.rounded(weight_OI, job.original.file_dtype(f"{full}.weight"))
-                    except ValueError as error:
-                        raise InputError(f"{full}: {error}") from error
-                    difference_OI = rounded_OI.double() - weight_OI.double()
-                    squares[name] = [float(difference_OI.square().sum()), float(weight_OI.double().square().sum())]
-                    linear.weight.data = rounded_OI
-                lost = ratio(squares)
-                work.finish(index, squares, f"relative error {lost:.2e}", relative_error=lost)
-        squares = {
-            f"{names[index]}.{name}": pair
-            for index, found in sorted(work.numbers.items())
-            for name, pair in found.items()
-        }
-        by_layer = {name: ratio({name: pair}) for name, pair in squares.items()}
-        return {"relative_error": ratio(squares), "relative_error_by_layer": by_layer}
+        return change_weights("round", model, job, self.rounded)
 
     def rounded(self, weight_OI: "Tensor", dtype: "torch.dtype") -> "Tensor":
         """A weight (O, I) on its grids, as `dtype` holds that, in the weight's own dtype.
@@ -106,9 +77,3 @@ class Round:
         scales_OI, zeros_OI = (spread(values_OG, inputs) for values_OG in grids)
         numbers_OI = nearest(values_OI, scales_OI, zeros_OI, self.width)
         return ((numbers_OI - zeros_OI) * scales_OI).to(dtype).to(weight_OI.dtype)
-
-
-def ratio(squares: dict[str, list[float]]) -> float:
-    """Squared error over squared size of several layers together."""
-    error, size = (sum(values) for values in zip(*squares.values()))
-    return error / size if size else 0.0

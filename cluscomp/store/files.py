@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from cluscomp.errors import InputError
+
 if TYPE_CHECKING:
     from filelock import LeaseCompromise, SoftFileLease
 
@@ -49,6 +51,18 @@ def new_file(target: Path) -> Iterator[Path]:
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def writable(key: str, value: str) -> Path:
+    """A folder that a setting names, made if need be. Raises InputError if it cannot be written."""
+    folder = Path(value).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{key}={value}: cannot be made ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{key}={value}: cannot be written")
+    return folder
 
 
 @contextmanager

@@ -11,19 +11,12 @@ from torch.nn import Parameter
 from torch.nn.utils import parametrize
 
 from cluscomp.forms.codebook import CodebookWeight
-from cluscomp.forms.linear import CompressedLinear, compressed
+from cluscomp.forms.linear import compressed
 from cluscomp.forms.uniform import UniformWeight
 from cluscomp.train.rounding import LearnedRounding
 
 Batch = TypeVar("Batch")
-LINEAR = (CompressedLinear, nn.Linear)
 Schedule = Literal["constant", "linear", "cosine"]
-
-
-def norms(model: nn.Module) -> dict[str, Parameter]:
-    """The parameters of norms, by name: vectors that belong to no linear layer."""
-    linear = {id(vector) for part in model.modules() if isinstance(part, LINEAR) for vector in part.parameters()}
-    return {name: vector for name, vector in model.named_parameters() if vector.ndim == 1 and id(vector) not in linear}
 
 
 class Trained:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference.recipe import IDLE, NO_DATA, PAPER, STORED
+from reference.recipe import NO_DATA, PAPER, STORED
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -13,7 +13,7 @@ from cluscomp.errors import InputError
 from cluscomp.methods.cluscomp import ClusComp
 from cluscomp.models.original import Original, block_names, blocks, fingerprint, linears
 from cluscomp.models.walk import Walk
-from cluscomp.stages.cluster import Cluster
+from cluscomp.stages.clustering import compress_block
 
 
 def opened(folder, dtype=torch.float32):
@@ -141,7 +141,7 @@ def test_weights_that_are_not_finite_are_named(damaged, value):
     model = opened(folder).load_all()
     method = ClusComp(bits=None, vector_dim=2, codebook_size=4, iterations=1, **PAPER, **STORED, **NO_DATA)
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.down_proj: NaN or infinity") as caught:
-        Cluster(method=method, **IDLE).compress_block(blocks(model)[1], "model.layers.1", 0, {})
+        compress_block(method, blocks(model)[1], "model.layers.1", 0, {})
     assert one_sentence(caught)
 
 

@@ -19,7 +19,7 @@ from cluscomp.errors import InputError
 from cluscomp.forms.layers import put_in, size_of
 from cluscomp.kernels.work import Work
 from cluscomp.methods.cluscomp import ClusComp
-from cluscomp.models.original import Original, block_names, blocks, linears, read_config
+from cluscomp.models.original import Original, block_names, blocks, linears, norms, read_config
 from cluscomp.models.walk import Walk
 from cluscomp.plan import dry
 from cluscomp.plan.cost import worst
@@ -30,7 +30,8 @@ from cluscomp.process import resident
 from cluscomp.runs.preparation import planned
 from cluscomp.solve.layer import Seen
 from cluscomp.stages.cluster import Cluster
-from cluscomp.train.masters import Trained, norms
+from cluscomp.stages.clustering import compress_block
+from cluscomp.train.masters import Trained
 from cluscomp.train.streams import Streams
 
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if "???" not in path.read_text())
@@ -65,13 +66,13 @@ def test_the_planned_bytes_are_those_of_the_file(families, tmp_path, stored, dty
     original = Original(folder, dtype, CPU)
     model = original.load_all().float()  # in bfloat16: as a file of 16 bits, read into 32
     for name, block, here in zip(block_names(model), blocks(model), layers):
-        cluster.compress_block(block, name, 0, {}, here)
+        compress_block(method, block, name, 0, {}, here)
     save(model, original.tokenizer, tmp_path / "saved")
     assert outline.checkpoint_bytes() == (tmp_path / "saved" / "model.safetensors").stat().st_size
     assert outline.size() == size_of(model)
     for norm in norms(model).values():
         norm.data = (norm.data * 1.001).half().float()
-    outline.train(norms(outline.model))
+    outline.train_norms()
     save(model, original.tokenizer, tmp_path / "trained")
     assert outline.checkpoint_bytes() == (tmp_path / "trained" / "model.safetensors").stat().st_size
 

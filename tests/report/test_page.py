@@ -11,7 +11,7 @@ from test_tables import asked, chosen, method_record, record, score, size, with_
 
 from cluscomp.command import records
 from cluscomp.errors import InputError
-from cluscomp.report import page, plots
+from cluscomp.report import figures, page, plots
 from cluscomp.report.by_layer import codebook_table, drift_table, layer_table, weight_table
 from cluscomp.report.comparison import (
     comparison_table,
@@ -425,7 +425,7 @@ def test_tables_and_figures_are_those_of_the_records(name):
     """`cluscomp table NAME` and `cluscomp plot NAME` would change nothing (make tables does both for all)."""
     found = read_folder(ROOT / "results" / name)
     assert page.page(name, found, "md")["tables.md"] == (ROOT / "results" / name / "tables.md").read_text()
-    for stem, (_, data) in page.figures(found).items():
+    for stem, (_, data) in figures.figures(found).items():
         assert plots.data_key(data) in (ROOT / "results" / name / f"{stem}.png").read_bytes().decode("latin-1")
 
 

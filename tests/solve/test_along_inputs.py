@@ -222,7 +222,7 @@ def test_limits_hold_on_real_shapes(shape, bits, codebooks):
 def test_all_layers_together_spend_what_a_block_may_take(layers, bits, method):
     method = replace(method, bits=bits, vector_dim=None, codebook_size=None, allocation="fill")
     weights = sum(outputs * inputs for outputs, inputs in layers.values())
-    places = {name: Place(*shape, shape[1]) for name, shape in layers.items()}  # one input for each length
+    places = {name: Place(*shape, number) for number, (name, shape) in enumerate(layers.items())}
     stored = dry.compress(method, places, torch.float32).stored
     size = sum(sum(weight.ledger().values()) for weight in stored.values()) / weights
     assert bits - 0.02 < size <= bits

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import codebook as reference
-from reference.recipe import IDLE, NO_DATA, PAPER, STORED
+from reference.recipe import NO_DATA, PAPER, STORED
 from safetensors.torch import save as save_tensors
 
 from cluscomp.checkpoint import save, tensor_bytes
@@ -19,7 +19,7 @@ from cluscomp.models.original import Original, block_names, blocks, linears
 from cluscomp.solve.allocate import Menu, Option, share_out
 from cluscomp.solve.kmeans import Recipe, kmeans
 from cluscomp.solve.shapes import Shape, choose, menu, reachable
-from cluscomp.stages.cluster import Cluster
+from cluscomp.stages.clustering import compress_block
 
 targets = st.one_of(st.sampled_from([1.0, 2.0, 3.0, 4.0, 8.0]), st.floats(0.2, 8))
 axes = st.sampled_from(["out", "in"])
@@ -121,11 +121,9 @@ def compressed_model(folder):
     original = Original(folder, torch.float32, torch.device("cpu"))
     model = original.load_all()
     weights = sum(layer.weight.numel() for block in blocks(model) for layer in linears(block).values())
-    cluster = Cluster(
-        method=ClusComp(bits=None, vector_dim=3, codebook_size=11, iterations=1, **PAPER, **STORED, **NO_DATA), **IDLE
-    )
+    method = ClusComp(bits=None, vector_dim=3, codebook_size=11, iterations=1, **PAPER, **STORED, **NO_DATA)
     for name, block in zip(block_names(model), blocks(model)):
-        cluster.compress_block(block, name, 0, {})
+        compress_block(method, block, name, 0, {})
     return model, original.tokenizer, weights
 
 

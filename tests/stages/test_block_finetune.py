@@ -20,6 +20,7 @@ from cluscomp.models.original import Original, blocks
 from cluscomp.models.walk import Walk
 from cluscomp.stages import Job
 from cluscomp.stages.block_finetune import BlockFinetune
+from cluscomp.stages.block_finetuning import batches, finetune_block, steps
 from cluscomp.stages.cluster import Cluster
 from cluscomp.train.masters import by_mean, fit
 
@@ -213,7 +214,7 @@ def one_block(clustered, text, **changed):
     entering = torch.cat([walk.embed(rows) for rows in ids_WT.split(2)])
     dense = AutoModelForCausalLM.from_pretrained(original.folder, dtype=torch.float32).eval()
     target = streams(dense, ids_WT)[1][0]
-    found = stage(text, **changed).finetune_block(walk, 0, entering, [target], torch.empty_like(entering), 0)
+    found = finetune_block(stage(text, **changed), walk, 0, entering, [target], torch.empty_like(entering), 0)
     return found, [layer.stored.codebooks for layer in compressed(walk.blocks[0]).values()]
 
 
@@ -238,19 +239,19 @@ def test_a_target_of_zeros_is_no_division_by_zero(clustered, text):
     entering = torch.cat([entering] * 3)
     leaving = torch.empty_like(entering)
     chosen = stage(text, loss="relative")
-    found = chosen.finetune_block(walk, 0, entering, [torch.zeros_like(entering)], leaving, 0)
+    found = finetune_block(chosen, walk, 0, entering, [torch.zeros_like(entering)], leaving, 0)
     assert found["square"] == 0 and found["after"] < found["before"]
 
 
 def test_shuffled_windows_come_once_an_epoch_and_in_the_order_of_the_seed(clustered, text, tmp_path):
     shuffled = stage(text, order="shuffled", batch_size=4)
-    steps = shuffled._steps("0 1")
-    assert [len(rows) for rows in steps] == [4, 2] * 4
-    epochs = [torch.cat(steps[start : start + 2]).tolist() for start in range(0, 8, 2)]
+    drawn = steps(shuffled, "0 1")
+    assert [len(rows) for rows in drawn] == [4, 2] * 4
+    epochs = [torch.cat(drawn[start : start + 2]).tolist() for start in range(0, 8, 2)]
     assert all(sorted(epoch) == list(range(SAMPLES)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert all(torch.equal(one, two) for one, two in zip(steps, shuffled._steps("0 1")))
-    assert stage(text)._steps("0 1") == [slice(0, 2), slice(2, 4), slice(4, 6)] * 4
+    assert all(torch.equal(one, two) for one, two in zip(drawn, steps(shuffled, "0 1")))
+    assert steps(stage(text), "0 1") == [slice(0, 2), slice(2, 4), slice(4, 6)] * 4
     first, _ = trained(clustered, text, tmp_path / "first", order="shuffled")
     again, _ = trained(clustered, text, tmp_path / "again", order="shuffled")
     fixed, _ = trained(clustered, text, tmp_path / "fixed")
@@ -286,14 +287,14 @@ def test_one_hidden_state_that_is_not_finite_leaves_the_block_as_it_was(clustere
     {"entering": entering, "target": targets}[where][4, 3, 2] = value
     walk.embed(windows(original, text)[:2])
     leaving = torch.empty_like(entering)
-    found = stage(text).finetune_block(walk, 0, entering, [targets], leaving, 0)
+    found = finetune_block(stage(text), walk, 0, entering, [targets], leaving, 0)
     assert found["kept"] and found["attempts"] == 0 and found["lr"] is None
     (reason,) = found["reasons"]
     assert "before" in reason and "block 0 keeps the codebooks" in caplog.text
     assert same(tensors(model), before)
     walk.embed(windows(original, text))
     with torch.no_grad():
-        expected = [walk.apply(0, walk.blocks[0], entering[rows]) for rows in stage(text)._batches()]
+        expected = [walk.apply(0, walk.blocks[0], entering[rows]) for rows in batches(stage(text))]
     assert torch.equal(leaving.nan_to_num(), torch.cat(expected).nan_to_num())
 
 

@@ -21,7 +21,8 @@ from cluscomp.plan.meta import MetaModel
 from cluscomp.solve.layer import Seen
 from cluscomp.stages import Job
 from cluscomp.stages.allocation import Allocation
-from cluscomp.stages.cluster import Cluster, chosen_table, layer_seed
+from cluscomp.stages.cluster import Cluster
+from cluscomp.stages.clustering import chosen_table, compress_block, layer_seed, observe
 
 CPU = torch.device("cpu")
 CALIBRATION = {"samples": 5, "length": 12, "batch_size": 2}
@@ -86,7 +87,7 @@ def test_each_layer_is_shown_the_second_moment_of_its_inputs(family, text):
     walk = Walk(original.load_all())
     stream, seen = [walk.embed(part) for part in ids_WT.split(2)], {}
     for index in range(len(walk)):
-        stream, statistics = cluster.observe(walk, index, stream, count=True)
+        stream, statistics = observe(cluster.method, walk, index, stream, count=True)
         seen |= {f"{index}.{name}": statistic for name, statistic in statistics.items()}
     assert seen.keys() == expected.keys()
     for name, statistic in seen.items():
@@ -198,7 +199,7 @@ def test_a_block_whose_layers_share_nothing_is_compressed_layer_by_layer(tiny_fo
     model, _ = run(stage(text), original, tmp_path)
     walk = Walk(original.load_all())
     stream = [walk.embed(part) for part in windows(text, original).split(2)]
-    _, statistics = stage(text).observe(walk, 0, stream, count=True)
+    _, statistics = observe(stage(text).method, walk, 0, stream, count=True)
     for name, layer in compressed(blocks(model)[0]).items():
         generator = torch.Generator().manual_seed(layer_seed(0, f"model.layers.0.{name}"))
         weight_OI = walk.blocks[0].get_submodule(name).weight.detach()
@@ -212,12 +213,12 @@ def test_a_codebook_of_a_block_serves_layers_of_any_size(tiny_folder, text, tmp_
     walk = Walk(original.load_all())
     stream = [walk.embed(part) for part in windows(text, original).split(2)]
     cluster = stage(text, share="block")
-    _, statistics = cluster.observe(walk, 1, stream, count=True)
+    _, statistics = observe(cluster.method, walk, 1, stream, count=True)
     errors = {}
     for factor in (1.0, 1000.0):
         block = blocks(original.load_all())[1]
         block.self_attn.v_proj.weight.data *= factor
-        squares = cluster.compress_block(block, "block", 0, statistics)["squares"]
+        squares = compress_block(cluster.method, block, "block", 0, statistics)["squares"]
         errors[factor] = {name: error / size for name, (error, size) in squares.items()}
     for name, error in errors[1.0].items():
         assert errors[1000.0][name] == pytest.approx(error, rel=0.05)
@@ -358,4 +359,4 @@ def test_inputs_that_overflow_are_told_with_the_layer(tiny_folder, text, target,
         statistics[name] = Seen({"moment"})
         statistics[name].add(torch.full((2, layer.in_features), 1e30))
     with pytest.raises(InputError, match=r"block\.self_attn\.q_proj.*: its inputs .* have NaN or infinity"):
-        stage(text, share=share, **target).compress_block(block, "block", 0, statistics)
+        compress_block(stage(text, share=share, **target).method, block, "block", 0, statistics)

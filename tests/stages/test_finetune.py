@@ -19,6 +19,7 @@ from cluscomp.forms.layers import size_of
 from cluscomp.forms.linear import compressed
 from cluscomp.models.original import Original
 from cluscomp.runs.run import Outcome
+from cluscomp.train.on_answers import Answers
 from cluscomp.train.whole import IGNORED
 
 CHAT = (
@@ -170,9 +171,7 @@ def test_plain_text_is_cut_into_windows_that_count(ground, tokenizer):
 
 
 def test_labels_stand_on_the_answer_alone(ground, tokenizer):
-    from cluscomp.stages.finetune import _Answers
-
-    row = _Answers([Tokens([5, 6, 7, 8], [False, False, True, True])])[0]
+    row = Answers([Tokens([5, 6, 7, 8], [False, False, True, True])])[0]
     assert row["input_ids"].tolist() == [5, 6, 7, 8] and row["labels"].tolist() == [IGNORED, 7, 8, IGNORED]
 
 

@@ -20,7 +20,7 @@ from cluscomp.models.sources import TinyModel
 from cluscomp.report.tables import method_name
 from cluscomp.runs.preparation import planned
 from cluscomp.stages import Job
-from cluscomp.stages.block_finetune import compressed_weights
+from cluscomp.stages.block_finetuning import compressed_weights
 from cluscomp.stages.round import Round
 
 WIDTH, GROUP = 4, 24  # of 64 inputs: three groups of 22, 21 and 21

@@ -1,0 +1,87 @@
+"""Training of a whole model on instructions, of which the answers count; and what of a model learns from them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from cluscomp.data.instructions import Tokens
+from cluscomp.forms import adapters
+from cluscomp.forms.layers import size_of
+from cluscomp.models.original import Original, blocks, norms
+from cluscomp.train.masters import Trained
+from cluscomp.train.steps import Steps
+from cluscomp.train.whole import IGNORED, Example, Objective, train_whole
+
+
+def with_codebooks(model: PreTrainedModel, *, norms_too: bool) -> Trained:
+    """The codebooks of a compressed model learn, and the weights of norms where asked for."""
+    return Trained(model, codebooks=True, others=norms(model) if norms_too else {})
+
+
+def with_adapters(model: PreTrainedModel, *, norms_too: bool, rank: int, alpha: float, seed: int) -> Trained:
+    """New adapters of `rank` over all compressed layers learn, scaled by `alpha`/`rank`, and norms where asked for."""
+    others = norms(model) if norms_too else {}
+    adapters.add(model, rank=rank, alpha=alpha, seed=seed)
+    return Trained(model, codebooks=False, others=others | adapters.parameters(model))
+
+
+def with_everything(model: PreTrainedModel, original: Original) -> Trained:
+    """All blocks are read, and every parameter of the dense model learns, in its own dtype."""
+    for index in range(len(blocks(model))):
+        original.load_block(model, index)
+    return Trained(model, codebooks=False, others=dict(model.named_parameters()), masters=False)
+
+
+def train_on_answers(
+    model: PreTrainedModel,
+    trained: Trained,
+    train: list[Tokens],
+    held_out: list[Tokens],
+    settings: Steps,
+    *,
+    folder: Path,
+    seed: int,
+) -> dict[str, Any]:
+    """Train what is `trained` of a model in place; returns counts, deployed bytes, and what `train_whole` does.
+
+    Args:
+        model: the model.
+        trained: what of it learns.
+        train: the examples of all steps, in their order.
+        held_out: examples that are scored before and after.
+        settings: batches, learning rate and so on.
+        folder: where the state lies that a killed run goes on from.
+        seed: of dropout.
+    """
+    first = Answers(held_out)[0]["input_ids"][None]
+    tokens = sum(len(one.ids) for one in train)
+    found = train_whole(
+        model,
+        trained,
+        Objective(model, trained.parameters, cross_entropy=1, kl=0, ids_BT=first),
+        Answers(train),
+        Answers(held_out),
+        settings,
+        tokens=tokens,
+        name="finetune",
+        folder=folder,
+        seed=seed,
+    )
+    return {"tokens": tokens, "deployed_bytes": sum(size_of(model).ledger.values()) // 8} | found
+
+
+class Answers:
+    """Encoded examples as training examples: the label of a token is the next one, if that counts."""
+
+    def __init__(self, examples: list[Tokens]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        one = self.examples[index]
+        labels = [token if counts else IGNORED for token, counts in zip(one.ids[1:], one.counted[1:])]
+        return {"input_ids": torch.tensor(one.ids), "labels": torch.tensor([*labels, IGNORED])}
