@@ -49,7 +49,7 @@ def _kilobytes(path: str) -> dict[str, float]:
     return {key: float(value.split()[0]) * 1024 for key, value in pairs}
 
 
-def told(stage: str, numbers: dict[str, float], step: int) -> dict[str, Any]:
+def for_tracker(stage: str, numbers: dict[str, float], step: int) -> dict[str, Any]:
     """What a log line takes as `extra` for these numbers to reach a tracker."""
     return {"numbers": (stage, numbers, step)}
 
@@ -76,7 +76,7 @@ class Progress:
         log.info(
             "%s  block %*d/%d  %s  %5.1f s  %.2f GiB  %d:%02d left",
             self.stage, len(str(self.total)), self.done, self.total, text, seconds, peak / 2**30,
-            *divmod(round(left), 60), extra=told(f"{self.stage} blocks", numbers, self.done),
+            *divmod(round(left), 60), extra=for_tracker(f"{self.stage} blocks", numbers, self.done),
         )  # fmt: skip
         self.last = now
 

@@ -47,7 +47,7 @@ METHODS |= {
     for name, node in VARIANTS.items()
     if name.startswith("method/")
 }
-STAGES = [name for name, node in NODES.items() if node["_target_"].startswith("cluscomp.stages.")]
+STAGES = [name for name, node in NODES.items() if ".stages." in node["_target_"] and "allocation" not in name]
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 NOTEBOOKS = sorted((ROOT / "analysis").glob("*.ipynb"))
 SMALLER = {"codebook_size": 16, "bits": 3.0}  # what a method's own values become on a tiny weight

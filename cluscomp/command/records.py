@@ -10,20 +10,20 @@ from cluscomp.command.sweep import show_cells
 from cluscomp.errors import InputError
 from cluscomp.runs.cells import collect, read_cells
 from cluscomp.runs.experiment import PLACES, config_of
-from cluscomp.runs.verify import changed, compare, overrides_of, quoted, scoring_alone, verdict_table, worst
+from cluscomp.runs.verify import changed, compare, overall, overrides_of, quoted, scoring_alone, verdict_table
 from cluscomp.store.files import writable
 from cluscomp.store.records import Record, read, read_folder
 
 
 def status(arguments: list[str]) -> None:
     """Print what the cells of a sweep do. Exit code 1 unless all are finished."""
-    name, given = named("status", arguments, {"outputs": "outputs"})
+    name, given = parsed("status", arguments, {"outputs": "outputs"})
     show_cells(read_cells(place(given["outputs"]), name))
 
 
 def collected(arguments: list[str]) -> None:
     """Copy the records of a finished sweep of a clean commit to results/NAME."""
-    name, given = named("collect", arguments, {"outputs": "outputs", "publish": "results"})
+    name, given = parsed("collect", arguments, {"outputs": "outputs", "publish": "results"})
     for path in collect(read_cells(place(given["outputs"]), name), place(given["publish"]) / name):
         print(path)
 
@@ -32,7 +32,7 @@ def table(arguments: list[str]) -> None:
     """Write all tables of an experiment's records into results/NAME; into=FILE also puts one into a document."""
     from cluscomp.report import page, published, rendering
 
-    name, given = named("table", arguments, {"published": "false", "format": "md", "results": "results", "into": ""})
+    name, given = parsed("table", arguments, {"published": "false", "format": "md", "results": "results", "into": ""})
     results = place(given["results"])
     format_ = next((one for one in rendering.FORMATS if one == given["format"]), None)
     if format_ is None:
@@ -59,7 +59,7 @@ def plot(arguments: list[str]) -> None:
     """Draw an experiment's figures into results/NAME, as PDF and PNG."""
     from cluscomp.report import figures, plots
 
-    name, given = named("plot", arguments, {"results": "results"})
+    name, given = parsed("plot", arguments, {"results": "results"})
     results = place(given["results"])
     found = figures.figures(_records(results, name))
     if not found:
@@ -77,7 +77,7 @@ def _records(results: Path, name: str) -> list[Record]:
     return read_folder(results / name)
 
 
-def named(command: str, arguments: list[str], options: dict[str, str]) -> tuple[str, dict[str, str]]:
+def parsed(command: str, arguments: list[str], options: dict[str, str]) -> tuple[str, dict[str, str]]:
     """A name and what is given after it as key=value, or as it is by default. Raises InputError for anything else."""
     name, *rest = arguments or [""]
     given = dict(item.partition("=")[::2] for item in rest)
@@ -120,6 +120,6 @@ def verify(arguments: list[str]) -> None:
     print(f"\n{verdict_table(record, again)}\n")
     for line in changed(record, settings_now, machine):
         print(f"not as it was: {line}")
-    verdict = worst(compare(record.scores, again))
+    verdict = overall(compare(record.scores, again))
     print(f"{record.run['name']}: {verdict}")
     sys.exit(int(verdict == "different"))

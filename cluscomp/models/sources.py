@@ -34,7 +34,7 @@ class HubModel:
     revision: str | None
     config: dict[str, Any] | None
 
-    def outline(self, cache: Path) -> "PreTrainedConfig":
+    def read_config(self, cache: Path) -> "PreTrainedConfig":
         """The model's config, from its folder, the hub's local cache or the yaml's `config`; downloads nothing.
 
         Raises InputError if none of them has it.
@@ -106,7 +106,7 @@ class GgufModel:
     file: str
     package: str | None
 
-    def outline(self, cache: Path) -> "PreTrainedConfig":
+    def read_config(self, cache: Path) -> "PreTrainedConfig":
         """The model's config, from the converted folder or the file's header. Raises InputError as `folder`."""
         from transformers import AutoConfig
 
@@ -174,7 +174,7 @@ class TinyModel:
     config: dict[str, Any]
     seed: int = Field(ge=0)
 
-    def outline(self, cache: Path) -> "PreTrainedConfig":  # noqa: ARG002
+    def read_config(self, cache: Path) -> "PreTrainedConfig":  # noqa: ARG002
         """The model's config. Raises InputError for an unknown architecture or value."""
         return _config_of("model.config", {"model_type": self.architecture} | self.config | BYTES)
 

@@ -43,7 +43,7 @@ def foreseen(experiment: Experiment, cache: Path) -> Plan | None:
     device = device_of(experiment.device)
     _warn_of_slow_products(experiment, device.type)
     try:
-        config = experiment.model.outline(cache)
+        config = experiment.model.read_config(cache)
     except InputError as error:
         log.info("no plan: %s", error)
         return None
@@ -65,7 +65,7 @@ def planned(experiment: Experiment) -> Plan:
     else:
         device = "cuda" if experiment.device == "auto" else experiment.device
         dtype = torch.bfloat16 if experiment.dtype == "auto" else getattr(torch, experiment.dtype)
-    config = experiment.model.outline(Path(experiment.cache).expanduser())
+    config = experiment.model.read_config(Path(experiment.cache).expanduser())
     return plan(experiment, config, dtype, device)
 
 

@@ -47,7 +47,7 @@ def _verdict(one: Score, other: Score) -> Verdict:
     )
 
 
-def worst(found: list[Compared]) -> Verdict:
+def overall(found: list[Compared]) -> Verdict:
     """The verdict on all of them together."""
     verdicts = {one.verdict for one in found}
     return "different" if "different" in verdicts else "within tolerance" if len(verdicts) > 1 else verdicts.pop()

@@ -236,9 +236,9 @@ def least_squares_codebooks(
         ]
         return torch.stack(sums)
 
-    def bend(books_MKD: Tensor) -> Tensor:
+    def times_matrix(books_MKD: Tensor) -> Tensor:
         return gather(dense(codes_MJO, books_MKD, inputs) @ moment_II)
 
     mass_MKD = gather(moment_II.diagonal().expand_as(weight_OI))
     residual_MKD = gather((weight_OI - dense(codes_MJO, books_MKD, inputs)) @ moment_II)
-    return conjugate_gradients(books_MKD, residual_MKD, mass_MKD, bend, steps)
+    return conjugate_gradients(books_MKD, residual_MKD, mass_MKD, times_matrix, steps)

@@ -177,28 +177,28 @@ def least_squares_codebook(
     def dense(layer: Coded, codebook_KD: Tensor) -> Tensor:
         return rebuild(codebook_KD, layer.packed, bits, *layer.weight_IO.shape)
 
-    def bend(codebook_KD: Tensor) -> Tensor:
+    def times_matrix(codebook_KD: Tensor) -> Tensor:
         return gather(lambda layer: layer.moment_II @ dense(layer, codebook_KD))
 
     start_KD = centroids_KD.float()
     mass_KD = gather(lambda layer: layer.moment_II.diagonal()[:, None].expand(layer.weight_IO.shape).contiguous())
     residual_KD = gather(lambda layer: layer.moment_II @ (layer.weight_IO - dense(layer, start_KD)))
-    return conjugate_gradients(start_KD, residual_KD, mass_KD, bend, steps, apart=True)
+    return conjugate_gradients(start_KD, residual_KD, mass_KD, times_matrix, steps, apart=True)
 
 
 def conjugate_gradients(
     start: Tensor,
     residual: Tensor,
     diagonal: Tensor,
-    bend: Callable[[Tensor], Tensor],
+    times_matrix: Callable[[Tensor], Tensor],
     steps: int,
     *,
     apart: bool = False,
 ) -> Tensor:
     """The minimum of a quadratic form after at most `steps` of conjugate gradients, from `start` on; all of one shape.
 
-    `residual` is the form's negative gradient at the start, `bend` its matrix times a direction, and `diagonal` (not
-    negative) a part of the matrix' diagonal, the preconditioner; where it is 0 the start stays. `apart`: the columns,
+    `residual` is the form's negative gradient at the start, `times_matrix` its matrix times a direction, and `diagonal`
+    (not negative) a part of the matrix' diagonal, the preconditioner; where it is 0 the start stays. `apart`: the columns,
     along the last dimension, do not touch each other, and each has its own step length.
     """
 
@@ -211,11 +211,11 @@ def conjugate_gradients(
     size = first = product(residual, direction)
     if start.is_meta and steps:  # one step stands for all
         with times(steps):
-            return x + size / product(direction, bend(direction)) * direction
+            return x + size / product(direction, times_matrix(direction)) * direction
     for _ in range(steps):
         if bool((size <= 1e-10 * first).all()):
             break
-        bent = bend(direction)
+        bent = times_matrix(direction)
         length = size / product(direction, bent).clamp(min=tiny)
         x = x + length * direction
         residual = residual - length * bent

@@ -89,7 +89,7 @@ def finetune_block(
     far what is stored has `moved` (squared change over squared size).
     """
     block = walk.blocks[index]
-    bend = {"rounding": lambda: by_sign, "means": lambda: by_mean(block)}.get(stage.learns, lambda: None)()
+    change_gradient = {"rounding": lambda: by_sign, "means": lambda: by_mean(block)}.get(stage.learns, lambda: None)()
     trained = Trained(block, codebooks=True, others=norms(block) if stage.norms else {})
     squares = [float(target_TH.float().square().mean()) for target in targets_WTH for target_TH in target]
     square = sum(squares) / len(squares)
@@ -124,7 +124,7 @@ def finetune_block(
             warmup=stage.warmup,
             clip=stage.clip,
             half=leaving_WTH.dtype == torch.float16,
-            bend=bend,
+            change_gradient=change_gradient,
         )
         unfit = trained.finish()
         problem = problem or unfit

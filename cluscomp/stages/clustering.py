@@ -134,10 +134,10 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
     squares: dict[str, list[float]] = {}  # by layer: squared error, squared size
     chosen: dict[str, dict[str, Any]] = {}  # by the layers of a block that go together
     distributed: dict[str, dict[str, float]] = {}  # by layer
-    work, walk, names = Blockwise("cluster", job.folder, model), Walk(model), block_names(model)
-    last = work.last
     all_places = _outline(job.original).places()
     shares = _shared_out(stage, model, job, all_places) if stage.over_the_model else None
+    work, walk, names = Blockwise("cluster", job.folder, model), Walk(model), block_names(model)
+    last = work.last
     stream = _embedded(stage, walk, job) if stage.calibrated and last >= 0 else []
     for index, block, finished in work.all():  # through finished ones the stream still has to pass
         name, entering = names[index], stream

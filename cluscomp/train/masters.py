@@ -116,12 +116,12 @@ def by_mean(model: nn.Module) -> Callable[[Tensor], None]:
         key = id(weight.codebooks)  # which several weights may share
         uses[key] = uses.get(key, 0) + counts_MK.to(weight.codebooks.device)
 
-    def bend(parameter: Tensor) -> None:
+    def change_gradient(parameter: Tensor) -> None:
         assert parameter.grad is not None
         if id(parameter) in uses:
             parameter.grad /= uses[id(parameter)].clamp(min=1)[:, :, None]
 
-    return bend
+    return change_gradient
 
 
 @contextmanager
@@ -157,18 +157,19 @@ def fit(
     warmup: float,
     clip: float | None,
     half: bool,
-    bend: Callable[[Tensor], None] | None = None,
+    change_gradient: Callable[[Tensor], None] | None = None,
 ) -> str | None:
     """Minimise `loss_of(batch)` over the float32 `parameters` with AdamW (torch's betas), one step for each batch.
 
-    With `bend`, which changes a parameter's gradient in place, it is plain gradient descent instead, without decay.
+    With `change_gradient`, which changes a parameter's gradient in place, it is plain gradient descent instead, without
+    decay.
 
     The learning rate is `lr` times `rate(...)`; `clip` bounds the norm of all gradients together; `half` scales the
     loss as computing in float16 needs. Stops at the first loss or gradient that is not finite, with the parameters as
     they then are, and returns what it was, in words; otherwise None.
     """
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    if bend is not None:
+    if change_gradient is not None:
         optimizer = torch.optim.SGD(parameters, lr=lr)
     scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=half)
     for step, batch in enumerate(batches):
@@ -184,9 +185,9 @@ def fit(
             return f"step {step + 1} of {len(batches)}: loss {float(loss.detach()):.3g}, gradient {float(norm):.3g}"
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-        if bend is not None:
+        if change_gradient is not None:
             for parameter in (one for one in parameters if one.grad is not None):
-                bend(parameter)
+                change_gradient(parameter)
         scaler.step(optimizer)
         scaler.update()
     return None

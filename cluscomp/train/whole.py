@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint as rematerialised
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cluscomp.models.predictions import divergence
-from cluscomp.process import told
+from cluscomp.process import for_tracker
 from cluscomp.store.files import file_hash
 from cluscomp.store.records import read_sealed, write_sealed
 from cluscomp.train.masters import Trained
@@ -293,7 +293,7 @@ class _Watch(TrainerCallback):
                 "%s  step %*d/%d  loss %.4f  lr %.2e  %.0f tokens/s  %d:%02d left",
                 self.name, len(str(last)), step, last, logs["loss"], logs["learning_rate"],
                 self.tokens_of_a_step / of_a_step, *divmod(round(of_a_step * (last - step)), 60),
-                extra=told(f"{self.name} steps", {"loss": logs["loss"], "lr": logs["learning_rate"]}, step),
+                extra=for_tracker(f"{self.name} steps", {"loss": logs["loss"], "lr": logs["learning_rate"]}, step),
             )  # fmt: skip
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002

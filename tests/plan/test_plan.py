@@ -111,7 +111,7 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_architectures_in_yaml_are_those_models(name):
-    outline = MetaModel(composed(f"model={name}", "bits=3").model.outline(CPU), torch.bfloat16, "cpu")
+    outline = MetaModel(composed(f"model={name}", "bits=3").model.read_config(CPU), torch.bfloat16, "cpu")
     assert (sum(o * i for o, i in outline.dense.values()), outline.all_numbers) == SIZES[name]
 
 
@@ -215,7 +215,7 @@ T, D, K = 2048, 4, 65_536  # the paper's window and its 4-bit codebooks
 @pytest.fixture(scope="module")
 def llama():
     """Llama-3-70B, its blocks compressed as the paper does at 4 bits, in bfloat16, all on the meta device."""
-    config = composed("model=llama3_70b", "bits=3").model.outline(CPU)
+    config = composed("model=llama3_70b", "bits=3").model.read_config(CPU)
     config._attn_implementation = "stub_of_the_test"
     by_hand = [f"method.vector_dim={D}", f"method.codebook_size={K}"]
     method = composed("model=llama3_70b", "method=cluscomp_paper", *by_hand)

@@ -9,7 +9,7 @@ from pipelines import composed
 from cluscomp import __main__ as command
 from cluscomp.errors import InputError
 from cluscomp.runs.experiment import config_of
-from cluscomp.runs.verify import changed, checkpoint_of, compare, quoted, worst
+from cluscomp.runs.verify import changed, checkpoint_of, compare, overall, quoted
 from cluscomp.store.records import Score, protocol, read
 
 TINY = [
@@ -111,7 +111,7 @@ def score(value: float, n: int = 100, **fields) -> Score:
     ],
 )
 def test_verdicts_by_hand(then, now, verdict):
-    assert worst(compare([then], [now])) == verdict
+    assert overall(compare([then], [now])) == verdict
 
 
 def test_the_protocols_difference_is_the_reason():

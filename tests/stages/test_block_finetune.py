@@ -164,7 +164,7 @@ def test_each_centroid_goes_against_the_mean_of_its_weights_gradients(clustered,
     original, model = clustered()
     walk, ids_WT = Walk(model), windows(original, text)[:2]
     layers = compressed(walk.blocks[0])
-    entering, bend = walk.embed(ids_WT), by_mean(walk.blocks[0])
+    entering, change_gradient = walk.embed(ids_WT), by_mean(walk.blocks[0])
     dense = {name: layer.stored(torch.float32).detach().requires_grad_(True) for name, layer in layers.items()}
     codebooks = {name: layer.stored.codebooks for name, layer in layers.items()}
     for layer in layers.values():
@@ -175,7 +175,7 @@ def test_each_centroid_goes_against_the_mean_of_its_weights_gradients(clustered,
         return walk.apply(0, walk.blocks[0], entering).square().mean()
 
     plain = {"lr": 0.1, "weight_decay": 0.5, "schedule": "constant", "warmup": 0.0, "clip": None, "half": False}
-    assert fit(list(codebooks.values()), loss, [None], **plain, bend=bend) is None
+    assert fit(list(codebooks.values()), loss, [None], **plain, change_gradient=change_gradient) is None
     after = {name: codebook.detach().clone() for name, codebook in codebooks.items()}
     for name, layer in layers.items():
         layer.stored.codebooks.data = before[name]

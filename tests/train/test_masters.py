@@ -62,7 +62,7 @@ def test_signed_steps_are_as_long_as_the_learning_rate(half):
     parameter, by_hand = Parameter(torch.zeros(3)), torch.zeros(3)
     settings = PLAIN | {"schedule": "linear", "half": half, "weight_decay": 0.5}
     loss = lambda target: (parameter - target).square().sum()  # noqa: E731
-    assert fit([parameter], loss, targets(), **settings, bend=by_sign) is None
+    assert fit([parameter], loss, targets(), **settings, change_gradient=by_sign) is None
     for step, target in enumerate(targets()):
         by_hand -= 0.1 * (1 - step / 6) * (by_hand - target).sign()
     torch.testing.assert_close(parameter.detach(), by_hand)
