@@ -198,8 +198,8 @@ def conjugate_gradients(
     """The minimum of a quadratic form after at most `steps` of conjugate gradients, from `start` on; all of one shape.
 
     `residual` is the form's negative gradient at the start, `times_matrix` its matrix times a direction, and `diagonal`
-    (not negative) a part of the matrix' diagonal, the preconditioner; where it is 0 the start stays. `apart`: the columns,
-    along the last dimension, do not touch each other, and each has its own step length.
+    (not negative) a part of the matrix' diagonal, the preconditioner; where it is 0 the start stays. `apart`: the
+    columns, along the last dimension, do not touch each other, and each has its own step length.
     """
 
     def product(a: Tensor, b: Tensor) -> Tensor:
