@@ -1,19 +1,13 @@
 """HOW a weight is compressed: the Method protocol. One file a method; methods do not import each other."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from cluscomp.errors import named
-
 if TYPE_CHECKING:  # torch is not needed to check settings
-    import torch
-    from torch import Tensor
-
     from cluscomp.forms.stored import Stored
     from cluscomp.solve.allocate import Menu
-    from cluscomp.solve.layer import Layer, Seen
+    from cluscomp.solve.layer import Layer
 
 
 @dataclass(frozen=True)
@@ -60,21 +54,3 @@ class Offers(Method, Protocol):
         `dataclasses.replace(method, **option.settings)` is the method that makes an option's stored form of them.
         """
         ...
-
-
-class EachLayer(ABC):
-    """A method that works layer by layer."""
-
-    @abstractmethod
-    def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "Stored":
-        """The stored form of a weight (O, I) in float32. Raises ValueError, without a name, if it cannot be.
-
-        `seen` is there if `sees` names something.
-        """
-
-    def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
-        """Layer after layer; see `Method.compress`."""
-        for name, layer in list(layers.items()):
-            with named([name]):
-                stored = self.stored(layer.weight_OI.float(), layer.seen, layer.generator)
-            yield Compressed({name: stored}, {})

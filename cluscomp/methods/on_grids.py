@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pydantic import Field, model_validator
 
-from cluscomp.methods import EachLayer
+from cluscomp.methods.each_layer import EachLayer
 from cluscomp.settings import settings
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from cluscomp.forms.uniform import UniformWeight, bounds, grids_for, rounded_wei
 from cluscomp.methods.on_grids import grid_of
 from cluscomp.methods.rtn import RoundToNearest
 from cluscomp.models.original import Original, block_names, blocks
-from cluscomp.stages.cluster import Cluster
+from cluscomp.stages.clustering import compress_block
 from cluscomp.train.masters import Trained
 
 ZEROS = ["none", "whole", "float16"]
@@ -229,7 +229,7 @@ def saved(request, tiny_folder, tmp_path_factory):
     model = original.load_all()
     method = RoundToNearest(bits=None, width=width, group=group, symmetric=symmetric)
     for name, block in zip(block_names(model), blocks(model)):
-        Cluster(method=method, **IDLE).compress_block(block, name, seed=0, statistics={})
+        compress_block(method, block, name, seed=0, statistics={})
     folder = tmp_path_factory.mktemp("saved") / "uniform"
     checkpoint.save(model, original.tokenizer, folder)
     return model, folder, method

@@ -14,7 +14,7 @@ from cluscomp.report.tables import method_name
 from cluscomp.store.records import read
 
 METHOD = '''
-from cluscomp.methods import EachLayer
+from cluscomp.methods.each_layer import EachLayer
 from cluscomp.settings import settings
 
 
