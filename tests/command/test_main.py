@@ -370,7 +370,9 @@ def test_a_type_that_this_processor_is_slow_in_is_told(cli, tmp_path):
     from cluscomp.plan.calibrate import slowdown
 
     told = "dtype=float32 is faster here"
-    assert (told in cli("plan", *TINY, f"cache={tmp_path}", "dtype=bfloat16").err) == (slowdown(torch.bfloat16) > SLOW)
+    err, factor = cli("plan", *TINY, f"cache={tmp_path}", "dtype=bfloat16").err, slowdown(torch.bfloat16)
+    if not SLOW / 2 < factor < SLOW * 2:  # nearer than that two measurements may not agree
+        assert (told in err) == (factor > SLOW)
     assert told not in cli("plan", *TINY, f"cache={tmp_path}", "dtype=float32").err
 
 

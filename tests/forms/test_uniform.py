@@ -19,6 +19,7 @@ from cluscomp.forms.uniform import UniformWeight, bounds, grids_for, rounded_wei
 from cluscomp.methods.on_grids import grid_of
 from cluscomp.methods.rtn import RoundToNearest
 from cluscomp.models.original import Original, block_names, blocks
+from cluscomp.stages.cluster import Cluster
 from cluscomp.stages.clustering import compress_block
 from cluscomp.train.masters import Trained
 
