@@ -37,7 +37,8 @@ CONFIGURATIONS = {
 TWO_BLOCKS = [
     "model=tiny", "model.config.hidden_size=576", "model.config.intermediate_size=1536",
     "model.config.num_attention_heads=9", "model.config.num_key_value_heads=3", "model.config.num_hidden_layers=2",
-    "order=[cluster,block_finetune]", "bits=3", "cluster.samples=8", "evaluate.after=[]", "block_finetune=quick",
+    "order=[cluster,block_finetune]", "bits=3", "cluster.samples=8", "evaluate.after=[]", "evaluate.context=512",
+    "block_finetune=quick",
     "block_finetune.samples=8", "block_finetune.epochs=1",
 ]  # fmt: skip
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if "_global_" not in path.read_text())

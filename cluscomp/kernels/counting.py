@@ -111,12 +111,15 @@ def times(rounds: float) -> Iterator[None]:
             count.times /= rounds if rounds else math.nan
 
 
-def alike(rounds: Sequence[Round], tensor: Tensor) -> Iterator[Round]:
-    """The rounds of a loop over parts of a tensor; of one without numbers the first, which counts for all."""
+def alike(rounds: Sequence[Round], tensor: Tensor, *, made: float = 1.0) -> Iterator[Round]:
+    """The rounds of a loop that are like each other; of a tensor without numbers the first, which counts for all.
+
+    `made` is the share of them that is made as a rule, where the loop may end before.
+    """
     if not tensor.is_meta:
         yield from rounds
         return
-    with times(len(rounds)):
+    with times(made * len(rounds)):
         yield rounds[0]
 
 
