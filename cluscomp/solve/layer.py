@@ -2,25 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
-class Statistic(Protocol):
-    """A sum over the inputs of a layer, token after token, in float32 on the inputs' device."""
-
-    total: Tensor | None
-
-    def add(self, x_TI: Float[Tensor, "T I"]) -> None:
-        """Take in the inputs (T, I) of some more tokens."""
-        ...
-
-
 class Sum:
-    """A statistic that is the sum of `of(x_TI)` over all that was added."""
+    """A statistic of a layer's inputs: the sum of `of(x_TI)` over all tokens, in float32 on the inputs' device."""
 
     total: Tensor | None = None
 
