@@ -39,6 +39,7 @@ notebooks: $(VENV)/ready
 
 bench: $(VENV)/ready
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/kmeans.py
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/feedback.py
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/codebook_linear.py
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/recover_memory.py
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/gpu.py

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cluscomp.forms.codebook import CodebookWeight, Storage, centroid_values, sub_vectors
 from cluscomp.kernels.counting import alike, times
-from cluscomp.solve.along_outputs import Nearest, Wanted, conjugate_gradients, feedback
+from cluscomp.solve.along_outputs import Wanted, conjugate_gradients, feedback
 from cluscomp.solve.kmeans import Recipe, kmeans, nearest
 from cluscomp.solve.shapes import Shape
 
@@ -48,7 +48,7 @@ def with_feedback(
         vector_weights(moment_II.diagonal(), outputs, shape.vector_dim),
     )
     book_1KD = centroid_values(found.centroids_KD[None], storage)
-    codes_1JO = feedback_vectors(weight_OI, book_1KD[0], moment_II, nearest)[None]
+    codes_1JO = feedback_vectors(weight_OI, book_1KD[0], moment_II)[None]
     book_1KD = least_squares_codebooks(weight_OI, codes_1JO, book_1KD, moment_II, least_squares)
     return CodebookWeight.from_codes(
         codes_1JO.flatten(1), book_1KD, out_features=outputs, in_features=inputs, axis="in", storage=storage
@@ -119,10 +119,7 @@ def dense(codes_MJO: Int[Tensor, "M J O"], books_MKD: Float[Tensor, "M K D"], in
 
 
 def feedback_vectors(
-    weight_OI: Float[Tensor, "O I"],
-    centroids_KD: Float[Tensor, "K D"],
-    moment_II: Float[Tensor, "I I"],
-    nearest: Nearest,
+    weight_OI: Float[Tensor, "O I"], centroids_KD: Float[Tensor, "K D"], moment_II: Float[Tensor, "I I"]
 ) -> Int[Tensor, "J O"]:
     """Codes (J, O) chosen D inputs at a time, each error handed on to the inputs to come (GPTVQ, arXiv 2402.15319).
 

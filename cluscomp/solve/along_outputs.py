@@ -17,12 +17,12 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from cluscomp.kernels.codebook import gradient, rebuild
-from cluscomp.kernels.counting import report, times
+from cluscomp.kernels.counting import alike, report, times
+from cluscomp.kernels.feedback import Feedback
 from cluscomp.kernels.work import Work
 
 BATCH = 64  # inputs whose feedback is gathered before it reaches the rest of the weight
 
-Nearest = Callable[[Float[Tensor, "N D"], Float[Tensor, "K D"]], Int[Tensor, " N"]]
 Wanted = Callable[[int], Tensor]
 Choose = Callable[[int, Wanted, Tensor], Tensor]
 
@@ -40,6 +40,18 @@ def damped(moment_II: Float[Tensor, "I I"], damping: float) -> Float[Tensor, "I 
     return damped_II
 
 
+def _inverse_factor(moment_II: Tensor) -> Tensor:
+    """The upper Cholesky factor (I, I) of H's inverse, in float64.
+
+    Its rows are what is left of the inverse when the inputs before are fixed.
+    """
+    # no name for what is large and not needed again: at 28,672 inputs each of these takes 6.6 GB
+    factor_II: Tensor = torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(moment_II.double())), upper=True
+    )
+    return factor_II
+
+
 def feedback(
     weight_IO: Float[Tensor, "I O"], moment_II: Float[Tensor, "I I"], choose: Choose, *, step: int = 1
 ) -> None:
@@ -52,11 +64,7 @@ def feedback(
     output |(w - v) factor^-1|^2, w being what is wanted of them; `factor` (step, step) is upper triangular.
     """
     inputs = len(weight_IO)
-    # the rows of the inverse's Cholesky factor are what is left of the inverse when the inputs before are fixed
-    # (no name for what is large and not needed again: at 28,672 inputs each of these takes 6.6 GB)
-    factor_II = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment_II.double())), upper=True).to(
-        weight_IO.dtype
-    )
+    factor_II = _inverse_factor(moment_II).to(weight_IO.dtype)
     left_IO = weight_IO.clone()
     if weight_IO.is_meta:  # one round stands for all
         errors_IO = torch.empty_like(left_IO[:BATCH])
@@ -84,27 +92,22 @@ def feedback(
 
 
 def feedback_codes(
-    weight_IO: Float[Tensor, "I O"],
-    centroids_KD: Float[Tensor, "K D"],
-    moment_II: Float[Tensor, "I I"],
-    nearest: Nearest,
+    weight_IO: Float[Tensor, "I O"], centroids_KD: Float[Tensor, "K D"], moment_II: Float[Tensor, "I I"]
 ) -> Int[Tensor, "I G"]:
-    """Codes (I, ceil(O / D)) of axis "out" chosen by `feedback`, a vector of the codebook for D outputs of an input.
+    """Codes (I, ceil(O / D)) of axis "out" chosen as in `feedback`, a vector of the codebook for D outputs of an input.
 
-    Inputs come in the order of falling mean square. `moment_II` is positive definite (see `damped`), `nearest` gives
-    each row's centroid.
+    Inputs come in the order of falling mean square. `moment_II` is positive definite (see `damped`).
     """
     inputs, outputs = weight_IO.shape
-    dim = centroids_KD.shape[1]
     order_I = moment_II.diagonal().argsort(descending=True, stable=True)
-    codes_IG = torch.empty(inputs, -(-outputs // dim), dtype=torch.int32, device=weight_IO.device)
-
-    def choose(i: int, wanted: Wanted, _factor: Tensor) -> Tensor:
-        vectors_GD = torch.nn.functional.pad(wanted(i + 1)[0], (0, -outputs % dim)).view(-1, dim)
-        codes_IG[order_I[i]] = codes_G = nearest(vectors_GD, centroids_KD)
-        return centroids_KD[codes_G.long()].flatten()[None, :outputs]
-
-    feedback(weight_IO[order_I], moment_II[order_I][:, order_I], choose)
+    factor_II = _inverse_factor(moment_II[order_I][:, order_I]).to(weight_IO.dtype)
+    left_IP = _padded(weight_IO[order_I], centroids_KD)
+    codes_IG, search = _no_codes(left_IP, centroids_KD), Feedback(centroids_KD, outputs)
+    for start in alike(range(0, inputs, BATCH), weight_IO):
+        now, later = slice(start, start + BATCH), slice(start + BATCH, None)
+        codes_IG[order_I[now]], errors_BO = search.choose(left_IP[now], factor_II[now, now])
+        with times(0.5):  # so many are left on the average
+            left_IP[later, :outputs].addmm_(factor_II[now, later].T, errors_BO, alpha=-1)
     return codes_IG
 
 
@@ -113,42 +116,37 @@ def descend_codes(
     codes_IG: Int[Tensor, "I G"],
     centroids_KD: Float[Tensor, "K D"],
     moment_II: Float[Tensor, "I I"],
-    nearest: Nearest,
 ) -> Int[Tensor, "I G"]:
     """Codes (I, ceil(O / D)) after one round of coordinate descent on tr(E H E^T), which never rises.
 
     Input by input each code is chosen anew with all other codes fixed: the best row would be the present one plus
     (H E)_i / H_ii, and the nearest centroids to it are the best codes (the rule of CDQuant, arXiv 2406.17542, in order,
     with a vector of the codebook in the place of a rounded number). In a padded group the padding wants to stay as it
-    is, so that nothing is lost there, and not all is gained. Shapes and `nearest` as in `feedback_codes`.
+    is, so that nothing is lost there, and not all is gained. Shapes as in `feedback_codes`.
     """
-    inputs, outputs = weight_IO.shape
-    dim = centroids_KD.shape[1]
-    codes = codes_IG.clone()
-    rows_IO = centroids_KD[codes.long()].flatten(1)
-    error_IO = weight_IO - rows_IO[:, :outputs]
-    if weight_IO.is_meta:  # one input stands for all
-        report(Work(flops=2.0 * inputs * weight_IO.numel()))
-        with times(inputs):
-            wanted_O = rows_IO[0].clone()
-            wanted_O[:outputs] += moment_II[0, :BATCH] @ error_IO[:BATCH] / moment_II[0, 0]
-            codes[0] = nearest(wanted_O.view(-1, dim), centroids_KD)
-            rows_IO[0] = centroids_KD[codes[0].long()].flatten()
-        return codes
-    for start in range(0, inputs, BATCH):
-        end = min(start + BATCH, inputs)
-        pull_IO = moment_II[start:end] @ error_IO
-        changes_IO = torch.zeros_like(error_IO[start:end])
-        for i in range(start, end):
-            wanted_O = rows_IO[i].clone()
-            pull_O = pull_IO[i - start] + moment_II[i, start:i] @ changes_IO[: i - start]
-            wanted_O[:outputs] += pull_O / moment_II[i, i]
-            codes[i] = nearest(wanted_O.view(-1, dim), centroids_KD)
-            changes_IO[i - start] = rows_IO[i, :outputs]
-            rows_IO[i] = centroids_KD[codes[i].long()].flatten()
-            changes_IO[i - start] -= rows_IO[i, :outputs]
-        error_IO[start:end] += changes_IO
+    outputs = weight_IO.shape[1]
+    codes, search = codes_IG.clone(), Feedback(centroids_KD, outputs)
+    rows_IP = centroids_KD[codes.long()].flatten(1)
+    error_IO = weight_IO - rows_IP[:, :outputs]
+    for start in alike(range(0, len(weight_IO), BATCH), weight_IO):
+        now = slice(start, start + BATCH)
+        diagonal_B = moment_II[now, now].diagonal()
+        wanted_BP = rows_IP[now].clone()
+        wanted_BP[:, :outputs] += moment_II[now] @ error_IO / diagonal_B[:, None]
+        factor_BB = -moment_II[now, now] / diagonal_B
+        factor_BB.diagonal().fill_(1)
+        codes[now], changes_BO = search.choose(wanted_BP, factor_BB, rows_IP[now])
+        error_IO[now] += changes_BO
     return codes
+
+
+def _padded(weight_IO: Tensor, centroids_KD: Tensor) -> Tensor:
+    """A weight (I, O) with outputs of zeros behind it, (I, P), so that the last sub-vectors are whole."""
+    return torch.nn.functional.pad(weight_IO, (0, -weight_IO.shape[1] % centroids_KD.shape[1]))
+
+
+def _no_codes(left_IP: Tensor, centroids_KD: Tensor) -> Tensor:
+    return left_IP.new_empty(len(left_IP), left_IP.shape[1] // centroids_KD.shape[1], dtype=torch.int32)
 
 
 @dataclass(frozen=True)

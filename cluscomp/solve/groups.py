@@ -9,7 +9,7 @@ from torch import Tensor
 from cluscomp.forms.codebook import Axis, CodebookWeight, Storage, centroid_values, num_sub_vectors, sub_vectors
 from cluscomp.kernels.codes import code_bits, pack
 from cluscomp.solve.along_outputs import Coded, damped, descend_codes, feedback_codes, least_squares_codebook
-from cluscomp.solve.kmeans import Clustering, Recipe, kmeans, nearest
+from cluscomp.solve.kmeans import Clustering, Recipe, kmeans
 from cluscomp.solve.layer import Layer
 from cluscomp.solve.shapes import Shape, choose, expected_bits
 
@@ -130,13 +130,12 @@ class Group:
             stored_KD = centroid_values(centroids_KD[None], storage)[0]
             if number:
                 coded = [
-                    descend_codes(weight_IO, codes_IG, stored_KD, moment_II, nearest)
+                    descend_codes(weight_IO, codes_IG, stored_KD, moment_II)
                     for weight_IO, codes_IG, moment_II in zip(weights, coded, moments)
                 ]
             elif hessian:
                 coded = [
-                    feedback_codes(weight_IO, stored_KD, moment_II, nearest)
-                    for weight_IO, moment_II in zip(weights, moments)
+                    feedback_codes(weight_IO, stored_KD, moment_II) for weight_IO, moment_II in zip(weights, moments)
                 ]
             if least_squares:
                 packed = [pack(codes_IG.flatten(), bits) for codes_IG in coded]

@@ -17,7 +17,7 @@ from cluscomp.plan import dry
 from cluscomp.plan.meta import Place
 from cluscomp.solve import along_inputs
 from cluscomp.solve.along_outputs import damped, output_error
-from cluscomp.solve.kmeans import Recipe, kmeans, nearest
+from cluscomp.solve.kmeans import Recipe, kmeans
 
 COMMON = {"bits": None, "allocation": "uniform", "storage": "float16", "iterations": 10, "damping": 0.01}
 AQLM = COMMON | {"rounds": 4, "least_squares": 20, "beam": 1}
@@ -138,7 +138,7 @@ def test_feedback_over_sub_vectors_is_the_optimal_brain_surgeon(outputs, inputs,
     """The slow way in float64: for each sub-vector try all centroids, the inputs to come being at their best."""
     dim = min(dim, inputs)
     weight_OI, moment_II, _, books_MKD = drawn(outputs, inputs, dim, size, 1, seed)
-    found = along_inputs.feedback_vectors(weight_OI, books_MKD[0], moment_II, nearest)
+    found = along_inputs.feedback_vectors(weight_OI, books_MKD[0], moment_II)
     left, book, moment = weight_OI.double().numpy().copy(), books_MKD[0].double().numpy(), moment_II.double().numpy()
     differing = 0
     for j in range(-(-inputs // dim)):

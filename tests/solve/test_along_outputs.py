@@ -113,7 +113,7 @@ def test_feedback_codes_are_those_of_optimal_brain_surgery_input_by_input(inputs
     weight_IO, x_TI = layer(inputs, 8)
     centroids_KD = torch.randn(7, 2, generator=torch.Generator().manual_seed(3))
     moment_II = damped(moment_of(x_TI), 0.01)
-    codes_IG = feedback_codes(weight_IO, centroids_KD, moment_II, nearest)
+    codes_IG = feedback_codes(weight_IO, centroids_KD, moment_II)
     assert np.array_equal(codes_IG.numpy(), gptq_codes(weight_IO, centroids_KD, moment_II))
 
 
@@ -124,7 +124,7 @@ def test_feedback_lowers_the_output_error_also_with_padded_lines(outputs):
     moment_II = damped(moment_of(x_TI), 0.01)
     padded = torch.nn.functional.pad(weight_IO, (0, -outputs % 2))
     plain_IG = nearest(padded.view(-1, 2), centroids_KD).view(48, -1)
-    feedback_IG = feedback_codes(weight_IO, centroids_KD, moment_II, nearest)
+    feedback_IG = feedback_codes(weight_IO, centroids_KD, moment_II)
     plain, feedback = (
         output_error((dense(codes, centroids_KD, outputs) - weight_IO).T, moment_II)
         for codes in (plain_IG, feedback_IG)
@@ -135,7 +135,7 @@ def test_feedback_lowers_the_output_error_also_with_padded_lines(outputs):
 def test_without_correlation_feedback_codes_are_the_nearest():
     weight_IO, _ = layer(20, 6)
     centroids_KD = torch.randn(5, 3, generator=torch.Generator().manual_seed(3))
-    codes_IG = feedback_codes(weight_IO, centroids_KD, torch.diag(torch.rand(20) + 0.1), nearest)
+    codes_IG = feedback_codes(weight_IO, centroids_KD, torch.diag(torch.rand(20) + 0.1))
     assert torch.equal(codes_IG.flatten(), nearest(weight_IO.view(-1, 3), centroids_KD))
 
 
@@ -151,7 +151,7 @@ def test_descent_takes_the_best_of_all_codes_one_after_the_other(inputs, outputs
         loss_OI = (dense(codes, centroids_KD, outputs) - weight_IO).T.double()
         return float(((loss_OI @ moment_II.double()) * loss_OI).sum())
 
-    found_IG = descend_codes(weight_IO, codes_IG, centroids_KD, moment_II, nearest)
+    found_IG = descend_codes(weight_IO, codes_IG, centroids_KD, moment_II)
     assert not codes_IG.any()  # what was given stays
     for i in range(inputs):
         for group in range(codes_IG.shape[1]):
@@ -170,10 +170,10 @@ def test_descent_never_raises_the_output_error(inputs, outputs, dim, size, seed)
     weight_IO, x_TI = layer(inputs, outputs, seed)
     centroids_KD = torch.randn(size, dim, generator=torch.Generator().manual_seed(seed))
     moment_II = damped(moment_of(x_TI), 0.01)
-    codes_IG = feedback_codes(weight_IO, centroids_KD, moment_II, nearest)
+    codes_IG = feedback_codes(weight_IO, centroids_KD, moment_II)
     errors = [output_error((dense(codes_IG, centroids_KD, outputs) - weight_IO).T, moment_II)]
     for _ in range(3):
-        codes_IG = descend_codes(weight_IO, codes_IG, centroids_KD, moment_II, nearest)
+        codes_IG = descend_codes(weight_IO, codes_IG, centroids_KD, moment_II)
         errors.append(output_error((dense(codes_IG, centroids_KD, outputs) - weight_IO).T, moment_II))
     scale = output_error(weight_IO.T, moment_II)
     assert all(after <= before + 1e-5 * scale for before, after in zip(errors, errors[1:]))

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "codebook.h"
+#include "feedback.h"
 #include "lloyd.h"
 #include "scalar.h"
 
@@ -91,8 +92,29 @@ static void py_assign(Rows points, FloatRows centroids, Out1<int32_t> codes, Out
   without_gil([&] {
     Cloud cloud(N, int(D), false);
     fill(cloud.columns, points.data(), kind, nullptr, workers);
-    assign(cloud.columns, centroids.data(), int(K), how, codes.data(), distances.data(), tile, workers);
+    Index(centroids.data(), int(K), int(D), how, workers).search(cloud.columns, codes.data(), distances.data(), tile, workers);
   });
+}
+
+static void make_index(Index* place, FloatRows centroids, int threads) {
+  const int64_t K = centroids.shape(0), D = centroids.shape(1);
+  check_sizes(1, D, K);
+  const Workers workers = interruptible(threads);
+  without_gil([&] { new (place) Index(centroids.data(), int(K), int(D), Search::choose, workers); });
+}
+
+static void py_feedback(const Index& index, Out2<float> wanted, std::optional<FloatRows> before, FloatRows factor,
+                        Out2<int32_t> codes, Out2<float> errors, int threads, const std::string& isa) {
+  const int64_t rounds = wanted.shape(0), groups = codes.shape(1), outputs = errors.shape(1), width = groups * index.D;
+  require(rounds >= 1 && groups >= 1 && groups < (int64_t(1) << 31) && int64_t(wanted.shape(1)) == width, "sizes differ");
+  require(outputs <= width && outputs > width - index.D, "sizes differ");
+  require(!before || (int64_t(before->shape(0)) == rounds && int64_t(before->shape(1)) == width), "sizes differ");
+  require(int64_t(factor.shape(0)) == rounds && int64_t(factor.shape(1)) == rounds, "sizes differ");
+  require(int64_t(codes.shape(0)) == rounds && int64_t(errors.shape(0)) == rounds, "sizes differ");
+  const Tiles& tile = tiles_of(isa);
+  const Workers workers = interruptible(threads);
+  const Rounds all{rounds, groups, outputs, wanted.data(), before ? before->data() : nullptr, factor.data(), codes.data(), errors.data()};
+  without_gil([&] { feedback(index, all, tile, workers); });
 }
 
 static std::vector<double> py_lloyd(Rows points, const FloatRows& first, std::optional<FloatVector> weights,
@@ -237,6 +259,9 @@ NB_MODULE(_native, m) {
   m.def("instruction_set", [] { return std::string(tiles().name); });
   m.def("assign", py_assign, nb::arg("points"), nb::arg("centroids"), nb::arg("codes"), nb::arg("distances"),
         nb::arg("threads"), nb::arg("search") = "choose", nb::arg("isa") = "");
+  nb::class_<Index>(m, "Index").def("__init__", make_index, nb::arg("centroids"), nb::arg("threads"));
+  m.def("feedback", py_feedback, nb::arg("index"), nb::arg("wanted"), nb::arg("before").none(), nb::arg("factor"), nb::arg("codes"),
+        nb::arg("errors"), nb::arg("threads"), nb::arg("isa") = "");
   m.def("lloyd", py_lloyd, nb::arg("points"), nb::arg("first"), nb::arg("weights").none(), nb::arg("centroids"),
         nb::arg("codes"), nb::arg("iterations"), nb::arg("kd"), nb::arg("move_centroids"), nb::arg("over_relaxation"),
         nb::arg("seed"), nb::arg("threads"), nb::arg("search") = "choose", nb::arg("isa") = "",

@@ -5,7 +5,9 @@
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <string>
 
+#include "feedback.h"
 #include "kd.h"
 
 Search fastest_search(int D, int K, bool warm) {
@@ -254,21 +256,59 @@ LloydResult lloyd(const Cloud& cloud, const LloydSettings& set, int32_t* codes_N
   return result;
 }
 
-void assign(const Columns& x, const float* centroids_KD, int K, Search search, int32_t* codes_N, float* distances_N, const Tiles& tile,
-            const Workers& workers) {
-  const int D = x.D;
-  if (search == Search::choose) search = fastest_search(D, K, false);
-  if (search == Search::lists) search = Search::boxes;
-  CentroidTree tree;
-  if (search == Search::brute) {
-    tree.build(centroids_KD, K, D);
-    search_all(x, {{0, x.n, -1}}, tree.tree, search, codes_N, distances_N, tile, workers);
+Index::Index(const float* centroids_KD, int K, int D, Search search, const Workers& workers)
+    : K(K), D(D), search_(search), centroids_(centroids_KD, centroids_KD + int64_t(K) * D) {
+  if (search_ == Search::choose) search_ = fastest_search(D, K, false);
+  if (search_ == Search::lists) search_ = Search::boxes;
+  if (search_ == Search::brute) {
+    tree_.build(centroids_KD, K, D);
     return;
   }
-  const std::vector<int32_t> order = spatial_order(centroids_KD, K, D, workers);
+  order_ = spatial_order(centroids_KD, K, D, workers);
   std::vector<float> c(int64_t(K) * D);
-  for (int s = 0; s < K; s++) std::copy_n(centroids_KD + int64_t(order[s]) * D, D, &c[int64_t(s) * D]);
-  tree.build(c.data(), K, D, order);
-  search_all(x, {{0, x.n, -1}}, tree.tree, search, codes_N, distances_N, tile, workers);
-  for (int64_t i = 0; i < x.n; i++) codes_N[i] = order[codes_N[i]];
+  for (int s = 0; s < K; s++) std::copy_n(centroid(order_[s]), D, &c[int64_t(s) * D]);
+  tree_.build(c.data(), K, D, order_);
+}
+
+void Index::search(const Columns& x, int32_t* codes_N, float* distances_N, const Tiles& tile, const Workers& workers) const {
+  search_all(x, {{0, x.n, -1}}, tree_.tree, search_, codes_N, distances_N, tile, workers);
+  if (order_.empty()) return;
+  for (int64_t i = 0; i < x.n; i++) codes_N[i] = order_[codes_N[i]];
+}
+
+void feedback(const Index& index, const Rounds& r, const Tiles& tile, const Workers& workers) {
+  constexpr int n = 64;  // groups of a task: they pass through all rounds by themselves
+  const int D = index.D;
+  const int64_t width = r.groups * D;
+  std::vector<std::unique_ptr<Room>> rooms(workers.threads);
+  workers.run((r.groups + n - 1) / n, [&](int64_t task, int worker) {
+    if (!rooms[worker]) rooms[worker] = std::make_unique<Room>(index.tree_.tree);
+    const int64_t first = task * n, begin = first * D, end = std::min(r.outputs, begin + n * D);
+    std::vector<float> columns((D + 1) * (n + 80)), distance(n);
+    const Columns x{columns.data(), n + 80, std::min<int64_t>(n, r.groups - first), D, 0};
+    int32_t slot[n];
+    for (int64_t i = 0; i < r.rounds; i++) {
+      float* wanted = r.wanted + i * width;
+      for (int64_t g = 0; g < x.n; g++)
+        for (int d = 0; d < D; d++) {
+          const float value = wanted[begin + g * D + d];
+          if (!(std::fabs(value) <= 1e15f))
+            throw std::invalid_argument("wanted[" + std::to_string(i) + ", " + std::to_string(begin + g * D + d) + "] is " +
+                                        std::to_string(value) + "; every value must be finite and within 1e+15");
+          x.row(d)[g] = value;
+        }
+      if (index.search_ == Search::brute) tile.brute(x, 0, x.n, index.tree_.tree, slot, distance.data());
+      else tile.boxes(x, {0, x.n, -1}, index.tree_.tree, rooms[worker]->scratch, slot, distance.data());
+      float* error = r.errors + i * r.outputs;
+      const float* base = r.before ? r.before + i * width : wanted;
+      const float* factor = r.factor + i * r.rounds;
+      for (int64_t g = 0; g < x.n; g++) {
+        const int32_t code = index.order_.empty() ? slot[g] : index.order_[slot[g]];
+        r.codes[i * r.groups + first + g] = code;
+        const float* c = index.centroid(code);
+        for (int64_t o = begin + g * D; o < std::min(end, begin + (g + 1) * D); o++) error[o] = (base[o] - c[o - begin - g * D]) / factor[i];
+      }
+      for (int64_t j = i + 1; j < r.rounds; j++) tile.subtract(r.wanted + j * width + begin, error + begin, factor[j], end - begin);
+    }
+  });
 }

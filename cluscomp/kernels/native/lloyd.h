@@ -6,6 +6,8 @@
 #include "points.h"
 #include "tree.h"
 
+struct Rounds;  // feedback.h
+
 enum class Search { choose, brute, lists, boxes };
 
 // The fastest search for these sizes (measured: benchmarks/kmeans.py --search). All of them are exact.
@@ -30,5 +32,19 @@ struct LloydResult {
 // Clusters the points held by `cloud`; codes_N is indexed by the caller's numbering. The points are reordered.
 LloydResult lloyd(const Cloud& cloud, const LloydSettings&, int32_t* codes_N, const Tiles&, const Workers&);
 
-// Nearest centroid of every point (not reordered); the lowest number wins a tie.
-void assign(const Columns&, const float* centroids_KD, int K, Search, int32_t* codes_N, float* distances_N, const Tiles&, const Workers&);
+// Centroids made ready for searches; the lowest number wins a tie.
+class Index {
+ public:
+  Index(const float* centroids_KD, int K, int D, Search, const Workers&);
+  const float* centroid(int32_t code) const { return &centroids_[int64_t(code) * D]; }
+  // Codes of the points (not reordered) and the squared distances to their centroids.
+  void search(const Columns&, int32_t* codes_N, float* distances_N, const Tiles&, const Workers&) const;
+  const int K, D;
+
+ private:
+  friend void feedback(const Index&, const Rounds&, const Tiles&, const Workers&);
+  Search search_;
+  std::vector<float> centroids_;
+  std::vector<int32_t> order_;  // the code of the centroid in each slot; empty: the slot itself
+  CentroidTree tree_;
+};

@@ -351,6 +351,18 @@ void split(const Columns& from, const Columns& to, int64_t begin, int64_t end, i
   }
 }
 
+void subtract(float* y, const float* x, float a, int64_t n) {
+  const int64_t whole = n / W * W;
+  const vf factor = vf{} + a;
+  for (int64_t i = 0; i < whole; i += W) {
+    vf v, u;
+    memcpy(&v, y + i, sizeof v), memcpy(&u, x + i, sizeof u);
+    v -= factor * u;
+    memcpy(y + i, &v, sizeof v);
+  }
+  for (int64_t i = whole; i < n; i++) y[i] -= a * x[i];
+}
+
 // ---- choice of D ------------------------------------------------------------------------------------------
 
 #define CHOOSE(D_, call) \
@@ -379,6 +391,6 @@ void any_lists(const Columns& x, const Run* run, int runs, const Tree& t, const 
 }
 
 extern const Tiles table;
-const Tiles table = {NAME(CLUSCOMP_ISA), any_brute, any_boxes, any_lists, moments, weighted_total, count_low, split};
+const Tiles table = {NAME(CLUSCOMP_ISA), any_brute, any_boxes, any_lists, moments, weighted_total, count_low, split, subtract};
 
 }  // namespace CLUSCOMP_ISA

@@ -57,6 +57,8 @@ struct Tiles {
   // Stable split of [begin, end) of `from`: low ones to `to` starting at `low`, the others starting at `high`.
   void (*split)(const Columns& from, const Columns& to, int64_t begin, int64_t end, int axis, float threshold,
                 int64_t low, int64_t high);
+  // y -= a x for n numbers; product and difference are rounded one after the other.
+  void (*subtract)(float* y, const float* x, float a, int64_t n);
 };
 
 const Tiles& tiles();                       // the best set for this machine
