@@ -47,10 +47,9 @@ def one_token(size: int, K: int, D: int, threads: int, repeats: int) -> dict[str
     }
     if K <= 256:
         packed_in = pack(codes.t().flatten(), 8)  # the same codes as (I / D, O)
-        for name, exact in (("tables (axis in), 16 bits", False), ("tables (axis in), exact", True)):
-            contenders[name] = lambda exact=exact: codebook.multiply_by_tables(
-                x_BI[0], packed_in, centroids_KD, size, exact=exact, threads=threads
-            )
+        contenders["tables (axis in)"] = lambda: codebook.multiply_by_tables(
+            x_BI[0], packed_in, centroids_KD, size, threads=threads
+        )
     rows = paired(contenders, repeats, before=lambda: other.add_(1))
     again = paired({name: call for name, call in contenders.items() if "tables" in name}, repeats)
     return rows | {f"{name}, codes in cache": row for name, row in again.items()}
@@ -62,11 +61,11 @@ def whole_matrix(size: int, K: int, D: int, threads: int, repeats: int) -> dict[
     bits = code_bits(K)
     codes = torch.randint(0, K, (size * (size // D),), generator=g)
     packed, centroids_KD = pack(codes, bits), torch.randn(K, D, generator=g)
-    grad_IO, out_IO = torch.randn(size, size, generator=g), torch.empty(size, size)
+    grad_IO = torch.randn(size, size, generator=g)
     return paired(
         {
             "gather (torch)": lambda: nn.functional.embedding(codes, centroids_KD),
-            "decode": lambda: codebook.decode(packed, bits, centroids_KD, size, size, out=out_IO, threads=threads),
+            "decode": lambda: codebook.decode(packed, bits, centroids_KD, size, size, threads=threads),
             "index_add_ (torch)": lambda: torch.zeros(K, D).index_add_(0, codes, grad_IO.view(-1, D)),
             "gradient": lambda: codebook.gradient(grad_IO, packed, bits, K, D, threads=threads),
         },
@@ -172,17 +171,13 @@ def token_goals(figures: dict[str, Any], title: Callable[[int, int, int], str]) 
         rows = figures[title(K, 4, threads)]
         return rows[over][clock] / rows[ours][clock]
 
-    large, small, exact = "multiply, float16 codebook", "tables (axis in), 16 bits", "tables (axis in), exact"
+    large, small = "multiply, float16 codebook", "tables (axis in)"
     goals = []
-    for K, ours, gather, dense in ((65500, large, 15, 0.9), (4096, large, None, None), (256, small, 100, 5)):
+    for K, ours, gather, dense in ((65500, large, 15, 0.9), (4096, large, None, None), (256, small, None, None)):
         goals += [
             Goal(f"one token, K={K}: {ours} against gather-then-matmul", gather, ratio(K, 1, GATHER, ours)),
             Goal(f"one token, K={K}: {ours} against dense bfloat16", dense, ratio(K, 1, DENSE16, ours)),
         ]
-    goals += [
-        Goal(f"one token, K=256: {exact} against gather-then-matmul", None, ratio(256, 1, GATHER, exact)),
-        Goal(f"one token, K=256: {exact} against dense bfloat16", None, ratio(256, 1, DENSE16, exact)),
-    ]
     cached = f"{small}, codes in cache"
     goals.append(Goal(f"one token, K=256: {cached}, against gather-then-matmul", None, ratio(256, 1, GATHER, cached)))
     for K, ours in ((65500, large), (256, small)):

@@ -31,6 +31,7 @@ import torch
 from goals import Goal, finish, timed
 
 from cluscomp.kernels.lloyd import BEST, REFERENCE, assign, lloyd
+from cluscomp.kernels.lloyd_torch import assign_reference
 from cluscomp.models.sources import GgufModel
 
 OURS = {
@@ -199,7 +200,7 @@ def check(size: int) -> tuple[list[Goal], dict[str, Any]]:
     runs = [lloyd(x, K, **BEST, threads=threads) for threads in (1, 2, 2)]
     hashes = [hashlib.sha256(r.centroids_KD.numpy().tobytes() + r.codes_N.numpy().tobytes()).hexdigest() for r in runs]
     centroids_KD = runs[0].centroids_KD
-    brute_N, _ = assign(x, centroids_KD, threads=2, search="brute")
+    brute_N, _ = assign_reference(x, centroids_KD)
     found_N, _ = assign(x, centroids_KD, threads=2)
     faiss.omp_set_num_threads(2)
     index = faiss.IndexFlatL2(4)

@@ -257,7 +257,7 @@ class CodebookWeight(Single):
             return cast(Tensor, sum(parts)).to(x_BI.dtype)
         if code_bits(size) != 8 or len(x_BI) > 1:
             return None
-        tables = (multiply_by_tables(x_BI[0], codes, book, self.out_features, exact=True) for book, codes in books)
+        tables = (multiply_by_tables(x_BI[0], codes, book, self.out_features) for book, codes in books)
         return cast(Tensor, sum(tables))[None]
 
     def ledger(self) -> dict[str, int]:

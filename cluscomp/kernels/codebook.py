@@ -52,26 +52,17 @@ def decode(
     I: int,
     O: int,
     *,
-    out: torch.Tensor | None = None,
     threads: int | None = None,
 ) -> torch.Tensor:
     """weight_IO float32 of axis "out" (the layer's weight_OI is its transpose, at no cost).
-
-    Args:
-        out: (I, O) float32 to write to: asking the system for new memory takes longer than decoding.
 
     Raises:
         ValueError: sizes that do not agree.
     """
     _check_packed(packed, bits, I * -(-O // centroids_KD.shape[1]))
-    if out is not None and (out.shape != (I, O) or out.dtype != torch.float32 or not out.is_contiguous()):
-        raise ValueError(
-            f"out is {out.dtype} of shape {tuple(out.shape)}; it must be contiguous float32 of shape {(I, O)}"
-        )
     if native is None or packed.is_cuda:
-        weight_IO = _decoded(packed, bits, centroids_KD.float(), I, O)
-        return weight_IO if out is None else out.copy_(weight_IO)
-    weight_IO = torch.empty(I, O) if out is None else out
+        return _decoded(packed, bits, centroids_KD.float(), I, O)
+    weight_IO = torch.empty(I, O)
     native.decode(packed.contiguous(), bits, _table(centroids_KD), weight_IO, number_of_threads(threads))
     return weight_IO
 
@@ -118,14 +109,9 @@ def multiply_by_tables(
     centroids_KD: torch.Tensor,
     O: int,
     *,
-    exact: bool = False,
     threads: int | None = None,
 ) -> torch.Tensor:
     """y_O = weight_OI @ x_I, float32, axis "in" with codes of 8 bits: products are tabled once and then looked up.
-
-    Args:
-        exact: float32 tables. Else, where the machine has byte permutes (AVX-512 VBMI), tables of 16 bits with one
-            scale: up to twice as fast, with an error of y of about 1e-4 of its size.
 
     Raises:
         ValueError: more than 256 centroids, or sizes that do not agree.
@@ -137,9 +123,7 @@ def multiply_by_tables(
     if native is None or packed.is_cuda:
         return multiply_by_tables_reference(x_I, packed, centroids_KD, O)
     y_O = torch.empty(O)
-    native.multiply_by_tables(
-        packed.contiguous(), _table(centroids_KD), _table(x_I), y_O, not exact, number_of_threads(threads)
-    )
+    native.multiply_by_tables(packed.contiguous(), _table(centroids_KD), _table(x_I), y_O, number_of_threads(threads))
     return y_O
 
 

@@ -21,7 +21,7 @@ BEST = {"iterations": 20, "init": "kd", "over_relaxation": 1.9, "move_centroids"
 
 
 def assign(
-    points_ND: torch.Tensor, centroids_KD: torch.Tensor, *, threads: int | None = None, search: str = "choose"
+    points_ND: torch.Tensor, centroids_KD: torch.Tensor, *, threads: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The nearest centroid of every point and the squared distance to it; exact, lowest number on a tie.
 
@@ -29,7 +29,6 @@ def assign(
         points_ND: (N, D) float32, bfloat16 or float16, on the CPU or a CUDA device.
         centroids_KD: (K, D) of the same kinds, on the same device; compared in float32.
         threads: of the CPU; as many as torch uses, where None. The result does not depend on it.
-        search: "choose", or for measurements on the CPU "brute" or "boxes".
 
     Returns:
         codes_N int32 and distances_N float32.
@@ -53,7 +52,7 @@ def assign(
         return lloyd_torch.assign_reference(points_ND, centroids_KD)
     codes_N = torch.empty(len(points_ND), dtype=torch.int32)
     distances_N = torch.empty(len(points_ND))
-    native.assign(points_ND, centroids_KD, codes_N, distances_N, threads, search)
+    native.assign(points_ND, centroids_KD, codes_N, distances_N, threads)
     return codes_N, distances_N
 
 
@@ -69,7 +68,6 @@ def lloyd(  # noqa: PLR0912
     weights_N: torch.Tensor | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
-    search: str = "choose",
 ) -> Clustering:
     """K-means by `iterations` rounds of assigning and averaging, then a last assignment.
 
@@ -144,7 +142,7 @@ def lloyd(  # noqa: PLR0912
     codes_N = torch.empty(N, dtype=torch.int32)
     inertia = native.lloyd(
         points_ND, first_KD, weights_N, centroids_KD, codes_N, iterations, kd, move_centroids, over_relaxation, seed,
-        threads, search, "", progress,
+        threads, "choose", "", progress,
     )  # fmt: skip
     return Clustering(centroids_KD, codes_N, inertia)
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from cluscomp.forms.codebook import Axis, CodebookWeight, Storage, centroid_values, num_sub_vectors, sub_vectors
 from cluscomp.kernels.codes import code_bits, pack
+from cluscomp.kernels.lloyd_torch import Clustering
 from cluscomp.solve.along_outputs import Coded, damped, descend_codes, feedback_codes, least_squares_codebook
-from cluscomp.solve.kmeans import Clustering, Recipe, kmeans
+from cluscomp.solve.kmeans import Recipe, kmeans
 from cluscomp.solve.layer import Layer
 from cluscomp.solve.shapes import Shape, choose, expected_bits
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from cluscomp.kernels import lloyd_torch
 from cluscomp.kernels.counting import report
 from cluscomp.kernels.lloyd import assign, lloyd
+from cluscomp.kernels.lloyd_torch import Clustering
 from cluscomp.kernels.loading import native
 from cluscomp.kernels.work import Work
 
@@ -28,15 +29,6 @@ class Recipe:
     init: Literal["random_points", "kd"]
     over_relaxation: float
     move_centroids: bool
-
-
-@dataclass(frozen=True)
-class Clustering:
-    """Centroids (K, D) in float32, the code of each point (N,) in int32, and the sum of squared errors."""
-
-    centroids_KD: Float[Tensor, "K D"]
-    codes_N: Int[Tensor, " N"]
-    inertia: float
 
 
 def kmeans(
@@ -62,7 +54,7 @@ def kmeans(
     at_ND, at_N = _placed(points_ND), None if weights_N is None else _placed(weights_N)
     found = lloyd(at_ND, num_centroids, seed=seed, weights_N=at_N, **asdict(recipe))
     device = points_ND.device
-    return Clustering(found.centroids_KD.to(device), found.codes_N.to(device), found.inertia[-1])
+    return Clustering(found.centroids_KD.to(device), found.codes_N.to(device), found.inertia)
 
 
 def nearest(points_ND: Float[Tensor, "N D"], centroids_KD: Float[Tensor, "K D"]) -> Int[Tensor, " N"]:
@@ -89,7 +81,7 @@ def _without_numbers(points_ND: Tensor, num_centroids: int, iterations: int) -> 
     report(Work(pruned=float(vectors) * iterations * harder))
     sorted_ND = points_ND.float().clone()
     codes_N = points_ND.new_empty(vectors, dtype=torch.int32)
-    return Clustering(sorted_ND.new_empty(num_centroids, dim), codes_N, 1.0)
+    return Clustering(sorted_ND.new_empty(num_centroids, dim), codes_N, [1.0])
 
 
 def _placed(tensor: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ def measured_error(points: Points, shape: Shape, recipe: Recipe, generator: torc
     found = kmeans(points_ND, shape.codebook_size, short, generator, weights_N)
     bias = 1 - shape.codebook_size / sample
     correction = (1 - shape.codebook_size / total) / bias if bias else 1.0
-    return found.inertia / points_ND.numel() * correction
+    return found.inertia[-1] / points_ND.numel() * correction
 
 
 def choose(points: Points, shapes: list[Shape], recipe: Recipe, generator: torch.Generator) -> Shape:

@@ -233,7 +233,7 @@ static void py_multiply(Packed packed, int bits, std::optional<FloatRows> centro
   without_gil([&] { multiply(codes, table, half, int(D), B, I, O, x_BI.data(), y_BO.data(), tile, workers); });
 }
 
-static void py_multiply_by_tables(Packed packed, FloatRows centroids, FloatVector x_I, Out1<float> y_O, bool shorts, int threads,
+static void py_multiply_by_tables(Packed packed, FloatRows centroids, FloatVector x_I, Out1<float> y_O, int threads,
                                   const std::string& isa) {
   const int64_t I = x_I.shape(0), O = y_O.shape(0), K = centroids.shape(0), D = centroids.shape(1);
   require(K <= 256, "tables serve up to 256 centroids");
@@ -241,7 +241,7 @@ static void py_multiply_by_tables(Packed packed, FloatRows centroids, FloatVecto
   const Codes codes = codes_of(packed, 8, (I + D - 1) / D * O, K);
   const CodebookTiles& tile = codebook_tiles_of(isa);
   const Workers workers = interruptible(threads);
-  without_gil([&] { multiply_by_tables(codes, centroids.data(), int(D), I, O, x_I.data(), shorts, y_O.data(), tile, workers); });
+  without_gil([&] { multiply_by_tables(codes, centroids.data(), int(D), I, O, x_I.data(), y_O.data(), tile, workers); });
 }
 
 static void py_gradient(Packed packed, int bits, FloatRows grad_IO, Out2<float> gradient_KD, int threads, const std::string& isa) {
@@ -274,7 +274,7 @@ NB_MODULE(_native, m) {
   m.def("takes_halves", [](int64_t D, int64_t B, int64_t O) { return takes_halves(D, B, O, codebook_tiles()); });
   m.def("multiply", py_multiply, nb::arg("packed"), nb::arg("bits"), nb::arg("centroids").none(), nb::arg("halves").none(), nb::arg("x"),
         nb::arg("y"), nb::arg("threads"), nb::arg("isa") = "");
-  m.def("multiply_by_tables", py_multiply_by_tables, nb::arg("packed"), nb::arg("centroids"), nb::arg("x"), nb::arg("y"), nb::arg("shorts"),
+  m.def("multiply_by_tables", py_multiply_by_tables, nb::arg("packed"), nb::arg("centroids"), nb::arg("x"), nb::arg("y"),
         nb::arg("threads"), nb::arg("isa") = "");
   m.def("gradient", py_gradient, nb::arg("packed"), nb::arg("bits"), nb::arg("grad"), nb::arg("gradient"), nb::arg("threads"),
         nb::arg("isa") = "");

@@ -19,10 +19,6 @@ void pack(const int32_t* codes, int64_t n, int bits, uint8_t* packed) {
   }
 }
 
-static bool all_finite(const std::vector<float>& values) {
-  return std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); });
-}
-
 bool takes_halves(int64_t D, int64_t B, int64_t O, const CodebookTiles& tile) { return D == 4 && B == 1 && O % 4 == 0 && tile.add_halves; }
 
 // The table with the slack that tile.expand needs.
@@ -95,25 +91,21 @@ void multiply(const Codes& codes, const float* table_KD, const uint16_t* halves_
   });
 }
 
-void multiply_by_tables(const Codes& codes, const float* table_KD, int D, int64_t I, int64_t O, const float* x_I, bool shorts,
-                        float* y_O, const CodebookTiles& tile, const Workers& workers) {
+void multiply_by_tables(const Codes& codes, const float* table_KD, int D, int64_t I, int64_t O, const float* x_I, float* y_O,
+                        const CodebookTiles& tile, const Workers& workers) {
   const int64_t G = (I + D - 1) / D;
   std::vector<float> by_axis(int64_t(D) * 256, 0), x(G * D, 0);
   std::copy_n(x_I, I, x.begin());
   for (int k = 0; k < codes.K; k++)
     for (int d = 0; d < D; d++) by_axis[d * 256 + k] = table_KD[int64_t(k) * D + d];
   static thread_local std::vector<uint8_t> kept;  // fresh memory from the system would cost more than the work
-  shorts = shorts && tile.look_up_short && all_finite(x) && all_finite(by_axis);
-  kept.resize(std::max<size_t>(kept.size(), shorts ? (G + 1) / 2 * 1024 : G * 1024));
+  kept.resize(std::max<size_t>(kept.size(), G * 1024));
   uint8_t* tables = kept.data();  // (thread_local: the workers must not look for their own)
-  float scale = 0;
-  if (shorts) scale = tile.tabulate_short(by_axis.data(), x.data(), G, D, tables);
-  else tile.tabulate(by_axis.data(), x.data(), G, D, tables);
+  tile.tabulate(by_axis.data(), x.data(), G, D, tables);
   const int64_t wide = std::clamp<int64_t>((O + 64 * workers.threads - 1) / (64 * workers.threads) * 64, 1024, 4096);
   workers.run((O + wide - 1) / wide, [&](int64_t task, int) {
     const int64_t o = task * wide, n = std::min(wide, O - o);
-    if (shorts) tile.look_up_short(codes.packed + o, O, n, G, tables, scale, y_O + o);
-    else tile.look_up(codes.packed + o, O, n, G, tables, y_O + o);
+    tile.look_up(codes.packed + o, O, n, G, tables, y_O + o);
   });
 }
 

@@ -32,8 +32,7 @@ bool takes_halves(int64_t D, int64_t B, int64_t O, const CodebookTiles&);
 void multiply(const Codes&, const float* table_KD, const uint16_t* halves_KD, int D, int64_t B, int64_t I, int64_t O, const float* x_BI, float* y_BO,
               const CodebookTiles&, const Workers&);
 // y_O = weight_OI @ x_I, axis "in", 8-bit codes: x's products with all centroids are tabled, then looked up.
-// With `shorts` the tables are rounded to 16 bits (relative error of y about 1e-4), where the machine can.
-void multiply_by_tables(const Codes&, const float* table_KD, int D, int64_t I, int64_t O, const float* x_I, bool shorts, float* y_O,
+void multiply_by_tables(const Codes&, const float* table_KD, int D, int64_t I, int64_t O, const float* x_I, float* y_O,
                         const CodebookTiles&, const Workers&);
 // gradient_KD[k] = sum of grad_IO over the places of code k, axis "out".
 void gradient(const Codes&, int D, int64_t I, int64_t O, const float* grad_IO, float* gradient_KD, const CodebookTiles&, const Workers&);

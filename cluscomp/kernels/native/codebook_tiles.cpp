@@ -280,66 +280,6 @@ void look_up(const uint8_t* code, int64_t stride, int64_t n, int64_t G, const ui
     }
   }
 }
-
-float tabulate_short(const float* by_axis, const float* x_GD, int64_t G, int D, uint8_t* tables) {
-  __m512 largest = _mm512_setzero_ps();
-  for (int64_t g = 0; g < G; g++)
-    for (int k = 0; k < 256; k += 16)
-      largest = _mm512_max_ps(largest, _mm512_abs_ps((__m512)sixteen_products(by_axis + k, x_GD + g * D, D).p[0]));
-  const float top = _mm512_reduce_max_ps(largest), scale = top > 1e-30f ? top / 32000 : 1;
-  const __m512 factor = _mm512_set1_ps(1 / scale);
-  for (int64_t g = 0; g < G; g++)  // low bytes, then high bytes
-    for (int k = 0; k < 256; k += 16) {
-      const F product = sixteen_products(by_axis + k, x_GD + g * D, D);
-      const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps((__m512)product.p[0], factor));
-      uint8_t* t = tables + 512 * g + k;
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(t), _mm512_cvtepi32_epi8(whole));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(t + 256), _mm512_cvtepi32_epi8(_mm512_srai_epi32(whole, 8)));
-    }
-  if (G % 2) memset(tables + 512 * G, 0, 512);
-  return scale;
-}
-
-// Low bytes (0..255) and high bytes (-128..127) are summed apart, two rows at a time: after interleaving the rows,
-// one multiply-add by ones gives 16-bit sums of both. At most 64 pairs fit before those are added up in 32 bits.
-// Interleaving permutes the outputs within each 16: `place` says where each ends up.
-void look_up_short(const uint8_t* code, int64_t stride, int64_t n, int64_t G, const uint8_t* tables, float scale, float* y) {
-  const __m512i ones = _mm512_set1_epi8(1);
-  for (int64_t o = 0; o < n; o += BLOCK) {
-    const int64_t width = n - o < BLOCK ? n - o : BLOCK;
-    alignas(64) int16_t sums[2][2][BLOCK / 2];
-    alignas(64) int32_t totals[2][BLOCK / 2];
-    memset(totals, 0, sizeof totals);
-    for (int64_t start = 0; start < G; start += 128) {
-      const int64_t end = start + 128 < G ? start + 128 : G;
-      memset(sums, 0, sizeof sums);
-      for (int64_t g = start; g < end; g += 2) {
-        const uint8_t *a = code + g * stride + o, *b = g + 1 < G ? a + stride : a, *t = tables + 512 * g;
-        for (int64_t i = 0; i < width; i += 64) {
-          const __m512i ca = codes_64(a, i, width, stride), cb = codes_64(b, i, width, stride);
-          const __m512i la = look_up_64(ca, t), lb = look_up_64(cb, t + 512);
-          const __m512i ha = look_up_64(ca, t + 256), hb = look_up_64(cb, t + 768);
-          const __m512i part[2][2] = {{_mm512_maddubs_epi16(_mm512_unpacklo_epi8(la, lb), ones),
-                                       _mm512_maddubs_epi16(_mm512_unpackhi_epi8(la, lb), ones)},
-                                      {_mm512_maddubs_epi16(ones, _mm512_unpacklo_epi8(ha, hb)),
-                                       _mm512_maddubs_epi16(ones, _mm512_unpackhi_epi8(ha, hb))}};
-          for (int byte = 0; byte < 2; byte++)
-            for (int half = 0; half < 2; half++) {
-              int16_t* s = &sums[byte][half][i / 2];
-              _mm512_store_si512(s, _mm512_add_epi16(_mm512_load_si512(s), part[byte][half]));
-            }
-        }
-      }
-      for (int half = 0; half < 2; half++)
-        for (int i = 0; i < BLOCK / 2; i++) totals[half][i] += int32_t(sums[0][half][i]) + 256 * int32_t(sums[1][half][i]);
-    }
-    for (int64_t i = 0; i < width; i++) {
-      const int half = i % 16 / 8;
-      const int64_t place = i / 64 * 32 + i % 64 / 16 * 8 + i % 8;
-      y[o + i] = scale * float(totals[half][place]);
-    }
-  }
-}
 #else
 void tabulate(const float* by_axis, const float* x_GD, int64_t G, int D, uint8_t* tables) {
   for (int64_t g = 0; g < G; g++)
@@ -358,12 +298,10 @@ void look_up(const uint8_t* code, int64_t stride, int64_t n, int64_t G, const ui
       y[o] += product;
     }
 }
-constexpr auto tabulate_short = nullptr;
-constexpr auto look_up_short = nullptr;
 #endif
 
 extern const CodebookTiles codebook_table;
 const CodebookTiles codebook_table = {NAME(CLUSCOMP_ISA), read, expand, add_rows, add_fours, add_halves, scatter,
-                                      tabulate, look_up, tabulate_short, look_up_short};
+                                      tabulate, look_up};
 
 }  // namespace CLUSCOMP_ISA

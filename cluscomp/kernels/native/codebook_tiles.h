@@ -24,11 +24,6 @@ struct CodebookTiles {
   void (*tabulate)(const float* by_axis, const float* x_GD, int64_t G, int D, uint8_t* tables);
   // y[o] = the sum over G rows of the row's product with centroid code[g * stride + o], for n outputs.
   void (*look_up)(const uint8_t* code, int64_t stride, int64_t n, int64_t G, const uint8_t* tables, float* y);
-  // The same with products rounded to whole numbers of 16 bits: 512 bytes a row of an even number of rows (one of zeros
-  // may have to be added); `tabulate_short` returns what they are to be multiplied with. Null where the machine lacks
-  // byte permutes (AVX-512 VBMI).
-  float (*tabulate_short)(const float* by_axis, const float* x_GD, int64_t G, int D, uint8_t* tables);
-  void (*look_up_short)(const uint8_t* code, int64_t stride, int64_t n, int64_t G, const uint8_t* tables, float scale, float* y);
 };
 
 const CodebookTiles& codebook_tiles();
