@@ -16,6 +16,7 @@ import hypothesis
 import jaxtyping
 import pytest
 import torch
+from forks import Forks
 
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels then run on the CPU, for the tests
     os.environ["TRITON_INTERPRET"] = "1"
@@ -108,6 +109,14 @@ def ground(tmp_path_factory):
     words = ["".join(make.choices("abcdefghijklmnopqrstuvwxyz", k=make.randint(2, 9))) for _ in range(50)]
     (folder / "text.txt").write_text("\n\n".join(" ".join(make.choices(words, k=20)) for _ in range(100)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Processes of the command without its start-up."""
+    found = Forks()
+    yield found
+    found.end()
 
 
 @pytest.fixture

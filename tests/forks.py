@@ -4,8 +4,9 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 FORKS = """
@@ -22,34 +23,70 @@ for line in sys.stdin:
     elif pid := os.fork():
         print(pid, flush=True)
     else:
-        log = os.open(command["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2)
+        for number, name in ((1, "log"), (2, "errors")):
+            os.dup2(os.open(command[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        os.chdir(command["folder"])
+        os.environ.update(command["variables"])
         sys.argv = ["cluscomp", *command["arguments"]]
         try:
-            main()
+            exec(command["script"], {"__name__": "__main__"}) if command["script"] else main()
             code = 0
         except SystemExit as end:
             code = end.code or 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            code = 1
+        if command["script"]:
+            import atexit
+
+            atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(code)
 """
 
 
 class Forks:
-    """`cluscomp ARGUMENTS` in processes of their own."""
+    """`cluscomp ARGUMENTS`, or a script, in processes of their own."""
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen(
+        self._server = subprocess.Popen(
             [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def _ask(self, **command) -> int:
-        print(json.dumps(command), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
+    def end(self) -> None:
+        self._server.kill()
+        self._server.wait()
 
-    def start(self, log: Path, *arguments: str) -> int:
+    def _ask(self, **command) -> int:
+        print(json.dumps(command), file=self._server.stdin, flush=True)
+        return int(self._server.stdout.readline())
+
+    def start(
+        self,
+        log: Path,
+        *arguments: str,
+        errors: Path | None = None,
+        folder: Path | None = None,
+        script: str = "",
+        variables: Mapping[str, str] | None = None,
+    ) -> int:
+        """The process' number. It writes to `log`, and its errors there, too, if not elsewhere."""
         log.touch()
-        return self._ask(log=str(log), arguments=list(arguments))
+        return self._ask(
+            log=str(log),
+            errors=str(errors or log),
+            folder=str(folder or Path.cwd()),
+            variables=dict(variables or {}),
+            script=script,
+            arguments=list(arguments),
+        )
+
+    def run(self, *arguments: str, **more) -> "subprocess.CompletedProcess[str]":
+        """What is left of one that ended by itself; `more` as of `start`."""
+        with tempfile.TemporaryDirectory() as folder:
+            log, errors = Path(folder) / "log", Path(folder) / "errors"
+            code = self.wait(self.start(log, *arguments, errors=errors, **more))
+            return subprocess.CompletedProcess(arguments, code, log.read_text(), errors.read_text())
 
     def wait(self, pid: int) -> int:
         """The exit code; minus the number of the signal that ended it."""
@@ -58,6 +95,12 @@ class Forks:
     def kill(self, pid: int) -> None:
         subprocess.run(["kill", "-KILL", str(pid)], check=True)
         assert self.wait(pid) == -signal.SIGKILL
+
+    def kill_at(self, outputs: Path, pattern: str, *arguments: str) -> None:
+        """Start the command and kill it as soon as a file of this pattern is in its folder of outputs."""
+        pid = self.start(outputs.with_suffix(".log"), *arguments)
+        until(lambda: bool(list(outputs.glob(pattern))))
+        self.kill(pid)
 
 
 def until(condition: Callable[[], bool], seconds: float = 120) -> None:

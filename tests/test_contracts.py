@@ -7,6 +7,7 @@ rooms against each other.
 import ast
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import re
@@ -88,12 +89,23 @@ def test_settings_classes_are_strict_frozen_and_without_defaults(name):
         assert required and field.default_factory is dataclasses.MISSING, field.name
 
 
-@pytest.mark.parametrize("name", NODES)
-def test_every_choice_of_every_group_composes_and_builds(name):
-    group, _, option = name.removesuffix(".yaml").partition("/")
-    mandatory = [f"{group}.{key}=given" for key, value in NODES[name].items() if value == "???"]
-    bits = [] if NODES[name].get("bits", "") is None else ["bits=3"]
-    assert composed(f"{group}={option}", *bits, *mandatory).order == ["cluster"]
+def choices(group: str) -> list[list[str]]:
+    """What chooses each option of a group in turn, with a value for what has none."""
+    found = []
+    for name, node in NODES.items():
+        if name.startswith(f"{group}/"):
+            option = name.removesuffix(".yaml").partition("/")[2]
+            found.append([f"{group}={option}", *(f"{group}.{key}=given" for key in node if node[key] == "???")])
+    return found
+
+
+def test_every_choice_of_every_group_composes_and_builds():
+    """One of each group at a time; the methods last, since some need a limit of bits."""
+    for together in itertools.zip_longest(*(choices(group) for group in GROUPS if group != "method"), fillvalue=[]):
+        assert composed("bits=3", *itertools.chain(*together)).order == ["cluster"], together
+    for overrides in choices("method"):
+        bits = [] if METHODS[f"{overrides[0].replace('=', '/')}.yaml"].get("bits", "") is None else ["bits=3"]
+        assert composed(*bits, *overrides).order == ["cluster"], overrides
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -435,14 +447,21 @@ def records_of_all(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_run_on_records(path, records_of_all):
+def test_notebooks_run_on_records(records_of_all):
+    """All in one kernel, which forgets every name in between."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(records_of_all)}}).execute()
-    shown = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.rstrip()[-1] == ")"]
-    assert any(cell.outputs for cell in shown)
-    drawn = [cell for cell in shown if cell.source.splitlines()[-1].startswith("plots.")]
-    assert all("image/png" in cell.outputs[-1].data for cell in drawn)
-    tables = [cell for cell in shown if "_table(found)" in cell.source.splitlines()[-1]]
-    assert all("text/html" in cell.outputs[-1].data for cell in tables)
+    together, titles = nbformat.v4.new_notebook(), []
+    for path in NOTEBOOKS:
+        code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        together.cells += [nbformat.v4.new_code_cell("%reset -f"), *code]
+        titles += [path.stem] * (1 + len(code))
+    nbclient.NotebookClient(together, timeout=120, resources={"metadata": {"path": str(records_of_all)}}).execute()
+    shown = {path.stem: 0 for path in NOTEBOOKS}
+    for title, cell in zip(titles, together.cells):
+        last = cell.source.rstrip().splitlines()[-1]
+        shown[title] += bool(cell.outputs) and last.endswith(")")
+        if last.startswith("plots."):
+            assert "image/png" in cell.outputs[-1].data, title
+        if "_table(found)" in last and "=" not in last:
+            assert "text/html" in cell.outputs[-1].data, title
+    assert all(shown.values()), shown

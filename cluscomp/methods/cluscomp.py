@@ -35,7 +35,8 @@ class ClusComp:
     codebook less than about a share `floor` of `bits`. With `measure` the errors of shapes are measured on the weights;
     without, they are those of Gaussian ones, so that shapes follow from the matrices' shapes alone. `iterations`,
     `init`, `over_relaxation` and `move_centroids` are the recipe of K-means (`kmeans.Recipe`); the paper's is 20,
-    random_points, 1, false.
+    shared_points, 1, false. "shared_points" are random points at the same positions in all matrices of one size, as in
+    the paper's code; those of "random_points" are drawn for each codebook by itself.
 
     The rest spends no bytes and is not in the paper; any of it needs calibration text and axis "out".
     `weighting` "diagonal": a sub-vector counts by the mean square of its input. `assign` "hessian": codes are chosen
@@ -54,7 +55,7 @@ class ClusComp:
     measure: bool
     floor: float = Field(ge=0, le=1)
     iterations: int = Field(ge=1)
-    init: Literal["random_points", "kd"]
+    init: Literal["random_points", "shared_points", "kd"]
     over_relaxation: float = Field(gt=0, le=2)
     move_centroids: bool
     weighting: Literal["none", "diagonal"]
@@ -119,11 +120,19 @@ class ClusComp:
         return list(groups.values())
 
     def _opened(self, layers: "dict[str, Layer]", names: list[str]) -> "Group":
+        import torch
+
         from cluscomp.solve import groups, kmeans
 
-        recipe = kmeans.Recipe(self.iterations, self.init, self.over_relaxation, self.move_centroids)
         opened = [layers[name] for name in names]
-        return groups.Group(names, opened, recipe, axis=self.axis, weighting=self.weighting, damping=self.damping)
+        init: Literal["random_points", "kd"] = "kd" if self.init == "kd" else "random_points"
+        recipe = kmeans.Recipe(self.iterations, init, self.over_relaxation, self.move_centroids)
+        generator = opened[0].generator
+        if self.init == "shared_points":  # drawn anew for each codebook, and the same for all with as many sub-vectors
+            generator = torch.Generator().manual_seed(opened[0].seed)
+        return groups.Group(
+            names, opened, recipe, generator, axis=self.axis, weighting=self.weighting, damping=self.damping
+        )
 
     def _shapes(self, matrices: "Matrices", bits: float | None) -> "list[Shape]":
         """What may be chosen from for the codebook of matrices of these shapes."""

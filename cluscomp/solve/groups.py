@@ -29,6 +29,7 @@ class Group:
         names: Sequence[str],
         layers: list[Layer],
         recipe: Recipe,
+        generator: torch.Generator,
         *,
         axis: Axis,
         weighting: Literal["none", "diagonal"],
@@ -39,7 +40,7 @@ class Group:
         self.weights = [layer.weight_OI.float() for layer in layers]
         self.matrices = [(layer.weight_OI.shape[0], layer.weight_OI.shape[1]) for layer in layers]
         self.numbers = sum(weight.numel() for weight in self.weights)
-        self.generator = layers[0].generator
+        self.generator = generator
         self.scales: list[float | None] = [None]
         if len(layers) > 1:
             squares = [float(weight.square().mean()) for weight in self.weights]

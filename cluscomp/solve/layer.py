@@ -112,13 +112,14 @@ class Layer:
     """A finite dense weight (O, I) of a block, in the dtype the model computes in.
 
     Layers of a block with the same `input` read the same tensor. `seen` is what the method asked to see of it, None if
-    nothing. The result may depend on the `generator`'s seed.
+    nothing. The result may depend on the `generator`'s seed, and on the run's `seed`, which all layers share.
     """
 
     weight_OI: Tensor
     input: int
     seen: Seen | None
     generator: torch.Generator
+    seed: int = 0
 
     def show(self) -> Seen:
         """What was asked for of the inputs; whoever asks for something gets it."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from cluscomp.forms.linear import compressed
 from cluscomp.models.original import Original, block_names, norms
 from cluscomp.models.walk import Walk
+from cluscomp.process import for_tracker
 from cluscomp.stages import Job
 from cluscomp.stages.block_finetune import ROUNDED, BlockFinetune
 from cluscomp.stages.blockwise import Blockwise
@@ -85,8 +86,9 @@ def finetune_block(
     Outputs and loss are those of what is stored. If a loss or gradient is not finite, or the loss ends no better
     than it began, the block gets back what it had and the learning rate is halved, at most twice; then it keeps
     what it had. Returns the mean squared error `before` and `after`, the target's mean `square`, the `lr` of the
-    attempt that counts, the `attempts`, whether the block was `kept` as it was, the `reasons` of failures, and how
-    far what is stored has `moved` (squared change over squared size).
+    attempt that counts, the `attempts`, whether the block was `kept` as it was, the `reasons` of failures, how far what
+    is stored has `moved` (squared change over squared size), and of each of the `epochs` that count the mean loss that
+    was minimised and the mean norm of its gradient.
     """
     block = walk.blocks[index]
     change_gradient = {"rounding": lambda: by_sign, "means": lambda: by_mean(block)}.get(stage.learns, lambda: None)()
@@ -114,6 +116,7 @@ def finetune_block(
     while len(reasons) < ATTEMPTS and math.isfinite(found["before"]):
         lr = stage.lr / 2 ** len(reasons)
         trained.start()
+        epochs = Epochs(index, len(batches(stage)), stage.epochs)
         problem = fit(
             trained.parameters,
             lambda rows: errors(walk.apply(index, block, entering_WTH[rows].to(device)), rows) / scale,
@@ -125,6 +128,7 @@ def finetune_block(
             clip=stage.clip,
             half=leaving_WTH.dtype == torch.float16,
             change_gradient=change_gradient,
+            watch=epochs.step,
         )
         unfit = trained.finish()
         problem = problem or unfit
@@ -132,7 +136,7 @@ def finetune_block(
         if after < found["before"]:
             return found | {
                 "after": after, "lr": lr, "attempts": len(reasons) + 1, "kept": False, "reasons": reasons,
-                "moved": trained.moved(),
+                "moved": trained.moved(), "epochs": epochs.found,
             }  # fmt: skip
         trained.restore()
         reasons.append(problem or f"the loss ended at {after:.3e}")
@@ -140,8 +144,36 @@ def finetune_block(
     log.warning("block %d keeps the codebooks it had: %s", index, reasons[-1])
     after = measure()
     attempts = len(reasons) if math.isfinite(found["before"]) else 0
-    kept = {"after": after, "lr": None, "attempts": attempts, "kept": True, "reasons": reasons, "moved": 0.0}
-    return found | kept
+    return found | {
+        "after": after, "lr": None, "attempts": attempts, "kept": True, "reasons": reasons, "moved": 0.0, "epochs": [],
+    }  # fmt: skip
+
+
+class Epochs:
+    """The mean loss and gradient norm of each epoch of a block's training; of several, each has a line in the log."""
+
+    def __init__(self, block: int, steps: int, epochs: int) -> None:
+        self.found: list[dict[str, float]] = []
+        self._block, self._steps, self._epochs = block, steps, epochs
+        self._losses: list[float] = []
+        self._norms: list[float] = []
+
+    def step(self, loss: float, norm: float) -> None:
+        """One more step was made."""
+        self._losses.append(loss)
+        self._norms.append(norm)
+        if len(self._losses) < self._steps:
+            return
+        numbers = {"loss": sum(self._losses) / self._steps, "gradient": sum(self._norms) / self._steps}
+        self.found.append(numbers)
+        self._losses, self._norms = [], []
+        if self._epochs > 1:
+            done = len(self.found)
+            log.info(
+                "block_finetune  epoch %d/%d of block %d  loss %.3e",
+                done, self._epochs, self._block + 1, numbers["loss"],
+                extra=for_tracker("block_finetune epochs", numbers, self._block * self._epochs + done),
+            )  # fmt: skip
 
 
 def batches(stage: BlockFinetune) -> list[slice]:

@@ -264,7 +264,7 @@ def _layers(
             raise InputError(f"{name}.{layer}: NaN or infinity among its weights; the model is damaged")
         generator = torch.Generator().manual_seed(layer_seed(seed, f"{name}.{layer}"))
         input_ = places[layer].input if places else number
-        layers[layer] = Layer(dense.weight.detach(), input_, statistics.get(layer), generator)
+        layers[layer] = Layer(dense.weight.detach(), input_, statistics.get(layer), generator, seed)
     return layers
 
 

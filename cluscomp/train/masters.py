@@ -158,6 +158,7 @@ def fit(
     clip: float | None,
     half: bool,
     change_gradient: Callable[[Tensor], None] | None = None,
+    watch: Callable[[float, float], None] | None = None,
 ) -> str | None:
     """Minimise `loss_of(batch)` over the float32 `parameters` with AdamW (torch's betas), one step for each batch.
 
@@ -165,8 +166,9 @@ def fit(
     decay.
 
     The learning rate is `lr` times `rate(...)`; `clip` bounds the norm of all gradients together; `half` scales the
-    loss as computing in float16 needs. Stops at the first loss or gradient that is not finite, with the parameters as
-    they then are, and returns what it was, in words; otherwise None.
+    loss as computing in float16 needs; `watch` is told the loss and the norm of the gradients of each step. Stops at
+    the first loss or gradient that is not finite, with the parameters as they then are, and returns what it was, in
+    words; otherwise None.
     """
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     if change_gradient is not None:
@@ -183,6 +185,8 @@ def fit(
         finite = loss.isfinite() if half else loss.isfinite() & norm.isfinite()  # else the scaler's to mend
         if not bool(finite) or (half and scaler.get_scale() < 1):
             return f"step {step + 1} of {len(batches)}: loss {float(loss.detach()):.3g}, gradient {float(norm):.3g}"
+        if watch is not None:
+            watch(float(loss.detach()), float(norm))
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         if change_gradient is not None:

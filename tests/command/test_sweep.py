@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from forks import Forks, until
+from forks import until
 
 BLOCKS = 3
 ORDER = ["cluster", "block_finetune"]
@@ -23,14 +23,6 @@ SETTINGS = [
     "block_finetune.length=32", "block_finetune.samples=8", "block_finetune.batch_size=4", "evaluate.context=32",
     "evaluate.limit=8", "evaluate.distance=true", "evaluate.after=[block_finetune]", "name=cells", "device=cpu", *CELLS,
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def forks():
-    found = Forks()
-    yield found
-    found.process.kill()
-    found.process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,6 @@ Losses are checked against plain transformers models with forward hooks; everyth
 import json
 import logging
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import typing
 from dataclasses import fields, replace
 from pathlib import Path
@@ -374,32 +370,21 @@ def test_a_fresh_run_makes_everything_anew_and_replaces_only_by_what_is_whole(gr
     assert again.record.config == first.record.config
 
 
-def kill_at(ground: Path, outputs: Path, pattern: str, *more: str) -> None:
-    """Start the command in a process of its own and kill it as soon as a file of this pattern is there."""
-    command = [sys.executable, "-m", "cluscomp", *overrides(ground, outputs, *more)]
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(outputs.glob(pattern)):
-        assert running.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-
-
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_bits_and_damaged_parts_are_made_again(ground, tmp_path, caplog):
+def test_a_killed_run_ends_with_the_same_bits_and_damaged_parts_are_made_again(ground, forks, tmp_path, caplog):
     """Killed after the first block of cluster, then of block_finetune; the rest from whole and from altered parts."""
     long = [*TUNED, "method.iterations=50", "block_finetune.epochs=12", "evaluate.after=[block_finetune]"]
     whole = pipeline(ground, tmp_path / "whole", *long)
     killed = tmp_path / "killed"
 
-    kill_at(ground, killed, "cluster-*/block-000.safetensors", *long)
+    command = overrides(ground, killed, *long)
+    forks.kill_at(killed, "cluster-*/block-000.safetensors", *command)
     assert not list(killed.glob("cluster-*/metrics.json")), "too late: the stage had ended"
     shutil.copytree(killed, tmp_path / "altered")
     (part,) = tmp_path.glob("altered/cluster-*/block-000.safetensors")
     flip(part)
 
-    kill_at(ground, killed, "block_finetune-*/streams.json", *long)
+    forks.kill_at(killed, "block_finetune-*/streams.json", *command)
     assert not list(killed.glob("block_finetune-*/metrics.json")), "too late: the stage had ended"
     for name in ("streams.json", "student", "block-000"):
         shutil.copytree(killed, tmp_path / name)
@@ -451,6 +436,10 @@ def test_block_finetune_lowers_the_loss_of_the_stored_model(tuned, ground):
     first = float((before[0] - target[0]).square().mean())
     assert found["blocks"][0]["before"] == pytest.approx(first, rel=1e-4)
     assert found["tokens"] == 8 * 32
+    for block in found["blocks"]:
+        assert len(block["epochs"]) == 4 and all(epoch["gradient"] > 0 for epoch in block["epochs"])
+        first, last = (block["epochs"][number]["loss"] for number in (0, -1))
+        assert block["after"] < last < first < 1.01 * block["before"]  # each epoch's mean, while it learns
 
 
 def test_block_finetune_changes_the_codebooks_alone(tuned, ground):

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from forks import Forks, until
+from forks import until
 
 BLOCKS = 6
 SMALL = [
@@ -42,14 +42,6 @@ VARIANTS = [
     ],
 ]  # fmt: skip
 KILLS = int(os.environ.get("CLUSCOMP_KILLS", "2"))  # of each variant
-
-
-@pytest.fixture(scope="module")
-def forks():
-    found = Forks()
-    yield found
-    found.process.kill()
-    found.process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,9 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pipelines
@@ -362,30 +360,19 @@ def test_what_cannot_work_is_refused(ground, monkeypatch):
 # kills
 
 
-def start(ground: Path, outputs: Path, *more: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    command = [sys.executable, *launcher, "-m", "cluscomp", *overrides(ground, outputs, *more)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def kill_at(ground: Path, outputs: Path, pattern: str, *more: str) -> None:
+def kill_at(forks, ground: Path, outputs: Path, pattern: str, *more: str) -> None:
     """Kill the command as soon as a file of this pattern is there."""
-    running = start(ground, outputs, *more)
-    deadline = time.monotonic() + 120
-    while not list(outputs.glob(pattern)):
-        assert running.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    running.send_signal(signal.SIGKILL)
-    running.communicate()
+    forks.kill_at(outputs, pattern, *overrides(ground, outputs, *more))
     assert not list(outputs.glob("recover-*/metrics.json")), "too late: the stage had ended"
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_bits_and_what_is_not_whole_is_left_out(ground, tmp_path, caplog):
+def test_a_killed_run_ends_with_the_same_bits_and_what_is_not_whole_is_left_out(ground, forks, tmp_path, caplog):
     """Killed in training with KL; then gone on from the last state, from one half written, and from an altered one."""
     long = ["recover.tokens=10240", "recover.loss=ce_kl", "recover.norms=true"]
     whole = pipeline(ground, tmp_path / "whole", *long)
     killed = tmp_path / "killed"
-    kill_at(ground, killed, "recover-*/training/attempt-0/checkpoint-8/whole.json", *long)
+    kill_at(forks, ground, killed, "recover-*/training/attempt-0/checkpoint-8/whole.json", *long)
     for name in ("marker", "altered", "nothing"):
         shutil.copytree(killed, tmp_path / name)
     newest = {
@@ -410,9 +397,9 @@ def test_a_killed_run_ends_with_the_same_bits_and_what_is_not_whole_is_left_out(
 
 
 @pytest.mark.slow
-def test_failed_attempts_survive_a_kill(ground, tmp_path):
+def test_failed_attempts_survive_a_kill(ground, forks, tmp_path):
     steep = ["recover.lr=1e30"]
-    kill_at(ground, tmp_path / "killed", "recover-*/training/attempts.json", *steep)
+    kill_at(forks, ground, tmp_path / "killed", "recover-*/training/attempts.json", *steep)
     whole, again = (pipeline(ground, tmp_path / name, *steep) for name in ("whole", "killed"))
     assert found(again) == found(whole) and stage_hash(again) == stage_hash(whole)
 
@@ -425,13 +412,13 @@ def test_two_processes_do_what_one_does(recovered, ground, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     assert environment["OMP_NUM_THREADS"] == "1"
-    running = start(ground, tmp_path, "recover.loss=ce_kl", launcher=launcher)
-    text, _ = running.communicate(timeout=300)
-    assert running.returncode == 0, text[-3000:]
-    assert text.count("record ") == 1
+    command = [*launcher, "-m", "cluscomp", *overrides(ground, tmp_path, "recover.loss=ce_kl")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.stdout + done.stderr).count("record ") == 1
     (path,) = tmp_path.glob("run-*/record.json")
     record = json.loads(path.read_text())
     alone = pipeline(ground, ground / "outputs", "recover.loss=ce_kl")

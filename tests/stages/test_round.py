@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from forks import Forks, until
 from pipelines import composed, pipeline
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -226,7 +225,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(tiny_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_with_the_same_bits(ground, tmp_path):
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(ground, forks, tmp_path):
     """24 blocks, killed when the first one is written."""
     base = [
         "model=tiny", "model.config.num_hidden_layers=24", "data=text", f"data.file={ground / 'text.txt'}",
@@ -234,14 +233,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(ground, tmp_path):
         "evaluate.after=[]",
     ]  # fmt: skip
     whole = pipeline(*base, f"outputs={tmp_path / 'whole'}").record.stages
-    killed, forks = tmp_path / "killed", Forks()
-    try:
-        pid = forks.start(tmp_path / "log", *base, f"outputs={killed}")
-        until(lambda: bool(list(killed.glob("round-*/block-000.safetensors"))))
-        forks.kill(pid)
-    finally:
-        forks.process.kill()
-        forks.process.wait()
+    killed = tmp_path / "killed"
+    forks.kill_at(killed, "round-*/block-000.safetensors", *base, f"outputs={killed}")
     assert not list(killed.glob("round-*/metrics.json")), "too late: the stage had ended"
     assert 1 <= len(list(killed.glob("round-*/block-*"))) < 24
     assert pipeline(*base, f"outputs={killed}").record.stages == whole
