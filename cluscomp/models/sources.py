@@ -4,7 +4,9 @@ Settings classes, one for each kind of yaml in conf/model. Heavy libraries are i
 settings are checked before torch is loaded.
 """
 
+import copy
 import difflib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -108,18 +110,10 @@ class GgufModel:
 
     def read_config(self, cache: Path) -> "PreTrainedConfig":
         """The model's config, from the converted folder or the file's header. Raises InputError as `folder`."""
-        from transformers import AutoConfig
-
         path = self._path()
-        target = cache / f"gguf-{file_hash(path)[:16]}"
-        if (target / "gguf.json").is_file():
-            return _read_config(target)
-        try:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
-            raise InputError(f"model.file={path}: truncated, or not a GGUF file ({error})") from error
-        config.dtype = "bfloat16"  # of the converted folder
-        return config
+        content = file_hash(path)
+        target = cache / f"gguf-{content[:16]}"
+        return _read_config(target) if (target / "gguf.json").is_file() else copy.deepcopy(_gguf_config(path, content))
 
     def folder(self, cache: Path) -> Path:
         """The converted folder. Raises InputError if the package or file is missing, truncated or no GGUF."""
@@ -249,6 +243,19 @@ def _types_in(path: Path) -> list[str]:
 
     plain = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
     return sorted({tensor.tensor_type.name for tensor in GGUFReader(path).tensors if tensor.tensor_type not in plain})
+
+
+@functools.cache  # the reader walks through the whole vocabulary, which takes seconds
+def _gguf_config(path: Path, content: str) -> "PreTrainedConfig":  # noqa: ARG001 (what the path holds may change)
+    """The config in the header of a GGUF file with this hash of its content."""
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
+        raise InputError(f"model.file={path}: truncated, or not a GGUF file ({error})") from error
+    config.dtype = "bfloat16"  # of the converted folder
+    return config
 
 
 def _convert_gguf(path: Path, folder: Path) -> None:
