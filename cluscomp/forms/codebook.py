@@ -1,6 +1,8 @@
 """Weights as codes into codebooks of sub-vectors: what ClusComp, GPTVQ and AQLM store."""
 
 import math
+from functools import reduce
+from operator import add
 from typing import Any, Literal, cast
 
 import torch
@@ -238,7 +240,7 @@ class CodebookWeight(Single):
             first = packed_bytes(inputs.start * groups, bits)
             packed = packed[:, first : first + packed_bytes(lines * groups, bits)]
         books = zip(self.centroids(dtype), packed)
-        rows = cast(Tensor, sum(rebuild(book_KD, codes, bits, lines, length) for book_KD, codes in books))
+        rows = reduce(add, (rebuild(book_KD, codes, bits, lines, length) for book_KD, codes in books))
         if self.axis == "out":
             return rows.T
         return rows.view(lines, self.out_features, -1).transpose(0, 1).flatten(1)[:, : self.in_features]

@@ -57,8 +57,9 @@ class _RebuiltLinear(torch.autograd.Function):
                 grad_x[..., inputs] = grad @ dense_OI.detach()
             if trained:
                 grad_BO, x_BI = grad.reshape(-1, grad.shape[-1]), x[..., inputs].reshape(-1, dense_OI.shape[1])
-                # tiles: in the memory order of the codes, so that nothing is transposed on the way to the codebooks
-                dense_grad_OI = grad_BO.T @ x_BI if len(ctx.tiles) == 1 else (x_BI.T @ grad_BO).T
+                # in the weight's memory order, so that nothing is transposed on the way to the codebooks
+                transposed = len(ctx.tiles) > 1 or (x.is_cuda and not dense_OI.is_contiguous())
+                dense_grad_OI = (x_BI.T @ grad_BO).T if transposed else grad_BO.T @ x_BI
                 found = torch.autograd.grad(dense_OI, trained, dense_grad_OI)
                 sums = [a.add_(b) for a, b in zip(sums, found)] if sums else list(found)
         grads = iter(sums)

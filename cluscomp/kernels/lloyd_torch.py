@@ -88,7 +88,7 @@ def lloyd(
     code_N: torch.Tensor | None = None
     if first_KD is None:
         c_KD, code_N, row_N = kd(points_ND, K, weights_N, seed)
-        points_ND, weights_N = points_ND[row_N], None if weights_N is None else weights_N[row_N]
+        points_ND, weights_N = _rows(points_ND, row_N), None if weights_N is None else weights_N[row_N]
     else:
         c_KD = first_KD
     random = np.random.default_rng(seed)
@@ -113,7 +113,7 @@ def lloyd(
         if done == iterations:
             break
         code_N, order_N = code_N.sort(stable=True)
-        points_ND, row_N = points_ND[order_N], row_N[order_N]
+        points_ND, row_N = _rows(points_ND, order_N), row_N[order_N]
         weights_N = None if weights_N is None else weights_N[order_N]
         begin_K = torch.searchsorted(code_N, torch.arange(K + 1, device=code_N.device, dtype=torch.int32))
         mass_K, mean_KD, variance_KD = _spread(_moments(points_ND, weights_N, begin_K))
@@ -167,7 +167,7 @@ def kd(
             break
         low_N |= ~cut_P[piece_N]
         order_N = (2 * piece_N + ~low_N).int().argsort(stable=True)
-        points_ND, row_N = points_ND[order_N], row_N[order_N]
+        points_ND, row_N = _rows(points_ND, order_N), row_N[order_N]
         weights_N = None if weights_N is None else weights_N[order_N]
         low_P = _count(low_N, begin_P)
         both_P2 = torch.stack([torch.ones_like(cut_P), cut_P], dim=1)  # a piece that is not cut stays as its low half
@@ -244,6 +244,15 @@ def move_to_worst(c_KD: torch.Tensor, count_K: torch.Tensor, mass_K: torch.Tenso
         c_KD[k] = c_KD[worst]
         c_KD[k, axis] += shift
         c_KD[worst, axis] -= shift
+
+
+def _rows(points_ND: torch.Tensor, row_n: torch.Tensor) -> torch.Tensor:
+    """points_ND[row_n], of whole rows."""
+    if _by_triton(points_ND):
+        from cluscomp.kernels import lloyd_triton
+
+        return lloyd_triton.rows(points_ND, row_n)
+    return points_ND[row_n]
 
 
 def _moments(sorted_ND: torch.Tensor, weights_N: torch.Tensor | None, begin_K: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,9 @@ same bits in every kernel below), and the lowest number wins a tie. Of the kerne
 
 * `_screen` ranks all centroids by one tensor core product, in tiles, keeps the best tile of each point and says
   whether that tile is proven to hold the nearest centroid (shown below); what remains is one maximum an element;
-* `_least_tile` finds that tile by all distances: for few centroids, and for the points `_screen` is not sure of;
 * `_within_tile` takes the nearest centroid of the tile found, by distances;
+* `_by_all` goes by all distances, the tiles shared out among several programs: for few centroids, for few points, and
+  for those `_screen` is not sure of;
 * `_by_boxes` starts from the present centroid of each point and leaves out every tile whose bounding box lies farther
   away than the best centroid so far, first of the box of the points at hand, then of each of them. Few tiles remain
   where D is small, the points lie sorted by cluster and the centroids in spatial order: at D = 4 some 200 distances a
@@ -42,7 +43,9 @@ import triton.language as tl
 
 LARGEST_D = 32  # sub-vectors are short: loops over coordinates are unrolled
 TILE = 64  # centroids that are ranked together
-SCREENED = 1024  # from so many centroids on the screen pays; to be measured
+SCREENED = 256  # from so many centroids on the screen pays, and from so much work (experiments/21-gpu.md):
+FEW = 3 * 2**30  # coordinates of all differences
+PROGRAMS = 1024  # that share a search out: several for each multiprocessor
 LEAF = 16  # centroids of one box, and boxes of one group
 FAR = 1e18  # of centroids that fill up the last tile: beyond all real ones, and its square is finite
 
@@ -59,18 +62,28 @@ def _squares(points, row_N, inside_N, centroids, at, columns, D: tl.constexpr, B
 
 
 @triton.jit
-def _least_tile(points, N, centroids, columns, tile_N, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The first tile with the least distance, for each of BLOCK points."""
+def _by_all(
+    points, N, centroids, columns, tiles_of_part, keys, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
+):
+    """The nearest centroid of each of BLOCK points in one part of the tiles; the least key of all parts is left.
+
+    A key is the distance's bits, which rise as it does, and below them the centroid: the lowest of equals is least.
+    """
     row_N = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside_N = row_N < N
+    first = tl.program_id(1) * tiles_of_part
     best_N = tl.full([BLOCK], float("inf"), tl.float32)
-    winner_N = tl.zeros([BLOCK], tl.int32)
-    for t in range(columns // TILE):
+    winner_N = tl.zeros([BLOCK], tl.int32) + first
+    for t in range(first, tl.minimum(first + tiles_of_part, columns // TILE)):
         at = t * TILE + tl.arange(0, TILE)[None, :]
         least_N = tl.min(_squares(points, row_N, inside_N, centroids, at, columns, D, BLOCK, TILE), axis=1)
         winner_N = tl.where(least_N < best_N, t, winner_N)
         best_N = tl.minimum(best_N, least_N)
-    tl.store(tile_N + row_N, winner_N, mask=inside_N)
+    at = winner_N[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    squares = _squares(points, row_N, inside_N, centroids, at, columns, D, BLOCK, TILE)
+    code_N = tl.min(tl.where(squares == tl.min(squares, axis=1)[:, None], at, columns), axis=1)
+    key_N = (best_N.to(tl.int32, bitcast=True).to(tl.int64) << 32) | code_N
+    tl.atomic_min(keys + row_N, key_N, mask=inside_N, sem="relaxed")
 
 
 @triton.jit
@@ -205,22 +218,43 @@ def _moments(points, weights, begin, moments, D: tl.constexpr, WEIGHTED: tl.cons
     tl.store(out + 1 + D + d, tl.sum(square_N))
 
 
+@triton.jit
+def _rows(points, row_n, out, size, D: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(row_n + at // D, mask=at < size, other=0)
+    tl.store(out + at, tl.load(points + row * D + at % D, mask=at < size, other=0), mask=at < size)
+
+
 def assign(points_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`kernels.lloyd.assign` of checked points (float32, bfloat16 or float16) and float32 centroids, D <= LARGEST_D."""
-    table_DK, N = _table(centroids_KD, TILE), len(points_ND)
-    if len(centroids_KD) < SCREENED:
-        tile_N = _least_tiles(points_ND, table_DK)
-    else:
-        tile_N, sure_N = screen(points_ND, centroids_KD)
-        doubtful_n = (sure_N == 0).nonzero().flatten()
-        if len(doubtful_n):
-            tile_N[doubtful_n] = _least_tiles(points_ND[doubtful_n], table_DK)
+    (N, D), K = points_ND.shape, len(centroids_KD)
+    if K < SCREENED or N * K * D < FEW:
+        return by_all(points_ND, centroids_KD)
+    table_DK = _table(centroids_KD, TILE)
+    tile_N, sure_N = screen(points_ND, centroids_KD)
     codes_N, distances_N = _results(points_ND)
     with torch.cuda.device_of(points_ND):
         _within_tile[(triton.cdiv(N, 32),)](
-            points_ND, N, table_DK, table_DK.shape[1], tile_N, codes_N, distances_N, points_ND.shape[1], 32, TILE
+            points_ND, N, table_DK, table_DK.shape[1], tile_N, codes_N, distances_N, D, 32, TILE
         )
+    doubtful_n = (sure_N == 0).nonzero().flatten()
+    if len(doubtful_n):
+        codes_N[doubtful_n], distances_N[doubtful_n] = by_all(rows(points_ND, doubtful_n), centroids_KD)
     return codes_N, distances_N
+
+
+def by_all(points_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`assign` by all distances, exact, too: codes (N,) int32, distances (N,) float32."""
+    (N, D), table_DK = points_ND.shape, _table(centroids_KD, TILE)
+    blocks, tiles = triton.cdiv(N, 64), table_DK.shape[1] // TILE
+    tiles_of_part = triton.cdiv(tiles, max(1, min(PROGRAMS // blocks, tiles // 4)))
+    keys_N = torch.full((N,), torch.iinfo(torch.int64).max, device=points_ND.device)
+    with torch.cuda.device_of(points_ND):
+        _by_all[(blocks, triton.cdiv(tiles, tiles_of_part))](
+            points_ND, N, table_DK, table_DK.shape[1], tiles_of_part, keys_N, D, 64, TILE
+        )
+    halves_N2 = keys_N.view(torch.int32).view(N, 2)  # of a little-endian machine
+    return halves_N2[:, 0].contiguous(), halves_N2[:, 1].contiguous().view(torch.float32)
 
 
 def assign_near(
@@ -239,6 +273,16 @@ def assign_near(
             groups.amax(1), codes_N, distances_N, D, triton.next_power_of_2(D), 32, LEAF, num_warps=1,
         )  # fmt: skip
     return codes_N, distances_N
+
+
+def rows(points_ND: torch.Tensor, row_n: torch.Tensor) -> torch.Tensor:
+    """points_ND[row_n]: torch has a program for each row where one takes 16 bytes, and needs ten times as long."""
+    (_, D), n = points_ND.shape, len(row_n)
+    out_nD = torch.empty(n, D, dtype=points_ND.dtype, device=points_ND.device)
+    if n:
+        with torch.cuda.device_of(points_ND):
+            _rows[(triton.cdiv(n * D, 1024),)](points_ND, row_n, out_nD, n * D, D, 1024)
+    return out_nD
 
 
 def moments(sorted_ND: torch.Tensor, weights_N: torch.Tensor | None, begin_K: torch.Tensor) -> torch.Tensor:
@@ -279,14 +323,6 @@ def screen(points_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[torch.T
             points_ND, N, scale, rows_KS, len(rows_KS) // TILE, tile_N, sure_N, D, S, 128, TILE
         )
     return tile_N, sure_N
-
-
-def _least_tiles(points_ND: torch.Tensor, table_DK: torch.Tensor) -> torch.Tensor:
-    N, D = points_ND.shape
-    tile_N = torch.empty(N, dtype=torch.int32, device=points_ND.device)
-    with torch.cuda.device_of(points_ND):
-        _least_tile[(triton.cdiv(N, 64),)](points_ND, N, table_DK, table_DK.shape[1], tile_N, D, 64, TILE)
-    return tile_N
 
 
 def _results(points_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

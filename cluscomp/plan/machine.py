@@ -15,6 +15,8 @@ GIB = 2**30
 CALIBRATION = "machine.json"  # in the cache: what `cluscomp plan --calibrate` measured on this machine
 # Work of a core without a calibration: half of what notes and benchmarks saw on one AVX-512 core.
 CORE = {"flops": 70e9, "traffic": 2e9, "read": 0.5e9, "distances": 3e9, "pruned": 8e6, "calls": 2e5}
+# Of any card: what one H100 reached on its host (experiments/21-gpu.md).
+CARD = {"pruned": 3e8, "calls": 7e4}
 ONE_CORE = ("read", "calls")  # what several cores do no faster
 
 
@@ -62,7 +64,7 @@ def limits(machine: Machine, device: str, cache: Path) -> Limits:
     else:
         tflops, bandwidth = machine.tflops or 50.0, machine.bandwidth or 500.0
         # brute-force search pads a centroid to 32 numbers and compares: a fifth of the matrix rate, over 64 a distance
-        rates |= {"flops": tflops * 1e12, "traffic": bandwidth * 1e9, "distances": tflops * 1e12 / 320, "pruned": 2e8}
+        rates |= {"flops": tflops * 1e12, "traffic": bandwidth * 1e9, "distances": tflops * 1e12 / 320} | CARD
         vram = _vram() if machine.vram is None else machine.vram * GIB
     return Limits(ram, vram, rates, calibrated)
 

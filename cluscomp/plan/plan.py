@@ -16,7 +16,8 @@ from cluscomp.plan.machine import GIB, Limits, Machine, limits
 from cluscomp.plan.meta import MetaModel
 from cluscomp.process import resident
 
-CONTEXT = 0.5 * GIB  # of GPU memory and of RAM, that CUDA itself takes
+CONTEXT = 0.5 * GIB  # of GPU memory, that CUDA itself takes
+LIBRARIES = 1.2 * GIB  # of RAM, that CUDA, its libraries and Triton take (0.9 to 1.8 were seen)
 STARTED = 0.08 * GIB  # of RAM, that tokenizer, texts and the first matrix products leave behind (0.05 to 0.1 were seen)
 
 
@@ -144,7 +145,7 @@ def plan(experiment: Any, config: PreTrainedConfig, dtype: torch.dtype, device: 
     def row(name: str, cost: Cost) -> Row:
         here, there = sum(cost.host.values()), sum(cost.device.values())
         parts = cost.device | {f"{part} (RAM)": size for part, size in cost.host.items()}
-        ram, vram = (base + here + there, None) if device == "cpu" else (base + CONTEXT + here, CONTEXT + there)
+        ram, vram = (base + here + there, None) if device == "cpu" else (base + LIBRARIES + here, CONTEXT + there)
         return Row(name, ram, vram, cost.work.flops, can.seconds(cost.work), parts, cost.relief)
 
     rows = [row(name, cost) for name, cost in costs.items() if cost is not None]

@@ -81,7 +81,10 @@ class BlockFinetune(FromText):
         batches = math.ceil(self.samples / self.batch_size)
         work = train.work * (batches * self.epochs) + once.work * (batches * (2 + (streams - 2)))
         work += Work(traffic=40.0 * trained * batches * self.epochs)  # of AdamW
-        work += Work(traffic=6.0 * outline.stream(self.samples, self.length))  # hashes and files of streams
+        files = outline.stream(
+            self.samples, self.length
+        )  # of two streams, which are hashed and written by the processor
+        work += Work(read=4.0 * files) if outline.device == "cuda" else Work(traffic=6.0 * files)
         device = worst(
             always | {"a dense block": outline.dense_block, "activations": once.peak},
             always

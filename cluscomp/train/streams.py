@@ -43,9 +43,9 @@ class Streams:
         for name, stream_WTH in streams.items():
             if self.where == "memory":
                 with self._path(name, index).open("wb") as file:
-                    for content in _content(stream_WTH):
-                        file.write(content)
-            hashes[name] = _hash(stream_WTH)
+                    hashes[name] = _hash(stream_WTH, file)
+            else:
+                hashes[name] = _hash(stream_WTH)
         return hashes
 
     def load(self, index: int, hashes: dict[str, str]) -> dict[str, Float[Tensor, "W T H"]] | None:
@@ -91,8 +91,11 @@ def _content(stream_WTH: Tensor) -> Iterator[memoryview]:
         yield window_TH.contiguous().cpu().flatten().view(torch.uint8).numpy().data
 
 
-def _hash(stream_WTH: Tensor) -> str:
+def _hash(stream_WTH: Tensor, file: BinaryIO | None = None) -> str:
+    """The SHA-256 of a stream's bytes, which go into the file, too, if there is one."""
     digest = hashlib.sha256()
     for content in _content(stream_WTH):
         digest.update(content)
+        if file is not None:
+            file.write(content)
     return digest.hexdigest()
