@@ -125,6 +125,8 @@ def verdict_table(record: Record, again: list[Score]) -> str:
     """Each score then and now, in Markdown, with the reasons that can be seen and what was not measured again."""
     import pandas as pd
 
+    from cluscomp.report.rendering import for_terminal
+
     found = compare(record.scores, again)
     if not found:
         raise InputError(f"{record.run['name']}: none of its scores could be measured again")
@@ -137,7 +139,7 @@ def verdict_table(record: Record, again: list[Score]) -> str:
             for one in found
         ]
     )  # fmt: skip
-    lines = [table.to_markdown(index=False, disable_numparse=True)]
+    lines = [for_terminal(table)]
     left = sorted({score.metric for score in record.scores} - {one.metric for one in found})
     if left:
         lines.append(f"not measured again: {', '.join(left)} (full=true does)")
