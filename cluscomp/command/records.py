@@ -8,11 +8,20 @@ from tempfile import TemporaryDirectory
 
 from cluscomp.command import trust
 from cluscomp.command.compose import composed, quiet_libraries
-from cluscomp.command.sweep import show_cells
+from cluscomp.command.sweep import show_cells, show_table
 from cluscomp.errors import InputError
 from cluscomp.runs.cells import collect, read_cells
 from cluscomp.runs.experiment import PLACES, config_of
-from cluscomp.runs.verify import changed, compare, overall, overrides_of, quoted, scoring_alone, verdict_table
+from cluscomp.runs.verify import (
+    changed,
+    compare,
+    not_again,
+    overall,
+    overrides_of,
+    quoted,
+    scoring_alone,
+    verdict_table,
+)
 from cluscomp.store.files import writable
 from cluscomp.store.records import NAME, Record, read, read_folder
 from cluscomp.store.secrets import printable
@@ -121,7 +130,9 @@ def verify(arguments: list[str]) -> None:
             made = run(composed([*kept, *alone, *places], said)).record
             again += made.scores if full else [replace(score, after=after) for score in made.scores]
             machine = made.machine
-    print(f"\n{verdict_table(record, again)}\n")
+    show_table(verdict_table(record, again))
+    if left := not_again(record, again):
+        print(printable(f"not measured again: {', '.join(left)} (full=true does)\n"))
     for line in changed(record, settings_now, machine):
         print(f"not as it was: {printable(line)}")
     verdict = overall(compare(record.scores, again))

@@ -19,6 +19,8 @@ from cluscomp.store.records import objective
 from cluscomp.store.secrets import hide, hide_override, printable
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from cluscomp.runs.run import Outcome
 
 
@@ -125,13 +127,12 @@ def calibrate(experiment: Experiment) -> None:
 
 def show(outcome: "Outcome") -> None:
     """Print a run's table if anything was measured, what the models made of the prompt, and where everything lies."""
-    from cluscomp.report.rendering import for_terminal
     from cluscomp.report.tables import legend, stage_table, task_table
 
     records = [outcome.record]
     for table in (stage_table(records), task_table(records)) if outcome.record.scores else ():
         if len(table):
-            print(f"\n{for_terminal(table.drop(columns='run'))}\n")
+            show_table(table.drop(columns="run"))
             print("".join(f"{line}\n" for line in legend(table)), end="")
     for name, sample in outcome.samples.items():
         print(f"{name}: {sample!r}")
@@ -140,11 +141,16 @@ def show(outcome: "Outcome") -> None:
     print(f"record      {outcome.path}")
 
 
-def show_cells(cells: dict[Path, Cell]) -> None:
-    """Print what the cells of a sweep do. Exit code 1 unless all are finished."""
+def show_table(table: "pd.DataFrame") -> None:
+    """Print a table, whatever names are in it."""
     from cluscomp.report.rendering import for_terminal
 
-    print(f"\n{for_terminal(status_table(cells))}\n")
+    print(f"\n{for_terminal(table)}\n")
+
+
+def show_cells(cells: dict[Path, Cell]) -> None:
+    """Print what the cells of a sweep do. Exit code 1 unless all are finished."""
+    show_table(status_table(cells))
     undone = sum(cell.state != "finished" for cell in cells.values())
     if undone:
         print(

@@ -55,7 +55,7 @@ def never_write(values: dict[str, str]) -> None:
 def unread(values: Any) -> Any:
     """Plain values (dictionaries, lists, texts, numbers) without what settings took from the environment."""
     if isinstance(values, dict):
-        return {key: part if key in OURS else unread(part) for key, part in values.items()}
+        return {unread(key): part if key in OURS else unread(part) for key, part in values.items()}
     if isinstance(values, list):
         return [unread(part) for part in values]
     return _Read.texts.sub(lambda found: _Read.instead[found[0]], values) if isinstance(values, str) else values
@@ -88,7 +88,7 @@ def hide_all(values: Any) -> Any:
     """Plain values (dictionaries, lists, texts, numbers) without what is secret in them."""
     if isinstance(values, dict):
         return {
-            key: HIDDEN if isinstance(value, str) and NAMES.search(str(key)) else hide_all(value)
+            hide_all(key): HIDDEN if isinstance(value, str) and NAMES.search(str(key)) else hide_all(value)
             for key, value in values.items()
         }
     if isinstance(values, list):
