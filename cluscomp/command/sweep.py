@@ -4,9 +4,10 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from cluscomp.command.compose import compose_for, explain
 from cluscomp.errors import InputError
@@ -41,7 +42,8 @@ def run_one(experiment: Experiment) -> float | None:
 
 def _cell(experiment: Experiment) -> tuple[Path, list[str]]:
     """The folder where this run tells of itself, and the overrides it was started with, but for places."""
-    given = HydraConfig.get().overrides.task
+    said: Any = HydraConfig.get().overrides
+    given: Any = OmegaConf.to_container(said.task, resolve=False)  # as they were typed
     overrides = [hide_override(item) for item in given if item.partition("=")[0] not in (*ASIDE, "trust")]
     outputs = writable("outputs", experiment.outputs)
     return folder_of(outputs, experiment.name, settings_of(experiment)), overrides

@@ -20,6 +20,7 @@ VALUES = {  # of all kinds; the names are not those of secrets
     "SHORT": "pin4", "DIGITS": "918273645546372", "SPACES": "  value with spaces  ", "PERCENT": "per%20cent%s{}",
     "REGEX": "a+b(c)*[d]?.^$", "DOLLAR": "cost$${x}-value", "PATHS": "/one/two:/three/four",
 }  # fmt: skip
+FILE, SEED = "-".join(["name", "of", "a", "file"]), str(74839200 + 1)  # a capsule holds this source, too
 ALL = "|".join(f"${{oc.env:CASE_{name}}}" for name in VALUES)
 
 
@@ -28,10 +29,10 @@ def place(tmp_path, monkeypatch):
     """The folder in which the command is given, and the variables."""
     for name, value in VALUES.items():
         monkeypatch.setenv(f"CASE_{name}", value)
-    secret = tmp_path / "name-of-a-secret-file.txt"
+    secret = tmp_path / f"{FILE}.txt"
     secret.write_text("\n\n".join(f"Paragraph {i} says that {i * i} is a square." for i in range(60)))
     monkeypatch.setenv("CASE_FILE", str(secret))
-    monkeypatch.setenv("CASE_SEED", "74839201")
+    monkeypatch.setenv("CASE_SEED", SEED)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -59,7 +60,7 @@ def test_twenty_kinds_of_values_stand_in_no_file_that_a_run_leaves(place, monkey
     assert command(f"evaluate.prompt='{ALL}'", "tracker=tensorboard") == 0, capsys.readouterr().err
     assert command(f"data.file='{ALL}'") == 2  # which is told in cell.json and its log
     said = capsys.readouterr()
-    secrets = [*VALUES.values(), "name-of-a-secret-file", "74839201"]
+    secrets = [*VALUES.values(), FILE, SEED]
     forms = {form for one in secrets for form in (one, json.dumps(one)[1:-1], repr(one)[1:-1])}
     files = left(place / "outputs") | {"terminal": (said.out + said.err).encode()}
     for kind in ("tfevents", "capsule-", "cell.json", "metrics.json", "record.json", "log.txt"):
