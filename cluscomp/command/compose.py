@@ -12,20 +12,22 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from cluscomp.command.environment import Place, resolved
+from cluscomp.command.trust import Given, check, given, refuse_hydra, settings_class
 from cluscomp.errors import InputError
 from cluscomp.process import rank
-from cluscomp.runs.experiment import Experiment
-from cluscomp.store.secrets import Discreet, hide
+from cluscomp.runs.experiment import Experiment, put
+from cluscomp.store.secrets import Discreet, hide, printable
 
 HERE = Path(__file__).parents[1]
 CONF = next(folder for folder in (HERE / "conf", HERE.parent / "conf") if folder.is_dir())
 # used by settings, not by the run itself
-SHARED = ("method", "allocation", "data", "instructions", "tasks", "bits", "data_root", "debug")
+SHARED = ("method", "allocation", "data", "instructions", "tasks", "bits", "data_root", "debug", "trust")
 
 
 @contextmanager
@@ -37,17 +39,20 @@ def told_in_a_sentence() -> Iterator[None]:
         if "debug=true" in map(str.lower, sys.argv):
             raise
         message, code = explain(error)
-        print(f"cluscomp: {hide(message)}", file=sys.stderr)
+        print(f"cluscomp: {printable(hide(message))}", file=sys.stderr)
         sys.exit(code)
 
 
 def compose_for(command: Callable[[Experiment], float | None]) -> None:
     """Compose the settings (of every cell, with -m) and hand them on; what comes back goes to Hydra's sweeper."""
+    if any(item.startswith("--e") for item in sys.argv[1:]):  # as argparse takes it
+        raise InputError("--experimental-rerun: reads a pickle, which can run code; give the settings themselves")
+    said = given(sys.argv[1:])  # of this process, which may not be the one that works
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def compose(config: DictConfig) -> float | None:
         with told_in_a_sentence():  # before Hydra sees it, which would add lines of its own
-            experiment = build(config, HydraConfig.get().runtime.choices)
+            experiment = build(config, HydraConfig.get().runtime.choices, said)
             quiet_libraries()
             return command(experiment)
         return None
@@ -55,17 +60,21 @@ def compose_for(command: Callable[[Experiment], float | None]) -> None:
     compose()
 
 
-def composed(overrides: list[str]) -> Experiment:
-    """The settings that overrides make, without a run of Hydra's own around them."""
+def composed(overrides: list[str], said: Given | None = None) -> Experiment:
+    """The settings that overrides make, without a run of Hydra's own around them.
+
+    `said` is what the command line says if overrides may be another's, by default the overrides.
+    """
+    refuse_hydra(overrides)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
         chosen = config.hydra.runtime.choices
         with open_dict(config):
             del config["hydra"]
-        return build(config, chosen)
+        return build(config, chosen, given(overrides) if said is None else said)
 
 
-def build(config: DictConfig, chosen: Mapping[str, str | None]) -> Experiment:
+def build(config: DictConfig, chosen: Mapping[str, str | None], said: Given) -> Experiment:
     """The checked, immutable settings of a run. Raises InputError that names key, value and what is allowed.
 
     `chosen` names the yaml of each group, as Hydra does: evaluate: perplexity, data@evaluate.texts.c4: c4_sample.
@@ -74,25 +83,46 @@ def build(config: DictConfig, chosen: Mapping[str, str | None]) -> Experiment:
     if missing:
         raise InputError(f"{missing[0]} is required: give {missing[0]}=...")
     raw: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
-    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    stages = [key for key, value in values.items() if _is_stage(value)]
+    values, read = resolved(config)
+    check(values, said)
+    if values["data_root"] is not None and not Path(values["data_root"]).expanduser().is_dir():
+        raise InputError(f"data_root={values['data_root']}: there is no such folder")
+    stages = [key for key, value in values.items() if _is_stage(key, value, said)]
     if values["order"] == ["evaluate"]:  # nothing is compressed, so nothing has to be said of how
         values = {key: value for key, value in values.items() if key not in {"method", *stages}}
     shared_first = sorted(values, key=lambda key: key not in SHARED)  # so that an error names the group it stands in
-    built = {key: _instantiate(key, values[key], raw) for key in shared_first}
-    settings = {key: value for key, value in built.items() if key not in {*SHARED, *stages}}
+
+    def built(value: Any, place: Place) -> Any:
+        if isinstance(value, list):
+            return [built(part, (*place, str(number))) for number, part in enumerate(value)]
+        if not isinstance(value, dict):
+            return value
+        parts = {key: built(part, (*place, str(key))) for key, part in value.items() if key != "_target_"}
+        return made(value["_target_"], place, parts) if "_target_" in value else parts
+
+    def made(target: str, place: Place, parts: dict[str, Any]) -> Any:
+        try:
+            return settings_class(target, ".".join(place), said.modules)(**parts)
+        except ValidationError as error:
+            raise InputError(_told(error, place, raw, read)) from error
+
+    parts = {key: built(values[key], (key,)) for key in shared_first}
+    settings = {key: value for key, value in parts.items() if key not in {*SHARED, *stages}}
+    for place, text in read.items():
+        put(values, place, text)  # from here on values are what is written
     choices = _choices(chosen, raw, values)  # after what tells most mistakes, for it takes as long as all before
+    stages_ = {key: parts[key] for key in stages if key in parts}
     try:
-        return Experiment(stages={key: built[key] for key in stages if key in built}, choices=choices, **settings)
+        return Experiment(stages=stages_, choices=choices, from_environment=read, **settings)
     except ValidationError as error:
-        raise InputError(_told(error, "", raw)) from error
+        raise InputError(_told(error, (), raw, read)) from error
 
 
-def _is_stage(node: Any) -> bool:
+def _is_stage(key: str, node: Any, said: Given) -> bool:
     """Whether a node of the settings is of a class of stages, ours or the user's."""
     if not isinstance(node, dict) or "_target_" not in node:
         return False
-    settings = hydra.utils.get_object(node["_target_"])
+    settings = settings_class(node["_target_"], key, said.modules)
     return hasattr(settings, "takes") and hasattr(settings, "gives")
 
 
@@ -153,28 +183,17 @@ def _at(values: Any, place: str) -> Any:
     return values
 
 
-def _instantiate(key: str, value: Any, raw: dict[str, Any]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    try:
-        return hydra.utils.instantiate(value, _convert_="all")
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ValidationError):
-            raise InputError(_told(error.__cause__, key, raw)) from error
-        raise
-
-
-def _told(error: ValidationError, prefix: str, raw: dict[str, Any]) -> str:
+def _told(error: ValidationError, prefix: Place, raw: dict[str, Any], read: dict[Place, str]) -> str:
     """Each wrong setting as `key = value: what is allowed`; a value taken from another key is named by that key."""
     sentences = []
     for problem in error.errors():
-        path = [*filter(None, [prefix]), *map(str, problem["loc"])]
+        path = (*prefix, *map(str, problem["loc"]))
         node = _at(raw, ".".join(path))
         taken_from = re.fullmatch(r"\$\{([\w.]+)\}", node) if isinstance(node, str) else None
         name = taken_from[1] if taken_from else ".".join(path)
         message = problem["msg"].removeprefix("Value error, ")
         whole = problem["type"] in {"value_error", "missing"}
-        value = "" if whole else f" = {problem['input']!r}"
+        value = "" if whole else f" = {read.get(path) or repr(problem['input'])}"
         sentences.append(f"{name}{value}: {message}" if name else message)
     return "; ".join(sentences)
 

@@ -1,18 +1,30 @@
 """The commands on sweeps and records that are there: status, collect, table, plot, verify."""
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from cluscomp.command import trust
 from cluscomp.command.compose import composed, quiet_libraries
-from cluscomp.command.sweep import show_cells
+from cluscomp.command.sweep import show_cells, show_table
 from cluscomp.errors import InputError
 from cluscomp.runs.cells import collect, read_cells
 from cluscomp.runs.experiment import PLACES, config_of
-from cluscomp.runs.verify import changed, compare, overall, overrides_of, quoted, scoring_alone, verdict_table
+from cluscomp.runs.verify import (
+    changed,
+    compare,
+    not_again,
+    overall,
+    overrides_of,
+    quoted,
+    scoring_alone,
+    verdict_table,
+)
 from cluscomp.store.files import writable
-from cluscomp.store.records import Record, read, read_folder
+from cluscomp.store.records import NAME, Record, read, read_folder
+from cluscomp.store.secrets import printable
 
 
 def status(arguments: list[str]) -> None:
@@ -81,7 +93,7 @@ def parsed(command: str, arguments: list[str], options: dict[str, str]) -> tuple
     """A name and what is given after it as key=value, or as it is by default. Raises InputError for anything else."""
     name, *rest = arguments or [""]
     given = dict(item.partition("=")[::2] for item in rest)
-    if not name or "=" in name or not given.keys() <= options.keys():
+    if not re.fullmatch(NAME, name) or not given.keys() <= options.keys():
         usage = " ".join(f"[{key}={value}]" for key, value in options.items())
         raise InputError(f"cluscomp {command} NAME {usage}: NAME is the `name` of an experiment")
     return name, options | given
@@ -102,10 +114,11 @@ def verify(arguments: list[str]) -> None:
     record, outputs = read(Path(arguments[0])), Path(given.get("outputs", "outputs")).expanduser().absolute()
     full = given.get("full", "false") == "true"
     rest = [item for item in arguments[1:] if item.partition("=")[0] not in {"outputs", "full", "publish"}]
-    places = [item for item in rest if item.partition("=")[0] in PLACES]
+    places = [item for item in rest if item.partition("=")[0] in (*PLACES, "trust")]
+    said = trust.given(arguments[1:])  # what the record's cell says is another's word
     overrides = [item for item in rest if item not in places] or overrides_of(record, outputs)
     quiet_libraries()
-    settings_now = config_of(composed([*overrides, *places]))
+    settings_now = config_of(composed([*overrides, *places], said))
     places += ["publish=null", "tracker=none"]
     overrides = [item for item in overrides if not item.startswith("tracker")]
     with TemporaryDirectory(prefix="verify-", dir=writable("outputs", str(outputs))) as folder:
@@ -114,12 +127,14 @@ def verify(arguments: list[str]) -> None:
         for after in ["full"] if full else dict.fromkeys(score.after for score in record.scores):
             alone = [] if full else scoring_alone(record, after, outputs)
             kept = [item for item in overrides if not (item.startswith("model") and "model=hub" in alone)]
-            made = run(composed([*kept, *alone, *places])).record
+            made = run(composed([*kept, *alone, *places], said)).record
             again += made.scores if full else [replace(score, after=after) for score in made.scores]
             machine = made.machine
-    print(f"\n{verdict_table(record, again)}\n")
+    show_table(verdict_table(record, again))
+    if left := not_again(record, again):
+        print(printable(f"not measured again: {', '.join(left)} (full=true does)\n"))
     for line in changed(record, settings_now, machine):
-        print(f"not as it was: {line}")
+        print(f"not as it was: {printable(line)}")
     verdict = overall(compare(record.scores, again))
     print(f"{record.run['name']}: {verdict}")
     sys.exit(int(verdict == "different"))

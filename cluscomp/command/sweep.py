@@ -4,9 +4,10 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from cluscomp.command.compose import compose_for, explain
 from cluscomp.errors import InputError
@@ -16,9 +17,11 @@ from cluscomp.runs.cells import Cell, announce, at_work, folder_of, read_cell, s
 from cluscomp.runs.experiment import ASIDE, Experiment, settings_of
 from cluscomp.store.files import is_held, writable
 from cluscomp.store.records import objective
-from cluscomp.store.secrets import hide, hide_override
+from cluscomp.store.secrets import hide, hide_override, printable
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from cluscomp.runs.run import Outcome
 
 
@@ -39,8 +42,9 @@ def run_one(experiment: Experiment) -> float | None:
 
 def _cell(experiment: Experiment) -> tuple[Path, list[str]]:
     """The folder where this run tells of itself, and the overrides it was started with, but for places."""
-    given = HydraConfig.get().overrides.task
-    overrides = [hide_override(item) for item in given if item.partition("=")[0] not in ASIDE]
+    said: Any = HydraConfig.get().overrides
+    given: Any = OmegaConf.to_container(said.task, resolve=False)  # as they were typed
+    overrides = [hide_override(item) for item in given if item.partition("=")[0] not in (*ASIDE, "trust")]
     outputs = writable("outputs", experiment.outputs)
     return folder_of(outputs, experiment.name, settings_of(experiment)), overrides
 
@@ -73,7 +77,7 @@ def sweep(arguments: list[str]) -> None:
     except Exception as error:  # of a launcher, say of a job that its scheduler ended
         if searching:
             raise
-        print(f"cluscomp: {hide(explain(error)[0])}", file=sys.stderr)
+        print(f"cluscomp: {printable(hide(explain(error)[0]))}", file=sys.stderr)
     if not searching:
         show_cells({folder: read_cell(folder) for folder in folders})
 
@@ -101,7 +105,7 @@ def _run_one_of_many(experiment: Experiment) -> float | None:
     try:
         return run_one(experiment)
     except Exception as error:
-        print(f"cluscomp: {hide(explain(error)[0])}", file=sys.stderr)
+        print(f"cluscomp: {printable(hide(explain(error)[0]))}", file=sys.stderr)
         return None
 
 
@@ -130,7 +134,7 @@ def show(outcome: "Outcome") -> None:
     records = [outcome.record]
     for table in (stage_table(records), task_table(records)) if outcome.record.scores else ():
         if len(table):
-            print(f"\n{table.drop(columns='run').to_markdown(index=False, disable_numparse=True)}\n")
+            show_table(table.drop(columns="run"))
             print("".join(f"{line}\n" for line in legend(table)), end="")
     for name, sample in outcome.samples.items():
         print(f"{name}: {sample!r}")
@@ -139,9 +143,16 @@ def show(outcome: "Outcome") -> None:
     print(f"record      {outcome.path}")
 
 
+def show_table(table: "pd.DataFrame") -> None:
+    """Print a table, whatever names are in it."""
+    from cluscomp.report.rendering import for_terminal
+
+    print(f"\n{for_terminal(table)}\n")
+
+
 def show_cells(cells: dict[Path, Cell]) -> None:
     """Print what the cells of a sweep do. Exit code 1 unless all are finished."""
-    print(f"\n{status_table(cells).to_markdown(index=False)}\n")
+    show_table(status_table(cells))
     undone = sum(cell.state != "finished" for cell in cells.values())
     if undone:
         print(

@@ -198,8 +198,15 @@ def _turns(messages: list[dict[str, str]], tokenizer: Any, place: str) -> list[P
     if tokenizer.chat_template is None:
         raise InputError(f"{place}: the model's tokenizer has no chat template, so 'messages' cannot be used")
 
+    from jinja2.exceptions import TemplateError
+
     def text(count: int, prompt: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
+        try:
+            return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
+        except (TemplateError, ArithmeticError) as error:  # it reaches for attributes, counts without end, ...
+            raise InputError(
+                f"{place}: the chat template of the model's tokenizer cannot be used: {str(error).splitlines()[0]}"
+            ) from error
 
     whole, done = text(len(messages), prompt=False), 0
     pieces: list[Piece] = []

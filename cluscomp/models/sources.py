@@ -106,7 +106,7 @@ class GgufModel:
     """
 
     file: str
-    package: str | None
+    package: str | None = Field(pattern=r"^\w+$")  # looking for a.b would import a
 
     def read_config(self, cache: Path) -> "PreTrainedConfig":
         """The model's config, from the converted folder or the file's header. Raises InputError as `folder`."""
@@ -142,10 +142,7 @@ class GgufModel:
         if self.package is None:
             path = Path(self.file).expanduser()
         else:
-            try:
-                spec = importlib.util.find_spec(self.package)
-            except ModuleNotFoundError:  # of a parent package
-                spec = None
+            spec = importlib.util.find_spec(self.package)
             if spec is None or spec.origin is None:
                 raise InputError(
                     f"model.package={self.package} is not installed: "
@@ -166,7 +163,7 @@ class TinyModel:
 
     architecture: str
     config: dict[str, Any]
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**64)
 
     def read_config(self, cache: Path) -> "PreTrainedConfig":  # noqa: ARG002
         """The model's config. Raises InputError for an unknown architecture or value."""

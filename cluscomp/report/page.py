@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 import pandas as pd
@@ -117,9 +118,9 @@ def page(name: str, records: list[Record], format_: Format, published: list[Publ
     if format_ == "csv":
         return {f"{name_}.csv": text for name_, text in parts.items()}
     head = {"md": f"# {name}\n\nMade by `cluscomp table {name}` from the records beside this file.\n\n", "latex": ""}
-    html_head = (
-        f'<!doctype html>\n<meta charset="utf-8">\n<title>{name}</title>\n<style>{CSS}</style>\n<h1>{name}</h1>\n'
-    )
+    safe = escape(name)
+    begin = f'<!doctype html>\n<meta charset="utf-8">\n<title>{safe}</title>\n'
+    html_head = f"{begin}<style>{CSS}</style>\n<h1>{safe}</h1>\n"
     return {f"{STEM}.{SUFFIX[format_]}": head.get(format_, html_head) + "\n".join(parts.values())}
 
 

@@ -29,7 +29,7 @@ STYLE: Any = {
     "font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7, "lines.linewidth": 1.2, "lines.markersize": 5,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6",
     "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 200,
-    "pdf.fonttype": 42, "svg.hashsalt": "cluscomp",
+    "text.parse_math": False, "pdf.fonttype": 42, "svg.hashsalt": "cluscomp",
 }  # fmt: skip
 UNITS = {BITS: "stored bits per weight of the linear layers", BYTES: "weights on disk, MB"}
 

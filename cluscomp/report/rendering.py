@@ -6,7 +6,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
 import pandas as pd
+
+from cluscomp.store.secrets import printable
 
 Format = Literal["md", "latex", "html", "csv"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -28,18 +31,21 @@ def rendered(
 
     Best is the smallest, or with `highest` the largest; a group of one row has no best, and the original takes no
     part. CSV has all digits, no bold and empty cells where something is missing; so it can be read again. In HTML the
-    title names a table's styles: two tables of one page need two.
+    title names a table's styles: two tables of one page need two. Records may come from anybody: in each format names
+    are text and nothing else (in CSV a text that a spreadsheet would compute begins with an apostrophe).
     """
+    table = _on_one_line(table)
     if format_ == "csv":
-        return table.to_csv(index=False, lineterminator="\n")
+        return _texts(table, _inert).to_csv(index=False, lineterminator="\n")
     names = list(map(str, table.columns))
     cells = pd.DataFrame({name: [shown(value, name) for value in table[name]] for name in names})
     bold = _best(table, within, scores, max if highest else min)
     numeric = ["right" if pd.api.types.is_numeric_dtype(table[name]) else "left" for name in names]
     if format_ == "md":
+        cells = _texts(cells, as_text)
         for row, column in bold:
             cells.iloc[row, column] = f"**{cells.iloc[row, column]!s}**"
-        heading = f"**{title}**\n\n" if title else ""
+        heading = f"**{as_text(title)}**\n\n" if title else ""
         return heading + cells.to_markdown(index=False, disable_numparse=True, colalign=numeric) + "\n"
     style = (
         cells.style.hide(axis="index")
@@ -60,6 +66,38 @@ def rendered(
     return "% \\usepackage{booktabs}\n" + style.to_latex(
         hrules=True, convert_css=True, column_format=columns, position_float="centering"
     )
+
+
+def for_terminal(table: pd.DataFrame) -> str:
+    """A table as it is printed, in Markdown's form, whatever names are in it."""
+    return str(_on_one_line(table).astype(str).to_markdown(index=False, disable_numparse=True))
+
+
+def as_text(value: str) -> str:
+    """A text as Markdown shows it: no markup, no HTML, no end of a cell."""
+    inside_words = r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # emphasise nothing
+    escaped = re.sub(rf"[\\|`*\[\]~$]|{inside_words}", lambda found: f"\\{found[0]}", value)
+    return escaped.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _on_one_line(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with what would break a line or steer a terminal in its texts and column names spelled out."""
+    return _texts(table, lambda text: printable(text).replace("\n", r"\n").replace("\t", r"\t"))
+
+
+def _texts(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
+    """The table with all its texts and column names changed; all else, types of columns too, stays."""
+    found = table.copy()
+    for number, name in enumerate(table.columns):
+        if not pd.api.types.is_numeric_dtype(table[name]):
+            values = [change(value) if isinstance(value, str) else value for value in table.iloc[:, number]]
+            found.isetitem(number, np.array(values, dtype=object))
+    return found.set_axis([change(str(name)) for name in table.columns], axis=1)
+
+
+def _inert(text: str) -> str:
+    """Text that a spreadsheet would take for a formula, as text."""
+    return f"'{text}" if re.match(r"[=+@-].", text) else text
 
 
 def _escaped(title: str) -> str:

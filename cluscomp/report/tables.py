@@ -106,7 +106,7 @@ def limit(record: Record) -> str:
     if "cluster" not in record.config["order"]:
         return "-"
     bits = record.config["stages"]["cluster"]["method"].get("bits")
-    return "by hand" if bits is None else f"{bits:g}"
+    return "by hand" if bits is None else str(bits) if isinstance(bits, str) else f"{bits:g}"  # from the environment
 
 
 def method_name(record: Record, after: str) -> str:

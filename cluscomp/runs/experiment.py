@@ -12,11 +12,13 @@ from pydantic import Field, InstanceOf, field_validator, model_validator
 
 from cluscomp.plan.machine import Machine
 from cluscomp.settings import described, settings
-from cluscomp.store.records import content_key
+from cluscomp.store.records import NAME, content_key
 
 PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
 # and what is run, though it was before, and which yaml the settings are from: what decides nothing of a run's result
-ASIDE = (*PLACES, "retry", "fresh", "choices")
+ASIDE = (*PLACES, "retry", "fresh", "choices", "from_environment")
+
+METRICS = ("perplexity", "bits_per_byte", "kl", "top1_agreement")  # what is measured without tasks, which have others
 
 
 @settings
@@ -24,17 +26,19 @@ class Experiment:
     """The settings of a run. `order` names the stages to run, each one of `stages`; `evaluate` measures after them.
 
     "evaluate" may stand last in `order`, to say so; [evaluate] alone scores the model as it is. `choices` tells which
-    yaml of each group was chosen, and in which settings this run differs from it; see `Record`.
+    yaml of each group was chosen, and in which settings this run differs from it; see `Record`. `from_environment`
+    holds, by its place, what the yaml says of each setting that was read from the environment: that is written, never
+    the value; keys, which are hashes, are those of the values.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field(pattern=NAME, max_length=200)
     model: Any
     stages: dict[str, Any]
     order: list[str]
     evaluate: Any
     tracker: Any
     machine: InstanceOf[Machine]
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**64)
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     outputs: str
@@ -45,6 +49,7 @@ class Experiment:
     fresh: bool
     objective: str = Field(min_length=1)
     choices: dict[str, dict[str, Any]]
+    from_environment: dict[tuple[str, ...], str]
 
     @field_validator("order", mode="after")
     @classmethod
@@ -66,6 +71,8 @@ class Experiment:
                 other = "a compressed model" if model == "original" else "one that is not compressed yet"
                 raise ValueError(f"order: stage '{name}' cannot come {where}: it takes {other}")
             model, left_by = self.stages[name].gives, name
+        if self.objective not in METRICS and not self.evaluate.tasks.names:
+            raise ValueError(f"objective: '{self.objective}' is none of {', '.join(METRICS)}, and no tasks are asked")
         unknown = [name for name in self.measured if name != "original" and name not in self.order]
         if unknown:
             raise ValueError(f"evaluate.after: '{unknown[0]}' is not 'original' or a stage in order {self.order}")
@@ -84,8 +91,21 @@ def settings_of(experiment: Experiment) -> dict[str, Any]:
 
 
 def config_of(experiment: Experiment) -> dict[str, Any]:
-    """`settings_of` as they stand in the record, which names no place of this machine."""
-    return without_places(settings_of(experiment))
+    """`settings_of` as they stand in the record: without places on this machine and values of its environment."""
+    values = settings_of(experiment)
+    for place, said in experiment.from_environment.items():
+        put(values["stages"] if place[0] in experiment.stages else values, place, said)
+    return without_places(values)
+
+
+def put(values: Any, place: tuple[str, ...], said: str) -> None:
+    """Let what was said stand at a place of plain values, if it is there."""
+    for key in place[:-1]:
+        values = values[int(key)] if isinstance(values, list) else values.get(key, {})
+    if isinstance(values, list):
+        values[int(place[-1])] = said
+    elif place[-1] in values:
+        values[place[-1]] = said
 
 
 def without_places(values: dict[str, Any]) -> dict[str, Any]:

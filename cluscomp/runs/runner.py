@@ -30,6 +30,7 @@ from cluscomp.stages import Job
 from cluscomp.stages.blockwise import dense_blocks
 from cluscomp.store.files import held_alone
 from cluscomp.store.records import content_key, read_sealed, write_sealed
+from cluscomp.store.secrets import hide
 
 log = logging.getLogger("cluscomp")
 ANSWERS = "answers.jsonl.gz"  # to the tasks, of one model
@@ -140,7 +141,8 @@ class Runner:
         if found.answers:
             write_answers(work / ANSWERS, found.answers)
         scores = [asdict(score) for score in found.scores]
-        metrics = {"key": _key_of(folder)} | cost | _code() | {"scores": scores, "sample": found.sample}
+        sample = found.sample and hide(found.sample)  # it begins with the prompt
+        metrics = {"key": _key_of(folder)} | cost | _code() | {"scores": scores, "sample": sample}
         for score in found.scores:
             log.info("evaluate  %s after %s: %.3f on %s", score.metric, name, score.value, score.dataset)
         self._finish(work, metrics, folder, ANSWERS)

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluscomp.errors import InputError
 from cluscomp.runs.cells import read_cell
 from cluscomp.store.records import EXTERNAL, ORIGINAL, Record, Score, differences, read_sealed
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TOLERANCE = 1e-3  # of a value, within which other arithmetic may bring it; of an accuracy also one answer
 Verdict = Literal["equal", "within tolerance", "different"]
@@ -121,14 +124,14 @@ def quoted(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def verdict_table(record: Record, again: list[Score]) -> str:
-    """Each score then and now, in Markdown, with the reasons that can be seen and what was not measured again."""
+def verdict_table(record: Record, again: list[Score]) -> "pd.DataFrame":
+    """Each score then and now, with the reasons that can be seen. Raises InputError if there is none."""
     import pandas as pd
 
     found = compare(record.scores, again)
     if not found:
         raise InputError(f"{record.run['name']}: none of its scores could be measured again")
-    table = pd.DataFrame(
+    return pd.DataFrame(
         [
             {
                 "after": one.after, "data": one.dataset, "metric": one.metric, "recorded": repr(one.recorded),
@@ -137,8 +140,8 @@ def verdict_table(record: Record, again: list[Score]) -> str:
             for one in found
         ]
     )  # fmt: skip
-    lines = [table.to_markdown(index=False, disable_numparse=True)]
-    left = sorted({score.metric for score in record.scores} - {one.metric for one in found})
-    if left:
-        lines.append(f"not measured again: {', '.join(left)} (full=true does)")
-    return "\n\n".join(lines)
+
+
+def not_again(record: Record, again: list[Score]) -> list[str]:
+    """The metrics of a record that were not measured again."""
+    return sorted({score.metric for score in record.scores} - {one.metric for one in compare(record.scores, again)})

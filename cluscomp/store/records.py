@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -13,10 +14,13 @@ from pydantic.dataclasses import dataclass
 
 from cluscomp.errors import InputError
 from cluscomp.store.files import new_file
+from cluscomp.store.secrets import unread
 
 log = logging.getLogger(__name__)
 SCHEMA = 2
+ORIGINAL = "original"  # the model before all stages, where scores are named
 EXTERNAL = "external"  # what made a model that another library compressed, where scores and stages are named
+NAME = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$"  # of experiments, stages and keys, which name files: never . or ..
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -77,6 +81,7 @@ class Record:
 
 def protocol(**fields: Any) -> dict[str, Any]:
     """A score's protocol: the fields and, under "hash", a hash of them all. Equal hashes mean comparable scores."""
+    fields = {key: unread(value) if key == "text" else value for key, value in fields.items()}
     return fields | {"hash": content_key(fields)}
 
 
@@ -113,6 +118,7 @@ def to_json(value: Any) -> str:
 
 def write_sealed(path: Path, values: dict[str, Any]) -> None:
     """Write plain values as JSON with a hash of them, whole or not at all. Raises OSError if that cannot be done."""
+    values = unread(values)
     seal = sha256(to_json(values).encode()).hexdigest()
     with new_file(path) as unfinished:
         unfinished.write_text(to_json(values | {"sha256": seal}) + "\n")
@@ -138,7 +144,7 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 def write(record: Record, path: Path) -> None:
     """Write a record as JSON, whole or not at all. Raises OSError if that cannot be done."""
     with new_file(path) as unfinished:
-        unfinished.write_text(to_json(asdict(record)) + "\n")
+        unfinished.write_text(to_json(unread(asdict(record))) + "\n")
 
 
 def read(path: Path) -> Record:
@@ -150,9 +156,25 @@ def read(path: Path) -> Record:
                 f"{path}: schema {values['schema']}; this version reads {SCHEMA} (python -m cluscomp.command.convert "
                 f"{path.parent} brings records of schema 1 there)"
             )
-        return TypeAdapter(Record).validate_python(values)
+        record = TypeAdapter(Record).validate_python(values)
+        _check_names(record)
+        return record
     except (OSError, ValueError, ValidationError) as error:
         raise InputError(f"{path}: not a record: {error}") from error
+
+
+def _check_names(record: Record) -> None:
+    """Raise ValueError for a name that could leave its folder, and for stages of which the record tells nothing."""
+    named = {f"run.{key}": record.run[key] for key in ("name", "experiment", "key") if key in record.run}
+    for place, name in [*named.items(), *(("stages", name) for name in record.stages)]:
+        if not isinstance(name, str) or not re.fullmatch(NAME, name):
+            raise ValueError(f"{place}: {name!r} is no name; allowed are letters, digits, _ . and -")
+    order = record.config.get("order", [])
+    after = [score.after for score in record.scores]
+    for place, name in [*(("config.order", name) for name in order), *(("scores", name) for name in after)]:
+        if name not in {ORIGINAL, *record.stages}:
+            known = ", ".join(record.stages) or "none"
+            raise ValueError(f"{place}: there is no stage {name!r} in it; its stages: {known}")
 
 
 def read_folder(folder: Path) -> list[Record]:
@@ -166,6 +188,3 @@ def read_folder(folder: Path) -> list[Record]:
 def read_tree(results: Path) -> list[Record]:
     """All records of all experiments in a folder. Raises InputError as `read`."""
     return [read(path) for path in sorted(results.glob("*/*.json")) if path.parent.name != "bench"]
-
-
-ORIGINAL = "original"

@@ -1,15 +1,19 @@
 """Choices: the yaml of each group, and the settings that differ from it, however they were given."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import hydra
 import pytest
 from pipelines import composed
+from pydantic import ValidationError
 
 from cluscomp.command.compose import CONF
 from cluscomp.command.convert import converted
-from cluscomp.runs.experiment import config_of
+from cluscomp.command.records import parsed
+from cluscomp.errors import InputError
+from cluscomp.runs.experiment import Experiment, config_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,3 +61,14 @@ def test_a_record_of_schema_1_is_converted_to_what_a_run_writes(given):
     same = {"method", *experiment.order}
     found["choices"]["cluster"]["differs"].pop("allocation", None)
     assert {name: found["choices"][name] for name in same} == {name: experiment.choices[name] for name in same}
+
+
+def test_a_name_cannot_leave_its_folder():
+    """Runs, and the commands that take NAME."""
+    made = composed("bits=3", f"seed={2**64 - 1}", "name=v1.5_a-b")
+    values = {field.name: getattr(made, field.name) for field in fields(made)}
+    for name in (".", "..", "...", ".hidden", "a/b", "a\n", "", "a" * 300):
+        with pytest.raises(ValidationError, match="name"):
+            Experiment(**values | {"name": name})
+        with pytest.raises(InputError, match="NAME is the `name` of an experiment"):
+            parsed("table", [name if len(name) < 9 else ".."], {})

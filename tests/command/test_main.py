@@ -124,6 +124,10 @@ SETTINGS = {
     "unknown stage to measure": (["bits=3", "evaluate.after=[tune]"], ["evaluate.after", "'tune'", "cluster"]),
     "mandatory id": (["bits=3", "model=hub"], ["model.id"]),
     "mandatory file": (["bits=3", "data=text"], ["data.file"]),
+    "no outputs": (["bits=3", "outputs=null"], ["outputs", "None", "string"]),
+    "an objective that nothing measures": (["bits=3", "objective=nonsense"], ["objective", "'nonsense'", "perplexity"]),
+    "a data_root that is not there": (["bits=3", "data_root=/nowhere"], ["data_root=/nowhere", "no such folder"]),
+    "a seed of 65 bits": (["bits=3", f"seed={2**64}"], ["seed", str(2**64)]),
     "a name with a slash": (["bits=3", "name=a/b"], ["name", "a/b"]),
     "broken syntax": (["bits=3", "order=[cluster"], ["[cluster"]),
 }

@@ -39,7 +39,8 @@ def done(ground):
     (ground / "mine" / "my_methods.py").write_text(METHOD)
     (ground / "mine" / "method" / "sign.yaml").write_text("_target_: my_methods.Sign\n")
     overrides = [
-        "method=sign", "model=tiny", "data=text", f"data.file={ground / 'text.txt'}", f"cache={ground / 'cache'}",
+        "trust=my_methods", "method=sign", "model=tiny", "data=text",
+        f"data.file={ground / 'text.txt'}", f"cache={ground / 'cache'}",
         f"outputs={ground / 'outputs'}", "order=[cluster,block_finetune]", "evaluate.context=32", "evaluate.limit=4",
         "block_finetune=quick", "block_finetune.samples=4", "block_finetune.length=32", "block_finetune.lr=1e-3",
     ]  # fmt: skip

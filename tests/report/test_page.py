@@ -1,5 +1,6 @@
 """Tables and figures of experiments by hand, and that those in the repository are what the commands make today."""
 
+import csv
 import math
 import re
 from dataclasses import replace
@@ -22,7 +23,7 @@ from cluscomp.report.comparison import (
 )
 from cluscomp.report.pareto import pareto, seed_spread
 from cluscomp.report.published import Published
-from cluscomp.report.rendering import MISSING, rendered
+from cluscomp.report.rendering import MISSING, for_terminal, rendered
 from cluscomp.report.tables import method_name, prediction_table
 from cluscomp.store.records import Record, Score, protocol, read_folder, write
 
@@ -452,3 +453,39 @@ def test_every_number_in_a_table_of_the_readme_is_one_of_a_record():
     rows = [line for line in text.splitlines() if line.strip().startswith("|")]
     told = {number for row in rows for number in re.findall(r"\d+(?:\.\d+)?", row)}
     assert len(told) > 20 and told <= numbers | {"0.1"}  # the share of words seen is told in a mark
+
+
+HOSTILE = (
+    "a|b\n| x | y |\r\x1b[31m\u202e**bold** <script>alert(1)</script> [l](javascript:x) `c` $\\frac$ ~~s~~ _e_ &amp;"
+)
+
+
+def test_names_of_others_are_text_in_every_format_and_in_figures(tmp_path):
+    """A record's model, data set, run and method may be called anything."""
+    runs = [run_of("a", 60.0, method=HOSTILE), run_of("b", 30.0, method="=cmd|' /C calc'!A0"), run_of("c", 20.0)]
+    for one in runs:
+        one.config["model"] = {"id": HOSTILE}
+        one.scores[:] = [replace(one_score, dataset=f"@{HOSTILE}") for one_score in one.scores]
+        one.run["name"] = HOSTILE
+    for view, table in page.views(runs):
+        lines = rendered(table, "md").splitlines()
+        bars = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+        assert len(lines) == len(table) + 2 and len(bars) == 1, view.name
+        shown = "\n".join(lines)
+        assert "<script" not in shown and r"\|" in shown and r"\*\*bold\*\*" in shown and r"\[l\](" in shown
+        sheet = list(csv.reader(rendered(table, "csv").splitlines()))
+        assert len(sheet) == len(table) + 1 and {len(row) for row in sheet} == {len(table.columns)}
+        assert not [cell for row in sheet for cell in row if re.match(r"[=+@-].", cell) and not is_number(cell)]
+        texts = [rendered(table, "html", title=view.name), rendered(table, "latex"), for_terminal(table), shown]
+        for text in (*texts, rendered(table, "csv")):
+            assert not re.search(r"[\x1b\r\u202e]", text)
+        assert len(texts[2].splitlines()) == len(lines)
+    for stem, (figure, data) in figures.figures(runs).items():  # a lone $ or \frac would be mathematics
+        assert plots.save(figure, tmp_path / stem, data)
+
+
+def is_number(cell: str) -> bool:
+    try:
+        return math.isfinite(float(cell))
+    except ValueError:
+        return False

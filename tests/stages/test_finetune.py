@@ -1,5 +1,6 @@
 """Stage finetune: templates and labels by hand, codebooks, LoRA and the original trained, stored and loaded again."""
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -151,6 +152,18 @@ def test_of_conversations_what_the_assistant_says_counts(tokenizer, tmp_path):
     ]  # fmt: skip
     chatty.chat_template = CHAT.replace("{{ m.content }}", "{{ m.content if loop.last else '...' }}")
     with pytest.raises(InputError, match="rewrites earlier turns"):
+        source.encode(chatty, 100)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ ''.__class__.__mro__ }}", "{{ messages.nothing.at.all }}", "{% for m in %}", "{{ 1 // 0 }}"]
+)
+def test_a_chat_template_that_cannot_be_used_is_told(tokenizer, tmp_path, template):
+    """One that reaches for attributes, for what is not there, is broken, or fails."""
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = template
+    source = rows(tmp_path, [{"messages": [{"role": "user", "content": "a?"}]}], "messages")
+    with pytest.raises(InputError, match="chat template of the model's tokenizer cannot be used: "):
         source.encode(chatty, 100)
 
 

@@ -1,6 +1,7 @@
 """Records: what is written is what is read, damage and other schemas are refused by file and key, writing is atomic."""
 
 import json
+import re
 
 import pytest
 
@@ -138,3 +139,25 @@ def test_a_record_of_before_scores_told_what_was_seen_is_read(tmp_path):
         del row["seen"]
     (tmp_path / "record.json").write_text(json.dumps(values))
     assert read(tmp_path / "record.json") == record()
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda values: values["config"].update(order=["cluster", "tune"]), "config.order: there is no stage 'tune'"),
+        (lambda values: values["scores"][0].update(after="recover"), "scores: there is no stage 'recover'"),
+        (lambda values: values["stages"].update({"../x": {}}), "stages: '../x' is no name"),
+        (lambda values: values["run"].update(key="../../x"), "run.key: '../../x' is no name"),
+        (lambda values: values["run"].update(experiment=".."), "run.experiment: '..' is no name"),
+        (lambda values: values["run"].update(name="a\x1b[2J"), "run.name: "),
+    ],
+)
+def test_stages_that_are_not_there_and_names_that_leave_a_folder_are_told(tmp_path, damage, named):
+    """Records of others become tables, and are copied to files that they name."""
+    path = tmp_path / "record.json"
+    write(record(), path)
+    values = json.loads(path.read_text())
+    damage(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=rf"record\.json: .*{re.escape(named)}"):
+        read(path)
