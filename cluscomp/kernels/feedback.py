@@ -49,7 +49,9 @@ class Feedback:
         codes_RG = wanted_RP.new_empty(rounds, width // dim, dtype=torch.int32)
         errors_RO = wanted_RP.new_empty(rounds, self._outputs)
         if wanted_RP.is_meta:
-            report(Work(flops=1.0 * rounds * errors_RO.numel(), distances=1.0 * codes_RG.numel() * size, calls=1))
+            report(
+                Work(flops=1.0 * rounds * errors_RO.numel(), distances=1.0 * codes_RG.numel() * size, calls=8 * rounds)
+            )
             return codes_RG, errors_RO
         if native is None or self._index is None:
             return self._in_torch(wanted_RP, factor_RR, before_RP)
