@@ -61,7 +61,8 @@ class HubModel:
     def folder(self, cache: Path) -> Path:  # noqa: ARG002
         """The local folder, downloaded into Hugging Face's own cache if need be.
 
-        Raises InputError if the folder is missing or has no safetensors, or the id is unknown or out of reach.
+        Raises InputError if the folder or a file of its index is missing, it has no safetensors, or the id is unknown
+        or out of reach.
         """
         local = Path(self.id).expanduser()
         if local.is_dir():
@@ -72,7 +73,7 @@ class HubModel:
             found = self._download()
         if not (found / "config.json").is_file():
             raise InputError(f"model.id={self.id}: {found} has no config.json, so it is not a model folder")
-        if not list(found.glob("*.safetensors")):
+        if not weight_files(found):
             raise InputError(
                 f"model.id={self.id}: {found} has no *.safetensors; pickled weights are never read. "
                 "Save the model once with transformers' save_pretrained and give that folder"
@@ -214,6 +215,32 @@ class TinyModel:
             raise InputError(f"model.architecture={self.architecture}: not with this model.config: {reason}") from error
         model.save_pretrained(folder)
         fast.save_pretrained(folder)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a model's folder that are the model's, as transformers finds them; others may lie beside.
+
+    They are `model.safetensors`, or without it those that its index names; without both all there are. Raises
+    InputError for an index that cannot be read, or one that names a file that is not there.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: not an index of safetensors ({type(error).__name__}: {error})") from error
+    for name, file in zip(names, files):
+        if Path(name).name != name:
+            raise InputError(f"{index}: names {name}, which is no file of this folder")
+        if not file.is_file():
+            raise InputError(
+                f"{file}: missing, though {index.name} names it; a download or copy stopped early, repeat it"
+            )
+    return files
 
 
 def _read_config(folder: Path) -> "PreTrainedConfig":
