@@ -1,7 +1,6 @@
 """What is known of transformers: open an original model block by block, find its blocks and linear layers."""
 
 import hashlib
-import json
 import logging
 import math
 import re
@@ -16,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import Parameter
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,12 +26,13 @@ from transformers import (
 from cluscomp.errors import InputError
 from cluscomp.forms.layers import place
 from cluscomp.forms.linear import CompressedLinear
-from cluscomp.models.sources import weight_files
+from cluscomp.models.sources import read_config, weight_files
 from cluscomp.process import give_memory_back
 from cluscomp.store.files import file_hash
 
 log = logging.getLogger(__name__)
 LINEAR = (CompressedLinear, nn.Linear)
+GENERATION = "generation_config.json"
 DTYPES = {  # by their names in safetensors
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -112,6 +112,11 @@ class Original:
         for module in model.modules():
             module._buffers = {key: b if b is None else b.to(self.device) for key, b in module._buffers.items()}
         model.eval()
+        if (self.folder / GENERATION).is_file():  # what transformers makes of the config otherwise knows one end token
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(self.folder)
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                raise InputError(f"{self.folder / GENERATION}: {str(error).splitlines()[0]}") from error
         return model
 
     def size(self) -> dict[str, float]:
@@ -179,15 +184,6 @@ class Original:
     def _fill(self, model: nn.Module, names: list[str]) -> None:
         for name, tensor in self.tensors(names):
             place(model, name, tensor)
-
-
-def read_config(folder: Path) -> PreTrainedConfig:
-    """The transformers config of a folder. Raises InputError if it is damaged or its architecture is unknown."""
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{folder}: {str(error).splitlines()[0]}") from error
-    return config
 
 
 def quantizer(config: PreTrainedConfig) -> str | None:

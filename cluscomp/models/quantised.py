@@ -24,8 +24,8 @@ from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms.layers import size_of
 from cluscomp.forms.linear import unique_tensors
-from cluscomp.models.original import Original, block_names, blocks, linears, quantizer, read_config
-from cluscomp.models.sources import weight_files
+from cluscomp.models.original import Original, block_names, blocks, linears, quantizer
+from cluscomp.models.sources import read_config, weight_files
 from cluscomp.settings import settings
 
 STATED = "stored_bits.json"

@@ -41,7 +41,7 @@ class HubModel:
         """
         local = Path(self.id).expanduser()
         if local.is_dir():
-            return _read_config(self.folder(cache))
+            return read_config(self.folder(cache))
         if self.config is not None:
             return _config_of("model.config", self.config)
         from huggingface_hub import try_to_load_from_cache
@@ -56,7 +56,7 @@ class HubModel:
                 f"model.id={self.id}: neither a local folder nor in the hub's cache, and a plan downloads nothing. "
                 "Give its architecture as model.config={model_type: llama, hidden_size: ..., ...}"
             )
-        return _read_config(Path(found).parent)
+        return read_config(Path(found).parent)
 
     def folder(self, cache: Path) -> Path:  # noqa: ARG002
         """The local folder, downloaded into Hugging Face's own cache if need be.
@@ -114,11 +114,12 @@ class GgufModel:
         path = self._path()
         target = cache / f"gguf-{file_hash(path)[:16]}"
         if (target / "gguf.json").is_file():
-            return _read_config(target)
+            return read_config(target)
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
             raise InputError(f"model.file={path}: truncated, or not a GGUF file ({error})") from error
+        check_causal(f"model.file={path}", config)
         config.dtype = "bfloat16"  # of the converted folder
         return config
 
@@ -207,9 +208,12 @@ class TinyModel:
             )
         try:
             config = AutoConfig.for_model(self.architecture, **fixed | self.config)
+            check_causal("model.config", config)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except InputError:
+            raise
         except Exception as error:  # whatever a model class makes of values it cannot use
             reason = (str(error).splitlines() or [""])[0][:200]
             raise InputError(f"model.architecture={self.architecture}: not with this model.config: {reason}") from error
@@ -243,14 +247,40 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_config(folder: Path) -> "PreTrainedConfig":
+def read_config(folder: Path) -> "PreTrainedConfig":
+    """The transformers config of a folder.
+
+    Raises InputError if it is damaged, its architecture is unknown, or it is that of no causal language model.
+    """
     from transformers import AutoConfig
 
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise InputError(f"{folder}: {str(error).splitlines()[0]}") from error
+    check_causal(str(folder), config)
     return config
+
+
+def check_causal(place: str, config: "PreTrainedConfig") -> None:
+    """Raise InputError, with the words of `no_causal_model`, for a config of which transformers makes no such model.
+
+    One for masked tokens reads those that it is to predict, unless its config says `is_decoder`.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    kind = type(config)
+    masked = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if masked or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise no_causal_model(f"{place}: a model of type '{config.model_type}'")
+
+
+def no_causal_model(what: str) -> InputError:
+    """The refusal of a model whose prediction of a token does not follow from the tokens before it alone."""
+    return InputError(
+        f"{what} is no causal language model, one that predicts each token from those before it; "
+        "give one that AutoModelForCausalLM of transformers opens"
+    )
 
 
 def _config_of(key: str, values: dict[str, Any]) -> "PreTrainedConfig":
@@ -261,6 +291,7 @@ def _config_of(key: str, values: dict[str, Any]) -> "PreTrainedConfig":
         config: PreTrainedConfig = AutoConfig.for_model(**values)
     except Exception as error:  # whatever a config class makes of values it cannot use
         raise InputError(f"{key}: not a config of model_type {kind}: {(str(error).splitlines() or [''])[0]}") from error
+    check_causal(key, config)
     return config
 
 

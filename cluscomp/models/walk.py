@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from cluscomp.errors import InputError
 from cluscomp.models.original import Original, block_names, blocks
+from cluscomp.models.sources import no_causal_model
 from cluscomp.process import give_memory_back
 
 CHECKED_TOKENS = 32  # of the window on which a walk is compared with the model
@@ -131,16 +132,19 @@ class Walk:
             return self.model(ids_BT, use_cache=False).logits  # type: ignore[no-any-return]
 
     def _compare(self, ids_1T: Int[Tensor, "1 T"]) -> None:
-        """Let the model itself run on a window and its reverse, and compare what passes from block to block.
+        """Let the model itself run on a window, and one that ends otherwise, and compare what passes between blocks.
 
         It is what a walk relies on: the arguments found with all blocks skipped are those that each block gets, its
         output is what enters the next, and norm and head make of the last what the model does. Without numbers (on the
         meta device) it only finds out whether blocks give tuples. Raises InputError where it is not so.
         """
-        ids_BT = torch.cat([ids_1T, ids_1T.flip(1)])
+        half = ids_1T.shape[1] // 2
+        ids_BT = torch.cat([ids_1T, torch.cat([ids_1T[:, :half], ids_1T.flip(1)[:, half:]], 1)])
         logits_BTV, calls, last_BTH = self._own(ids_BT)
         if logits_BTV is None:
             return
+        if _far(logits_BTV[0, :half], logits_BTV[1, :half]):  # what comes later has a say
+            raise no_causal_model(type(self.model).__name__)
         hidden_BTH, found = self._capture(ids_BT)
         for name, (_, own), arguments in zip(block_names(self.model), calls, found):
             if not _same(own, arguments):
@@ -148,11 +152,8 @@ class Walk:
         if not torch.equal(hidden_BTH, calls[0][0]):
             raise self._not_walkable("other hidden states enter the first block when blocks are skipped")
         walked_BTV = self.logits(last_BTH, ids_BT)
-        difference = 0.0
-        if not torch.equal(walked_BTV, logits_BTV):  # as on a GPU they may not be
-            difference = float((walked_BTV.float() - logits_BTV.float()).norm() / logits_BTV.float().norm())
-        if not difference <= torch.finfo(logits_BTV.dtype).eps ** 0.5:
-            raise self._not_walkable(f"its logits then differ by {difference:.2g} of their size")
+        if _far(walked_BTV, logits_BTV):
+            raise self._not_walkable("its logits are then others")
         if self._original is not None:
             self._original.gives_tuples = self._gives_tuples
 
@@ -248,6 +249,14 @@ def not_finite(place: str, dtype: torch.dtype) -> InputError:
 
 def _identity(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
     return hidden_states
+
+
+def _far(found: Tensor, expected: Tensor) -> bool:
+    """Whether logits of any shape differ by more than rounding."""
+    if torch.equal(found, expected):
+        return False
+    difference = (found.float() - expected.float()).norm() / expected.float().norm()
+    return not float(difference) <= torch.finfo(expected.dtype).eps ** 0.5
 
 
 def _check_finite(name: str, hidden_BTH: Tensor) -> None:

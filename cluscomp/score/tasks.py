@@ -72,6 +72,11 @@ class Tasks:
         """Raise InputError if the tokenizer lacks what is asked of it; it and `folder` are the model's."""
         if not self.names:
             return
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                f"tasks.names: the tokenizer of {folder} has no end token, without which lm-eval asks nothing; "
+                "name it as eos_token in tokenizer_config.json"
+            )
         if self.bos and tokenizer.bos_token_id is None:
             raise InputError(f"tasks.bos=true: the tokenizer of {folder} has no BOS token")
         if self.chat_template and not getattr(tokenizer, "chat_template", None):
