@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import InstanceOf
 
+from cluscomp.data.mirror import own_cache
 from cluscomp.data.texts import Source, tokenize
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
@@ -138,9 +139,12 @@ class Rows:
         from datasets.exceptions import DatasetNotFoundError
 
         assert self.id is not None
-        place = self.id if self.data_root is None else str(Path(self.data_root).expanduser() / self.id)
+        place, cache = self.id, None
+        if self.data_root is not None:
+            folder = Path(self.data_root).expanduser() / self.id
+            place, cache = str(folder), own_cache(folder)
         try:
-            return [dict(row) for row in load_dataset(place, self.config, split=self.split)]
+            return [dict(row) for row in load_dataset(place, self.config, split=self.split, cache_dir=cache)]
         except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
             raise InputError(f"{self._place}: {place} cannot be read ({str(error).splitlines()[0]})") from error
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int
 from pydantic.dataclasses import dataclass
 
+from cluscomp.data.mirror import own_cache
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 
@@ -153,14 +154,16 @@ class HubText:
         from datasets import load_dataset
         from datasets.exceptions import DatasetNotFoundError
 
-        place = self.id
+        place, cache = self.id, None
         if self.data_root is not None:
             folder = Path(self.data_root).expanduser() / self.id
             if not folder.is_dir():
                 raise InputError(f"data_root={self.data_root}: no folder {self.id} in it")
-            place = str(folder)
+            place, cache = str(folder), own_cache(folder)
         try:
-            rows = list(load_dataset(place, self.config, data_files=self.files, split=split)[self.column])
+            rows = list(
+                load_dataset(place, self.config, data_files=self.files, split=split, cache_dir=cache)[self.column]
+            )
         except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
             raise InputError(
                 f"data {self.name}: {place} cannot be read ({str(error).splitlines()[0]}). Without network give "

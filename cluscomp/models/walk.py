@@ -98,7 +98,7 @@ class Walk:
             with self.block(index) as block:
                 for number, hidden_BTH in enumerate(hidden):
                     hidden[number] = self.apply(index, block, hidden_BTH)
-                    _check_finite(block_names(self.model)[index], hidden[number])
+                    _check_finite(block_names(self.model)[index], block, hidden[number])
         return hidden
 
     @torch.no_grad()
@@ -178,13 +178,13 @@ class Walk:
             calls.append((entering.clone(), arguments))
             here.enter_context(self.block(index))
 
-        def leave(_block: nn.Module, _args: Any, output: Any) -> None:
-            here.close()
+        def leave(block: nn.Module, _args: Any, output: Any) -> None:
             self._gives_tuples = isinstance(output, tuple)
             left.append(_hidden(output).clone())
             if left[-1].is_meta:
                 raise _Captured
-            _check_finite(names[len(left) - 1], left[-1])
+            _check_finite(names[len(left) - 1], block, left[-1])
+            here.close()
 
         handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in self.blocks]
         handles += [block.register_forward_hook(leave) for block in self.blocks]
@@ -259,8 +259,11 @@ def _far(found: Tensor, expected: Tensor) -> bool:
     return not float(difference) <= torch.finfo(expected.dtype).eps ** 0.5
 
 
-def _check_finite(name: str, hidden_BTH: Tensor) -> None:
+def _check_finite(name: str, block: nn.Module, hidden_BTH: Tensor) -> None:
     if not bool(hidden_BTH.isfinite().all()):
+        for key, parameter in block.named_parameters():
+            if not bool(parameter.float().isfinite().all()):
+                raise InputError(f"{name}.{key}: NaN or infinity among its numbers; the model is damaged")
         raise not_finite(name, hidden_BTH.dtype)
 
 

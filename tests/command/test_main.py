@@ -126,6 +126,7 @@ SETTINGS = {
     "mandatory file": (["bits=3", "data=text"], ["data.file"]),
     "a name with a slash": (["bits=3", "name=a/b"], ["name", "a/b"]),
     "broken syntax": (["bits=3", "order=[cluster"], ["[cluster"]),
+    "an equals sign in a path": (["bits=3", "model=hub", "model.id=a/epoch=3"], ["\"model.id='a/epoch=3'\""]),
 }
 
 

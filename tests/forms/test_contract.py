@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms import adapters
-from cluscomp.forms.layers import KINDS, build_all, check_values, check_file, put_in, size_of, specs
+from cluscomp.forms.layers import KINDS, build_all, check_file, check_values, put_in, size_of, specs
 from cluscomp.forms.linear import compressed
 from cluscomp.forms.rotated import Rotated
 from cluscomp.forms.stored import build, described, nested, shapes

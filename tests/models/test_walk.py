@@ -130,7 +130,9 @@ class Between(nn.ModuleList):
         (lambda layer, hidden, more: layer(2 * hidden, **more), "what enters model.layers.1 is not what the block"),
         (lambda layer, hidden, more: layer(layer(hidden, **more), **more), "not called one after the other"),
         (
-            lambda layer, hidden, more: layer(hidden, **more | {"attention_mask": (hidden.mean() + 1).expand(12, 12)}),
+            lambda layer, hidden, more: layer(
+                hidden, **more | {"position_embeddings": [hidden[0, 0].mean() * p for p in more["position_embeddings"]]}
+            ),
             "model.layers.1 gets other arguments",
         ),
     ],
@@ -151,7 +153,19 @@ def test_another_head_after_skipped_blocks_is_refused(tiny_folder, ids):
     model = Original(tiny_folder, torch.float32, torch.device("cpu")).load_all()
     calls = []
     model.lm_head.register_forward_hook(lambda _module, _args, output: calls.append(0) or output * len(calls))
-    with pytest.raises(InputError, match="its logits then are then others"):
+    with pytest.raises(InputError, match="its logits are then others"):
+        Walk(model).embed(ids)
+
+
+@torch.no_grad()
+def test_a_model_that_sees_what_it_is_to_predict_is_refused(tiny_folder, ids):
+    model = Original(tiny_folder, torch.float32, torch.device("cpu")).load_all()
+    for block in blocks(model):
+        block.register_forward_pre_hook(
+            lambda _module, args, kwargs: (args, kwargs | {"attention_mask": torch.zeros(2, 1, 12, 12)}),
+            with_kwargs=True,
+        )
+    with pytest.raises(InputError, match="LlamaForCausalLM is no causal language model"):
         Walk(model).embed(ids)
 
 
@@ -174,11 +188,14 @@ def test_the_first_block_whose_numbers_are_none_is_named(tiny_folder, ids):
         model = original.load_all()
         norm = model.model.norm if place == "the head" else model.model.layers[1].input_layernorm
         norm.weight[3] = value
-        with pytest.raises(InputError, match=f"^{place}: NaN or infinity"):
+        with pytest.raises(InputError, match=f"^{place}.*: NaN or infinity"):
             Walk(model).embed(ids)
     model = original.load_all()
     walk = Walk(model)
     walk.embed(ids)  # on this window there was nothing
     model.model.layers[2].mlp.down_proj.weight[0] = torch.inf
-    with pytest.raises(InputError, match=r"^model\.layers\.2: NaN or infinity"):
+    with pytest.raises(InputError, match=r"^model\.layers\.2\.mlp\.down_proj\.weight: NaN or infinity"):
+        walk.through([ids], "text")
+    model.model.layers[2].mlp.down_proj.weight[0] = 3e38
+    with pytest.raises(InputError, match=r"^model\.layers\.2: NaN or infinity in what it makes of the text"):
         walk.through([ids], "text")
