@@ -25,10 +25,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cluscomp.errors import InputError
 from cluscomp.forms import adapters
-from cluscomp.forms.layers import build_all, check_codes, empty_layers, place, put_in, specs
+from cluscomp.forms.layers import build_all, check_values, empty_layers, place, put_in, specs
 from cluscomp.forms.linear import BASE, MARK, compressed, storage_dtype, unique_tensors
 from cluscomp.forms.stored import Stored
 from cluscomp.store.files import file_hash, new_folder
+from cluscomp.store.records import content_key
 from cluscomp.store.tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -51,11 +52,21 @@ class CompressedConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, weights: dict[str, dict[str, Any]], format: int = FORMAT, adapter: str | None = None, **_unused: Any
+        self,
+        weights: dict[str, dict[str, Any]],
+        format: int = FORMAT,
+        adapter: str | None = None,
+        seal: str | None = None,
+        **_unused: Any,
     ) -> None:
-        """Raises ValueError for a format version this code does not know."""
+        """Raises ValueError for a format version this code does not know, and for weights that are not those sealed."""
         if format != FORMAT:
             raise ValueError(f"quantization_config.format {format}: this version reads {FORMAT}")
+        if not isinstance(weights, dict) or not all(isinstance(spec, dict) for spec in weights.values()):
+            raise ValueError("quantization_config.weights: no kind and shapes for each layer")
+        self.seal = content_key(weights)
+        if seal not in (None, self.seal):
+            raise ValueError("quantization_config.weights: altered since they were written; the checkpoint is damaged")
         self.quant_method = NAME  # type: ignore[assignment]
         self.format = format
         self.weights = weights
@@ -76,16 +87,16 @@ class CompressedQuantizer(HfQuantizer):
         model.all_tied_weights_keys |= shared  # transformers reads them once and ties them
         self.folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         if checkpoint_files:  # transformers fills in what is missing: never for codes and codebooks
-            expected = {f"{name}.{key}" for name, layer in compressed(model).items() for key in layer.state_dict()}
-            expected -= model.all_tied_weights_keys.keys()
-            missing = sorted(expected.difference(*map(_tensor_names, checkpoint_files)))
-            if missing:
-                raise InputError(f"{checkpoint_files[0]}: no tensor {missing[0]} ({len(missing)} missing)")
+            layers = compressed(model).items()
+            expected = {f"{name}.{key}": tensor for name, layer in layers for key, tensor in layer.state_dict().items()}
+            _check_tensors(
+                checkpoint_files, {k: t for k, t in expected.items() if k not in model.all_tied_weights_keys}
+            )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
-        check_codes(model)
         if self.quantization_config.adapter is not None and self.folder is not None:
             adapters.read(model, self.folder / self.quantization_config.adapter)
+        check_values(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -107,9 +118,22 @@ class CompressedQuantizer(HfQuantizer):
         return True
 
 
-def _tensor_names(path: str) -> set[str]:
-    with safe_open(path, "pt") as file:
-        return set(file.keys())
+def _check_tensors(files: list[str], expected: dict[str, torch.Tensor]) -> None:
+    """Raise InputError if the files lack a tensor, or a stored one has another type or shape: before one is read."""
+    found: dict[str, tuple[str, list[int]]] = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found |= {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        raise InputError(f"{files[0]}: no tensor {missing[0]} ({len(missing)} missing)")
+    for name, tensor in expected.items():
+        said = IN_A_FILE.get(tensor.dtype), list(tensor.shape)
+        if ".stored." in name and found[name] != said:
+            raise InputError(
+                f"{files[0]}: {name} is {found[name]}, but {said} by config.json; the checkpoint is damaged"
+            )
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -182,6 +182,7 @@ def edit_tensors(folder, edit):
 
 def edit_config(folder, edit):
     config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["seal"]  # as of one written before there were seals
     edit(config["quantization_config"])
     (folder / "config.json").write_text(json.dumps(config))
     resign(folder)
@@ -235,11 +236,68 @@ def test_an_unknown_format_is_refused(copy):
         checkpoint.load(copy)
 
 
-@pytest.mark.parametrize("change", [{"codebook_size": 8}, {"vector_dim": 3}, {"kind": "no such kind"}])
-def test_a_config_that_contradicts_the_tensors_is_refused(copy, change):
-    edit_config(copy, lambda config: config["weights"][LAYER].update(change))
-    with pytest.raises(InputError):
-        checkpoint.load(copy)
+def test_a_config_that_contradicts_tensors_or_model_is_refused(copy):
+    """Before a tensor is read or made: what is said to be large takes no memory and no time."""
+    text = (copy / "config.json").read_text()
+    many = {f"model.layers.{number}.mlp.up_proj": json.loads(text)["quantization_config"]["weights"][LAYER]
+            for number in (1, 7)}  # fmt: skip
+    for change in (
+        {"codebook_size": 8}, {"vector_dim": 3}, {"kind": "no such kind"}, {"codebooks": 10_000_000},
+        {"codebooks": 0}, {"codebooks": 1.0}, {"codebooks": True}, {"codebooks": "1"}, {"out_features": 2**40},
+        {"out_features": 32, "in_features": 48}, {"axis": "up"}, {"storage": "float64"}, {"storage": "float8"},
+        {"scaled": True}, {"more": 1}, {"kind": "sum", "parts": []}, {"shares": LAYER},
+    ):  # fmt: skip
+        edit_config(copy, lambda config, change=change: config["weights"][LAYER].update(change))
+        with pytest.raises(InputError) as caught:
+            checkpoint.load(copy)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400, change
+        (copy / "config.json").write_text(text)
+    for weights, words in ((many, "model.layers.7.mlp.up_proj is a weight of"), ([], "no kind and shapes")):
+        edit_config(copy, lambda config, weights=weights: config.update(weights=weights))
+        with pytest.raises(InputError, match=words):
+            checkpoint.load(copy)
+        (copy / "config.json").write_text(text)
+
+
+def test_an_altered_spec_is_seen_where_all_shapes_agree(tiny_folder, tmp_path):
+    """A square weight cut along the other axis has the same tensors and is another weight."""
+    model, tokenizer = compress(tiny_folder)
+    checkpoint.save(model, tokenizer, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    text = path.read_text()
+    path.write_text(text.replace('"axis": "out"', '"axis": "in"', 1))
+    assert path.read_text() != text
+    resign(tmp_path / "model")
+    for load in (checkpoint.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises((InputError, ValueError), match="altered since they were written"):
+            load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.2.input_layernorm.weight", f"{LAYER}.stored.codebooks"]
+)
+def test_numbers_that_are_not_finite_are_refused(copy, name):
+    for value in (torch.nan, torch.inf):
+        edit_tensors(copy, lambda tensors, value=value: tensors[name].view(-1)[1:2].fill_(value))
+        for load in (checkpoint.load, AutoModelForCausalLM.from_pretrained):
+            with pytest.raises(InputError, match=f"{name.partition('.stored')[0]}: NaN or infinity"):
+                load(copy)
+
+
+def test_the_originals_generation_settings_are_kept(tiny_folder, tmp_path):
+    """Several end tokens, and settings that transformers would refuse to write (a temperature without sampling)."""
+    values = {"eos_token_id": [0, 5], "temperature": 0.6, "top_p": 0.9, "do_sample": False}
+    folder = shutil.copytree(tiny_folder, tmp_path / "original")
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    model, tokenizer = compress(folder)
+    checkpoint.save(model, tokenizer, tmp_path / "first")
+    checkpoint.save(checkpoint.load(tmp_path / "first"), tokenizer, tmp_path / "second")
+    for name in ("first", "second"):
+        kept = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert kept.items() >= values.items()
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"generation_config\.json"):
+        compress(folder)
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tiny_folder, tmp_path):

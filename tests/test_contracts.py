@@ -166,6 +166,16 @@ def test_a_compressed_weight_is_finite_of_its_shape_and_near_the_dense_one(metho
     assert stored(torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("seen", [0, 1])
+def test_inputs_that_are_zero_on_all_text_are_no_obstacle(method, seen):
+    """As behind a pruned or zeroed layer: of all inputs, or of all but a few."""
+    x_TI = torch.zeros(128, 48)
+    x_TI[:, :seen] = torch.randn(128, seen, generator=torch.Generator().manual_seed(1))
+    statistic = statistic_of(x_TI, *method.sees()) if method.sees() else None
+    stored = made_by(method, gaussian(32, 48), statistic, torch.Generator().manual_seed(0))
+    assert bool(stored(torch.float32).isfinite().all())
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_ledger_counts_every_stored_bit_and_no_other(method, shape):
     stored = compress(method, gaussian(*shape))

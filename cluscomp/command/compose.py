@@ -12,7 +12,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
@@ -219,6 +219,12 @@ def explain(error: BaseException) -> tuple[str, int]:
 def _composition_problem(error: BaseException) -> str:
     """Hydra's complaint in a sentence, with the nearest key that exists."""
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        return (
+            f"{error.override}: not to be read as a setting ({text.splitlines()[0]}); a value with =, commas or spaces "
+            f"needs quotes inside of the shell's: \"{key}='{value}'\""
+        )
     override = re.search(r"Could not override '([^']+)'", text)
     if override:
         *parents, wrong = override[1].split(".")

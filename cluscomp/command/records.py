@@ -109,9 +109,9 @@ def verify(arguments: list[str]) -> None:
     from cluscomp.runs.run import run
 
     given = dict(item.partition("=")[::2] for item in arguments[1:])
-    if not arguments or "=" in arguments[0]:
+    if not arguments or ("=" in arguments[0] and not place(arguments[0]).is_file()):
         raise InputError("cluscomp verify RECORD [outputs=outputs] [full=true] [SETTINGS]: RECORD is a record's file")
-    record, outputs = read(Path(arguments[0])), Path(given.get("outputs", "outputs")).expanduser().absolute()
+    record, outputs = read(place(arguments[0])), Path(given.get("outputs", "outputs")).expanduser().absolute()
     full = given.get("full", "false") == "true"
     rest = [item for item in arguments[1:] if item.partition("=")[0] not in {"outputs", "full", "publish"}]
     places = [item for item in rest if item.partition("=")[0] in (*PLACES, "trust")]

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import InstanceOf
 
+from cluscomp.data.mirror import own_cache
 from cluscomp.data.texts import Source, tokenize
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
@@ -107,6 +108,8 @@ class Rows:
 
     def encode(self, tokenizer: Any, length: int) -> Encoded:
         """The examples, each cut to `length` tokens. Raises InputError, with the row's number, for another form."""
+        from jinja2 import TemplateError
+
         examples, truncated, dropped = [], 0, 0
         for number, row in enumerate(self._rows()):
             try:
@@ -114,6 +117,8 @@ class Rows:
             except (KeyError, TypeError, AttributeError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 raise InputError(f"{self._place}: row {number} is not of format '{self.format}' ({problem})") from error
+            except TemplateError as error:
+                raise InputError(f"{self._place}: row {number} is refused by the chat template: {error}") from error
             tokens = _tokens(pieces, tokenizer, whole=self.format == "messages")
             truncated += len(tokens.ids) > length
             tokens = Tokens(tokens.ids[:length], tokens.counted[:length])
@@ -134,23 +139,30 @@ class Rows:
         from datasets.exceptions import DatasetNotFoundError
 
         assert self.id is not None
-        place = self.id if self.data_root is None else str(Path(self.data_root).expanduser() / self.id)
+        place, cache = self.id, None
+        if self.data_root is not None:
+            folder = Path(self.data_root).expanduser() / self.id
+            place, cache = str(folder), own_cache(folder)
         try:
-            return [dict(row) for row in load_dataset(place, self.config, split=self.split)]
+            return [dict(row) for row in load_dataset(place, self.config, split=self.split, cache_dir=cache)]
         except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
             raise InputError(f"{self._place}: {place} cannot be read ({str(error).splitlines()[0]})") from error
 
     def _pieces(self, row: dict[str, Any], tokenizer: Any) -> list[Piece]:
         if self.format == "alpaca":
-            template = WITH_INPUT if row.get("input") else WITHOUT_INPUT
+            template, more = (WITH_INPUT, _text(row, "input")) if row.get("input") else (WITHOUT_INPUT, "")
             return [
-                (template.format(instruction=row["instruction"], input=row.get("input")), False),
-                (row["output"], True),
+                (template.format(instruction=_text(row, "instruction"), input=more), False),
+                (_text(row, "output"), True),
             ]
         if self.format == "gsm8k":
-            return [(row["question"] + STEP_BY_STEP, False), (row["answer"].replace("####", FINAL_ANSWER), True)]
+            answer = _text(row, "answer").replace("####", FINAL_ANSWER)
+            return [(_text(row, "question") + STEP_BY_STEP, False), (answer, True)]
         if self.format == "prompt_completion":
-            return [(row["prompt"], False), (row["completion"], True)]
+            return [(_text(row, "prompt"), False), (_text(row, "completion"), True)]
+        for message in row["messages"]:
+            if not (isinstance(message["content"], list) or message.get("tool_calls")):  # else the template knows
+                _text(message, "content")
         return _turns(row["messages"], tokenizer, self._place)
 
 
@@ -191,6 +203,14 @@ def _read_json(path: Path, place: str) -> list[dict[str, Any]]:
     if not rows:
         raise InputError(f"{place}: no rows in it")
     return list(rows)
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    """The text under a key. Raises TypeError for null or anything else that is none."""
+    value = row[key]
+    if not isinstance(value, str):
+        raise TypeError(f"'{key}' is {json.dumps(value, default=str)[:60]}, no text")
+    return value
 
 
 def _turns(messages: list[dict[str, str]], tokenizer: Any, place: str) -> list[Piece]:

@@ -4,6 +4,8 @@ Every source has two texts that never overlap: "calibration" (what a method may 
 """
 
 import hashlib
+import json
+import logging
 import random
 import re
 from collections.abc import Callable
@@ -15,9 +17,11 @@ import numpy as np
 from jaxtyping import Int
 from pydantic.dataclasses import dataclass
 
+from cluscomp.data.mirror import own_cache
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 
+log = logging.getLogger(__name__)
 Split = Literal["calibration", "test"]
 WINDOWS_FROM_DOCUMENTS, DOCUMENT_SEED = 256, 0  # the literature's C4 test set: 256 random windows, seed 0
 SPECIAL_TOKENS = 8  # at most so many are added to a document
@@ -150,15 +154,16 @@ class HubText:
         from datasets import load_dataset
         from datasets.exceptions import DatasetNotFoundError
 
-        place = self.id
+        place, cache = self.id, None
         if self.data_root is not None:
             folder = Path(self.data_root).expanduser() / self.id
             if not folder.is_dir():
                 raise InputError(f"data_root={self.data_root}: no folder {self.id} in it")
-            place = str(folder)
+            place, cache = str(folder), own_cache(folder)
         try:
-            rows = load_dataset(place, self.config, data_files=self.files, split=split)
-            return list(rows[self.column])
+            rows = list(
+                load_dataset(place, self.config, data_files=self.files, split=split, cache_dir=cache)[self.column]
+            )
         except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
             raise InputError(
                 f"data {self.name}: {place} cannot be read ({str(error).splitlines()[0]}). Without network give "
@@ -166,11 +171,28 @@ class HubText:
             ) from error
         except (ValueError, KeyError) as error:
             raise InputError(f"data {self.name}: {place}, split '{split}': {str(error).splitlines()[0]}") from error
+        found: list[str] = []
+        for number, row in enumerate(rows):
+            if isinstance(row, str):
+                found.append(row)
+            elif row is not None:
+                raise InputError(
+                    f"data {self.name}: {place}, split '{split}', row {number}: column '{self.column}' holds "
+                    f"{type(row).__name__}, no text; give another data.column"
+                )
+        if len(found) < len(rows):
+            log.info(
+                "%s/%s: %d of %d rows have no text, and are left out", self.id, split, len(rows) - len(found), len(rows)
+            )
+        return found
 
 
 @settings
 class FileText:
-    """Paragraphs of text files in UTF-8. Without `test_file` the last fifth of `file` is the test text."""
+    """Paragraphs of text files in UTF-8. Without `test_file` the last fifth of `file` is the test text.
+
+    Of a file without blank lines that fifth is cut between lines.
+    """
 
     name: str
     file: str
@@ -189,6 +211,13 @@ class FileText:
     def _read(self, split: Split) -> Text:
         calibration = self._paragraphs("file", self.file)
         if self.test_file is None:
+            if len(calibration) == 1:
+                calibration = [line.strip() for line in calibration[0].splitlines()]
+            if len(calibration) < 2:
+                raise InputError(
+                    f"data.file={self.file}: {len(calibration)} lines of text cannot be split into calibration and "
+                    "test text; give data.test_file"
+                )
             border = len(calibration) * 4 // 5
             calibration, test = calibration[:border], calibration[border:]
         else:
@@ -202,7 +231,22 @@ class FileText:
             content = Path(file).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"data.{key}={file}: {error}") from error
+        if _is_json(content):
+            raise InputError(
+                f"data.{key}={file}: rows of JSON are no plain text, their names and quotes would be learned and "
+                "scored; write the text alone into a file, a document a line"
+            )
         return [part.strip() for part in re.split(r"\n\s*\n", content) if part.strip()]
+
+
+def _is_json(content: str) -> bool:
+    """Whether a file holds rows of JSON: an object in its first line, or a list of them."""
+    first = content.lstrip()
+    try:
+        value = json.loads(content if first.startswith("[") else first.partition("\n")[0])
+    except ValueError:
+        return False
+    return isinstance(value, dict) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
 
 
 @settings
@@ -310,5 +354,7 @@ def windows_from_documents(
 
 
 def _check_length(text: Text, tokens: int, length: int) -> None:
+    if not any(row.strip() for row in text.rows):
+        raise InputError(f"{text.name}: 0 tokens, for there is no text in it")
     if tokens < length:
         raise InputError(f"{text.name}: {tokens} tokens are too few for one window of {length}; give a shorter length")

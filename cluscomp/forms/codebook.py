@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from cluscomp.forms.stored import Single, Stored, without_padding
+from cluscomp.forms.stored import Extent, Few, Single, Stored, without_padding
 from cluscomp.kernels.codebook import multiply, multiply_by_tables, rebuild
 from cluscomp.kernels.codes import code_bits, pack, packed_bytes, unpack
 from cluscomp.kernels.loading import runs_triton
@@ -119,12 +119,12 @@ class CodebookWeight(Single):
     def empty(
         cls,
         *,
-        out_features: int,
-        in_features: int,
+        out_features: Extent,
+        in_features: Extent,
         axis: Axis,
-        vector_dim: int,
-        codebook_size: int,
-        codebooks: int,
+        vector_dim: Extent,
+        codebook_size: Extent,
+        codebooks: Few,
         storage: Storage = "float16",
         scaled: bool = False,
     ) -> "CodebookWeight":

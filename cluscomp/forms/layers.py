@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cluscomp.errors import InputError
+from cluscomp.errors import InputError, named
 from cluscomp.forms.codebook import CodebookWeight
 from cluscomp.forms.linear import BASE, MARK, CompressedLinear, compressed, storage_dtype, unique_tensors
 from cluscomp.forms.low_rank import LowRank
@@ -29,20 +29,35 @@ KINDS.update({form.kind: form for form in FORMS})
 def empty_layers(model: nn.Module, weights: dict[str, dict[str, Any]], dtype: torch.dtype) -> dict[str, str]:
     """Put compressed layers of these kinds and shapes, by name, in the place of dense ones: on the meta device.
 
-    Returns the names of tensors that another layer stores, and of that one's.
+    Returns the names of tensors that another layer stores, and of that one's. Raises InputError, naming the layer, for
+    shapes that cannot be or are not the layer's.
     """
-    with torch.device("meta"):
-        stored, shared = build_all(weights)
-    for name, weight in stored.items():
-        dense = model.get_submodule(name)
+    try:
         with torch.device("meta"):
-            layer = CompressedLinear(weight, dense.bias, dtype)  # type: ignore[arg-type]
+            stored, shared = build_all(weights)
+    except ValueError as error:
+        raise InputError(f"quantization_config.weights of config.json: {error}") from error
+    modules = dict(model.named_modules())
+    for name, weight in stored.items():
+        dense, shape = modules.get(name), (weight.out_features, weight.in_features)
+        if not isinstance(dense, nn.Linear) or shape != (dense.out_features, dense.in_features):
+            there = f"{dense.out_features} x {dense.in_features}" if isinstance(dense, nn.Linear) else "none"
+            raise InputError(
+                f"quantization_config.weights of config.json: {name} is a weight of {shape[0]} x {shape[1]}; "
+                f"of the model's linear layers that is {there}"
+            )
+        with torch.device("meta"):
+            layer = CompressedLinear(weight, dense.bias, dtype)
         model.set_submodule(name, layer)
     return shared
 
 
-def check_codes(model: nn.Module) -> None:
-    """Raise InputError, by layer, if what is stored is damaged: see `Stored.check`."""
+def check_values(model: nn.Module) -> None:
+    """Raise InputError, by name, if what is stored is damaged (see `Stored.check`), or another number is not finite."""
+    inside = tuple(f"{name}.stored." for name in compressed(model))
+    for name, parameter in model.named_parameters():
+        if not (name.startswith(inside) or parameter.is_meta or bool(parameter.isfinite().all())):
+            raise InputError(f"{name}: NaN or infinity among its numbers; the checkpoint is damaged")
     for name, layer in compressed(model).items():
         try:
             layer.stored.check()
@@ -75,12 +90,21 @@ def specs(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def build_all(specs: dict[str, dict[str, Any]]) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The stored forms of some layers by name, and of each tensor that another layer stores the name of that one's."""
-    stored = {name: build({key: value for key, value in spec.items() if key != SHARES}) for name, spec in specs.items()}
+    """The stored forms of some layers by name, and of each tensor that another layer stores the name of that one's.
+
+    Raises ValueError, naming the layer, for a spec that no form takes.
+    """
+    stored: dict[str, Stored] = {}
+    for name, spec in specs.items():
+        with named([name]):
+            stored[name] = build({key: value for key, value in spec.items() if key != SHARES})
     shared: dict[str, str] = {}
     for name, spec in specs.items():
         if first := spec.get(SHARES):
-            stored[name].follow(stored[first])
+            with named([name]):
+                if first not in stored or specs[first].get(SHARES):
+                    raise ValueError(f"shares = {first}: that layer stores nothing of its own")
+                stored[name].follow(stored[first])
             shared |= {f"{name}.stored.{key}": f"{first}.stored.{key}" for key, _ in stored[name].named_parameters()}
     return stored, shared
 

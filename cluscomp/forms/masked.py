@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from cluscomp.forms.stored import Combined, Stored, build, described
+from cluscomp.forms.stored import Combined, Extent, Stored, build, described
 from cluscomp.kernels.codes import pack, packed_bytes, unpack
 
 
@@ -31,7 +31,7 @@ class Masked(Combined):
         return cls(inner, pack(kept_OI.flatten().int(), 1))
 
     @classmethod
-    def empty(cls, *, inner: dict[str, Any], out_features: int, in_features: int) -> "Masked":
+    def empty(cls, *, inner: dict[str, Any], out_features: Extent, in_features: Extent) -> "Masked":
         """A form over one of this spec, (O, I), with undefined content, on the default device; to be loaded into."""
         return cls(build(inner), torch.empty(packed_bytes(out_features * in_features, 1), dtype=torch.uint8))
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float16
 from torch import Tensor, nn
 
-from cluscomp.forms.stored import Single
+from cluscomp.forms.stored import Extent, Single
 from cluscomp.forms.uniform import in_16_bits
 
 
@@ -22,7 +22,7 @@ class PlainWeight(Single):
         self.numbers = nn.Parameter(numbers)
 
     @classmethod
-    def empty(cls, *, out_features: int, in_features: int) -> "PlainWeight":
+    def empty(cls, *, out_features: Extent, in_features: Extent) -> "PlainWeight":
         """A form of the given shape with undefined content, on the default device; to be loaded into."""
         return cls(torch.empty(out_features, in_features, dtype=torch.float16))
 

@@ -1,14 +1,20 @@
 """What all stored forms of a weight share, and forms that are made of forms."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float
+from pydantic import ConfigDict, Field, ValidationError, validate_call
 from torch import Tensor, nn
 
 KINDS: dict[str, type["Stored"]] = {}  # forms by their name in config.json; forms/layers.py, which knows all, fills it
+# what specs may say; each `empty` is strict about the types of its arguments
+Extent = Annotated[int, Field(ge=1, lt=2**31)]
+Few = Annotated[int, Field(ge=1, le=256)]
+Width = Annotated[int, Field(ge=1, le=8)]
 
 
 class Stored(nn.Module, ABC):
@@ -210,12 +216,22 @@ def described(form: Stored) -> dict[str, Any]:
 def build(spec: dict[str, Any]) -> Stored:
     """A form with undefined content from its kind and shapes, on the default device.
 
-    Raises ValueError for a kind that is not known.
+    Raises ValueError for a kind that is not known, and for a value that its `empty` does not take.
     """
     form = KINDS.get(str(spec.get("kind")))
     if form is None:
         raise ValueError(f"a stored weight of kind '{spec.get('kind')}'; this version knows {', '.join(KINDS)}")
-    return form.empty(**shapes(spec))
+    try:
+        return _strict(form)(**shapes(spec))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        value = "" if wrong["type"] == "missing_keyword_only_argument" else f" = {str(wrong['input'])[:60]}"
+        raise ValueError(f"{'.'.join(map(str, wrong['loc']))}{value}: {wrong['msg']}") from error
+
+
+@cache
+def _strict(form: type[Stored]) -> Callable[..., Stored]:
+    return validate_call(config=ConfigDict(strict=True))(form.empty)
 
 
 def shapes(spec: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from cluscomp.forms.stored import Extent, Width
 from cluscomp.forms.uniform import PackedWeight, in_16_bits, of_groups, spread
 from cluscomp.kernels.codes import pack, packed_bytes
 from cluscomp.kernels.levels import best_levels
@@ -50,7 +51,7 @@ class TableWeight(PackedWeight):
         return cls(packed, tables_OGK, out_features=len(weight_OI), in_features=inputs)
 
     @classmethod
-    def empty(cls, *, out_features: int, in_features: int, width: int, groups: int) -> "TableWeight":
+    def empty(cls, *, out_features: Extent, in_features: Extent, width: Width, groups: Extent) -> "TableWeight":
         """A module of the given shapes with undefined content, on the default device; to be loaded into."""
         return cls(
             torch.empty(packed_bytes(out_features * in_features, width), dtype=torch.uint8),

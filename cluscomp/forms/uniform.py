@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from cluscomp.forms.stored import Single
+from cluscomp.forms.stored import Extent, Single, Width
 from cluscomp.kernels.codes import pack, packed_bytes, unpack
 
 MOST = 65_504.0  # of a 16-bit float
@@ -114,7 +114,14 @@ class UniformWeight(PackedWeight):
 
     @classmethod
     def empty(
-        cls, *, out_features: int, in_features: int, width: int, groups: int, zeros: Zeros, scaled_inputs: bool
+        cls,
+        *,
+        out_features: Extent,
+        in_features: Extent,
+        width: Width,
+        groups: Extent,
+        zeros: Zeros,
+        scaled_inputs: bool,
     ) -> "UniformWeight":
         """A module of the given shapes with undefined content, on the default device; to be loaded into."""
         kinds = {

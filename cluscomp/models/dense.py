@@ -15,10 +15,8 @@ from transformers import PreTrainedModel
 
 from cluscomp import checkpoint
 from cluscomp.forms.linear import storage_dtype, unique_tensors
-from cluscomp.models.original import Original, block_names
+from cluscomp.models.original import GENERATION, Original, block_names
 from cluscomp.store.files import new_folder
-
-GENERATION = "generation_config.json"
 
 
 def save(model: PreTrainedModel, blocks: Iterable[dict[str, Tensor]], original: Original, folder: Path) -> None:

@@ -1,11 +1,12 @@
 """What is known of transformers: open an original model block by block, find its blocks and linear layers."""
 
 import hashlib
-import json
+import logging
 import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -14,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import Parameter
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,10 +26,13 @@ from transformers import (
 from cluscomp.errors import InputError
 from cluscomp.forms.layers import place
 from cluscomp.forms.linear import CompressedLinear
+from cluscomp.models.sources import read_config, weight_files
 from cluscomp.process import give_memory_back
 from cluscomp.store.files import file_hash
 
+log = logging.getLogger(__name__)
 LINEAR = (CompressedLinear, nn.Linear)
+GENERATION = "generation_config.json"
 DTYPES = {  # by their names in safetensors
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -41,18 +45,49 @@ class Original:
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         """Read config, tokenizer and the list of tensors. Raises InputError if one of them cannot be used."""
         self.folder, self.dtype, self.device = folder, dtype, device
+        self.gives_tuples: bool | None = None  # whether its blocks do, known once a `Walk` was compared with it
         self.config, self.tokenizer = read_config(folder), read_tokenizer(folder)
         self._check_config()
         self._shards: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(folder):
             try:
                 with safe_open(path, "pt") as shard:
-                    self._shards |= dict.fromkeys(shard.keys(), path)
+                    names = list(shard.keys())
             except SafetensorError as error:
                 raise InputError(f"{path}: truncated, or not a safetensors file ({error})") from error
+            twice = next((name for name in names if name in self._shards), None)
+            if twice is not None:
+                raise InputError(f"{path}: {twice} is also in {self._shards[twice].name}; leave one of the files there")
+            self._shards |= dict.fromkeys(names, path)
+        self._check_ties()
 
     def _check_config(self) -> None:
         check_dense(self.config)
+
+    def _check_ties(self) -> None:
+        """Where the file holds other numbers under a name that the config ties (a head of its own), let the file win.
+
+        As transformers does. Raises InputError if that cannot be said in the config.
+        """
+        if not getattr(self.config.get_text_config(), "tie_word_embeddings", False):
+            return
+        for name, source in self._tied().items():
+            if name in self._shards and source in self._shards and not self._equal(name, source):
+                log.warning("%s: tied to %s by config.json, but with numbers of its own, which count", name, source)
+                self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = False
+                if name in self._tied():
+                    raise InputError(
+                        f"{self.folder}: {name} is tied to {source}, but the file has other numbers for it"
+                    )
+
+    def _tied(self) -> dict[str, str]:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(self.config))
+        return dict(model.all_tied_weights_keys)
+
+    def _equal(self, *names: str) -> bool:
+        first, second = (tensor for name in names for _, tensor in self.tensors([name]))
+        return torch.equal(first, second)
 
     def model(self) -> PreTrainedModel:
         """The model with everything but its blocks loaded; the blocks' parameters are on the meta device.
@@ -77,6 +112,11 @@ class Original:
         for module in model.modules():
             module._buffers = {key: b if b is None else b.to(self.device) for key, b in module._buffers.items()}
         model.eval()
+        if (self.folder / GENERATION).is_file():  # what transformers makes of the config otherwise knows one end token
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(self.folder)
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                raise InputError(f"{self.folder / GENERATION}: {str(error).splitlines()[0]}") from error
         return model
 
     def size(self) -> dict[str, float]:
@@ -144,15 +184,6 @@ class Original:
     def _fill(self, model: nn.Module, names: list[str]) -> None:
         for name, tensor in self.tensors(names):
             place(model, name, tensor)
-
-
-def read_config(folder: Path) -> PreTrainedConfig:
-    """The transformers config of a folder. Raises InputError if it is damaged or its architecture is unknown."""
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{folder}: {str(error).splitlines()[0]}") from error
-    return config
 
 
 def quantizer(config: PreTrainedConfig) -> str | None:
@@ -234,9 +265,9 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
     In Hugging Face's cache a weight file is a link to a file named by its own hash, which saves reading it.
     """
-    found = {}
+    found, weights = {}, weight_files(folder)
     for path in sorted(folder.iterdir()):
-        if path.suffix in {".safetensors", ".json", ".model", ".jinja"}:
+        if path in weights or path.suffix in {".json", ".model", ".jinja"}:
             stored_name = path.resolve().name
             found[path.name] = stored_name if re.fullmatch("[0-9a-f]{64}", stored_name) else file_hash(path)
     return found

@@ -24,7 +24,8 @@ from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms.layers import size_of
 from cluscomp.forms.linear import unique_tensors
-from cluscomp.models.original import Original, block_names, blocks, linears, quantizer, read_config
+from cluscomp.models.original import Original, block_names, blocks, linears, quantizer
+from cluscomp.models.sources import read_config, weight_files
 from cluscomp.settings import settings
 
 STATED = "stored_bits.json"
@@ -89,6 +90,9 @@ class Quantised(Original):
     def _check_config(self) -> None:
         """Any config will do."""
 
+    def _check_ties(self) -> None:
+        """Nothing: transformers, which loads it, does."""
+
     def model(self) -> PreTrainedModel:
         """The whole model. Raises InputError if a package or a tensor is missing, or transformers cannot load it."""
         return self._loaded
@@ -107,8 +111,9 @@ class Quantised(Original):
 
     def size(self) -> dict[str, Any]:
         """Bits per weight and bytes of the weights, ours by the ledger, others by the tensors of their files."""
-        found = asdict(size_of(self.model())) if quantizer(self.config) == checkpoint.NAME else self._counted()
-        return found | {"checkpoint_bytes": checkpoint.weight_bytes(self.folder)}
+        if quantizer(self.config) == checkpoint.NAME:
+            return asdict(size_of(self.model())) | {"checkpoint_bytes": checkpoint.weight_bytes(self.folder)}
+        return self._counted() | {"checkpoint_bytes": sum(path.stat().st_size for path in weight_files(self.folder))}
 
     @cached_property
     def _loaded(self) -> PreTrainedModel:
@@ -159,7 +164,7 @@ class Quantised(Original):
     def _stored_bits(self) -> dict[str, int]:
         """Bits of every tensor of the folder's files by name, from their headers."""
         found: dict[str, int] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in weight_files(self.folder):
             with path.open("rb") as file:
                 header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
             for name, tensor in header.items():

@@ -43,7 +43,7 @@ class HubModel:
         """
         local = Path(self.id).expanduser()
         if local.is_dir():
-            return _read_config(self.folder(cache))
+            return read_config(self.folder(cache))
         if self.config is not None:
             return _config_of("model.config", self.config)
         from huggingface_hub import try_to_load_from_cache
@@ -58,12 +58,13 @@ class HubModel:
                 f"model.id={self.id}: neither a local folder nor in the hub's cache, and a plan downloads nothing. "
                 "Give its architecture as model.config={model_type: llama, hidden_size: ..., ...}"
             )
-        return _read_config(Path(found).parent)
+        return read_config(Path(found).parent)
 
     def folder(self, cache: Path) -> Path:  # noqa: ARG002
         """The local folder, downloaded into Hugging Face's own cache if need be.
 
-        Raises InputError if the folder is missing or has no safetensors, or the id is unknown or out of reach.
+        Raises InputError if the folder or a file of its index is missing, it has no safetensors, or the id is unknown
+        or out of reach.
         """
         local = Path(self.id).expanduser()
         if local.is_dir():
@@ -74,7 +75,7 @@ class HubModel:
             found = self._download()
         if not (found / "config.json").is_file():
             raise InputError(f"model.id={self.id}: {found} has no config.json, so it is not a model folder")
-        if not list(found.glob("*.safetensors")):
+        if not weight_files(found):
             raise InputError(
                 f"model.id={self.id}: {found} has no *.safetensors; pickled weights are never read. "
                 "Save the model once with transformers' save_pretrained and give that folder"
@@ -113,7 +114,7 @@ class GgufModel:
         path = self._path()
         content = file_hash(path)
         target = cache / f"gguf-{content[:16]}"
-        return _read_config(target) if (target / "gguf.json").is_file() else copy.deepcopy(_gguf_config(path, content))
+        return read_config(target) if (target / "gguf.json").is_file() else copy.deepcopy(_gguf_config(path, content))
 
     def folder(self, cache: Path) -> Path:
         """The converted folder. Raises InputError if the package or file is missing, truncated or no GGUF."""
@@ -197,9 +198,12 @@ class TinyModel:
             )
         try:
             config = AutoConfig.for_model(self.architecture, **fixed | self.config)
+            check_causal("model.config", config)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except InputError:
+            raise
         except Exception as error:  # whatever a model class makes of values it cannot use
             reason = (str(error).splitlines() or [""])[0][:200]
             raise InputError(f"model.architecture={self.architecture}: not with this model.config: {reason}") from error
@@ -207,14 +211,66 @@ class TinyModel:
         fast.save_pretrained(folder)
 
 
-def _read_config(folder: Path) -> "PreTrainedConfig":
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a model's folder that are the model's, as transformers finds them; others may lie beside.
+
+    They are `model.safetensors`, or without it those that its index names; without both all there are. Raises
+    InputError for an index that cannot be read, or one that names a file that is not there.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: not an index of safetensors ({type(error).__name__}: {error})") from error
+    for name, file in zip(names, files):
+        if Path(name).name != name:
+            raise InputError(f"{index}: names {name}, which is no file of this folder")
+        if not file.is_file():
+            raise InputError(
+                f"{file}: missing, though {index.name} names it; a download or copy stopped early, repeat it"
+            )
+    return files
+
+
+def read_config(folder: Path) -> "PreTrainedConfig":
+    """The transformers config of a folder.
+
+    Raises InputError if it is damaged, its architecture is unknown, or it is that of no causal language model.
+    """
     from transformers import AutoConfig
 
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise InputError(f"{folder}: {str(error).splitlines()[0]}") from error
+    check_causal(str(folder), config)
     return config
+
+
+def check_causal(place: str, config: "PreTrainedConfig") -> None:
+    """Raise InputError, with the words of `no_causal_model`, for a config of which transformers makes no such model.
+
+    One for masked tokens reads those that it is to predict, unless its config says `is_decoder`.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    kind = type(config)
+    masked = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if masked or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise no_causal_model(f"{place}: a model of type '{config.model_type}'")
+
+
+def no_causal_model(what: str) -> InputError:
+    """The refusal of a model whose prediction of a token does not follow from the tokens before it alone."""
+    return InputError(
+        f"{what} is no causal language model, one that predicts each token from those before it; "
+        "give one that AutoModelForCausalLM of transformers opens"
+    )
 
 
 def _config_of(key: str, values: dict[str, Any]) -> "PreTrainedConfig":
@@ -225,6 +281,7 @@ def _config_of(key: str, values: dict[str, Any]) -> "PreTrainedConfig":
         config: PreTrainedConfig = AutoConfig.for_model(**values)
     except Exception as error:  # whatever a config class makes of values it cannot use
         raise InputError(f"{key}: not a config of model_type {kind}: {(str(error).splitlines() or [''])[0]}") from error
+    check_causal(key, config)
     return config
 
 
@@ -251,6 +308,7 @@ def _gguf_config(path: Path, content: str) -> "PreTrainedConfig":  # noqa: ARG00
         config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
         raise InputError(f"model.file={path}: truncated, or not a GGUF file ({error})") from error
+    check_causal(f"model.file={path}", config)
     config.dtype = "bfloat16"  # of the converted folder
     return config
 

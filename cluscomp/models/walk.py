@@ -1,7 +1,7 @@
 """Walk a decoder block by block with exact activations (the only place with hooks)."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,10 @@ from transformers import PreTrainedModel
 
 from cluscomp.errors import InputError
 from cluscomp.models.original import Original, block_names, blocks
+from cluscomp.models.sources import no_causal_model
 from cluscomp.process import give_memory_back
+
+CHECKED_TOKENS = 32  # of the window on which a walk is compared with the model
 
 
 class _Captured(Exception):
@@ -34,12 +37,14 @@ class Walk:
     Every block gets its own captured arguments: models whose blocks differ (sliding windows, two rotary bases) are
     silently wrong with block 0's. The arguments may depend on the shape of a window but not on its tokens, which is
     checked; windows must have one length and no padding. With `original` the blocks' weights are read from its file,
-    one block at a time; without, they are in the model.
+    one block at a time; without, they are in the model. Before the first window the walk is compared with the model's
+    own forward pass, that of an original once.
     """
 
     def __init__(self, model: PreTrainedModel, original: Original | None = None) -> None:
         self.model, self.blocks, self._original = model, blocks(model), original
         self._arguments: dict[torch.Size, list[Arguments]] = {}
+        self._gives_tuples = None if original is None else original.gives_tuples  # None: not compared yet
 
     @property
     def device(self) -> torch.device:
@@ -63,14 +68,12 @@ class Walk:
     def embed(self, ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T H"]:
         """The hidden states that enter the first block: (B, T) token ids -> (B, T, H).
 
-        Raises InputError for a model whose blocks get arguments made from the tokens, or more than one stream.
+        Raises InputError for a model whose blocks get arguments made from the tokens, or more than one stream, or that
+        does something else between its blocks, and for one whose hidden states are not finite.
         """
+        if self._gives_tuples is None:
+            self._compare(ids_BT[:1, :CHECKED_TOKENS])
         hidden_BTH, arguments = self._capture(ids_BT)
-        if hidden_BTH.ndim != 3:
-            shape = tuple(hidden_BTH.shape)
-            raise InputError(
-                f"{type(self.model).__name__}: hidden states of shape {shape}; its blocks cannot be walked"
-            )
         known = self._arguments.setdefault(ids_BT.shape, arguments)
         for name, first, second in zip(block_names(self.model), known, arguments):
             if not _same(first, second):
@@ -82,17 +85,20 @@ class Walk:
     ) -> Float[Tensor, "B T H"]:
         """Run `block` as block `index`: (B, T, H) -> (B, T, H); windows of this shape were embedded before."""
         arguments = self._arguments[hidden_BTH.shape[:2]][index]
-        output = block(hidden_BTH, *arguments.args, **arguments.kwargs)
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+        return _hidden(block(hidden_BTH, *arguments.args, **arguments.kwargs))
 
     @torch.no_grad()
     def through(self, batches: list[Tensor], label: str) -> list[Tensor]:
-        """What the last block makes of each batch of windows, (B, T) -> (B, T, H); one block is in memory at a time."""
+        """What the last block makes of each batch of windows, (B, T) -> (B, T, H); one block is in memory at a time.
+
+        Raises InputError that names the first block whose output is not finite.
+        """
         hidden = [self.embed(ids_BT) for ids_BT in batches]
         for index in tqdm(range(len(self)), desc=label, unit="block", leave=False, disable=None):
             with self.block(index) as block:
                 for number, hidden_BTH in enumerate(hidden):
                     hidden[number] = self.apply(index, block, hidden_BTH)
+                    _check_finite(block_names(self.model)[index], block, hidden[number])
         return hidden
 
     @torch.no_grad()
@@ -119,21 +125,92 @@ class Walk:
     def logits(self, hidden_BTH: Float[Tensor, "B T H"], ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T vocabulary"]:
         """What the model makes of the last block's output (B, T, H), by its final norm and head: (B, T, vocabulary)."""
 
-        def replace(_module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> Tensor:
-            return hidden_BTH
+        def replace(_module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> Tensor | tuple[Tensor]:
+            return (hidden_BTH,) if self._gives_tuples else hidden_BTH
 
         with self._skipped_blocks(lambda index: replace if index == len(self.blocks) - 1 else None):
             return self.model(ids_BT, use_cache=False).logits  # type: ignore[no-any-return]
+
+    def _compare(self, ids_1T: Int[Tensor, "1 T"]) -> None:
+        """Let the model itself run on a window, and one that ends otherwise, and compare what passes between blocks.
+
+        It is what a walk relies on: the arguments found with all blocks skipped are those that each block gets, its
+        output is what enters the next, and norm and head make of the last what the model does. Without numbers (on the
+        meta device) it only finds out whether blocks give tuples. Raises InputError where it is not so.
+        """
+        half = ids_1T.shape[1] // 2
+        ids_BT = torch.cat([ids_1T, torch.cat([ids_1T[:, :half], ids_1T.flip(1)[:, half:]], 1)])
+        logits_BTV, calls, last_BTH = self._own(ids_BT)
+        if logits_BTV is None:
+            return
+        if _far(logits_BTV[0, :half], logits_BTV[1, :half]):  # what comes later has a say
+            raise no_causal_model(type(self.model).__name__)
+        hidden_BTH, found = self._capture(ids_BT)
+        for name, (_, own), arguments in zip(block_names(self.model), calls, found):
+            if not _same(own, arguments):
+                raise self._not_walkable(f"{name} gets other arguments than with the blocks before it skipped")
+        if not torch.equal(hidden_BTH, calls[0][0]):
+            raise self._not_walkable("other hidden states enter the first block when blocks are skipped")
+        walked_BTV = self.logits(last_BTH, ids_BT)
+        if _far(walked_BTV, logits_BTV):
+            raise self._not_walkable("its logits are then others")
+        if self._original is not None:
+            self._original.gives_tuples = self._gives_tuples
+
+    def _own(self, ids_BT: Tensor) -> tuple[Tensor | None, list[tuple[Tensor, Arguments]], Tensor]:
+        """The model's own forward pass: logits, what each block is called with, and what the last one gives.
+
+        Logits are None for a model without numbers, of which only the first block is run.
+        """
+        calls: list[tuple[Tensor, Arguments]] = []
+        left: list[Tensor] = []  # by the blocks so far
+        names, here = block_names(self.model), ExitStack()
+
+        def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
+            index = len(calls)
+            entering, arguments = _split(args, kwargs)
+            if entering.ndim != 3:
+                raise self._not_walkable(f"{names[0]} gets hidden states of shape {tuple(entering.shape)}")
+            if index == len(names) or block is not self.blocks[index]:
+                raise self._not_walkable("they are not called one after the other")
+            if left and not torch.equal(left[-1], entering):
+                raise self._not_walkable(f"what enters {names[index]} is not what the block before it gives")
+            calls.append((entering.clone(), arguments))
+            here.enter_context(self.block(index))
+
+        def leave(block: nn.Module, _args: Any, output: Any) -> None:
+            self._gives_tuples = isinstance(output, tuple)
+            left.append(_hidden(output).clone())
+            if left[-1].is_meta:
+                raise _Captured
+            _check_finite(names[len(left) - 1], block, left[-1])
+            here.close()
+
+        handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in self.blocks]
+        handles += [block.register_forward_hook(leave) for block in self.blocks]
+        try:
+            with here:
+                logits_BTV: Tensor = self.model(ids_BT, use_cache=False).logits
+            if bool(logits_BTV.isnan().any()):
+                raise not_finite("the head", logits_BTV.dtype)
+            return logits_BTV, calls, left[-1]
+        except _Captured:
+            return None, calls, left[-1]
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _not_walkable(self, reason: str) -> InputError:
+        return InputError(f"{type(self.model).__name__}: its blocks cannot be walked one by one: {reason}")
 
     def _capture(self, ids_BT: Tensor) -> tuple[Tensor, list[Arguments]]:
         arguments: list[Arguments] = []
         entering: list[Tensor] = []
 
         def note(_module: nn.Module, args: Any, kwargs: Any, _output: Any) -> None:
-            kwargs = dict(kwargs)
-            hidden = args[0] if args else kwargs.pop("hidden_states")
+            hidden, others = _split(args, kwargs)
             entering.append(hidden)
-            arguments.append(Arguments(tuple(args[1:]), kwargs))
+            arguments.append(others)
             if len(arguments) == len(self.blocks):
                 raise _Captured
 
@@ -150,7 +227,7 @@ class Walk:
         handles = []
         try:
             for index, block in enumerate(self.blocks):
-                block.forward = _identity
+                block.forward = _in_a_tuple if self._gives_tuples else _identity
                 if hook := hook_of(index):
                     handles.append(block.register_forward_hook(hook, with_kwargs=True))
             yield
@@ -161,8 +238,49 @@ class Walk:
                 vars(block).pop("forward", None)  # the class's own forward shows again
 
 
+def not_finite(place: str, dtype: torch.dtype) -> InputError:
+    """What is told of the first place in a model, a block or its head, from which its numbers are no numbers."""
+    kind = str(dtype).removeprefix("torch.")
+    return InputError(
+        f"{place}: NaN or infinity in what it makes of the text, so there is no score; the model is damaged, or its "
+        f"numbers are too large for {kind}{'' if kind == 'float32' else ' (dtype=float32 holds larger ones)'}"
+    )
+
+
 def _identity(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
     return hidden_states
+
+
+def _far(found: Tensor, expected: Tensor) -> bool:
+    """Whether logits of any shape differ by more than rounding."""
+    if torch.equal(found, expected):
+        return False
+    difference = (found.float() - expected.float()).norm() / expected.float().norm()
+    return not float(difference) <= torch.finfo(expected.dtype).eps ** 0.5
+
+
+def _check_finite(name: str, block: nn.Module, hidden_BTH: Tensor) -> None:
+    if not bool(hidden_BTH.isfinite().all()):
+        for key, parameter in block.named_parameters():
+            if not bool(parameter.float().isfinite().all()):
+                raise InputError(f"{name}.{key}: NaN or infinity among its numbers; the model is damaged")
+        raise not_finite(name, hidden_BTH.dtype)
+
+
+def _in_a_tuple(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor]:
+    return (hidden_states,)
+
+
+def _hidden(output: Any) -> Tensor:
+    """The hidden states in what a block gives."""
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
+    """What a block is called with: the hidden states, and all else."""
+    kwargs = dict(kwargs)
+    hidden = args[0] if args else kwargs.pop("hidden_states")
+    return hidden, Arguments(tuple(args[1:]), kwargs)
 
 
 def _same(first: Any, second: Any) -> bool:

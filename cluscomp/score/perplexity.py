@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cluscomp.models.predictions import Predictions
-from cluscomp.models.walk import Walk
+from cluscomp.models.walk import Walk, not_finite
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def window_scores(
 
     "loss" is the negative log-likelihood in nats, taken in float32. The convention of GPTQ and after: no overlap
     between windows, the first token of a window is context only. With a `reference` also "kl", KL(original || model)
-    in nats, and "top1_agreement", how often both find the same next token the likeliest.
+    in nats, and "top1_agreement", how often both find the same next token the likeliest. Raises InputError, naming
+    where it arises, if one of them is not a finite number.
     """
     batches = [batch_BT.to(walk.device) for batch_BT in windows_WT.split(batch_size)]
     rows = [range(first, first + len(ids_BT)) for first, ids_BT in zip(range(0, len(windows_WT), batch_size), batches)]
@@ -79,6 +80,8 @@ def window_scores(
         if reference is not None:
             scores |= window_distances(reference.walk.logits(reference.hidden(part), ids_BT), logits_BTV)
         for name, sums_B in scores.items():
+            if not bool(sums_B.isfinite().all()):
+                raise not_finite("the head", logits_BTV.dtype)
             found.setdefault(name, []).append(sums_B)
         del logits_BTV  # before those of the next batch are made
     return {name: torch.cat(parts) for name, parts in found.items()}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from cluscomp.data.mirror import own_cache
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 from cluscomp.store.files import file_hash
@@ -72,6 +73,11 @@ class Tasks:
         """Raise InputError if the tokenizer lacks what is asked of it; it and `folder` are the model's."""
         if not self.names:
             return
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                f"tasks.names: the tokenizer of {folder} has no end token, without which lm-eval asks nothing; "
+                "name it as eos_token in tokenizer_config.json"
+            )
         if self.bos and tokenizer.bos_token_id is None:
             raise InputError(f"tasks.bos=true: the tokenizer of {folder} has no BOS token")
         if self.chat_template and not getattr(tokenizer, "chat_template", None):
@@ -198,7 +204,8 @@ def _local(config: dict[str, Any], root: Path, shots: int | None) -> dict[str, A
     if not folder.is_dir():
         raise InputError(f"tasks.names: '{config['task']}' has no rows in data_root: there is no folder {folder}")
     splits = get_dataset_split_names(str(folder), config.get("dataset_name"))
-    changes: dict[str, Any] = {"dataset_path": str(folder)}
+    reading = (config.get("dataset_kwargs") or {}) | {"cache_dir": own_cache(folder)}
+    changes: dict[str, Any] = {"dataset_path": str(folder), "dataset_kwargs": reading}
     examples = shots if shots is not None else config.get("num_fewshot") or 0
     scored = config.get("test_split") or config.get("validation_split")
     for key in ("training_split", "validation_split", "test_split", "fewshot_split"):

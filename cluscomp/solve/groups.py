@@ -57,6 +57,8 @@ class Group:
         counts = []
         for layer, (out_features, in_features) in zip(self._layers, self.matrices):
             diagonal_I = layer.show().diagonal_I
+            if not bool(diagonal_I.any()):  # no input was ever seen: all count alike, as in `damped`
+                diagonal_I = torch.ones_like(diagonal_I)
             vectors = num_sub_vectors(out_features, in_features, vector_dim, self._axis)
             counts.append((diagonal_I / self._mean(diagonal_I)).repeat_interleave(vectors // in_features))
         return _joined(points), _joined(counts)

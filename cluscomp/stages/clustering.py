@@ -136,7 +136,7 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
     distributed: dict[str, dict[str, float]] = {}  # by layer
     all_places = _outline(job.original).places()
     shares = _shared_out(stage, model, job, all_places) if stage.over_the_model else None
-    work, walk, names = Blockwise("cluster", job.folder, model), Walk(model), block_names(model)
+    work, walk, names = Blockwise("cluster", job.folder, model), Walk(model, job.original), block_names(model)
     last = work.last
     stream = _embedded(stage, walk, job) if stage.calibrated and last >= 0 else []
     for index, block, finished in work.all():  # through finished ones the stream still has to pass
@@ -174,7 +174,7 @@ def _shared_out(stage: Cluster, model: PreTrainedModel, job: Job, places: list[d
     """Go through the original and ask what the layers of each block may have; what is known survives a kill."""
     method = stage.method
     assert isinstance(method, Offers) and method.bits is not None  # check_method
-    walk, names = Walk(model), block_names(model)
+    walk, names = Walk(model, job.original), block_names(model)
     menus, progress = Menus(job.folder, len(names)), Progress("cluster, menus", len(names))
     stream = _embedded(stage, walk, job) if stage.calibrated and menus.last >= 0 else []
     for index in range(menus.last + 1):

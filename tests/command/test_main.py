@@ -130,6 +130,7 @@ SETTINGS = {
     "a seed of 65 bits": (["bits=3", f"seed={2**64}"], ["seed", str(2**64)]),
     "a name with a slash": (["bits=3", "name=a/b"], ["name", "a/b"]),
     "broken syntax": (["bits=3", "order=[cluster"], ["[cluster"]),
+    "an equals sign in a path": (["bits=3", "model=hub", "model.id=a/epoch=3"], ["\"model.id='a/epoch=3'\""]),
 }
 
 

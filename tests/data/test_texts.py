@@ -240,6 +240,51 @@ def test_documents_that_are_not_drawn_are_not_tokenized():
     assert len(calls) <= 4 and len(set(calls)) == len(calls)
 
 
+def test_a_text_without_blank_lines_is_cut_between_lines(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(f"Line {number}." for number in range(10)))
+    source = FileText(name="lines", file=str(path), test_file=None)
+    assert source.text("calibration").rows == [f"Line {number}." for number in range(8)]
+    assert source.text("test").rows == ["Line 8.", "Line 9."]
+    assert FileText(name="lines", file=str(path), test_file=str(path)).text("test").rows == [path.read_text()]
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("one line", "1 lines of text cannot be split"),
+        ("", "0 lines of text cannot be split"),
+        ('{"text": "one"}\n{"text": "two"}\n', "rows of JSON are no plain text"),
+        ('[{"text": "one"},\n\n{"text": "two"}]', "rows of JSON are no plain text"),
+    ],
+)
+def test_what_is_no_text_to_split_is_told(tmp_path, content, words):
+    path = tmp_path / "some.txt"
+    path.write_text(content)
+    with pytest.raises(InputError, match=f"data.file={path}: {words}") as caught:
+        FileText(name="some", file=str(path), test_file=None).text("calibration")
+    assert "shorter length" not in str(caught.value)
+
+
+def test_a_mirror_is_known_by_its_files_not_by_its_name(tmp_path):
+    """`datasets` would give the rows of the first one that it met under this name, with this README."""
+    first, second = (hub(data_root=mirror(tmp_path / n, train=[f"{n} one"], test=[f"{n} two"])) for n in "ab")
+    assert [one.text("test").rows for one in (first, second)] == [["a two"], ["b two"]]
+    (tmp_path / "a" / "org" / "name" / "test.jsonl").write_text('{"text": "another"}\n')
+    assert hub(data_root=f"{tmp_path}/./a").text("test").rows == ["another"]
+
+
+def test_rows_of_null_are_left_out_and_others_that_are_no_text_named(tmp_path, caplog):
+    caplog.set_level("INFO")
+    root = mirror(tmp_path / "hub", train=["one", None, "", "two"], test=["three", None])
+    source = hub(data_root=root)
+    assert source.text("calibration").rows == ["one", "", "two"] and source.text("test").rows == ["three"]
+    assert "org/name/train: 1 of 4 rows have no text" in caplog.text
+    root = mirror(tmp_path / "other", train=[["a"], ["b"]], test=[["c"]])
+    with pytest.raises(InputError, match=r"org/name, split 'test', row 0: column 'text' holds list, no text"):
+        hub(data_root=root).text("test")
+
+
 def test_a_test_file_of_its_own(tmp_path):
     (tmp_path / "a.txt").write_text(f"one\n\n{LONG}\n\ntwo")
     (tmp_path / "b.txt").write_text(f"{LONG}\n\none")

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms import adapters
-from cluscomp.forms.layers import KINDS, build_all, check_codes, check_file, put_in, size_of, specs
+from cluscomp.forms.layers import KINDS, build_all, check_file, check_values, put_in, size_of, specs
 from cluscomp.forms.linear import compressed
 from cluscomp.forms.rotated import Rotated
 from cluscomp.forms.stored import build, described, nested, shapes
@@ -272,7 +272,7 @@ def test_a_damaged_layer_is_named(spec_of, tiny_folder):
     floats = [tensor for tensor in layer.stored.state_dict().values() if tensor.is_floating_point()]
     floats[0].flatten()[0] = torch.nan
     with pytest.raises(InputError, match=f"{name}: NaN or infinity .* damaged"):
-        check_codes(model)
+        check_values(model)
 
 
 def test_the_planner_counts_what_the_file_takes_and_a_training_pass(written):

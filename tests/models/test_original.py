@@ -9,9 +9,10 @@ from reference.recipe import NO_DATA, PAPER, STORED
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.methods.cluscomp import ClusComp
-from cluscomp.models.original import Original, block_names, blocks, fingerprint, linears
+from cluscomp.models.original import Original, block_names, blocks, file_hashes, fingerprint, linears
 from cluscomp.models.walk import Walk
 from cluscomp.stages.clustering import compress_block
 
@@ -123,6 +124,70 @@ def test_a_tensor_of_the_wrong_shape_is_named(damaged):
     change(lambda tensors: tensors.update({name: tensors[name][:-1].clone()}))
     with pytest.raises(InputError, match=r"up_proj\.weight: shape \(47, 32\) in the file, \(48, 32\) in the config"):
         opened(folder).load_all()
+
+
+@torch.no_grad()
+def test_a_head_of_its_own_counts_whatever_the_config_ties(damaged, ids, tmp_path):
+    """What transformers does; what is made of the model says so in its config, and an equal head stays tied."""
+    folder, change = damaged
+    change(lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    assert opened(folder).config.tie_word_embeddings
+    change(lambda tensors: tensors["lm_head.weight"].mul_(1.5))
+    original = opened(folder)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits
+    assert torch.equal(original.load_all()(ids).logits, expected) and not original.config.tie_word_embeddings
+    model, tokenizer = original.load_all(), original.tokenizer
+    method = ClusComp(bits=None, vector_dim=2, codebook_size=4, iterations=1, **PAPER, **STORED, **NO_DATA)
+    for name, block in zip(block_names(model), blocks(model)):
+        compress_block(method, block, name, 0, {})
+    expected = model(ids).logits
+    checkpoint.save(model, tokenizer, tmp_path / "saved")
+    assert torch.equal(checkpoint.load(tmp_path / "saved")(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_only_the_models_own_files_are_read_and_counted(damaged, ids):
+    folder, _ = damaged
+    before, hashes, tensors = opened(folder).size(), file_hashes(folder), load_file(folder / "model.safetensors")
+    expected = opened(folder).load_all()(ids).logits
+    save_file({name: torch.zeros_like(one) for name, one in tensors.items()}, folder / "zeros.safetensors")
+    save_file({f"other.{name}": one for name, one in tensors.items()}, folder / "consolidated.safetensors")
+    assert opened(folder).size() == before and file_hashes(folder) == hashes
+    assert torch.equal(opened(folder).load_all()(ids).logits, expected)
+
+
+@pytest.fixture
+def shards(tiny_folder, tmp_path):
+    """The tiny model in several files with an index."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    opened(tiny_folder).tokenizer.save_pretrained(tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def test_a_tensor_in_two_files_and_a_missing_file_are_named(shards):
+    first, second, *_ = sorted(shards.glob("*.safetensors"))
+    whole, (name, tensor) = load_file(second), next(iter(load_file(first).items()))
+    stray = shards / "another.safetensors"
+    save_file({name: torch.zeros_like(tensor)}, stray)
+    assert all(one.any() for _, one in opened(shards).tensors([name]))  # no file of the index
+    save_file(whole | {name: tensor}, second)
+    with pytest.raises(InputError, match=f"{second.name}: {name} is also in {first.name}") as caught:
+        opened(shards)
+    assert one_sentence(caught)
+    second.unlink()
+    with pytest.raises(InputError, match=f"{second.name}: missing, though model.safetensors.index.json") as caught:
+        opened(shards)
+    assert one_sentence(caught)
+    stray.unlink()
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../secret"}}'])
+def test_an_index_that_is_none_is_named(shards, index):
+    (shards / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json: ") as caught:
+        opened(shards)
+    assert one_sentence(caught)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 300, -100])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp.errors import InputError
+from cluscomp.models.original import Original
 from cluscomp.models.sources import GgufModel, HubModel, TinyModel
 from cluscomp.store.files import file_hash
 
@@ -145,6 +146,22 @@ def test_an_unknown_architecture_is_named_in_a_sentence(changes, tmp_path):
         tiny(**changes).folder(tmp_path)
     assert len(str(caught.value)) < 500
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("architecture", ["bert", "t5"])
+def test_what_is_no_causal_model_is_refused_in_the_same_words_everywhere(architecture, small, tmp_path):
+    words = f"a model of type '{architecture}' is no causal language model"
+    (small / "config.json").write_text(json.dumps({"model_type": architecture}))
+    given = {"model_type": architecture}
+    for refused in (
+        lambda: Original(small, torch.float32, torch.device("cpu")),
+        lambda: hub(str(small)).read_config(tmp_path),
+        lambda: HubModel(id="a/b", revision=None, config=given).read_config(tmp_path),
+        lambda: tiny(architecture=architecture, config={}).read_config(tmp_path),
+        lambda: tiny(architecture=architecture, config={}).folder(tmp_path / "new"),
+    ):
+        with pytest.raises(InputError, match=words):
+            refused()
 
 
 @pytest.mark.parametrize("value", [{"num_attention_heads": 0}, {"hidden_size": "big"}])

@@ -2,15 +2,24 @@
 
 import pytest
 import torch
+from conftest import FAMILIES
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cluscomp.errors import InputError
 from cluscomp.models.original import Original, blocks
 from cluscomp.models.walk import Walk
 
+TUPLES = {  # families whose blocks give tuples
+    "gptj": {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64, "rotary_dim": 4},
+    "gpt_neo": {"num_layers": 3, "num_heads": 4, "hidden_size": 32, "window_size": 5}
+    | {"attention_types": [[["global", "local", "global"], 1]]},
+}
 
-@pytest.fixture
-def model(family):
+
+@pytest.fixture(params=[*FAMILIES, *TUPLES])
+def model(request, families):
+    family = families(request.param, **TUPLES.get(request.param, {}))
     return AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32).eval()
 
 
@@ -103,3 +112,90 @@ def test_training_reaches_the_stored_parameters_through_apply(tiny_folder, ids):
     weight = walk.blocks[0].mlp.up_proj.weight.requires_grad_(True)
     walk.apply(0, walk.blocks[0], hidden).square().mean().backward()
     assert weight.grad is not None and weight.grad.any()
+
+
+class Between(nn.ModuleList):
+    """Blocks between which a model does something of its own."""
+
+    def __getitem__(self, places):
+        if isinstance(places, int):
+            return super().__getitem__(places)
+        return [lambda hidden, layer=layer, **more: self.between(layer, hidden, more) for layer in list(self)[places]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "between, reason",
+    [
+        (lambda layer, hidden, more: layer(2 * hidden, **more), "what enters model.layers.1 is not what the block"),
+        (lambda layer, hidden, more: layer(layer(hidden, **more), **more), "not called one after the other"),
+        (
+            lambda layer, hidden, more: layer(
+                hidden, **more | {"position_embeddings": [hidden[0, 0].mean() * p for p in more["position_embeddings"]]}
+            ),
+            "model.layers.1 gets other arguments",
+        ),
+    ],
+)
+def test_a_walk_that_is_not_the_models_own_pass_is_refused(tiny_folder, ids, between, reason):
+    """Of the original, read block by block, and of a model in memory; what it says is known before any window."""
+    original = Original(tiny_folder, torch.float32, torch.device("cpu"))
+    for model, source in ((original.model(), original), (original.load_all(), None)):
+        model.model.layers = Between(model.model.layers)
+        model.model.layers.between = between
+        with pytest.raises(InputError, match=f"its blocks cannot be walked one by one: .*{reason}"):
+            Walk(model, source).embed(ids)
+        assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks(model))
+
+
+@torch.no_grad()
+def test_another_head_after_skipped_blocks_is_refused(tiny_folder, ids):
+    model = Original(tiny_folder, torch.float32, torch.device("cpu")).load_all()
+    calls = []
+    model.lm_head.register_forward_hook(lambda _module, _args, output: calls.append(0) or output * len(calls))
+    with pytest.raises(InputError, match="its logits are then others"):
+        Walk(model).embed(ids)
+
+
+@torch.no_grad()
+def test_a_model_that_sees_what_it_is_to_predict_is_refused(tiny_folder, ids):
+    model = Original(tiny_folder, torch.float32, torch.device("cpu")).load_all()
+    for block in blocks(model):
+        block.register_forward_pre_hook(
+            lambda _module, args, kwargs: (args, kwargs | {"attention_mask": torch.zeros(2, 1, 12, 12)}),
+            with_kwargs=True,
+        )
+    with pytest.raises(InputError, match="LlamaForCausalLM is no causal language model"):
+        Walk(model).embed(ids)
+
+
+def test_an_original_is_compared_once_and_holds_one_block(families, ids):
+    original = Original(families("gptj", **TUPLES["gptj"]), torch.float32, torch.device("cpu"))
+    model, read = original.model(), []
+    model.transformer.h[0].register_forward_hook(lambda *_: read.append(next(model.transformer.h[1].parameters())))
+    Walk(model, original).embed(ids)
+    assert [one.is_meta for one in read[:1]] == [True] and original.gives_tuples
+    runs = len(read)
+    Walk(model, original).embed(ids)
+    assert len(read) == runs + 1  # the capture alone
+    assert all(parameter.is_meta for block in blocks(model) for parameter in block.parameters())
+
+
+@torch.no_grad()
+def test_the_first_block_whose_numbers_are_none_is_named(tiny_folder, ids):
+    original = Original(tiny_folder, torch.float32, torch.device("cpu"))
+    for value, place in ((torch.nan, "model.layers.1"), (torch.inf, "model.layers.1"), (torch.nan, "the head")):
+        model = original.load_all()
+        norm = model.model.norm if place == "the head" else model.model.layers[1].input_layernorm
+        norm.weight[3] = value
+        with pytest.raises(InputError, match=f"^{place}.*: NaN or infinity"):
+            Walk(model).embed(ids)
+    model = original.load_all()
+    walk = Walk(model)
+    walk.embed(ids)  # on this window there was nothing
+    model.model.layers[2].mlp.down_proj.weight[0] = torch.inf
+    with pytest.raises(InputError, match=r"^model\.layers\.2\.mlp\.down_proj\.weight: NaN or infinity"):
+        walk.through([ids], "text")
+    model.model.layers[2].mlp.down_proj.weight[0] = 3e38
+    with pytest.raises(InputError, match=r"^model\.layers\.2: NaN or infinity in what it makes of the text"):
+        walk.through([ids], "text")

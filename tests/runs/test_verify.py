@@ -49,6 +49,17 @@ def test_a_record_of_this_machine_is_equal(made, capsys, how):
     assert not list(made.glob("outputs/verify-*"))
 
 
+def test_a_path_may_hold_an_equals_sign(made, capsys):
+    """Lightning's epoch=3-step=99: of the record, which is a file, and of a folder."""
+    (path,) = made.glob("outputs/run-*/record.json")
+    (made / "epoch=3").mkdir()
+    shutil.copy(path, made / "epoch=3" / "record.json")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr("sys.argv", ["cluscomp", "verify", "epoch=3/record.json"])
+        command.main()
+    assert ended.value.code == 0 and ": equal\n" in capsys.readouterr().out
+
+
 def test_an_altered_score_is_different(made, capsys):
     (path,) = made.glob("outputs/run-*/record.json")
     whole = path.read_text()

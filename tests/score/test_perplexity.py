@@ -78,6 +78,7 @@ def test_a_model_that_knows_the_text_has_perplexity_one():
 
 def test_a_hopeless_model_has_infinite_perplexity_instead_of_an_overflow(model, windows_WT):
     walk = Walk(model)
+    walk.embed(windows_WT[:1])  # compared with the model now
     walk.logits = lambda _hidden, ids_BT: torch.full((*ids_BT.shape, 257), -1e4).scatter(
         2, ids_BT.roll(1, 1)[..., None], 1e4
     )

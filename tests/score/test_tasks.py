@@ -120,6 +120,14 @@ def test_what_cannot_be_asked_is_told_in_a_sentence(mirror, tiny_folder, changes
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 
+def test_a_tokenizer_without_an_end_token_is_refused_beforehand(mirror, tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="has no end token"):
+        tasks(mirror).check(tiny_folder, tokenizer)
+    tasks(mirror, names=[]).check(tiny_folder, tokenizer)
+
+
 def test_flips_by_hand(tmp_path):
     def rows(*right: float):
         return [{"task": "t", "filter": "none", "doc_id": number, "acc": one} for number, one in enumerate(right)]

@@ -204,6 +204,26 @@ def test_sets_of_the_hub_come_from_a_mirror(shared, tokenizer, choice):
 def test_unusable_rows_are_told(ground, tmp_path, tokenizer):
     with pytest.raises(InputError, match="row 0 is not of format 'alpaca'"):
         rows(tmp_path, [{"question": "?"}], "alpaca").encode(tokenizer, 9)
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content or '' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    good, asked = {"role": "assistant", "content": "y"}, {"role": "user", "content": "x"}
+    for row, format_, words in (
+        ({"prompt": "Say b:", "completion": None}, "prompt_completion", "'completion' is null, no text"),
+        ({"prompt": "2+3=", "completion": 5}, "prompt_completion", "'completion' is 5, no text"),
+        ({"instruction": None, "output": "b"}, "alpaca", "'instruction' is null, no text"),
+        ({"question": ["a"], "answer": "b"}, "gsm8k", "'question' is .*, no text"),
+        ({"messages": [asked, good | {"content": None}]}, "messages", "'content' is null, no text"),
+        ({"messages": [asked | {"content": 3}, good]}, "messages", "'content' is 3, no text"),
+        ({"messages": [asked | {"role": "system"}, good]}, "messages", "refused by the chat template: no system role"),
+    ):
+        with pytest.raises(InputError, match=f"row 0 .*{words}"):
+            rows(tmp_path, [row], format_).encode(tokenizer, 64)
+    called = [asked, good | {"content": None, "tool_calls": []}, asked, good]
+    called[1]["tool_calls"] = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    assert len(rows(tmp_path, [{"messages": called}], "messages").encode(tokenizer, 64).examples) == 1
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(InputError, match=r"broken\.json"):
         Rows(
