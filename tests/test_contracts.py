@@ -350,6 +350,7 @@ WHY = {  # libraries that may be imported late, and why
     "filelock": "slow, and only runs hold locks",
     "gguf": "optional",
     "huggingface_hub": "slow, and only models of the hub need it",
+    "jinja2": "slow, and only conversations need it",
     "lm_eval": "optional",
     "matplotlib": "slow, and only figures need parts of it",
     "pandas": "slow, and only tables need it",
