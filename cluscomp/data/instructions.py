@@ -117,8 +117,9 @@ class Rows:
             except (KeyError, TypeError, AttributeError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 raise InputError(f"{self._place}: row {number} is not of format '{self.format}' ({problem})") from error
-            except TemplateError as error:
-                raise InputError(f"{self._place}: row {number} is refused by the chat template: {error}") from error
+            except (TemplateError, ArithmeticError) as error:  # it reaches for attributes, counts without end, ...
+                problem = str(error).splitlines()[0]
+                raise InputError(f"{self._place}: row {number} is refused by the chat template: {problem}") from error
             tokens = _tokens(pieces, tokenizer, whole=self.format == "messages")
             truncated += len(tokens.ids) > length
             tokens = Tokens(tokens.ids[:length], tokens.counted[:length])
@@ -218,15 +219,8 @@ def _turns(messages: list[dict[str, str]], tokenizer: Any, place: str) -> list[P
     if tokenizer.chat_template is None:
         raise InputError(f"{place}: the model's tokenizer has no chat template, so 'messages' cannot be used")
 
-    from jinja2.exceptions import TemplateError
-
     def text(count: int, prompt: bool) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
-        except (TemplateError, ArithmeticError) as error:  # it reaches for attributes, counts without end, ...
-            raise InputError(
-                f"{place}: the chat template of the model's tokenizer cannot be used: {str(error).splitlines()[0]}"
-            ) from error
+        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
 
     whole, done = text(len(messages), prompt=False), 0
     pieces: list[Piece] = []

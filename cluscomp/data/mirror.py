@@ -1,8 +1,14 @@
-"""A local mirror of the hub, as `datasets` reads it."""
+"""Data sets as `datasets` gives them: a local mirror, and rows of which some have no text."""
 
 import hashlib
 import json
+import logging
 from pathlib import Path
+from typing import Any
+
+from cluscomp.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def own_cache(folder: Path) -> str:
@@ -16,3 +22,19 @@ def own_cache(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     state = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return str(Path(HF_DATASETS_CACHE) / f"cluscomp-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}")
+
+
+def with_text(rows: list[Any], what: str, column: str) -> list[str]:
+    """The rows of a column but those that are null, which a line in the log counts.
+
+    Raises InputError, beginning with `what`, that names the row and column of anything else that is no text.
+    """
+    found = [row for row in rows if isinstance(row, str)]
+    for number, row in enumerate(rows):
+        if row is not None and not isinstance(row, str):
+            raise InputError(
+                f"{what}, row {number}: column '{column}' holds {type(row).__name__}, no text; give another data.column"
+            )
+    if len(found) < len(rows):
+        log.info("%s: %d of %d rows have no text, and are left out", what, len(rows) - len(found), len(rows))
+    return found

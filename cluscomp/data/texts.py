@@ -5,7 +5,6 @@ Every source has two texts that never overlap: "calibration" (what a method may 
 
 import hashlib
 import json
-import logging
 import random
 import re
 from collections.abc import Callable
@@ -17,11 +16,10 @@ import numpy as np
 from jaxtyping import Int
 from pydantic.dataclasses import dataclass
 
-from cluscomp.data.mirror import own_cache
+from cluscomp.data.mirror import own_cache, with_text
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 
-log = logging.getLogger(__name__)
 Split = Literal["calibration", "test"]
 WINDOWS_FROM_DOCUMENTS, DOCUMENT_SEED = 256, 0  # the literature's C4 test set: 256 random windows, seed 0
 SPECIAL_TOKENS = 8  # at most so many are added to a document
@@ -171,20 +169,7 @@ class HubText:
             ) from error
         except (ValueError, KeyError) as error:
             raise InputError(f"data {self.name}: {place}, split '{split}': {str(error).splitlines()[0]}") from error
-        found: list[str] = []
-        for number, row in enumerate(rows):
-            if isinstance(row, str):
-                found.append(row)
-            elif row is not None:
-                raise InputError(
-                    f"data {self.name}: {place}, split '{split}', row {number}: column '{self.column}' holds "
-                    f"{type(row).__name__}, no text; give another data.column"
-                )
-        if len(found) < len(rows):
-            log.info(
-                "%s/%s: %d of %d rows have no text, and are left out", self.id, split, len(rows) - len(found), len(rows)
-            )
-        return found
+        return with_text(rows, f"data {self.name}: {place}, split '{split}'", self.column)
 
 
 @settings

@@ -198,7 +198,7 @@ class TinyModel:
             )
         try:
             config = AutoConfig.for_model(self.architecture, **fixed | self.config)
-            check_causal("model.config", config)
+            check_causal(f"model.architecture={self.architecture}", config)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -279,7 +279,7 @@ def test_rows_of_null_are_left_out_and_others_that_are_no_text_named(tmp_path, c
     root = mirror(tmp_path / "hub", train=["one", None, "", "two"], test=["three", None])
     source = hub(data_root=root)
     assert source.text("calibration").rows == ["one", "", "two"] and source.text("test").rows == ["three"]
-    assert "org/name/train: 1 of 4 rows have no text" in caplog.text
+    assert "org/name, split 'train': 1 of 4 rows have no text" in caplog.text
     root = mirror(tmp_path / "other", train=[["a"], ["b"]], test=[["c"]])
     with pytest.raises(InputError, match=r"org/name, split 'test', row 0: column 'text' holds list, no text"):
         hub(data_root=root).text("test")

@@ -163,7 +163,7 @@ def test_a_chat_template_that_cannot_be_used_is_told(tokenizer, tmp_path, templa
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = template
     source = rows(tmp_path, [{"messages": [{"role": "user", "content": "a?"}]}], "messages")
-    with pytest.raises(InputError, match="chat template of the model's tokenizer cannot be used: "):
+    with pytest.raises(InputError, match="row 0 is refused by the chat template: "):
         source.encode(chatty, 100)
 
 
