@@ -373,7 +373,7 @@ def test_a_fresh_run_makes_everything_anew_and_replaces_only_by_what_is_whole(gr
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits_and_damaged_parts_are_made_again(ground, forks, tmp_path, caplog):
     """Killed after the first block of cluster, then of block_finetune; the rest from whole and from altered parts."""
-    long = [*TUNED, "method.iterations=50", "block_finetune.epochs=12", "evaluate.after=[block_finetune]"]
+    long = [*TUNED, "method.iterations=50", "block_finetune.epochs=6", "evaluate.after=[block_finetune]"]
     whole = pipeline(ground, tmp_path / "whole", *long)
     killed = tmp_path / "killed"
 
