@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,12 @@ SHARED = ("method", "allocation", "data", "instructions", "tasks", "bits", "data
 
 @contextmanager
 def told_in_a_sentence() -> Iterator[None]:
-    """Turn an exception into one sentence and an exit code, unless debug=true asks for all of it."""
+    """Turn an exception into one sentence and an exit code, unless debug=true asks for all of it.
+
+    What the encoding of stdout does not have is written as \\xe9 and the like.
+    """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
