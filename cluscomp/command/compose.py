@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from cluscomp.command.environment import Place, resolved
 from cluscomp.command.trust import Given, check, given, refuse_hydra, settings_class
 from cluscomp.errors import InputError
-from cluscomp.process import rank
+from cluscomp.process import rank, unreadable
 from cluscomp.runs.experiment import Experiment, put
 from cluscomp.store.secrets import Discreet, hide, printable
 
@@ -219,7 +219,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         place = f"{error.filename}: " if error.filename else ""
         return f"failed: {place}{error.strerror or error}", 1
     first_line = (str(error).splitlines() or [""])[0]
-    return f"failed: {type(error).__name__}: {first_line} (debug=true shows where)", 1
+    why = unreadable() if isinstance(error, ImportError) else ""
+    return f"failed: {type(error).__name__}: {first_line}{why} (debug=true shows where)", 1
 
 
 def _composition_problem(error: BaseException) -> str:
