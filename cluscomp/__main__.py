@@ -4,13 +4,17 @@ import os
 import sys
 
 from cluscomp import __version__
-from cluscomp.command import records
-from cluscomp.command.compose import compose_for, told_in_a_sentence
-from cluscomp.command.sweep import calibrate, run_one, show_plan, sweep
+from cluscomp.process import interrupt_once, loading
+
+with loading():
+    from cluscomp.command import records
+    from cluscomp.command.compose import compose_for, told_in_a_sentence
+    from cluscomp.command.sweep import calibrate, run_one, show_plan, sweep
 
 
 def main() -> None:
     """The `cluscomp` command. Exit codes: 0 done, 1 failed, 2 input cannot work, 130 interrupted."""
+    interrupt_once()
     arguments = sys.argv[1:]
     plain = {"status": records.status, "collect": records.collected, "table": records.table, "plot": records.plot}
     command = arguments.pop(0) if arguments and arguments[0] in {"run", "plan", "verify", *plain} else "run"

@@ -1,4 +1,4 @@
-"""The process: memory, cores, its number among several, progress lines."""
+"""The process: memory, cores, its number among several, Ctrl-C, progress lines."""
 
 import contextlib
 import ctypes
@@ -6,12 +6,69 @@ import gc
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("cluscomp")
+BURST = 3.0  # seconds within which Ctrl-C pressed again is the same Ctrl-C
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """While modules are loaded there is nothing to clean up: Ctrl-C ends the process at once, with one line.
+
+    A module that is missing is told in a line, too, with the folders of the search path that this user may not read.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    mind = handler is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if mind:
+        signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    except ImportError as error:
+        sys.exit(f"cluscomp: failed: {error}{unreadable()}")
+    finally:
+        if mind:
+            signal.signal(signal.SIGINT, handler)
+
+
+def _leave(*_: object) -> None:
+    os.write(2, b"cluscomp: interrupted\n")
+    os._exit(130)
+
+
+def interrupt_once() -> None:
+    """Let Ctrl-C interrupt what is at work, and again within BURST seconds not what then cleans up."""
+    last = -BURST
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before >= BURST:
+            signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else who started this wants it ignored
+        signal.signal(signal.SIGINT, interrupt)
+
+
+def unreadable() -> str:
+    """The end of a sentence on a missing module: folders where modules are looked for and this user may not read."""
+    found = []
+    for place in filter(None, sys.path):
+        try:
+            Path(place).stat()
+            if not os.access(place, os.R_OK | os.X_OK):
+                found.append(place)
+        except PermissionError:
+            found.append(place)
+        except OSError:
+            continue
+    return f"; this user may not read {', '.join(found)}, where modules are looked for" if found else ""
 
 
 def cores() -> int:

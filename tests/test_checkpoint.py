@@ -446,3 +446,16 @@ def test_a_share_in_a_layer_that_is_not_there_is_refused(tiny_folder, tmp_path):
     edit_config(tmp_path / "model", lambda config: config["weights"][LAYER].update(shares="nothing"))
     with pytest.raises(InputError, match="nothing"):
         checkpoint.load(tmp_path / "model")
+
+
+def test_a_checkpoint_is_as_readable_as_the_users_umask_says(tiny_saved, tmp_path):
+    before = os.umask(0o027)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tiny_saved[1])
+        checkpoint.save(tiny_saved[0], tokenizer, tmp_path / "made" / "checkpoint")
+        checkpoint.save_part(tmp_path / "part.safetensors", blocks(tiny_saved[0])[0], {})
+    finally:
+        os.umask(before)
+    places = [*(tmp_path / "made").rglob("*"), tmp_path / "made", tmp_path / "part.safetensors"]
+    assert {place.stat().st_mode & 0o777 for place in places if place.is_dir()} == {0o750}
+    assert {place.stat().st_mode & 0o777 for place in places if place.is_file()} == {0o640}

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pydantic import ValidationError
 from cluscomp.command.environment import Place, resolved
 from cluscomp.command.trust import Given, check, given, refuse_hydra, settings_class
 from cluscomp.errors import InputError
-from cluscomp.process import rank
+from cluscomp.process import rank, unreadable
 from cluscomp.runs.experiment import Experiment, put
 from cluscomp.store.secrets import Discreet, hide, printable
 
@@ -32,7 +33,12 @@ SHARED = ("method", "allocation", "data", "instructions", "tasks", "bits", "data
 
 @contextmanager
 def told_in_a_sentence() -> Iterator[None]:
-    """Turn an exception into one sentence and an exit code, unless debug=true asks for all of it."""
+    """Turn an exception into one sentence and an exit code, unless debug=true asks for all of it.
+
+    What the encoding of stdout does not have is written as \\xe9 and the like.
+    """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -213,7 +219,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         place = f"{error.filename}: " if error.filename else ""
         return f"failed: {place}{error.strerror or error}", 1
     first_line = (str(error).splitlines() or [""])[0]
-    return f"failed: {type(error).__name__}: {first_line} (debug=true shows where)", 1
+    why = unreadable() if isinstance(error, ImportError) else ""
+    return f"failed: {type(error).__name__}: {first_line}{why} (debug=true shows where)", 1
 
 
 def _composition_problem(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from pydantic import InstanceOf
 
 from cluscomp.data.mirror import own_cache
-from cluscomp.data.texts import Source, tokenize
+from cluscomp.data.texts import Source, copies_told, tokenize
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 
@@ -133,6 +133,7 @@ class Rows:
     def _place(self) -> str:
         return f"instructions.id={self.id}" if self.file is None else f"instructions.file={self.file}"
 
+    @copies_told()
     def _rows(self) -> list[dict[str, Any]]:
         if self.file is not None:
             return _read_json(Path(self.file).expanduser(), self._place)

@@ -7,7 +7,8 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -84,6 +85,23 @@ def read_once(key: Any, read: Callable[[], Text]) -> Text:
     return _READ[name]
 
 
+@contextmanager
+def copies_told() -> Iterator[None]:
+    """Name the setting that helps where `datasets` cannot write its copy of the rows (InputError)."""
+    try:
+        yield
+    except OSError as error:
+        from datasets.config import HF_DATASETS_CACHE
+
+        copies, place = Path(HF_DATASETS_CACHE), Path(error.filename or "/")
+        if not (place.is_relative_to(copies) or (place.name and copies.is_relative_to(place))):
+            raise
+        raise InputError(
+            f"{place}: {error.strerror}, and `datasets` keeps its copies of rows there; set HF_DATASETS_CACHE "
+            "in the environment to a folder that can be written"
+        ) from error
+
+
 def _version(file: str | None) -> Any:
     """What changes when a file or folder becomes another."""
     path = Path(file or "").expanduser().absolute()
@@ -148,6 +166,7 @@ class HubText:
         rows = test if split == "test" else without_overlap(self._rows(self.calibration), test)
         return Text(f"{self.id}/{getattr(self, split)}", rows, self.separator)
 
+    @copies_told()
     def _rows(self, split: str) -> list[str]:
         from datasets import load_dataset
         from datasets.exceptions import DatasetNotFoundError

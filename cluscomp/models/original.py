@@ -27,6 +27,7 @@ from cluscomp.errors import InputError
 from cluscomp.forms.layers import place
 from cluscomp.forms.linear import CompressedLinear
 from cluscomp.models.sources import read_config, weight_files
+from cluscomp.models.untrusted import check_dtypes, check_tokens, made_of
 from cluscomp.process import give_memory_back
 from cluscomp.store.files import file_hash
 
@@ -48,6 +49,7 @@ class Original:
         self.gives_tuples: bool | None = None  # whether its blocks do, known once a `Walk` was compared with it
         self.config, self.tokenizer = read_config(folder), read_tokenizer(folder)
         self._check_config()
+        check_tokens(folder, self.config, self.tokenizer)
         self._shards: dict[str, Path] = {}
         for path in weight_files(folder):
             try:
@@ -94,7 +96,7 @@ class Original:
 
         Raises InputError if a tensor is missing, or the model has a part that cannot be compressed.
         """
-        with init_empty_weights(include_buffers=False):
+        with made_of(self.config), init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
         check_supported(model)
         prefixes = tuple(f"{name}." for name in block_names(model))
@@ -106,6 +108,7 @@ class Original:
                 f"{self.folder}: no tensor {missing[0]} ({len(missing)} of {len(names)} missing). If the file's names "
                 "differ from transformers', load and save the model once with transformers and give that folder"
             )
+        check_dtypes(self._kinds(), DTYPES, {name for name, _ in model.named_parameters()}, self.folder)
         self._fill(model, [name for name in names if not name.startswith(prefixes) and name in self._shards])
         model.tie_weights()
         model.requires_grad_(False)
@@ -176,6 +179,14 @@ class Original:
                     # a copy, or a norm that stays would keep all that was read of the file in memory
                     yield name, tensor.to(self.device, dtype, copy=True)
 
+    def _kinds(self) -> dict[str, str]:
+        """The types of all tensors, as the files name them."""
+        found: dict[str, str] = {}
+        for path in sorted(set(self._shards.values())):
+            with safe_open(path, "pt") as shard:
+                found |= {name: shard.get_slice(name).get_dtype() for name in shard.keys()}  # noqa: SIM118
+        return found
+
     def file_dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor in the file."""
         with safe_open(self._shards[name], "pt") as shard:
@@ -204,8 +215,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder. Raises InputError if there is none."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{folder}: no usable tokenizer: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever a tokenizer class makes of files it cannot use
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{folder}: no usable tokenizer: {reason}") from error
 
 
 def block_names(model: PreTrainedModel) -> list[str]:

@@ -54,7 +54,7 @@ class Dequantised(Original):
         """Raises InputError as `Original`, and for a stored_bits.json that cannot be right."""
         super().__init__(folder, dtype, device)
         try:
-            self._stated = TypeAdapter(Stated).validate_json((folder / STATED).read_text())
+            self._stated = TypeAdapter(Stated).validate_json((folder / STATED).read_bytes())
         except ValidationError as error:
             wrong = error.errors()[0]
             place = ".".join(map(str, wrong["loc"])) or "the file"

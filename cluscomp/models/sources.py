@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from cluscomp.errors import InputError
+from cluscomp.models.untrusted import check_counts, check_folder, check_gguf, read_as_gguf
 from cluscomp.settings import settings
 from cluscomp.store.files import file_hash, new_folder
 
@@ -73,6 +74,7 @@ class HubModel:
             raise InputError(f"model.id={self.id}: there is no such folder")
         else:
             found = self._download()
+        check_folder(found)
         if not (found / "config.json").is_file():
             raise InputError(f"model.id={self.id}: {found} has no config.json, so it is not a model folder")
         if not weight_files(found):
@@ -121,10 +123,8 @@ class GgufModel:
         path = self._path()
         target = cache / f"gguf-{file_hash(path)[:16]}"
         if not (target / "gguf.json").is_file():
-            try:
+            with read_as_gguf(path):
                 quantised = _types_in(path)
-            except (ValueError, IndexError, KeyError, OverflowError) as error:
-                raise InputError(f"model.file={path}: truncated, or not a GGUF file ({error})") from error
             log.info("converting %s into %s", path.name, target)
             with new_folder(target) as unfinished:
                 _convert_gguf(path, unfinished)
@@ -152,6 +152,7 @@ class GgufModel:
             path = Path(spec.origin).parent / self.file
         if not path.is_file():
             raise InputError(f"model.file={path}: there is no such file")
+        check_gguf(path)
         return path
 
 
@@ -172,6 +173,7 @@ class TinyModel:
 
     def folder(self, cache: Path) -> Path:
         """The folder in the cache, made on first use. Raises InputError for an unknown architecture or value."""
+        check_counts("model.config", self.config)
         settings = json.dumps([self.architecture, self.config, self.seed], sort_keys=True)
         target = cache / f"tiny-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
         if not (target / "config.json").is_file():
@@ -276,6 +278,7 @@ def no_causal_model(what: str) -> InputError:
 def _config_of(key: str, values: dict[str, Any]) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
+    check_counts(key, values)
     kind = values.get("model_type")
     try:
         config: PreTrainedConfig = AutoConfig.for_model(**values)
@@ -304,10 +307,8 @@ def _gguf_config(path: Path, content: str) -> "PreTrainedConfig":  # noqa: ARG00
     """The config in the header of a GGUF file with this hash of its content."""
     from transformers import AutoConfig
 
-    try:
+    with read_as_gguf(path):
         config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
-        raise InputError(f"model.file={path}: truncated, or not a GGUF file ({error})") from error
     check_causal(f"model.file={path}", config)
     config.dtype = "bfloat16"  # of the converted folder
     return config
@@ -321,11 +322,19 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with read_as_gguf(path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    read, info = loaded
+    for problem in ("missing_keys", "mismatched_keys"):
+        if info[problem]:  # transformers has filled them with random numbers
+            raise InputError(f"model.file={path}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]}")
     values = read.config.to_dict()
     values.pop("quantization_config", None)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -19,6 +19,7 @@ from cluscomp.forms.stored import Stored
 from cluscomp.kernels.counting import Count
 from cluscomp.kernels.work import Work
 from cluscomp.models.original import block_names, blocks, check_supported, linears, norms, quantizer
+from cluscomp.models.untrusted import made_of
 from cluscomp.models.walk import Walk
 from cluscomp.plan.cost import Cost
 
@@ -53,18 +54,19 @@ class MetaModel:
         if quantizer(config) not in (None, checkpoint.NAME):
             raise InputError(f"{config.name_or_path}: what layers of '{quantizer(config)}' take is not known")
         self.config, self.dtype, self.device = config, dtype, device
-        of_file = getattr(config, "dtype", None) or torch.bfloat16  # before a model is made, which changes it
-        of_file = getattr(torch, of_file) if isinstance(of_file, str) else of_file
-        if quantizer(config) is not None:
-            of_file = torch.bfloat16  # what our checkpoints keep is in 16 bits wherever these hold it
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with made_of(config):
+            of_file = getattr(config, "dtype", None) or torch.bfloat16  # before a model is made, which changes it
+            of_file = getattr(torch, of_file) if isinstance(of_file, str) else of_file
+            if quantizer(config) is not None:
+                of_file = torch.bfloat16  # what our checkpoints keep is in 16 bits wherever these hold it
+            with torch.device("meta"):
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            self.file_bytes = of_file.itemsize  # of a number in the original's file
         check_supported(model)
         model.tie_weights()
         model.requires_grad_(False)
         self.model = model.eval()
         self._passes: dict[Any, Pass] = {}
-        self.file_bytes = of_file.itemsize  # of a number in the original's file
         self.kept_bytes = min(of_file.itemsize, dtype.itemsize)  # of a number that is stored and not compressed
         self.dense = {name: (layer.out_features, layer.in_features) for name, layer in linears(self.block).items()}
         self.block_numbers = max(sum(p.numel() for p in block.parameters()) for block in blocks(model))
@@ -77,6 +79,8 @@ class MetaModel:
         self._rounded: set[str] = set()  # names of what training leaves in float16
         if quantizer(config) is not None:
             empty_layers(model, config.quantization_config["weights"], dtype)
+        with made_of(config):
+            self.forward(1, 2)
 
     def train_norms(self, *, outside: bool = True) -> None:
         """Norms learn, too, without `outside` those of blocks alone; they end as 16 bits have it, of 32 as float16."""

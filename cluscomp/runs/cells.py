@@ -74,7 +74,7 @@ def at_work(
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt)
             problem = "" if stopped else hide(explain(error)[0])
-            with (folder / LOG).open("a") as file:
+            with (folder / LOG).open("a", encoding="utf-8") as file:
                 file.write(hide(traceback.format_exc()))
             _write(folder, replace(began, state="interrupted" if stopped else "failed", since=_now(), problem=problem))
             raise
@@ -156,7 +156,7 @@ def _write(folder: Path, cell: Cell) -> None:
 def _last_line(folder: Path) -> str:
     """The end of the cell's log without its time, on one line."""
     try:
-        lines = (folder / LOG).read_text(errors="replace").split("\n")
+        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return ""
     last = next((line for line in reversed(lines) if line.strip()), "")

@@ -55,6 +55,11 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
     publish = None if experiment.publish is None or not first else writable("publish", experiment.publish)
     if not experiment.machine.here:
         raise InputError(f"machine={experiment.machine.name}: only `cluscomp plan` works for another machine")
+    if rank() >= processes():
+        raise InputError(
+            f"RANK={rank()} without a WORLD_SIZE above it: there are no other processes to work with; unset RANK, or "
+            "start all of them by torchrun"
+        )
     if experiment.fresh and processes() > 1:
         raise InputError("fresh=true: not with several processes, which could not tell old stages from new ones")
     predicted = foreseen(experiment, cache) if first else None

@@ -22,13 +22,13 @@ from cluscomp.errors import InputError
 from cluscomp.forms.layers import check_file, size_of
 from cluscomp.models import dense
 from cluscomp.models.original import Original
-from cluscomp.process import peak_memory, reset_peak_memory
+from cluscomp.process import peak_memory, rank, reset_peak_memory
 from cluscomp.runs.capsule import commit, versions
 from cluscomp.runs.experiment import Experiment, key_settings
 from cluscomp.score.tasks import read_answers, write_answers
 from cluscomp.stages import Job
 from cluscomp.stages.blockwise import dense_blocks
-from cluscomp.store.files import held_alone
+from cluscomp.store.files import held_alone, is_held
 from cluscomp.store.records import content_key, read_sealed, write_sealed
 from cluscomp.store.secrets import hide
 
@@ -289,10 +289,15 @@ def _remove(path: Path) -> None:
 
 
 POLL = 0.2  # seconds between two looks for what the first process writes
+TOLD = 60.0  # seconds of waiting after which a follower looks whether any process is at work, and says if none is
 
 
 class Follower(Runner):
     """A runner that writes nothing: the first process does and writes everything."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._looked = time.monotonic()  # when last for whoever is at work
 
     def stage(self, name: str) -> dict[str, Any]:
         """The metrics of a stage once the first process has written them."""
@@ -300,11 +305,22 @@ class Follower(Runner):
         if stage.distributed and self._whole(folder) is None:
             stage.run(*self._start(name, folder))
         while (finished := self._whole(folder)) is None:
-            time.sleep(POLL)
+            self._wait()
         return finished
 
     def evaluate(self, name: str) -> dict[str, Any]:
         """The scores once the first process has written them."""
         while (finished := self._finished(self._evaluation_folder(name))) is None:
-            time.sleep(POLL)
+            self._wait()
         return finished
+
+    def _wait(self) -> None:
+        """A moment, with a line in the log if for long no process was at work on any part of this run."""
+        if time.monotonic() - self._looked > TOLD:
+            names, self._looked = self.experiment.order, time.monotonic()
+            if not any(map(is_held, [*map(self._folder, names), *map(self._evaluation_folder, ["original", *names])])):
+                self._warn(
+                    f"RANK={rank()} waits for the process of RANK=0, and none is at work on this run; start all of "
+                    "them by torchrun, or unset RANK"
+                )
+        time.sleep(POLL)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from cluscomp.data.mirror import own_cache
+from cluscomp.data.texts import copies_told
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 from cluscomp.store.files import file_hash
@@ -125,7 +126,8 @@ class Tasks:
         loaded: list[Any] = []
         for name in self.names:
             try:
-                made = manager._load_spec(name)
+                with copies_told():
+                    made = manager._load_spec(name)
             except InputError:
                 raise
             except Exception as error:  # whatever a task's own code and datasets make of rows that are not there

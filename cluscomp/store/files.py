@@ -5,7 +5,6 @@ import logging
 import os
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,13 +26,18 @@ LEASE = 120.0  # seconds without a touch after which the holder of a lock, on an
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to fill that takes the name `target` (replacing one there) only if the block ends well.
 
-    Otherwise it disappears. Raises OSError if the place cannot be written.
+    Otherwise it disappears. Folder and files are as readable as the user's umask says, whatever library wrote them.
+    Raises OSError if the place cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    unfinished = target.with_name(f".{target.name}-{uuid4().hex}")
+    unfinished.mkdir()
+    usual = unfinished.stat().st_mode & 0o666
     try:
         yield unfinished
-        unfinished.chmod(0o755)
+        for path in unfinished.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                path.chmod(usual)
         if target.exists():
             shutil.rmtree(target)
         unfinished.rename(target)
@@ -43,11 +47,17 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """A path to write that becomes `target` only if the block ends well. Raises OSError if that cannot be."""
+    """A path to write that becomes `target` only if the block ends well, as readable as the user's umask says.
+
+    Raises OSError if that cannot be.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}-{uuid4().hex}")
     try:
+        unfinished.touch()
+        usual = unfinished.stat().st_mode & 0o666
         yield unfinished
+        unfinished.chmod(usual)
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -106,6 +106,6 @@ class Discreet(logging.Formatter):
 
 def log_file(path: Path) -> logging.Handler:
     """A handler that appends log lines with their time to a file, without what is secret. Raises OSError."""
-    handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=1)
+    handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8")
     handler.setFormatter(Discreet("%(asctime)s %(message)s"))
     return handler

@@ -1,5 +1,6 @@
 """Choices: the yaml of each group, and the settings that differ from it, however they were given."""
 
+import io
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from pipelines import composed
 from pydantic import ValidationError
 
-from cluscomp.command.compose import CONF
+from cluscomp.command.compose import CONF, told_in_a_sentence
 from cluscomp.command.convert import converted
 from cluscomp.command.records import parsed
 from cluscomp.errors import InputError
@@ -72,3 +73,12 @@ def test_a_name_cannot_leave_its_folder():
             Experiment(**values | {"name": name})
         with pytest.raises(InputError, match="NAME is the `name` of an experiment"):
             parsed("table", [name if len(name) < 9 else ".."], {})
+
+
+def test_a_terminal_that_lacks_a_letter_shows_it_otherwise(monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    with told_in_a_sentence():
+        print("caf\u00e9 \u6771")
+    shown.flush()
+    assert shown.buffer.getvalue() == b"caf\\xe9 \\u6771\n"

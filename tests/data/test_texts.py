@@ -12,6 +12,7 @@ from cluscomp.data.texts import (
     PydocText,
     Text,
     calibration_windows,
+    copies_told,
     prose,
     tokenize,
     without_overlap,
@@ -331,6 +332,17 @@ def test_a_local_mirror_is_read_and_overlap_removed(tmp_path):
     assert source.text("test").rows == [LONG, "one"]
     assert source.text("calibration").rows == ["one", "two"]
     assert source.text("test").name == "org/name/test"
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable_that_moves_it(tmp_path, monkeypatch):
+    (tmp_path / "home").write_text("")  # no folder can be made in it, whoever runs the test
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "home" / "datasets")
+    with pytest.raises(InputError, match="HF_DATASETS_CACHE"):
+        hub(data_root=mirror(tmp_path, train=["one"], test=["two"])).text("test")
+    with pytest.raises(InputError, match=r"Permission denied.*HF_DATASETS_CACHE"), copies_told():
+        raise PermissionError(13, "Permission denied", str(tmp_path / "home"))
+    with pytest.raises(PermissionError), copies_told():  # of the rows themselves
+        raise PermissionError(13, "Permission denied", str(tmp_path / "org" / "rows"))
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,22 @@ Processes are forked from one that has imported everything, which saves some sec
 import json
 import os
 import random
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from forks import until
+from pipelines import composed
+
+from cluscomp.errors import InputError
+from cluscomp.models.original import Original
+from cluscomp.runs import runner
+from cluscomp.runs.run import run
+from cluscomp.store.files import held_alone
 
 BLOCKS = 6
 SMALL = [
@@ -141,3 +150,34 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(forks, arguments
     assert not [
         path for path in outputs.rglob("*") if path.suffix == ".stream" or path.name.startswith((".", "block-"))
     ]
+
+
+def test_ctrl_c_five_times_while_another_process_holds_a_lock_is_one_line(arguments, tmp_path, forks):
+    cache, log = tmp_path / "cache", tmp_path / "log"
+    with held_alone(cache, "test"):
+        pid = forks.start(log, *arguments(tmp_path / "outputs"), f"cache={cache}")
+        until(lambda: "waits for process" in log.read_text())
+        for _ in range(5):
+            os.kill(pid, signal.SIGINT)
+            time.sleep(0.01)
+        assert forks.wait(pid) == 130
+    told = log.read_text()
+    assert "Traceback" not in told and told.count("cluscomp: interrupted") == told.count("interrupted") == 1
+
+
+def test_a_process_without_its_group_is_told(arguments, tmp_path, monkeypatch, tiny_folder, caplog):
+    experiment = composed(*arguments(tmp_path / "outputs"))
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(InputError, match="RANK=1 without a WORLD_SIZE"):
+        run(experiment)
+    monkeypatch.setattr(runner, "TOLD", 0.0)
+    original = Original(tiny_folder, torch.float32, torch.device("cpu"))
+    follower = runner.Follower(
+        experiment, tmp_path / "outputs", original, dict.fromkeys(["original", *ORDER], "0" * 16)
+    )
+    with held_alone(follower._folder("cluster"), "the first process"):
+        follower._wait()
+        assert not caplog.text
+    follower._wait()
+    follower._wait()
+    assert caplog.text.count("RANK=1 waits for the process of RANK=0") == 1

@@ -1,0 +1,60 @@
+"""A process that is interrupted while it starts or cleans up, and one whose modules cannot be read."""
+
+import subprocess
+import sys
+
+STARTING = """
+import os, signal
+from cluscomp.process import loading
+with loading():
+    for _ in range(5):
+        os.kill(os.getpid(), signal.SIGINT)
+    print("still here")
+"""
+CLEANING_UP = """
+import os, signal
+from cluscomp import process
+process.interrupt_once()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    print("not interrupted")
+except KeyboardInterrupt:
+    for _ in range(4):
+        os.kill(os.getpid(), signal.SIGINT)
+    print("cleaned up")
+process.BURST = 0.0
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted later")
+"""
+MISSING = """
+import os, sys
+from cluscomp.process import loading
+os.mkdir(sys.argv[1], 0o000)
+sys.path.append(sys.argv[1])
+if os.geteuid() == 0:
+    os.setuid(65534)
+with loading():
+    import no_such_module
+"""
+
+
+def left(script: str, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a script that loads next to nothing."""
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_ctrl_c_while_modules_are_loaded_is_one_line():
+    assert left(STARTING) == (130, "", "cluscomp: interrupted\n")
+
+
+def test_ctrl_c_pressed_again_does_not_interrupt_the_cleaning_up():
+    assert left(CLEANING_UP) == (0, "cleaned up\ninterrupted later\n", "")
+
+
+def test_a_missing_module_is_named_with_the_folders_that_cannot_be_read(tmp_path):
+    code, out, told = left(MISSING, str(tmp_path / "site-packages"))
+    assert code == 1 and out == "" and told.count("\n") == 1
+    assert "no_such_module" in told and "may not read" in told and str(tmp_path / "site-packages") in told
