@@ -2,6 +2,8 @@
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,6 +42,19 @@ def collected(arguments: list[str]) -> None:
         print(path)
 
 
+@contextmanager
+def _of_whole_records() -> Iterator[None]:
+    """Say that a record lacks something, or holds something else than a run writes there (InputError)."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"a record lacks or alters what tables and figures need ({type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}); leave out records that no run wrote (debug=true shows where)"
+        ) from error
+
+
+@_of_whole_records()
 def table(arguments: list[str]) -> None:
     """Write all tables of an experiment's records into results/NAME; into=FILE also puts one into a document."""
     from cluscomp.report import page, published, rendering
@@ -67,6 +82,7 @@ def table(arguments: list[str]) -> None:
         print(given["into"])
 
 
+@_of_whole_records()
 def plot(arguments: list[str]) -> None:
     """Draw an experiment's figures into results/NAME, as PDF and PNG."""
     from cluscomp.report import figures, plots

@@ -77,9 +77,9 @@ class MetaModel:
         self.vocabulary = int(config.get_text_config().vocab_size)
         self.exact = self.kept_bytes == 2 and quantizer(config) is None  # whether what is kept surely takes these bytes
         self._rounded: set[str] = set()  # names of what training leaves in float16
-        if quantizer(config) is not None:
-            empty_layers(model, config.quantization_config["weights"], dtype)
         with made_of(config):
+            if quantizer(config) is not None:
+                empty_layers(model, config.quantization_config["weights"], dtype)
             self.forward(1, 2)
 
     def train_norms(self, *, outside: bool = True) -> None:

@@ -159,7 +159,11 @@ def read(path: Path) -> Record:
         record = TypeAdapter(Record).validate_python(values)
         _check_names(record)
         return record
-    except (OSError, ValueError, ValidationError) as error:
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        place = ".".join(map(str, wrong["loc"])) or "the file"
+        raise InputError(f"{path}: not a record: {place}: {wrong['msg']}") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a record: {error}") from error
 
 

@@ -7,7 +7,6 @@ import shutil
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -115,35 +114,6 @@ def test_a_type_that_no_dense_model_has_is_named_with_its_tensor(folder, dtype):
     refused(folder, name, "16 or 32 bit", file="")
 
 
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory) -> Path:
-    """A real, tiny GGUF."""
-    from gguf import GGUFWriter
-
-    path = tmp_path_factory.mktemp("gguf") / "small.gguf"
-    writer = GGUFWriter(path, "llama")
-    tokens = ["<unk>", "<s>", "</s>", "a", "b", "▁"]
-    for name, value in {
-        "context_length": 32, "embedding_length": 32, "block_count": 1, "feed_forward_length": 32, "head_count": 2,
-        "head_count_kv": 2, "rope_dimension_count": 16, "layer_norm_rms_eps": 1e-5, "vocab_size": len(tokens),
-        "tokenizer_model": "llama", "token_list": tokens, "token_scores": [0.0] * len(tokens),
-        "token_types": [2, 3, 3, 1, 1, 1], "bos_token_id": 1, "eos_token_id": 2,
-    }.items():  # fmt: skip
-        getattr(writer, f"add_{name}")(value)
-    parts = [f"attn_{part}" for part in ("q", "k", "v", "output")] + [f"ffn_{part}" for part in ("gate", "up", "down")]
-    for name in parts:
-        writer.add_tensor(f"blk.0.{name}.weight", np.ones((32, 32), dtype=np.float32))
-    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
-        writer.add_tensor(f"{name}.weight", np.ones(32, dtype=np.float32))
-    for name in ("token_embd", "output"):
-        writer.add_tensor(f"{name}.weight", np.ones((len(tokens), 32), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def outcome(path: Path) -> str:
     """What is told of a GGUF file, if it is refused; it takes no time, and nothing else is raised."""
     began = time.monotonic()
@@ -158,8 +128,8 @@ def outcome(path: Path) -> str:
         assert time.monotonic() - began < SECONDS
 
 
-def test_gguf_files_that_are_cut_or_altered_are_told_in_a_sentence(gguf, tmp_path):
-    whole, make, path = gguf.read_bytes(), random.Random(0), tmp_path / "small.gguf"
+def test_gguf_files_that_are_cut_or_altered_are_told_in_a_sentence(small_gguf, tmp_path):
+    whole, make, path = small_gguf.read_bytes(), random.Random(0), tmp_path / "small.gguf"
     head = whole.index(b"blk.0.ffn_down") + 200  # values and the names of tensors
     told = []
     for number in range(200):
@@ -181,8 +151,8 @@ def test_gguf_files_that_are_cut_or_altered_are_told_in_a_sentence(gguf, tmp_pat
     assert all(told[:50]) and sum(map(bool, told)) > 120
 
 
-def test_a_gguf_file_that_lies_is_told(gguf, tmp_path):
-    whole, path = gguf.read_bytes(), tmp_path / "small.gguf"
+def test_a_gguf_file_that_lies_is_told(small_gguf, tmp_path):
+    whole, path = small_gguf.read_bytes(), tmp_path / "small.gguf"
 
     def told_of(before: bytes, after: bytes) -> str:
         assert whole.count(before) >= 1
