@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import InstanceOf
 
-from cluscomp.data.mirror import own_cache
-from cluscomp.data.texts import Source, copies_told, tokenize
+from cluscomp.data.mirror import copies_told, own_cache
+from cluscomp.data.texts import Source, tokenize
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,23 @@ def own_cache(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     state = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return str(Path(HF_DATASETS_CACHE) / f"cluscomp-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}")
+
+
+@contextmanager
+def copies_told() -> Iterator[None]:
+    """Name the setting that helps where `datasets` cannot write its copy of the rows (InputError)."""
+    try:
+        yield
+    except OSError as error:
+        from datasets.config import HF_DATASETS_CACHE
+
+        copies, place = Path(HF_DATASETS_CACHE), Path(error.filename or "/")
+        if not (place.is_relative_to(copies) or (place.name and copies.is_relative_to(place))):
+            raise
+        raise InputError(
+            f"{place}: {error.strerror}, and `datasets` keeps its copies of rows there; set HF_DATASETS_CACHE "
+            "in the environment to a folder that can be written"
+        ) from error
 
 
 def with_text(rows: list[Any], what: str, column: str) -> list[str]:

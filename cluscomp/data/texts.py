@@ -7,8 +7,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -17,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 from pydantic.dataclasses import dataclass
 
-from cluscomp.data.mirror import own_cache, with_text
+from cluscomp.data.mirror import copies_told, own_cache, with_text
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 
@@ -83,23 +82,6 @@ def read_once(key: Any, read: Callable[[], Text]) -> Text:
     if name not in _READ:
         _READ[name] = read()
     return _READ[name]
-
-
-@contextmanager
-def copies_told() -> Iterator[None]:
-    """Name the setting that helps where `datasets` cannot write its copy of the rows (InputError)."""
-    try:
-        yield
-    except OSError as error:
-        from datasets.config import HF_DATASETS_CACHE
-
-        copies, place = Path(HF_DATASETS_CACHE), Path(error.filename or "/")
-        if not (place.is_relative_to(copies) or (place.name and copies.is_relative_to(place))):
-            raise
-        raise InputError(
-            f"{place}: {error.strerror}, and `datasets` keeps its copies of rows there; set HF_DATASETS_CACHE "
-            "in the environment to a folder that can be written"
-        ) from error
 
 
 def _version(file: str | None) -> Any:

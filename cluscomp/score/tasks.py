@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from cluscomp.data.mirror import own_cache
-from cluscomp.data.texts import copies_told
+from cluscomp.data.mirror import copies_told, own_cache
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 from cluscomp.store.files import file_hash
