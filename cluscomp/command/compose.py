@@ -91,7 +91,7 @@ def build(config: DictConfig, chosen: Mapping[str, str | None], said: Given) -> 
     raw: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
     values, read = resolved(config)
     check(values, said)
-    if values["data_root"] is not None and not Path(values["data_root"]).expanduser().is_dir():
+    if values["data_root"] is not None and not Path(str(values["data_root"])).expanduser().is_dir():
         raise InputError(f"data_root={values['data_root']}: there is no such folder")
     stages = [key for key, value in values.items() if _is_stage(key, value, said)]
     if values["order"] == ["evaluate"]:  # nothing is compressed, so nothing has to be said of how
