@@ -69,7 +69,7 @@ class Walk:
         """The hidden states that enter the first block: (B, T) token ids -> (B, T, H).
 
         Raises InputError for a model whose blocks get arguments made from the tokens, or more than one stream, or that
-        does something else between its blocks, and for one whose hidden states are not finite.
+        does something else between its blocks.
         """
         if self._gives_tuples is None:
             self._compare(ids_BT[:1, :CHECKED_TOKENS])
@@ -136,7 +136,8 @@ class Walk:
 
         It is what a walk relies on: the arguments found with all blocks skipped are those that each block gets, its
         output is what enters the next, and norm and head make of the last what the model does. Without numbers (on the
-        meta device) it only finds out whether blocks give tuples. Raises InputError where it is not so.
+        meta device, or where they are NaN) it only finds out whether blocks give tuples. Raises InputError where it is
+        not so.
         """
         half = ids_1T.shape[1] // 2
         ids_BT = torch.cat([ids_1T, torch.cat([ids_1T[:, :half], ids_1T.flip(1)[:, half:]], 1)])
@@ -160,7 +161,8 @@ class Walk:
     def _own(self, ids_BT: Tensor) -> tuple[Tensor | None, list[tuple[Tensor, Arguments]], Tensor]:
         """The model's own forward pass: logits, what each block is called with, and what the last one gives.
 
-        Logits are None for a model without numbers, of which only the first block is run.
+        Logits are None for a model without numbers, of which only the first block is run, and where they or the hidden
+        states are not finite.
         """
         calls: list[tuple[Tensor, Arguments]] = []
         left: list[Tensor] = []  # by the blocks so far
@@ -178,12 +180,11 @@ class Walk:
             calls.append((entering.clone(), arguments))
             here.enter_context(self.block(index))
 
-        def leave(block: nn.Module, _args: Any, output: Any) -> None:
+        def leave(_block: nn.Module, _args: Any, output: Any) -> None:
             self._gives_tuples = isinstance(output, tuple)
             left.append(_hidden(output).clone())
-            if left[-1].is_meta:
+            if left[-1].is_meta or not bool(left[-1].isfinite().all()):
                 raise _Captured
-            _check_finite(names[len(left) - 1], block, left[-1])
             here.close()
 
         handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in self.blocks]
@@ -191,9 +192,7 @@ class Walk:
         try:
             with here:
                 logits_BTV: Tensor = self.model(ids_BT, use_cache=False).logits
-            if bool(logits_BTV.isnan().any()):
-                raise not_finite("the head", logits_BTV.dtype)
-            return logits_BTV, calls, left[-1]
+            return None if bool(logits_BTV.isnan().any()) else logits_BTV, calls, left[-1]
         except _Captured:
             return None, calls, left[-1]
         finally:
