@@ -325,6 +325,8 @@ def test_multiply_is_the_matrix_product(I, O, K, D, B, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("I,O,K,D", [*LAYERS, (300, 64, 5, 4)])
 def test_gradient_is_the_sum_over_all_places(I, O, K, D, dtype):
+    if K > 10_000 and dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("slow in the interpreter")
     codes, _, bits, packed = layer(I, O, K, D)
     grad = torch.randn(I, O, generator=torch.Generator().manual_seed(I)).to(dtype)
     padded = torch.nn.functional.pad(grad.double(), (0, codes.shape[1] * D - O)).reshape(-1, D)

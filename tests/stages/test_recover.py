@@ -369,7 +369,7 @@ def kill_at(forks, ground: Path, outputs: Path, pattern: str, *more: str) -> Non
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits_and_what_is_not_whole_is_left_out(ground, forks, tmp_path, caplog):
     """Killed in training with KL; then gone on from the last state, from one half written, and from an altered one."""
-    long = ["recover.tokens=10240", "recover.loss=ce_kl", "recover.norms=true"]
+    long = ["recover.tokens=5120", "recover.loss=ce_kl", "recover.norms=true"]
     whole = pipeline(ground, tmp_path / "whole", *long)
     killed = tmp_path / "killed"
     kill_at(forks, ground, killed, "recover-*/training/attempt-0/checkpoint-8/whole.json", *long)

@@ -291,7 +291,7 @@ def test_a_stage_of_a_users_own_is_found_by_its_yaml_runs_and_is_planned_as_not_
 ):
     (tmp_path / "my_stages.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(tmp_path))
-    own = ["+shrink={_target_: my_stages.Shrink, factor: 0.5}", "order=[shrink,cluster]"]
+    own = ["+shrink={_target_: my_stages.Shrink, factor: 0.5}", "order=[shrink,cluster]", "trust=my_stages"]
     arguments = command(model, ground, tmp_path / "outputs", *own)
     plan = planned(composed(*arguments))
     assert plan.unknown == ("shrink",) and "| shrink " in plan.table() and "not known" in plan.table()
@@ -303,7 +303,7 @@ def test_a_stage_of_a_users_own_is_found_by_its_yaml_runs_and_is_planned_as_not_
     for name, tensor in before.items():
         factor = 0.5 if ".layers.0." in name else 1.0
         assert torch.equal(after[name], factor * tensor)
-    packed = ["+pack={_target_: my_stages.Pack, factor: 0.5}", "order=[pack,recover]"]
+    packed = ["+pack={_target_: my_stages.Pack, factor: 0.5}", "order=[pack,recover]", "trust=my_stages"]
     plan = planned(composed(*command(model, ground, tmp_path / "outputs", *packed)))
     assert plan.unknown == ("pack", "evaluate pack", "recover", "evaluate recover")
     assert plan.size is None and "size      not known" in plan.table() and plan.predicted()["size"] is None
