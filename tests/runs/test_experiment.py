@@ -125,7 +125,7 @@ def test_two_methods_with_equal_settings_share_nothing(ground, tmp_path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     common = ["model=tiny", "data=text", "method=rtn", "bits=4", "evaluate.context=32", "evaluate.limit=2"]
     given = [*common, f"data.file={ground / 'text.txt'}", f"outputs={tmp_path / 'out'}", f"cache={ground / 'cache'}"]
-    other = [*given, "method._target_=zeros.Zeros"]
+    other = [*given, "method._target_=zeros.Zeros", "trust=zeros"]
     first, second = pipelines.pipeline(*given), pipelines.pipeline(*other)
     assert first.path != second.path and stage_hash(first, "cluster") != stage_hash(second, "cluster")
     errors = [made.record.stages["cluster"]["found"]["relative_error"] for made in (first, second)]
