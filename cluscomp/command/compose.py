@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from cluscomp.command.environment import Place, resolved
-from cluscomp.command.trust import Given, check, given, refuse_hydra, settings_class
+from cluscomp.command.trust import Given, at, check, given, refuse_hydra, settings_class
 from cluscomp.errors import InputError
 from cluscomp.process import rank, unreadable
 from cluscomp.runs.experiment import Experiment, put
@@ -144,13 +144,13 @@ def _choices(chosen: Mapping[str, str | None], raw: dict[str, Any], values: dict
     for group, option in options.items():
         kind, _, place = group.partition("@")
         place = place or group
-        node, resolved = _at(raw, place), _at(values, place)
+        node, value = at(raw, place), at(values, place)
         yaml = written(f"{kind}/{option}").get(kind) if "@" in group else usual.get(kind)
         inside = [other.partition("@")[2] for other in options if "@" in other and other != group]
-        if resolved is None and group != "experiment":  # nothing is compressed
+        if value is None and group != "experiment":  # nothing is compressed
             continue
         differs = {
-            key: _at(resolved, key)
+            key: at(value, key)
             for key in _differing(node or {}, yaml or {})
             if not any(f"{place}.{key}.".startswith(f"{one}.") for one in inside)
         }
@@ -182,19 +182,12 @@ def _differing(node: dict[str, Any], yaml: dict[str, Any], prefix: str = "") -> 
     return found
 
 
-def _at(values: Any, place: str) -> Any:
-    """What stands in a dictionary of dictionaries at a dotted name, or None."""
-    for part in place.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
-    return values
-
-
 def _told(error: ValidationError, prefix: Place, raw: dict[str, Any], read: dict[Place, str]) -> str:
     """Each wrong setting as `key = value: what is allowed`; a value taken from another key is named by that key."""
     sentences = []
     for problem in error.errors():
         path = (*prefix, *map(str, problem["loc"]))
-        node = _at(raw, ".".join(path))
+        node = at(raw, ".".join(path))
         taken_from = re.fullmatch(r"\$\{([\w.]+)\}", node) if isinstance(node, str) else None
         name = taken_from[1] if taken_from else ".".join(path)
         message = problem["msg"].removeprefix("Value error, ")

@@ -61,7 +61,7 @@ def check(values: dict[str, Any], said: Given) -> None:
         raise InputError(f"trust = {names}: modules are trusted on the command line alone (trust=NAME), by no file")
     for place, target in _targets(values):
         _check_name(place, target, said.modules)
-    told = [_at(values, key) for key in said.keys if key.endswith(f".{TASKS}")]
+    told = [at(values, key) for key in said.keys if key.endswith(f".{TASKS}")]
     for place, folder in _values(values, TASKS):
         if folder is not None and folder not in told:
             raise InputError(f"{place} = {folder}: task files can run code; give it on the command line itself")
@@ -177,7 +177,8 @@ def _leaves(node: Any, place: str) -> Iterator[tuple[str, str]]:
         yield place, node
 
 
-def _at(values: Any, place: str) -> Any:
+def at(values: Any, place: str) -> Any:
+    """What stands in a dictionary of dictionaries at a dotted name, or None."""
     for part in place.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values

@@ -70,6 +70,16 @@ def test_a_score_that_is_not_finite_survives_in_valid_json(tmp_path, value):
     assert repr(read(tmp_path / "record.json").scores[0].value) == repr(value)
 
 
+def damaged(folder, damage):
+    """The path of a record that was whole until `damage` changed its values."""
+    path = folder / "record.json"
+    write(record(), path)
+    values = json.loads(path.read_text())
+    damage(values)
+    path.write_text(json.dumps(values))
+    return path
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
@@ -82,11 +92,7 @@ def test_a_score_that_is_not_finite_survives_in_valid_json(tmp_path, value):
     ],
 )
 def test_a_wrong_record_is_refused_with_file_and_key(tmp_path, damage, named):
-    path = tmp_path / "record.json"
-    write(record(), path)
-    values = json.loads(path.read_text())
-    damage(values)
-    path.write_text(json.dumps(values))
+    path = damaged(tmp_path, damage)
     with pytest.raises(InputError, match=rf"(?s)record\.json.*{named}"):
         read(path)
 
@@ -154,10 +160,6 @@ def test_a_record_of_before_scores_told_what_was_seen_is_read(tmp_path):
 )
 def test_stages_that_are_not_there_and_names_that_leave_a_folder_are_told(tmp_path, damage, named):
     """Records of others become tables, and are copied to files that they name."""
-    path = tmp_path / "record.json"
-    write(record(), path)
-    values = json.loads(path.read_text())
-    damage(values)
-    path.write_text(json.dumps(values))
+    path = damaged(tmp_path, damage)
     with pytest.raises(InputError, match=rf"record\.json: .*{re.escape(named)}"):
         read(path)
