@@ -10,6 +10,8 @@ VENV := .venv
 # (pip would compile every module of every package to bytecode, of which hardly any is ever imported)
 PIP := $(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt
 RUN := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m
+# Where it is set, every process compiles torch and transformers anew: 10 seconds each, and the tests start many.
+unexport PYTHONDONTWRITEBYTECODE
 
 # experiments with records
 RECORDS := $(filter-out bench,$(notdir $(patsubst %/,%,$(sort $(dir $(wildcard results/*/*.json))))))
