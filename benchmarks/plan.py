@@ -56,15 +56,16 @@ def record_of(overrides: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--calibrate", action="store_true", help="measure this machine first")
+    parser.add_argument("--calibrate", action="store_true", help="measure this machine before each run")
     parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--output", type=Path, default=Path("results/bench/plan.json"))
     options = parser.parse_args()
     began = datetime.now(UTC)
-    if options.calibrate:
-        subprocess.run([sys.executable, "-m", "cluscomp", "plan", "--calibrate", "experiment=demo"], check=True)
     goals, figures = [], {}
     for name in options.configurations:
+        if options.calibrate:  # each time: other users of a shared machine change its speed from minute to minute
+            command = [sys.executable, "-m", "cluscomp", "plan", "--calibrate", *CONFIGURATIONS[name]]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         record = record_of(CONFIGURATIONS[name])
         told = record["machine"]["predicted"]
         measured = {"peak_ram": record["machine"]["peak_ram"], "seconds": record["run"]["seconds"]}

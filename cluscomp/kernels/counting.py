@@ -19,6 +19,7 @@ from cluscomp.kernels.work import Work
 
 ATEN = torch.ops.aten
 PRODUCTS = (ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default)
+SORTS = {ATEN.topk.default: 16, ATEN.sort.default: 16, ATEN.sort.stable: 16}  # times the bytes (9 copies were seen)
 CUBIC = {ATEN.linalg_cholesky_ex.default: 1 / 3, ATEN.cholesky_inverse.default: 2 / 3}  # of n^3 products
 Round = TypeVar("Round")
 _active: list["Count"] = []
@@ -55,17 +56,17 @@ class Count(TorchDispatchMode):
         for tensor in outputs:
             self._born(tensor)
         inputs = [arg for arg in args if isinstance(arg, Tensor)]
-        work = Work(calls=1)
+        work, moved = Work(calls=1), float(sum(tensor.numel() * tensor.itemsize for tensor in [*inputs, *outputs]))
         if function in PRODUCTS:
             first, second = inputs[-2:]
-            work += Work(flops=2.0 * first.numel() * second.shape[-1])
+            work += Work(flops=2.0 * first.numel() * second.shape[-1], traffic=moved)
         elif function in CUBIC:
             twice = inputs[0].itemsize / 4  # 64 bits take twice as long as 32
             work += Work(flops=2.0 * CUBIC[function] * inputs[0].shape[-1] ** 3 * twice)
         elif function is ATEN.linalg_solve_triangular.default:
             work += Work(flops=float(inputs[0].shape[-1] * inputs[1].numel()))
         elif not function.is_view:
-            work += Work(traffic=sum(tensor.numel() * tensor.itemsize for tensor in [*inputs, *outputs]))
+            work += Work(traffic=moved * SORTS.get(function, 1))
         self.work += work * self.times
         return result
 
