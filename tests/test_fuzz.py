@@ -22,6 +22,7 @@ from cluscomp.command.records import table
 from cluscomp.models.quantised import opened
 from cluscomp.models.sources import GgufModel, HubModel, TinyModel
 from cluscomp.plan.meta import MetaModel
+from cluscomp.report import tables  # noqa: F401 (a first import takes long)
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -35,7 +36,9 @@ SCALARS = st.one_of(
 ANY = st.one_of(
     SCALARS, st.lists(SCALARS, max_size=3), st.dictionaries(st.text("ab_", max_size=3), SCALARS, max_size=2)
 )
-NUMBERS = st.one_of(st.integers(-3, 300), st.none(), st.sampled_from(["x", 1.5, True, [], {}]))
+NUMBERS = st.one_of(
+    st.integers(-3, 300), st.none(), st.sampled_from(["x", 1.5, True, [], {}, 10**6, 10**9, 2**31 - 1, 2**63])
+)
 
 
 def tries(count: int):

@@ -5,7 +5,7 @@ import functools
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -53,6 +53,7 @@ def compose_for(command: Callable[[Experiment], float | None]) -> None:
     """Compose the settings (of every cell, with -m) and hand them on; what comes back goes to Hydra's sweeper."""
     if any(item.startswith("--e") for item in sys.argv[1:]):  # as argparse takes it
         raise InputError("--experimental-rerun: reads a pickle, which can run code; give the settings themselves")
+    _groups_by_name(sys.argv[1:])
     said = given(sys.argv[1:])  # of this process, which may not be the one that works
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -71,6 +72,7 @@ def composed(overrides: list[str], said: Given | None = None) -> Experiment:
 
     `said` is what the command line says if overrides may be another's, by default the overrides.
     """
+    _groups_by_name(overrides)
     refuse_hydra(overrides)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
@@ -78,6 +80,14 @@ def composed(overrides: list[str], said: Given | None = None) -> Experiment:
         with open_dict(config):
             del config["hydra"]
         return build(config, chosen, given(overrides) if said is None else said)
+
+
+def _groups_by_name(items: Iterable[str]) -> None:
+    """Raise InputError for a list or a dictionary in the place of a group's choice, on which Hydra stumbles."""
+    for item in items:
+        group, _, value = item.partition("=")
+        if value[:1] in ("[", "{") and (CONF / group).is_dir():
+            raise InputError(f"{item}: a group takes the name of a choice; the choices are in --help")
 
 
 def build(config: DictConfig, chosen: Mapping[str, str | None], said: Given) -> Experiment:
@@ -207,7 +217,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return _composition_problem(error), 2
     if str(error).startswith("Config group override must be"):
         empty = [item for item in sys.argv[1:] if (CONF / item.partition("=")[0]).is_dir()]
-        return f"{', '.join(empty)}: a group needs a name; the choices are in --help", 2
+        return f"{', '.join(empty)}: a group takes the name of a choice; the choices are in --help", 2
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         return f"failed: {place}{error.strerror or error}", 1

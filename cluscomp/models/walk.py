@@ -283,9 +283,11 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Argum
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Whether two blocks' arguments are equal, tensors by value."""
+    """Whether two blocks' arguments are equal, tensors by value, or by shape where they have none."""
     if isinstance(first, Tensor):
-        return first is second or (isinstance(second, Tensor) and torch.equal(first, second))
+        if first is second or not isinstance(second, Tensor):
+            return first is second
+        return first.shape == second.shape if first.is_meta else torch.equal(first, second)
     if isinstance(first, Arguments):
         return isinstance(second, Arguments) and _same(first.args, second.args) and _same(first.kwargs, second.kwargs)
     if isinstance(first, dict):

@@ -66,6 +66,7 @@ class MetaModel:
         model.tie_weights()
         model.requires_grad_(False)
         self.model = model.eval()
+        self._walked = Walk(self.model)
         self._passes: dict[Any, Pass] = {}
         self.kept_bytes = min(of_file.itemsize, dtype.itemsize)  # of a number that is stored and not compressed
         self.dense = {name: (layer.out_features, layer.in_features) for name, layer in linears(self.block).items()}
@@ -195,7 +196,7 @@ class MetaModel:
         return self._passes[key]
 
     def _embedded(self, batch: int, length: int) -> tuple[Walk, nn.Module, Tensor]:
-        walk = Walk(self.model)
+        walk = self._walked
         with Count():
             return walk, self.block, walk.embed(torch.zeros(batch, length, dtype=torch.long, device="meta"))
 

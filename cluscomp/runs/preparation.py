@@ -1,7 +1,6 @@
 """What a run finds out before it works: its device and dtype, and what it will need."""
 
 import logging
-import os
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from cluscomp.errors import InputError
 from cluscomp.models.original import quantizer
 from cluscomp.plan.calibrate import slowdown
 from cluscomp.plan.plan import Plan, plan
+from cluscomp.process import local_rank
 from cluscomp.runs.experiment import Experiment
 
 log = logging.getLogger("cluscomp")
@@ -24,7 +24,7 @@ def device_of(name: str) -> torch.device:
         raise InputError("device=cuda: this machine has no usable GPU; device=cpu or device=auto works")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(local_rank())
     return torch.device("cuda")
 
 

@@ -113,6 +113,8 @@ SETTINGS = {
     "wrong option of a group": (["bits=3", "model=gpt9"], ["model", "gpt9", "llama2_7b", "tiny"]),
     "wrong experiment": (["experiment=demon"], ["experiment", "demon", "mean demo", "paper"]),
     "no group": (["bits=3", "block_finetune=null"], ["block_finetune"]),
+    "a list for a group": (["bits=3", "machine=[-1,-1]"], ["machine=[-1,-1]", "name of a choice"]),
+    "a dictionary for a group": (["bits=3", "data={a:1}"], ["data={a:1}", "name of a choice"]),
     "a word for a group": (["bits=3", "model=tiny", "evaluate.texts=pydoc"], ["evaluate.texts", "pydoc"]),
     "missing bits": ([], ["bits=3", "method.vector_dim"]),
     "half a shape": (["method.vector_dim=4"], ["bits=3", "method.codebook_size"]),
@@ -142,6 +144,12 @@ def test_a_wrong_setting_costs_one_sentence(cli, arguments, named):
     assert not sentence.startswith("cluscomp: :") and "object at 0x" not in sentence
     for part in named:
         assert part in sentence, sentence
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_what_torchrun_would_not_set_is_named(cli, monkeypatch, name):
+    monkeypatch.setenv(name, "abc")
+    assert f"{name}=abc" in the_sentence(cli(*TINY))
 
 
 def test_settings_are_checked_before_what_takes_long_is_imported(place):
