@@ -14,6 +14,9 @@ import json, os, sys
 import torch, transformers
 import cluscomp.checkpoint, cluscomp.train.whole, cluscomp.score.perplexity, cluscomp.train.streams
 import cluscomp.report.tables
+from contextlib import suppress
+with suppress(ImportError):
+    import wandb.cli.cli
 from cluscomp.__main__ import main
 
 for line in sys.stdin:

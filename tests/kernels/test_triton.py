@@ -323,15 +323,16 @@ def test_multiply_is_the_matrix_product(I, O, K, D, B, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("I,O,K,D", [*LAYERS, (300, 64, 5, 4)])
+@pytest.mark.parametrize("I,O,K,D", [*LAYERS, (300, 64, 5, 4), (4, 64, 33000, 4)])
 def test_gradient_is_the_sum_over_all_places(I, O, K, D, dtype):
-    if K > 10_000 and dtype == torch.bfloat16 and DEVICE == "cpu":
+    if K > 50_000 and DEVICE == "cpu":
         pytest.skip("slow in the interpreter")
     codes, _, bits, packed = layer(I, O, K, D)
     grad = torch.randn(I, O, generator=torch.Generator().manual_seed(I)).to(dtype)
     padded = torch.nn.functional.pad(grad.double(), (0, codes.shape[1] * D - O)).reshape(-1, D)
     expected = torch.zeros(K, D, dtype=torch.float64).index_add_(0, codes.flatten(), padded)
-    for given in (grad, grad.T.contiguous().T):  # as backward hands it over, the weight being a transpose
+    as_backward_hands_it_over = grad.T.contiguous().T  # the weight being a transpose
+    for given in (grad, as_backward_hands_it_over) if K < 10_000 else (as_backward_hands_it_over,):
         found = codebook_triton.gradient(given.to(DEVICE), packed.to(DEVICE), bits, K, D)
         torch.testing.assert_close(found.cpu(), expected.float(), rtol=2e-6, atol=1e-7)
 

@@ -5,7 +5,6 @@ import logging
 import mmap
 import socket
 import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,22 +34,23 @@ logging.getLogger("cluscomp").setLevel(logging.INFO)
 """
 
 
-def inspect(folder: Path, *options: str) -> str:
+def inspect(forks, folder: Path, *options: str) -> str:
     """What `wandb leet inspect` finds in the one offline run below a folder."""
     (run,) = folder.glob("wandb/offline-run-*")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", *options, "--json", str(run)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = forks.run("leet", "inspect", *options, "--json", str(run), script="from wandb.cli.cli import cli; cli()")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_wandb_offline_holds_config_stages_and_summary(forks, tmp_path):
     pytest.importorskip("wandb")
     done = forks.run(str(tmp_path), script=TRACK, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = json.loads(inspect(tmp_path, "--summary"))
+    found = json.loads(inspect(forks, tmp_path, "--summary"))
     summary = found["summary"]
     assert summary["cluster/perplexity"] == 12.5 and summary["linear_bits_per_weight"] == 2.5
     assert "2.5" in json.dumps(found["config"]) and "seed" in json.dumps(found["config"])
-    history = inspect(tmp_path)
+    history = inspect(forks, tmp_path)
     assert "cluster/relative_error" in history and "evaluate cluster/perplexity" in history
 
 
@@ -59,7 +59,7 @@ def test_a_run_that_fails_is_not_marked_as_finished(forks, tmp_path):
     pytest.importorskip("wandb")
     failing = TRACK.replace("session.end(", "sys.exit(1)\nsession.end(")
     forks.run(str(tmp_path), script=failing, folder=tmp_path)
-    found = json.loads(inspect(tmp_path, "--summary"))
+    found = json.loads(inspect(forks, tmp_path, "--summary"))
     assert found["exit_code"] == 1
 
 
@@ -86,7 +86,7 @@ def test_what_wandb_holds_of_a_sweep_equals_its_records(forks, tmp_path):
     assert len(folders) == 2
     for folder in folders:
         record = read(folder / "record.json")
-        lines = [json.loads(line) for line in inspect(folder).splitlines()]
+        lines = [json.loads(line) for line in inspect(forks, folder).splitlines()]
         (run,) = [line["run"] for line in lines if line["type"] == "run"]
         config = {key: value for key, value in run["config"]["update"].items() if key != "_wandb"}
         assert config == record.config and run["run_id"] == run["display_name"] == record.run["name"]
@@ -110,7 +110,7 @@ def test_what_wandb_holds_of_a_sweep_equals_its_records(forks, tmp_path):
                 numbers |= {"peak_ram": record.machine["peak_ram"][step]}
                 expected.append({f"{step}/{k}": v for k, v in numbers.items() if isinstance(v, int | float)})
         assert history == expected and len(history) == 5
-        summary = json.loads(inspect(folder, "--summary"))["summary"]
+        summary = json.loads(inspect(forks, folder, "--summary"))["summary"]
         for row in record.scores:
             assert summary[f"{row.after}/{row.dataset}/{row.metric}"] == row.value
 
@@ -168,7 +168,7 @@ def test_without_a_key_that_works_wandb_is_offline_and_says_so(forks, tmp_path, 
     done = forks.run(str(tmp_path), script=script, folder=tmp_path, variables=variables)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("W&B  offline") == 1 and done.stdout.count("cannot be reached") == bool(key)
-    assert json.loads(inspect(tmp_path, "--summary"))["summary"]["cluster/perplexity"] == 12.5
+    assert json.loads(inspect(forks, tmp_path, "--summary"))["summary"]["cluster/perplexity"] == 12.5
 
 
 @pytest.mark.slow
