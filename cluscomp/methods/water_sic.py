@@ -54,28 +54,38 @@ class WaterSic:
         names, methods = list(layers), [self] * len(layers)
         if self.allocation == "fill" and len(layers) > 1:
             methods = [replace(self, **option.settings) for option in share_out([*self.offers(layers)], self.bits)]
-        for name, method in zip(names, methods):
+        for (name, opened), method in zip(self._opened(layers, names), methods):
             with named([name]):
-                stored = method._opened(layers[name]).stored(method.bits)
+                stored = opened.stored(method.bits)
             yield Compressed({name: stored}, {"bits": method.bits} if self.allocation == "fill" else {})
 
     def offers(self, layers: "dict[str, Layer]") -> "Iterator[Menu]":
         """By errors measured on each weight, or on some of its outputs; see `methods.Offers`."""
         from cluscomp.solve.allocate import rates_menu
 
-        for name, layer in layers.items():
+        for name, opened in self._opened(layers, list(layers)):
             with named([name]):
-                errors = None if layer.weight_OI.is_meta else self._opened(layer).errors(self.bits)
-            yield rates_menu(name, layer.weight_OI.numel(), errors, self.bits, self.floor)
+                errors = opened.errors(self.bits)
+            yield rates_menu(name, layers[name].weight_OI.numel(), errors, self.bits, self.floor)
 
-    def _opened(self, layer: "Layer") -> "WaterFilling":
+    def _opened(self, layers: "dict[str, Layer]", names: list[str]) -> "Iterator[tuple[str, WaterFilling]]":
+        """One layer after the other, made ready; neighbours that read one input share what is known of it."""
         from cluscomp.solve.along_outputs import damped
-        from cluscomp.solve.water_filling import WaterFilling
+        from cluscomp.solve.water_filling import Curvature, WaterFilling
 
-        return WaterFilling(
-            layer.weight_OI.float(),
-            damped(layer.show().matrix_II, self.damping),
-            rate=self.rate,
-            scaled_outputs=self.scaled_outputs,
-            refits=self.refits,
-        )
+        last = None
+        for name in names:
+            layer = layers[name]
+            if last is None or last[0] is not layer.seen:
+                with named([name]):
+                    last = layer.seen, Curvature(damped(layer.show().matrix_II, self.damping))
+            yield (
+                name,
+                WaterFilling(
+                    layer.weight_OI.float(),
+                    last[1],
+                    rate=self.rate,
+                    scaled_outputs=self.scaled_outputs,
+                    refits=self.refits,
+                ),
+            )

@@ -120,18 +120,16 @@ def expected_menu(
     return Menu(list(names), weights, options)
 
 
-def rates_menu(
-    name: str, weights: int, errors: Sequence[tuple[float, float]] | None, bits: float, floor: float
-) -> Menu:
+def rates_menu(name: str, weights: int, errors: Sequence[tuple[float, float]], bits: float, floor: float) -> Menu:
     """What a layer that may have any number of bits is offered: `bits` first, then up to a bit more or less.
 
-    `errors` are bits a weight with the relative error that they leave; between them its logarithm is a straight line.
-    None: not known, and `bits` are all there is. Nothing below the share `floor` of `bits` is offered.
+    `errors` are bits a weight with the relative error that they leave; between them its logarithm is a straight line,
+    and of a single one nothing but `bits` follows. Nothing below the share `floor` of `bits` is offered.
     """
     offered = [bits]
-    if errors is not None:
+    if len(errors) > 1:
         offered += [bits + n / 16 for n in range(-16, 17) if n and floor * bits <= bits + n / 16 <= 8]
-    points = sorted(errors or [(bits, 1.0)])
+    points = sorted(errors)
     options = [Option(int(each * weights), weights * _between(points, each), {"bits": each}) for each in offered]
     return Menu([name], weights, options)
 

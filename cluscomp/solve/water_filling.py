@@ -35,12 +35,25 @@ class Rounding:
     plan: Plan
 
 
+class Curvature:
+    """What rounding needs to know of a layer's inputs; layers that read one input share it.
+
+    Args:
+        moment_II: (I, I), the second moment of the inputs, positive definite (see `along_outputs.damped`).
+    """
+
+    def __init__(self, moment_II: Float[Tensor, "I I"]) -> None:
+        self.order_I = moment_II.diagonal().argsort(descending=True, stable=True)
+        self.moment_II = moment_II[self.order_I][:, self.order_I]
+        self.factor_II = inverse_factor(self.moment_II).to(moment_II.dtype)
+
+
 class WaterFilling:
     """A weight (O, I) made ready to be rounded at any c.
 
     Args:
         weight_OI: (O, I) in float32.
-        moment_II: (I, I), the second moment of its inputs, positive definite (see `along_outputs.damped`).
+        curvature: of its inputs.
         rate: how much of a bit's price each number pays; see `kernels.integers.round_rows`.
         scaled_outputs: each output has a scale, too.
         refits: how often the scales are fitted to the numbers.
@@ -49,17 +62,16 @@ class WaterFilling:
     def __init__(
         self,
         weight_OI: Float[Tensor, "O I"],
-        moment_II: Float[Tensor, "I I"],
+        curvature: Curvature,
         *,
         rate: float,
         scaled_outputs: bool,
         refits: int,
     ) -> None:
         self._rate, self._scaled_outputs, self._refits = rate, scaled_outputs, refits
-        self._order_I = moment_II.diagonal().argsort(descending=True, stable=True)
-        self._moment_II = moment_II[self._order_I][:, self._order_I]
+        self._order_I, self._moment_II = curvature.order_I, curvature.moment_II
+        self._factor_II = curvature.factor_II
         self._weight_IO = weight_OI.T[self._order_I].contiguous()
-        self._factor_II = inverse_factor(self._moment_II).to(weight_OI.dtype)
         self._numbers = weight_OI.numel()
 
     def stored(self, bits: float) -> EntropyWeight:
@@ -86,10 +98,15 @@ class WaterFilling:
     def errors(self, bits: float) -> list[tuple[float, float]]:
         """Bits a weight and the relative error of the output, tr(E H E^T) over tr(W H W^T), at and around `bits`.
 
-        Of a share of the outputs, with the scales that error feedback gives.
+        Of a share of the outputs, with the scales that error feedback gives. Without numbers only `bits`.
         """
         inputs, outputs = self._weight_IO.shape
         every = max(1, outputs // PROBED)
+        if self._weight_IO.is_meta:
+            error_asked()
+            with times(len(LADDER) + PASSES / 2):
+                self._rounded(0.0, every)
+            return [(bits, 1.0)]
         beside = 16 * (inputs + (outputs if self._scaled_outputs else 0))
         most = bits * self._numbers - beside
         middle = self._search(most, self._guess(most), every).level
@@ -135,6 +152,8 @@ class WaterFilling:
             bits = self._bits(found)
             if bits > most:
                 finest = level
+                if not bool(found.numbers_IO.any()):
+                    break
             elif best is None or level < best.level:
                 best = found
                 if most - bits <= NEAR * self._numbers:
