@@ -93,6 +93,10 @@ class EntropyWeight(Single):
             self._decoded = known = self.stream, self.stream._version, numbers_IO
         return known[2]
 
+    def decoded_bytes(self) -> int:
+        """A byte for each number."""
+        return self.out_features * self.in_features
+
     def tiles(self) -> list[slice]:
         """Large weights are rebuilt in tiles of some 2^21 entries."""
         step = max(1, TILE // self.out_features)

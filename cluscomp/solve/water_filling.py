@@ -111,10 +111,11 @@ class WaterFilling:
         most = bits * self._numbers - beside
         middle = self._search(most, self._guess(most), every).level
         some_IO, found = self._weight_IO[:, ::every], []
+        size = output_error(some_IO.T, self._moment_II) or 1.0
         for offset in LADDER:
             rounding = self._rounded(middle + offset, every)
             error_IO = rounding.numbers_IO * rounding.scales_I[:, None] - some_IO
-            damage = output_error(error_IO.T, self._moment_II) / output_error(some_IO.T, self._moment_II)
+            damage = output_error(error_IO.T, self._moment_II) / size
             found.append(((self._bits(rounding) + beside) / self._numbers, damage))
         return found
 
