@@ -101,8 +101,9 @@ def read(stream: UInt8[Tensor, " bytes"], inputs: int, outputs: int) -> Int8[Ten
     words = rest.take(len(rest.left) // 2 * 2)
     if rest.left:
         raise ValueError("a stream of half words")
-    numbers_IO = decode(states_L, np.frombuffer(words, "<u2").astype(np.uint16), *levels, frequencies_TK)
-    return torch.from_numpy(numbers_IO)
+    rows_I, columns_O = levels
+    found_IO = decode(states_L, np.frombuffer(words, "<u2").astype(np.uint16), rows_I, columns_O, frequencies_TK)
+    return torch.from_numpy(found_IO)
 
 
 class _Bytes:
@@ -149,7 +150,7 @@ def planned(numbers_IO: Int8[Tensor, "I O"]) -> Plan:
 def _spreads(array_IO: NDArray[np.int8]) -> tuple[Any, Any]:
     """log2 of the mean square of each input (I,) and each output (O,), whose products are near those of all numbers."""
     squares_IO = array_IO.astype(np.float32) ** 2
-    column_O = np.ones(array_IO.shape[1], np.float32)
+    column_O: Any = np.ones(array_IO.shape[1], np.float32)
     for _ in range(3):
         row_I = squares_IO @ (1 / column_O) / len(column_O) + SMALLEST
         column_O = (1 / row_I) @ squares_IO / len(row_I) + SMALLEST
@@ -198,7 +199,7 @@ def _as_bytes(count_K: Any) -> Bytes:
     mantissa_K, exponent_K = np.rint(mantissa_K * 32), exponent_K - 5
     carry_K = mantissa_K == 32
     byte_K = (exponent_K + carry_K) * 16 + np.where(carry_K, 0, mantissa_K - 16)
-    return np.where(count_K > 0, byte_K.clip(1, 255), 0).astype(np.uint8)  # type: ignore[no-any-return]
+    return np.where(count_K > 0, byte_K.clip(1, 255), 0).astype(np.uint8)
 
 
 def _scaled(values: Bytes) -> Words:
@@ -207,4 +208,4 @@ def _scaled(values: Bytes) -> Words:
     there = values > 0
     scaled = weights * (WHOLE - int(there.sum())) // int(weights.sum()) + there
     scaled[weights.argmax()] += WHOLE - int(scaled.sum())
-    return scaled.astype(np.uint16)  # type: ignore[no-any-return]
+    return scaled.astype(np.uint16)

@@ -142,7 +142,7 @@ def _between(points: list[tuple[float, float]], x: float) -> float:
     (x0, y0), (x1, y1) = points[after - 1], points[after]
     if x0 == x1 or min(y0, y1) <= 0:
         return y0
-    return y0 * (y1 / y0) ** ((x - x0) / (x1 - x0))
+    return math.exp(math.log(y0) + math.log(y1 / y0) * (x - x0) / (x1 - x0))
 
 
 def by_hand(shape: Shape) -> dict[str, Any]:

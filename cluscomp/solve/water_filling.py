@@ -98,7 +98,7 @@ class WaterFilling:
     def errors(self, bits: float) -> list[tuple[float, float]]:
         """Bits a weight and the relative error of the output, tr(E H E^T) over tr(W H W^T), at and around `bits`.
 
-        Of a share of the outputs, with the scales that error feedback gives. Without numbers only `bits`.
+        Of a share of the outputs; what fitted scales take off is measured at `bits` alone. Without numbers only `bits`.
         """
         inputs, outputs = self._weight_IO.shape
         every = max(1, outputs // PROBED)
@@ -109,15 +109,24 @@ class WaterFilling:
             return [(bits, 1.0)]
         beside = 16 * (inputs + (outputs if self._scaled_outputs else 0))
         most = bits * self._numbers - beside
-        middle = self._search(most, self._guess(most), every).level
-        some_IO, found = self._weight_IO[:, ::every], []
+        middle = self._search(most, self._guess(most), every)
+        some_IO = self._weight_IO[:, ::every]
         size = output_error(some_IO.T, self._moment_II) or 1.0
+        fitted = self._error(middle, every, *self._refitted(middle, every)) / (self._error(middle, every) or 1.0)
+        found = []
         for offset in LADDER:
-            rounding = self._rounded(middle + offset, every)
-            error_IO = rounding.numbers_IO * rounding.scales_I[:, None] - some_IO
-            damage = output_error(error_IO.T, self._moment_II) / size
+            rounding = self._rounded(middle.level + offset, every)
+            damage = self._error(rounding, every) / size * fitted
             found.append(((self._bits(rounding) + beside) / self._numbers, damage))
         return found
+
+    def _error(
+        self, found: Rounding, every: int, scales_I: Tensor | None = None, outputs_O: Tensor | None = None
+    ) -> float:
+        """tr(E H E^T) over one of `every` outputs, with the scales of the rounding or others."""
+        dense_IO = found.numbers_IO * (found.scales_I if scales_I is None else scales_I)[:, None]
+        dense_IO = dense_IO if outputs_O is None else dense_IO * outputs_O
+        return output_error((dense_IO - self._weight_IO[:, ::every]).T, self._moment_II)
 
     def _guess(self, most: float) -> float:
         """log2(c) at which numbers that spread as Gaussian ones take `most` bits."""
@@ -178,14 +187,14 @@ class WaterFilling:
         largest_I = found.numbers_IO.abs().amax(1)
         return bool(((largest_I == LARGEST) | (self._weight_IO.abs().amax(1) == 0)).all())
 
-    def _refitted(self, found: Rounding) -> tuple[Tensor, Tensor | None]:
+    def _refitted(self, found: Rounding, every: int = 1) -> tuple[Tensor, Tensor | None]:
         """Scales (I,) of inputs and, where wanted, (O,) of outputs of least output error for these numbers.
 
         Both are linear least squares, the other fixed: (H o Z T^2 Z^T) s = diag(H W T Z^T) for inputs.
         """
         numbers_IO, scales_I = found.numbers_IO.float(), found.scales_I
         outputs_O = numbers_IO.new_ones(numbers_IO.shape[1])
-        wanted_IO = self._moment_II @ self._weight_IO
+        wanted_IO = self._moment_II @ self._weight_IO[:, ::every]
         for _ in alike(range(self._refits), numbers_IO):
             scaled_IO = numbers_IO * outputs_O
             matrix_II = (scaled_IO @ scaled_IO.T) * self._moment_II

