@@ -73,6 +73,10 @@ class Stored(nn.Module, ABC):
         """Stored bits by part, without what another weight stores."""
         return self.bits(**self.spec())
 
+    def decoded_bytes(self) -> int:
+        """Bytes that stay in memory beside what is stored, once the weight was used."""
+        return 0
+
     def paper_bits(self) -> int:
         """Bits as the paper's Equation 3 counts them: 16 for each code, no padding; without codes those stored."""
         return without_padding(self.ledger())
@@ -168,6 +172,10 @@ class Combined(Stored):
     def ledger(self) -> dict[str, int]:
         """Its own bits and those of its parts, without what another weight stores."""
         return total(self.own_bits(**self.spec()), *(part.ledger() for part in self.parts))
+
+    def decoded_bytes(self) -> int:
+        """As the parts say."""
+        return sum(part.decoded_bytes() for part in self.parts)
 
     def paper_bits(self) -> int:
         """As the parts count themselves, and its own bits as stored."""

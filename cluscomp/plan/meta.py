@@ -126,7 +126,8 @@ class MetaModel:
     @property
     def stored(self) -> float:
         """Bytes of all compressed layers and what else is in the blocks, in memory."""
-        return float(sum(tensor.nbytes for block in blocks(self.model) for tensor in unique_tensors(block).values()))
+        tensors = sum(tensor.nbytes for block in blocks(self.model) for tensor in unique_tensors(block).values())
+        return float(tensors + sum(layer.stored.decoded_bytes() for layer in compressed(self.model).values()))
 
     @property
     def all_numbers(self) -> int:

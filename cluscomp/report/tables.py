@@ -22,6 +22,7 @@ SPELLED: dict[str, tuple[tuple[str, ...], str]] = {
     "omniquant": (("RTN", "OmniQuant"), ""),
     "squeezellm": (("SqueezeLLM",), ""),
     "ipq": (("iPQ",), ""),
+    "water_sic": (("WaterSIC",), ""),
 } | {name: ((name.upper(),), "") for name in ("rtn", "gptq", "awq", "hqq", "gptvq", "aqlm")}
 COLUMN = {"bits", "vector_dim", "codebook_size", "width", "group"}  # what a table tells in a column: the limit
 _ACCURACY = re.compile(r"acc$|exact_match")

@@ -1,6 +1,7 @@
 """Bits shared out among layers: menus of what each may have, and the choice of least damage in all."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -117,6 +118,31 @@ def expected_menu(
         found = [max(shapes(matrices, bits), key=quality), *around(partial(shapes, matrices), bits)]
     options = [Option(round(one.bits * weights), weights * 4 ** -quality(one), by_hand(one)) for one in found]
     return Menu(list(names), weights, options)
+
+
+def rates_menu(name: str, weights: int, errors: Sequence[tuple[float, float]], bits: float, floor: float) -> Menu:
+    """What a layer that may have any number of bits is offered: `bits` first, then up to a bit more or less.
+
+    `errors` are bits a weight with the relative error that they leave; between them its logarithm is a straight line,
+    and of a single one nothing but `bits` follows. Nothing below the share `floor` of `bits` is offered.
+    """
+    offered = [bits]
+    if len(errors) > 1:
+        offered += [bits + n / 16 for n in range(-16, 17) if n and floor * bits <= bits + n / 16 <= 8]
+    points = sorted(errors)
+    options = [Option(int(each * weights), weights * _between(points, each), {"bits": each}) for each in offered]
+    return Menu([name], weights, options)
+
+
+def _between(points: list[tuple[float, float]], x: float) -> float:
+    """Points (x, y) of rising x as a line on which log y is straight between two and beyond the last."""
+    if len(points) == 1:
+        return points[0][1]
+    after = min(max(bisect_right(points, x, key=lambda point: point[0]), 1), len(points) - 1)
+    (x0, y0), (x1, y1) = points[after - 1], points[after]
+    if x0 == x1 or min(y0, y1) <= 0:
+        return y0
+    return math.exp(math.log(y0) + math.log(y1 / y0) * (x - x0) / (x1 - x0))
 
 
 def by_hand(shape: Shape) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def damped(moment_II: Float[Tensor, "I I"], damping: float) -> Float[Tensor, "I 
     return damped_II
 
 
-def _inverse_factor(moment_II: Tensor) -> Tensor:
+def inverse_factor(moment_II: Tensor) -> Tensor:
     """The upper Cholesky factor (I, I) of H's inverse, in float64.
 
     Its rows are what is left of the inverse when the inputs before are fixed.
@@ -64,7 +64,7 @@ def feedback(
     output |(w - v) factor^-1|^2, w being what is wanted of them; `factor` (step, step) is upper triangular.
     """
     inputs = len(weight_IO)
-    factor_II = _inverse_factor(moment_II).to(weight_IO.dtype)
+    factor_II = inverse_factor(moment_II).to(weight_IO.dtype)
     left_IO = weight_IO.clone()
     if weight_IO.is_meta:  # one round stands for all
         errors_IO = torch.empty_like(left_IO[:BATCH])
@@ -100,7 +100,7 @@ def feedback_codes(
     """
     inputs, outputs = weight_IO.shape
     order_I = moment_II.diagonal().argsort(descending=True, stable=True)
-    factor_II = _inverse_factor(moment_II[order_I][:, order_I]).to(weight_IO.dtype)
+    factor_II = inverse_factor(moment_II[order_I][:, order_I]).to(weight_IO.dtype)
     left_IP = _padded(weight_IO[order_I], centroids_KD)
     codes_IG, search = _no_codes(left_IP, centroids_KD), Feedback(centroids_KD, outputs)
     for start in alike(range(0, inputs, BATCH), weight_IO):

@@ -17,11 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms import adapters
+from cluscomp.forms.entropy import EntropyWeight
 from cluscomp.forms.layers import KINDS, build_all, check_file, check_values, put_in, size_of, specs
 from cluscomp.forms.linear import compressed
 from cluscomp.forms.rotated import Rotated
 from cluscomp.forms.stored import build, described, nested, shapes
 from cluscomp.forms.sum import Sum
+from cluscomp.kernels.entropy import write
 from cluscomp.models.original import Original, blocks, linears
 from cluscomp.plan.meta import MetaModel
 from cluscomp.train.masters import Trained, fit
@@ -47,6 +49,10 @@ def low_rank(o, i):
     return {"kind": "low_rank", "left": plain(o, 3), "right": plain(3, i)}
 
 
+def some_numbers(o, i):
+    return torch.randn(i, o, generator=torch.Generator().manual_seed(o * i)).mul(1.5).round().to(torch.int8)
+
+
 def rotated(inner, inputs=True, outputs=True):
     return {"kind": "rotated", "inner": inner, "inputs": inputs, "outputs": outputs}
 
@@ -64,6 +70,8 @@ ARGUMENTS = {  # what forms ask for: values for a weight (O, I), to be tried in 
     "groups": lambda o, i: [4, 5],
     "zeros": lambda o, i: ["none", "whole", "float16"],
     "scaled_inputs": lambda o, i: [True, False],
+    "scaled_outputs": lambda o, i: [True, False],
+    "stream_bytes": lambda o, i: [len(write(some_numbers(o, i)))],
     "left": lambda o, i: [plain(o, 3), uniform(o, 4)],
     "right": lambda o, i: [plain(3, i), plain(4, i)],
     "inner": lambda o, i: [codebook(o, i), uniform(o, i), low_rank(o, i)],
@@ -87,6 +95,7 @@ MADE = {
     "rotated codebook": lambda o, i: rotated(codebook(o, i)),
     "rotated codebook along the inputs": lambda o, i: rotated(codebook(o, i, "in"), outputs=False),
     "rotated uniform": lambda o, i: rotated(uniform(o, i)),
+    "rotated entropy": lambda o, i: rotated(examples("entropy", o, i)[0]),
     "rotated sum": lambda o, i: rotated({"kind": "sum", "parts": [codebook(o, i), low_rank(o, i)]}),
 }
 
@@ -111,6 +120,9 @@ def filled(spec, seed=0):
         else:
             limits = torch.iinfo(tensor.dtype)
             tensor.copy_(torch.randint(limits.min, limits.max, tensor.shape, dtype=tensor.dtype, generator=generator))
+    for part in form.modules():
+        if isinstance(part, EntropyWeight):  # not any bytes are a stream
+            part.stream.copy_(write(some_numbers(part.out_features, part.in_features)))
     return form.requires_grad_(False)
 
 

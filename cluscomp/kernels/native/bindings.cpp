@@ -10,7 +10,9 @@
 
 #include "codebook.h"
 #include "feedback.h"
+#include "integers.h"
 #include "lloyd.h"
+#include "rans.h"
 #include "scalar.h"
 
 namespace nb = nanobind;
@@ -254,6 +256,45 @@ static void py_gradient(Packed packed, int bits, FloatRows grad_IO, Out2<float> 
   });
 }
 
+// ---- whole numbers ----
+
+static void py_round_rows(Out2<float> wanted, FloatRows factor, FloatVector steps, double rate, Out2<int8_t> numbers,
+                          Out1<float> scales, Out2<float> errors) {
+  const size_t R = wanted.shape(0), O = wanted.shape(1);
+  require(factor.shape(0) == R && factor.shape(1) == R && steps.shape(0) == R && scales.shape(0) == R, "sizes differ");
+  require(numbers.shape(0) == R && numbers.shape(1) == O && errors.shape(0) == R && errors.shape(1) == O, "sizes differ");
+  without_gil([&] {
+    round_rows(int64_t(R), int64_t(O), wanted.data(), factor.data(), steps.data(), rate, numbers.data(), scales.data(), errors.data());
+  });
+}
+
+static Tables tables_of(const Packed& rows, const Packed& columns, const HalfRows& frequencies) {
+  require(frequencies.shape(1) == 256, "a table has 256 frequencies");
+  return Tables(rows.shape(0), columns.shape(0), rows.data(), columns.data(), frequencies.data(), frequencies.shape(0));
+}
+
+static int64_t py_rans_encode(nb::ndarray<const int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> numbers, Packed rows,
+                              Packed columns, HalfRows frequencies, Out1<uint32_t> states, Out1<uint16_t> words) {
+  require(numbers.shape(0) == rows.shape(0) && numbers.shape(1) == columns.shape(0), "sizes differ");
+  require(states.shape(0) >= 1 && words.shape(0) >= numbers.size(), "sizes differ");
+  int64_t written = 0;
+  without_gil([&] {
+    written = rans_encode(tables_of(rows, columns, frequencies), numbers.data(), states.data(), states.shape(0), words.data());
+  });
+  return written;
+}
+
+static int64_t py_rans_decode(nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> words, Packed rows, Packed columns,
+                              HalfRows frequencies, Out1<uint32_t> states, Out2<int8_t> numbers) {
+  require(numbers.shape(0) == rows.shape(0) && numbers.shape(1) == columns.shape(0) && states.shape(0) >= 1, "sizes differ");
+  int64_t read = 0;
+  without_gil([&] {
+    const Tables tables = tables_of(rows, columns, frequencies);
+    read = rans_decode(tables, words.data(), words.shape(0), states.data(), states.shape(0), numbers.data());
+  });
+  return read;
+}
+
 NB_MODULE(_native, m) {
   m.doc() = "Compiled inner loops of cluscomp.kernels; see kmeans.py and codebook.py there.";
   m.def("instruction_set", [] { return std::string(tiles().name); });
@@ -276,6 +317,12 @@ NB_MODULE(_native, m) {
         nb::arg("y"), nb::arg("threads"), nb::arg("isa") = "");
   m.def("multiply_by_tables", py_multiply_by_tables, nb::arg("packed"), nb::arg("centroids"), nb::arg("x"), nb::arg("y"),
         nb::arg("threads"), nb::arg("isa") = "");
+  m.def("round_rows", py_round_rows, nb::arg("wanted"), nb::arg("factor"), nb::arg("steps"), nb::arg("rate"), nb::arg("numbers"),
+        nb::arg("scales"), nb::arg("errors"));
+  m.def("rans_encode", py_rans_encode, nb::arg("numbers"), nb::arg("rows"), nb::arg("columns"), nb::arg("frequencies"),
+        nb::arg("states"), nb::arg("words"));
+  m.def("rans_decode", py_rans_decode, nb::arg("words"), nb::arg("rows"), nb::arg("columns"), nb::arg("frequencies"),
+        nb::arg("states"), nb::arg("numbers"));
   m.def("gradient", py_gradient, nb::arg("packed"), nb::arg("bits"), nb::arg("grad"), nb::arg("gradient"), nb::arg("threads"),
         nb::arg("isa") = "");
 }

@@ -1,0 +1,91 @@
+"""WaterSIC: whole numbers coded by their entropy, with a step for each input (ICML 2026, egorlifar/watersic)."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from cluscomp.errors import named
+from cluscomp.methods import Compressed
+from cluscomp.settings import settings
+
+if TYPE_CHECKING:
+    from cluscomp.solve.allocate import Menu
+    from cluscomp.solve.layer import Layer
+    from cluscomp.solve.water_filling import WaterFilling
+
+
+@settings
+class WaterSic:
+    """Round with error feedback to whole numbers of a scale for each input, and write them by their entropy.
+
+    An input's step is c d_i, d being the diagonal of the upper Cholesky factor of the inverse of the second moment (to
+    whose diagonal `damping` is added, as a share of its mean) with inputs in the order of falling mean square: so all
+    inputs are left with one error in what the output sees. c is searched, so that a weight takes nearly `bits` bits and
+    never more, tables and scales included. Each input's scale is the one that fits its numbers best; when all numbers
+    are known the scales are solved for together, `refits` times.
+
+    `allocation` "uniform" gives every matrix `bits`; "fill" shares those of a block out by the relative errors of the
+    outputs, with no less than a share `floor` of them for a matrix. `rate`: how much of what it costs in bits a number
+    pays when it is rounded. `scaled_outputs`: 16 bits more for each output, a scale that is solved for in turn with the
+    inputs'.
+
+    Unlike the authors': rANS in the place of Huffman's code, tables by the spread of inputs and outputs, relative
+    errors in the place of one c for the model; nothing is corrected for the drift of inputs or weighted by attention.
+    """
+
+    bits: float = Field(ge=0.25, le=8)
+    allocation: Literal["uniform", "fill"]
+    floor: float = Field(ge=0, le=1)
+    damping: float = Field(gt=0, le=1)
+    rate: float = Field(ge=0, le=1)
+    scaled_outputs: bool
+    refits: int = Field(ge=0)
+
+    def sees(self) -> frozenset[str]:
+        """The second moment of the inputs."""
+        return frozenset({"moment"})
+
+    def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
+        """Layer after layer; see `Method.compress`."""
+        from cluscomp.solve.allocate import share_out
+
+        names, methods = list(layers), [self] * len(layers)
+        if self.allocation == "fill" and len(layers) > 1:
+            methods = [replace(self, **option.settings) for option in share_out([*self.offers(layers)], self.bits)]
+        for (name, opened), method in zip(self._opened(layers, names), methods):
+            with named([name]):
+                stored = opened.stored(method.bits)
+            yield Compressed({name: stored}, {"bits": method.bits} if self.allocation == "fill" else {})
+
+    def offers(self, layers: "dict[str, Layer]") -> "Iterator[Menu]":
+        """By errors measured on each weight, or on some of its outputs; see `methods.Offers`."""
+        from cluscomp.solve.allocate import rates_menu
+
+        for name, opened in self._opened(layers, list(layers)):
+            with named([name]):
+                errors = opened.errors(self.bits)
+            yield rates_menu(name, layers[name].weight_OI.numel(), errors, self.bits, self.floor)
+
+    def _opened(self, layers: "dict[str, Layer]", names: list[str]) -> "Iterator[tuple[str, WaterFilling]]":
+        """One layer after the other, made ready; neighbours that read one input share what is known of it."""
+        from cluscomp.solve.along_outputs import damped
+        from cluscomp.solve.water_filling import Curvature, WaterFilling
+
+        last = None
+        for name in names:
+            layer = layers[name]
+            if last is None or last[0] is not layer.seen:
+                with named([name]):
+                    last = layer.seen, Curvature(damped(layer.show().matrix_II, self.damping))
+            yield (
+                name,
+                WaterFilling(
+                    layer.weight_OI.float(),
+                    last[1],
+                    rate=self.rate,
+                    scaled_outputs=self.scaled_outputs,
+                    refits=self.refits,
+                ),
+            )
