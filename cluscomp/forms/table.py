@@ -74,7 +74,7 @@ class TableWeight(PackedWeight):
         """The dense weight (O, I) in `dtype`; `inputs` is all of them (see `tiles`)."""
         tables_OE = self.codebooks.to(dtype).flatten(1)
         first_1G = torch.arange(self.groups, device=tables_OE.device)[None] * self.codebooks.shape[2]
-        return tables_OE.gather(1, (self.numbers() + spread(first_1G, self.in_features)).long())
+        return tables_OE.gather(1, (self.unpacked() + spread(first_1G, self.in_features)).long())
 
     def spec(self) -> dict[str, Any]:
         """What `empty` needs to make this module's shapes again."""

@@ -10,8 +10,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from cluscomp.forms.stored import Extent, Single, Width
-from cluscomp.kernels.codebook import rebuild
-from cluscomp.kernels.codes import pack, packed_bytes
+from cluscomp.kernels.codes import pack, packed_bytes, unpack
 
 MOST = 65_504.0  # of a 16-bit float
 Zeros = Literal["none", "whole", "float16"]
@@ -40,9 +39,9 @@ class PackedWeight(Single):
         """G, the groups of inputs that each output has."""
         return self.values.shape[1]
 
-    def numbers(self) -> Float[Tensor, "O I"]:
-        """The numbers (O, I) in float32."""
-        return unpacked(self.codes, self.width, self.out_features, self.in_features)
+    def unpacked(self) -> Int[Tensor, "O I"]:
+        """The numbers as int32 (O, I)."""
+        return unpack(self.codes, self.width, self.out_features * self.in_features).view(-1, self.in_features)
 
     def rounded(self, values: Tensor) -> dict[str, Tensor]:
         """The values in 16 bits. Raises ValueError if one is not finite or does not fit."""
@@ -162,7 +161,7 @@ class UniformWeight(PackedWeight):
             return torch.full_like(self.scales, middle(self.width), dtype=torch.float32, requires_grad=False)
         if self.kind_of_zeros == "float16":
             return self.zeros.float()
-        return unpacked(self.zeros, self.width, *self.scales.shape)
+        return unpack(self.zeros, self.width, self.scales.numel()).view(self.scales.shape).float()
 
     @property
     def kind_of_zeros(self) -> Zeros:
@@ -171,7 +170,7 @@ class UniformWeight(PackedWeight):
 
     def forward(self, dtype: torch.dtype, inputs: slice | None = None) -> Float[Tensor, "O I"]:  # noqa: ARG002
         """The dense weight (O, I) in `dtype`, made in float32; `inputs` is all of them (see `tiles`)."""
-        steps_OI = self.numbers() - spread(self.offsets(), self.in_features)
+        steps_OI = self.unpacked() - spread(self.offsets(), self.in_features)
         dense_OI = steps_OI * spread(self.scales.float(), self.in_features)
         return (dense_OI if self.inputs is None else dense_OI * self.inputs.float()).to(dtype)
 
@@ -189,11 +188,6 @@ class UniformWeight(PackedWeight):
     def lies_on(self, *, width: int, group: int) -> bool:
         """Whether every group of this grid is a part of one of `group` inputs on a grid of the same width."""
         return self.width == width and self.inputs is None and self.divides(group)
-
-
-def unpacked(packed: UInt8[Tensor, " bytes"], width: int, rows: int, columns: int) -> Float[Tensor, "R C"]:
-    """Packed numbers of `width` bits as float32 (R, C): a codebook in which each number stands for itself."""
-    return rebuild(torch.arange(2.0**width, device=packed.device)[:, None], packed, width, rows, columns)
 
 
 def in_16_bits(values: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from cluscomp.kernels.loading import native
+
 MAX_CODE_BITS = 16
 
 
@@ -31,6 +33,15 @@ def pack(codes_N: Int[Tensor, " N"], bits: int) -> UInt8[Tensor, " bytes"]:
     """
     if len(codes_N) and not 0 <= int(codes_N.min()) <= int(codes_N.max()) < 1 << bits:
         raise ValueError(f"codes from {int(codes_N.min())} to {int(codes_N.max())} do not fit {bits} bits")
+    if native is not None and codes_N.device.type == "cpu":
+        packed = torch.empty(packed_bytes(len(codes_N), bits), dtype=torch.uint8)
+        native.pack(codes_N.to(torch.int32).contiguous(), bits, packed)
+        return packed
+    return _packed(codes_N, bits)
+
+
+def _packed(codes_N: Tensor, bits: int) -> Tensor:
+    """`pack` in plain torch."""
     groups = F.pad(codes_N.to(torch.int32), (0, -len(codes_N) % 8)).view(-1, 8)
     bytes_ = torch.zeros(len(groups), bits + 2, dtype=torch.int32, device=codes_N.device)
     for position in range(8):
@@ -44,6 +55,17 @@ def unpack(packed: UInt8[Tensor, " bytes"], bits: int, num_codes: int) -> Int[Te
     """The inverse of `pack`: (bytes,) uint8 -> (num_codes,) int32. Raises ValueError if the length is wrong."""
     if len(packed) != packed_bytes(num_codes, bits):
         raise ValueError(f"{len(packed)} bytes for {num_codes} codes of {bits} bits ({packed_bytes(num_codes, bits)})")
+    if packed.is_meta:
+        return packed.new_empty(num_codes, dtype=torch.int32)
+    if native is not None and packed.device.type == "cpu" and num_codes:
+        codes_N = torch.empty(num_codes, dtype=torch.int32)
+        native.unpack(packed.contiguous(), bits, codes_N)
+        return codes_N
+    return _unpacked(packed, bits, num_codes)
+
+
+def _unpacked(packed: Tensor, bits: int, num_codes: int) -> Tensor:
+    """`unpack` in plain torch."""
     bytes_ = F.pad(packed.view(-1, bits), (0, 2)).to(torch.int32)
     groups = torch.empty(len(bytes_), 8, dtype=torch.int32, device=packed.device)
     for position in range(8):

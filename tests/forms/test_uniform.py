@@ -70,7 +70,7 @@ def test_the_dense_weight_is_that_of_a_loop(out_features, in_features, width, gr
     torch.testing.assert_close(weight(torch.bfloat16), nearest_bfloat16, rtol=2**-7, atol=0)
     sizes = [group.stop - group.start for group in bounds(in_features, groups)]
     assert sum(sizes) == in_features and max(sizes) - min(sizes) <= 1
-    np.testing.assert_array_equal(weight.numbers(), codes)
+    np.testing.assert_array_equal(weight.unpacked(), codes)
 
 
 def bits_of(out_features, in_features, width, groups, zeros, scaled=False):
@@ -162,7 +162,7 @@ def test_scales_learn_and_are_rounded_put_back_or_refused():
     weight.to_masters()
     assert weight.scales.dtype == torch.float32 and weight.scales.requires_grad
     weight(torch.float32).square().sum().backward()
-    steps = weight.numbers() - torch.from_numpy(np.repeat(weight.offsets().numpy(), [3, 3, 3, 2], 1))
+    steps = weight.unpacked().float() - torch.from_numpy(np.repeat(weight.offsets().numpy(), [3, 3, 3, 2], 1))
     by_hand = torch.stack(
         [2 * weight.scales.detach()[:, g] * steps[:, group].square().sum(1) for g, group in enumerate(bounds(11, 4))],
         1,

@@ -6,12 +6,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluscomp.kernels import codes as kernel
 from cluscomp.kernels.codes import code_bits, pack, packed_bytes, unpack
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @settings(max_examples=150, deadline=None)
 @given(bits=st.integers(1, 16), length=st.integers(0, 70), seed=st.integers(0, 2**32 - 1))
-def test_packing_is_numpys_little_endian_bit_stream(bits, length, seed):
+def test_packing_is_numpys_little_endian_bit_stream(compiled, bits, length, seed):
+    if not compiled:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernel, "native", None)
+            return check_packing(bits, length, seed)
+    return check_packing(bits, length, seed)
+
+
+def check_packing(bits, length, seed):
     codes = np.random.default_rng(seed).integers(0, 1 << bits, length)
     packed = pack(torch.from_numpy(codes), bits)
     padded = np.pad(codes, (0, -length % 8))
