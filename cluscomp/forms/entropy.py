@@ -15,6 +15,8 @@ from cluscomp.kernels.entropy import Plan, read, write
 class EntropyWeight(Single):
     """A weight as whole numbers z of one byte: scale of the input times z, times that of the output where there is one.
 
+    `dependent`: the z are levels of a quantiser with eight states (kernels/dependent.py).
+
     Stored: `stream`, uint8, the numbers (I, O) by rANS with tables and levels (kernels/entropy.py); `scales` (I,)
     float16, which can be trained; and where `outputs` are given (O,) float16. The stream is decoded once, when it is
     first used, and the numbers are kept in memory: a byte each, beside the stream.
@@ -33,9 +35,10 @@ class EntropyWeight(Single):
         outputs: Float16[Tensor, " O"] | None = None,
         *,
         out_features: int,
+        dependent: bool = False,
     ) -> None:
         super().__init__()
-        self.out_features, self.in_features = out_features, len(scales)
+        self.out_features, self.in_features, self.dependent = out_features, len(scales), dependent
         self.register_buffer("stream", stream)
         self.scales = nn.Parameter(scales)
         self.register_buffer("outputs", outputs)
@@ -54,12 +57,18 @@ class EntropyWeight(Single):
         Raises ValueError for a scale that is not finite or does not fit.
         """
         outputs_O = None if outputs_O is None else in_16_bits(outputs_O)
-        stream = write(numbers_IO, plan).to(scales_I.device)
-        return cls(stream, in_16_bits(scales_I), outputs_O, out_features=numbers_IO.shape[1])
+        stream, dependent = write(numbers_IO, plan).to(scales_I.device), plan is not None and plan.dependent
+        return cls(stream, in_16_bits(scales_I), outputs_O, out_features=numbers_IO.shape[1], dependent=dependent)
 
     @classmethod
     def empty(
-        cls, *, out_features: Extent, in_features: Extent, stream_bytes: Extent, scaled_outputs: bool
+        cls,
+        *,
+        out_features: Extent,
+        in_features: Extent,
+        stream_bytes: Extent,
+        scaled_outputs: bool,
+        dependent: bool = False,
     ) -> "EntropyWeight":
         """A module of the given shapes with undefined content, on the default device; to be loaded into."""
         return cls(
@@ -67,10 +76,19 @@ class EntropyWeight(Single):
             torch.empty(in_features, dtype=torch.float16),
             torch.empty(out_features, dtype=torch.float16) if scaled_outputs else None,
             out_features=out_features,
+            dependent=dependent,
         )
 
     @classmethod
-    def bits(cls, *, out_features: int, in_features: int, stream_bytes: int, scaled_outputs: bool) -> dict[str, int]:
+    def bits(
+        cls,
+        *,
+        out_features: int,
+        in_features: int,
+        stream_bytes: int,
+        scaled_outputs: bool,
+        dependent: bool = False,  # noqa: ARG003
+    ) -> dict[str, int]:
         """Stored bits: the stream, with the tables and levels it begins with, and scales."""
         return {"codes": 8 * stream_bytes, "scales": 16 * (in_features + (out_features if scaled_outputs else 0))}
 
@@ -81,7 +99,7 @@ class EntropyWeight(Single):
             "in_features": self.in_features,
             "stream_bytes": len(self.stream),
             "scaled_outputs": self.outputs is not None,
-        }
+        } | ({"dependent": True} if self.dependent else {})
 
     def numbers(self) -> Int8[Tensor, "I O"]:
         """The numbers (I, O) in int8. Raises ValueError if the stream is damaged."""
@@ -89,7 +107,9 @@ class EntropyWeight(Single):
             return self.stream.new_empty(self.in_features, self.out_features, dtype=torch.int8)
         known = self._decoded
         if known is None or known[0] is not self.stream or known[1] != self.stream._version:
-            numbers_IO = read(self.stream, self.in_features, self.out_features).to(self.stream.device)
+            numbers_IO = read(self.stream, self.in_features, self.out_features, dependent=self.dependent).to(
+                self.stream.device
+            )
             self._decoded = known = self.stream, self.stream._version, numbers_IO
         return known[2]
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluscomp.kernels.codes import pack, packed_bytes, unpack
+from cluscomp.kernels.dependent import symbols_of
 from cluscomp.kernels.rans import PRECISION, WHOLE, Bytes, Words, decode, encode, lanes_for
 
 STEPS = (4.0, 2.0, 1.0, 0.5)  # of levels, in log2 of the mean square
@@ -57,6 +58,7 @@ class Plan:
     frequencies_TK: Words
     numbers: float
     beside: float
+    dependent: bool = False
 
     @property
     def bits(self) -> float:
@@ -64,14 +66,20 @@ class Plan:
         return self.numbers + self.beside
 
 
-def write(numbers_IO: Int8[Tensor, "I O"], plan: Plan | None = None) -> UInt8[Tensor, " bytes"]:
-    """The stream of some numbers (I, O), by the `plan` of these numbers where it is known."""
-    plan = plan or planned(numbers_IO)
-    levels = plan.levels
-    array_IO = numbers_IO.cpu().numpy()
-    states_L, words = encode(array_IO, levels.rows_I, levels.columns_O, plan.frequencies_TK)
+def write(
+    numbers_IO: Int8[Tensor, "I O"], plan: Plan | None = None, *, dependent: bool = False
+) -> UInt8[Tensor, " bytes"]:
+    """The stream of some numbers (I, O), by the `plan` of these numbers where it is known.
+
+    `dependent`: of the numbers of quantiser's levels (I, O), see kernels/dependent.py.
+    """
+    plan = plan or planned(numbers_IO, dependent=dependent)
+    levels, array_IO, odd_IO = plan.levels, numbers_IO.cpu().numpy(), None
+    if plan.dependent:
+        array_IO, odd_IO = symbols_of(array_IO)
+    states_L, words = encode(array_IO, levels.rows_I, levels.columns_O, plan.frequencies_TK, odd_IO)
     first, second = levels.widths
-    parts = [bytes([levels.tables - 1, first | second << 4])]
+    parts = [bytes([len(plan.frequencies_TK) - 1, first | second << 4])]
     for level_N, width in ((levels.rows_I, first), (levels.columns_O, second)):
         if width:
             parts.append(pack(torch.from_numpy(level_N.astype(np.int32)), width).numpy().tobytes())
@@ -79,8 +87,11 @@ def write(numbers_IO: Int8[Tensor, "I O"], plan: Plan | None = None) -> UInt8[Te
     return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
 
 
-def read(stream: UInt8[Tensor, " bytes"], inputs: int, outputs: int) -> Int8[Tensor, "I O"]:
-    """The numbers (I, O) of a stream. Raises ValueError if `write` did not make it of so many."""
+def read(stream: UInt8[Tensor, " bytes"], inputs: int, outputs: int, *, dependent: bool = False) -> Int8[Tensor, "I O"]:
+    """The numbers, or quantiser's levels, (I, O) of a stream.
+
+    Raises ValueError if `write` did not make it of so many.
+    """
     rest = _Bytes(stream.cpu().numpy().tobytes())
     tables, widths = rest.take(1)[0] + 1, rest.take(1)[0]
     levels = []
@@ -102,7 +113,8 @@ def read(stream: UInt8[Tensor, " bytes"], inputs: int, outputs: int) -> Int8[Ten
     if rest.left:
         raise ValueError("a stream of half words")
     rows_I, columns_O = levels
-    found_IO = decode(states_L, np.frombuffer(words, "<u2").astype(np.uint16), rows_I, columns_O, frequencies_TK)
+    words_ = np.frombuffer(words, "<u2").astype(np.uint16)
+    found_IO = decode(states_L, words_, rows_I, columns_O, frequencies_TK, dependent=dependent)
     return torch.from_numpy(found_IO)
 
 
@@ -120,15 +132,21 @@ class _Bytes:
         return taken
 
 
-def planned(numbers_IO: Int8[Tensor, "I O"]) -> Plan:
-    """The best levels and tables for numbers (I, O) of those that are tried; of many, on a share of the outputs."""
-    array_IO = np.ascontiguousarray(numbers_IO.cpu().numpy())
+def planned(numbers_IO: Int8[Tensor, "I O"], *, dependent: bool = False) -> Plan:
+    """The best levels and tables for numbers (I, O) of those that are tried; of many, on a share of the outputs.
+
+    `dependent`: for quantiser's levels (I, O).
+    """
+    array_IO, odd_IO = np.ascontiguousarray(numbers_IO.cpu().numpy()), None
+    if dependent:
+        array_IO, odd_IO = symbols_of(array_IO)
     inputs, outputs = array_IO.shape
     every = max(1, array_IO.size // TRIED)
     some_IS = np.ascontiguousarray(array_IO[:, ::every])
+    some_odd_IS = None if odd_IO is None else np.ascontiguousarray(odd_IO[:, ::every])
 
     def bits(levels: Levels) -> float:
-        plan = _plan(some_IS, Levels(levels.rows_I, levels.columns_O[::every]))
+        plan = _plan(some_IS, Levels(levels.rows_I, levels.columns_O[::every]), some_odd_IS)
         return plan.numbers * array_IO.size / some_IS.size + plan.beside
 
     best = Levels(np.zeros(inputs, np.uint8), np.zeros(outputs, np.uint8))
@@ -144,7 +162,7 @@ def planned(numbers_IO: Int8[Tensor, "I O"]) -> Plan:
             if found > last:
                 break
             last = found
-    return _plan(array_IO, best)
+    return _plan(array_IO, best, odd_IO)
 
 
 def _spreads(array_IO: NDArray[np.int8]) -> tuple[Any, Any]:
@@ -163,8 +181,8 @@ def _leveled(spread_N: Any, step: float) -> Bytes:
     return np.minimum(level_N, MOST_LEVELS - 1).astype(np.uint8)  # type: ignore[no-any-return]
 
 
-def _plan(array_IO: NDArray[np.int8], levels: Levels) -> Plan:
-    counts_TK = _counts(array_IO, levels)
+def _plan(array_IO: NDArray[np.int8], levels: Levels, odd_IO: Bytes | None) -> Plan:
+    counts_TK = _counts(array_IO, levels, odd_IO)
     parts, frequencies_TK = [], np.zeros(counts_TK.shape, np.uint16)
     for count_K, frequency_K in zip(counts_TK, frequencies_TK):
         found = np.flatnonzero(count_K)
@@ -178,17 +196,20 @@ def _plan(array_IO: NDArray[np.int8], levels: Levels) -> Plan:
     first_width, second_width = levels.widths
     packed = packed_bytes(inputs, first_width) + packed_bytes(outputs, second_width)
     beside = 8.0 * (2 + packed + len(tables)) + LAST_STATE * lanes_for(array_IO.size)
-    return Plan(levels, tables, frequencies_TK, float((counts_TK * lengths_TK).sum()), beside)
+    numbers = float((counts_TK * lengths_TK).sum())
+    return Plan(levels, tables, frequencies_TK, numbers, beside, dependent=odd_IO is not None)
 
 
-def _counts(array_IO: NDArray[np.int8], levels: Levels) -> NDArray[np.int64]:
-    """How often each value is in each table, (T, 256)."""
-    counts = np.zeros(levels.tables * 256, np.int64)
+def _counts(array_IO: NDArray[np.int8], levels: Levels, odd_IO: Bytes | None) -> NDArray[np.int64]:
+    """How often each value is in each table, (T, 256); those of odd states come last."""
+    counts = np.zeros(levels.tables * 256 * (1 if odd_IO is None else 2), np.int64)
     place_O = levels.columns_O.astype(np.int32) * 256 + 128
     rows = max(1, PIECE // array_IO.shape[1])
     for start in range(0, len(array_IO), rows):
         piece_RO = levels.rows_I[start : start + rows, None].astype(np.int32) * 256 + place_O
         piece_RO += array_IO[start : start + rows]
+        if odd_IO is not None:
+            piece_RO += odd_IO[start : start + rows].astype(np.int32) * (levels.tables * 256)
         counts += np.bincount(piece_RO.ravel(), minlength=len(counts))
     return counts.reshape(-1, 256)
 

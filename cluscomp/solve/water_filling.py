@@ -55,6 +55,7 @@ class WaterFilling:
         weight_OI: (O, I) in float32.
         curvature: of its inputs.
         rate: how much of a bit's price each number pays; see `kernels.integers.round_rows`.
+        dependent: levels of a quantiser with eight states in the place of whole numbers.
         scaled_outputs: each output has a scale, too.
         refits: how often the scales are fitted to the numbers.
     """
@@ -65,10 +66,11 @@ class WaterFilling:
         curvature: Curvature,
         *,
         rate: float,
+        dependent: bool,
         scaled_outputs: bool,
         refits: int,
     ) -> None:
-        self._rate, self._scaled_outputs, self._refits = rate, scaled_outputs, refits
+        self._rate, self._dependent, self._scaled_outputs, self._refits = rate, dependent, scaled_outputs, refits
         self._order_I, self._moment_II = curvature.order_I, curvature.moment_II
         self._factor_II = curvature.factor_II
         self._weight_IO = weight_OI.T[self._order_I].contiguous()
@@ -132,7 +134,9 @@ class WaterFilling:
         """log2(c) at which numbers that spread as Gaussian ones take `most` bits."""
         spread = float(self._weight_IO.square().mean().sqrt()) or 1.0
         entropy = math.log2(spread * math.sqrt(2 * math.pi * math.e))
-        return entropy - float(self._factor_II.diagonal().log2().mean()) - max(most / self._numbers, 0.1)
+        return (
+            entropy - float(self._factor_II.diagonal().log2().mean()) - max(most / self._numbers, 0.1) - self._dependent
+        )
 
     def _rounded(self, level: float, every: int = 1) -> Rounding:
         """All outputs, or one of `every`, rounded at a c, in the order of work."""
@@ -142,11 +146,11 @@ class WaterFilling:
         for start in alike(range(0, len(left_IO), BATCH), left_IO):
             now, later = slice(start, start + BATCH), slice(start + BATCH, None)
             numbers_IO[now], scales_I[now], errors_BO = round_rows(
-                left_IO[now], self._factor_II[now, now], steps_I[now], self._rate
+                left_IO[now], self._factor_II[now, now], steps_I[now], self._rate, dependent=self._dependent
             )
             with times(0.5):  # so many are left on the average
                 left_IO[later].addmm_(self._factor_II[now, later].T, errors_BO, alpha=-1)
-        plan = planned(numbers_IO) if not left_IO.is_meta else None
+        plan = planned(numbers_IO, dependent=self._dependent) if not left_IO.is_meta else None
         return Rounding(level, numbers_IO, scales_I, plan)  # type: ignore[arg-type]
 
     def _bits(self, found: Rounding) -> float:
@@ -185,7 +189,7 @@ class WaterFilling:
     def _cannot_be_finer(self, found: Rounding) -> bool:
         """Whether a smaller c would change nothing: all weights are 0, or every input has a number of 127."""
         largest_I = found.numbers_IO.abs().amax(1)
-        return bool(((largest_I == LARGEST) | (self._weight_IO.abs().amax(1) == 0)).all())
+        return bool(((largest_I >= (119 if self._dependent else LARGEST)) | (self._weight_IO.abs().amax(1) == 0)).all())
 
     def _refitted(self, found: Rounding, every: int = 1) -> tuple[Tensor, Tensor | None]:
         """Scales (I,) of inputs and, where wanted, (O,) of outputs of least output error for these numbers.
@@ -232,4 +236,5 @@ class WaterFilling:
                 in_features=len(self._weight_IO),
                 stream_bytes=int(most // 8),
                 scaled_outputs=self._scaled_outputs,
+                dependent=self._dependent,
             )

@@ -63,7 +63,8 @@ def test_a_run_marks_what_its_stages_learned_from(texts, tmp_path):
         )
     ]  # fmt: skip
     command = [
-        "model=tiny", "model.config.num_hidden_layers=1", "data=text", f"data.file={texts / 'learned.txt'}", *other, "method.vector_dim=4",
+        "model=tiny", "model.config.num_hidden_layers=1", "data=text",
+        f"data.file={texts / 'learned.txt'}", *other, "method.vector_dim=4",
         "method.codebook_size=16", "evaluate.context=128", f"outputs={tmp_path / 'outputs'}",
         f"cache={tmp_path / 'cache'}", "order=[cluster,block_finetune]", "block_finetune=quick", "cluster.samples=1",
         "cluster.length=64", "block_finetune.samples=128", "block_finetune.length=256", "block_finetune.epochs=1",

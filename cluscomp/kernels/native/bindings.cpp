@@ -9,6 +9,7 @@
 #include <string>
 
 #include "codebook.h"
+#include "dependent.h"
 #include "feedback.h"
 #include "integers.h"
 #include "lloyd.h"
@@ -258,38 +259,48 @@ static void py_gradient(Packed packed, int bits, FloatRows grad_IO, Out2<float> 
 
 // ---- whole numbers ----
 
-static void py_round_rows(Out2<float> wanted, FloatRows factor, FloatVector steps, double rate, Out2<int8_t> numbers,
+static void py_round_rows(Out2<float> wanted, FloatRows factor, FloatVector steps, double rate, bool dependent, Out2<int8_t> numbers,
                           Out1<float> scales, Out2<float> errors) {
   const size_t R = wanted.shape(0), O = wanted.shape(1);
   require(factor.shape(0) == R && factor.shape(1) == R && steps.shape(0) == R && scales.shape(0) == R, "sizes differ");
   require(numbers.shape(0) == R && numbers.shape(1) == O && errors.shape(0) == R && errors.shape(1) == O, "sizes differ");
   without_gil([&] {
-    round_rows(int64_t(R), int64_t(O), wanted.data(), factor.data(), steps.data(), rate, numbers.data(), scales.data(), errors.data());
+    (dependent ? round_rows_dependent : round_rows)(int64_t(R), int64_t(O), wanted.data(), factor.data(), steps.data(), rate,
+                                                    numbers.data(), scales.data(), errors.data());
   });
 }
 
-static Tables tables_of(const Packed& rows, const Packed& columns, const HalfRows& frequencies) {
-  require(frequencies.shape(1) == 256, "a table has 256 frequencies");
-  return Tables(rows.shape(0), columns.shape(0), rows.data(), columns.data(), frequencies.data(), frequencies.shape(0));
+using ByteRows = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using SignedRows = nb::ndarray<const int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+static void py_symbols_of(SignedRows levels, Out2<int8_t> symbols, Out2<uint8_t> odd) {
+  const size_t I = levels.shape(0), O = levels.shape(1);
+  require(symbols.shape(0) == I && symbols.shape(1) == O && odd.shape(0) == I && odd.shape(1) == O, "sizes differ");
+  symbols_of(int64_t(I), int64_t(O), levels.data(), symbols.data(), odd.data());
 }
 
-static int64_t py_rans_encode(nb::ndarray<const int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> numbers, Packed rows,
-                              Packed columns, HalfRows frequencies, Out1<uint32_t> states, Out1<uint16_t> words) {
+static Tables tables_of(const Packed& rows, const Packed& columns, const HalfRows& frequencies, bool dependent) {
+  require(frequencies.shape(1) == 256, "a table has 256 frequencies");
+  return Tables(rows.shape(0), columns.shape(0), rows.data(), columns.data(), frequencies.data(), frequencies.shape(0), dependent);
+}
+
+static int64_t py_rans_encode(SignedRows numbers, std::optional<ByteRows> odd, Packed rows, Packed columns, HalfRows frequencies, Out1<uint32_t> states, Out1<uint16_t> words) {
   require(numbers.shape(0) == rows.shape(0) && numbers.shape(1) == columns.shape(0), "sizes differ");
   require(states.shape(0) >= 1 && words.shape(0) >= numbers.size(), "sizes differ");
+  require(!odd || (odd->shape(0) == rows.shape(0) && odd->shape(1) == columns.shape(0)), "sizes differ");
   int64_t written = 0;
   without_gil([&] {
-    written = rans_encode(tables_of(rows, columns, frequencies), numbers.data(), states.data(), states.shape(0), words.data());
+    written = rans_encode(tables_of(rows, columns, frequencies, bool(odd)), numbers.data(), odd ? odd->data() : nullptr, states.data(), states.shape(0), words.data());
   });
   return written;
 }
 
 static int64_t py_rans_decode(nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> words, Packed rows, Packed columns,
-                              HalfRows frequencies, Out1<uint32_t> states, Out2<int8_t> numbers) {
+                              HalfRows frequencies, bool dependent, Out1<uint32_t> states, Out2<int8_t> numbers) {
   require(numbers.shape(0) == rows.shape(0) && numbers.shape(1) == columns.shape(0) && states.shape(0) >= 1, "sizes differ");
   int64_t read = 0;
   without_gil([&] {
-    const Tables tables = tables_of(rows, columns, frequencies);
+    const Tables tables = tables_of(rows, columns, frequencies, dependent);
     read = rans_decode(tables, words.data(), words.shape(0), states.data(), states.shape(0), numbers.data());
   });
   return read;
@@ -317,12 +328,13 @@ NB_MODULE(_native, m) {
         nb::arg("y"), nb::arg("threads"), nb::arg("isa") = "");
   m.def("multiply_by_tables", py_multiply_by_tables, nb::arg("packed"), nb::arg("centroids"), nb::arg("x"), nb::arg("y"),
         nb::arg("threads"), nb::arg("isa") = "");
-  m.def("round_rows", py_round_rows, nb::arg("wanted"), nb::arg("factor"), nb::arg("steps"), nb::arg("rate"), nb::arg("numbers"),
+  m.def("round_rows", py_round_rows, nb::arg("wanted"), nb::arg("factor"), nb::arg("steps"), nb::arg("rate"), nb::arg("dependent"), nb::arg("numbers"),
         nb::arg("scales"), nb::arg("errors"));
-  m.def("rans_encode", py_rans_encode, nb::arg("numbers"), nb::arg("rows"), nb::arg("columns"), nb::arg("frequencies"),
+  m.def("symbols_of", py_symbols_of, nb::arg("levels"), nb::arg("symbols"), nb::arg("odd"));
+  m.def("rans_encode", py_rans_encode, nb::arg("numbers"), nb::arg("odd").none(), nb::arg("rows"), nb::arg("columns"), nb::arg("frequencies"),
         nb::arg("states"), nb::arg("words"));
   m.def("rans_decode", py_rans_decode, nb::arg("words"), nb::arg("rows"), nb::arg("columns"), nb::arg("frequencies"),
-        nb::arg("states"), nb::arg("numbers"));
+        nb::arg("dependent"), nb::arg("states"), nb::arg("numbers"));
   m.def("gradient", py_gradient, nb::arg("packed"), nb::arg("bits"), nb::arg("grad"), nb::arg("gradient"), nb::arg("threads"),
         nb::arg("isa") = "");
 }

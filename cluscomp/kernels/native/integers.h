@@ -9,6 +9,16 @@ inline float leading_bits(float x) {
   return spread - (spread - x);
 }
 
+// The error of row i, of which `error` holds the numbers: divided by factor[i, i], and taken from the rows to come.
+inline void hand_on(int64_t i, int64_t rounds, int64_t outputs, float* wanted, const float* factor, float scale, float* error) {
+  const float *row = wanted + i * outputs, *across = factor + i * rounds;
+  for (int64_t o = 0; o < outputs; ++o) error[o] = (row[o] - error[o] * scale) / across[i];
+  for (int64_t j = i + 1; j < rounds; ++j) {
+    float* later = wanted + j * outputs;
+    for (int64_t o = 0; o < outputs; ++o) later[o] -= across[j] * error[o];
+  }
+}
+
 // Row i: numbers[i] = wanted[i] / step, rounded, at most 127 in size (the step is made larger for that; and larger by
 // 1 + rate step^2 / mean square of the row); scales[i] fits the row best for these numbers; errors[i] = (wanted[i] -
 // numbers[i] scales[i]) / factor[i, i]; then wanted[j] -= factor[i, j] errors[i] for j > i. Every product and difference
@@ -36,11 +46,6 @@ inline void round_rows(int64_t rounds, int64_t outputs, float* wanted, const flo
     }
     for (int64_t o = 0; o < outputs; ++o) product += double(error[o]) * row[o], size += double(error[o]) * error[o];
     const float scale = scales[i] = size > 0 ? leading_bits(float(product / size)) : step;
-    const float* across = factor + i * rounds;
-    for (int64_t o = 0; o < outputs; ++o) error[o] = (row[o] - error[o] * scale) / across[i];
-    for (int64_t j = i + 1; j < rounds; ++j) {
-      float* later = wanted + j * outputs;
-      for (int64_t o = 0; o < outputs; ++o) later[o] -= across[j] * error[o];
-    }
+    hand_on(i, rounds, outputs, wanted, factor, scale, error);
   }
 }

@@ -26,7 +26,7 @@ set(native ${CMAKE_CURRENT_LIST_DIR})
 nanobind_add_module(_native NB_STATIC
   ${native}/bindings.cpp ${native}/lloyd.cpp ${native}/kd.cpp ${native}/tree.cpp ${native}/points.cpp ${native}/scalar.cpp ${native}/codebook.cpp ${native}/tiles_choice.cpp)
 target_link_libraries(_native PRIVATE Threads::Threads)
-target_compile_options(_native PRIVATE ${optimise} -Wall -Wextra)
+target_compile_options(_native PRIVATE ${optimise} -ffp-contract=off -Wall -Wextra)
 set_source_files_properties(${native}/bindings.cpp PROPERTIES COMPILE_OPTIONS -ffp-contract=off)  # integers.h
 
 # The inner loops, once per instruction set.
