@@ -14,15 +14,14 @@ Rounded = tuple[Int8[Tensor, "R O"], Float[Tensor, " R"], Float[Tensor, "R O"]]
 
 
 def round_rows(
-    wanted_RO: Float[Tensor, "R O"], factor_RR: Float[Tensor, "R R"], steps_R: Float[Tensor, " R"], rate: float
+    wanted_RO: Float[Tensor, "R O"], factor_RR: Float[Tensor, "R R"], steps_R: Float[Tensor, " R"]
 ) -> Rounded:
     """Whole numbers (R, O) in int8 for some rows, the scale (R,) of each row, and the errors (R, O) that are left.
 
-    Row i is divided by steps[i] and rounded. With `rate` the step is first made larger by the factor
-    1 + rate step^2 / mean square of the row, which takes small numbers nearer to 0; and by as much as is needed that no
-    number is larger than 127. The scale is the least-squares one for these numbers, of which 11 bits are taken, or the
-    step if all are 0. The row's error is (wanted[i] - number scale) / factor[i, i], and each later wanted[j] loses
-    factor[i, j] times the error. `wanted_RO` is overwritten.
+    Row i is divided by steps[i] and rounded; the step is made larger where a number would be above 127. The scale is
+    the least-squares one for these numbers, of which 11 bits are taken, or the step if all are 0. The row's error is
+    (wanted[i] - number scale) / factor[i, i], and each later wanted[j] loses factor[i, j] times the error.
+    `wanted_RO` is overwritten.
     """
     numbers_RO = torch.empty_like(wanted_RO, dtype=torch.int8)
     scales_R, errors_RO = torch.empty_like(steps_R), torch.empty_like(wanted_RO)
@@ -30,11 +29,9 @@ def round_rows(
         rows = len(wanted_RO)
         report(Work(flops=1.0 * rows * wanted_RO.numel(), traffic=40.0 * wanted_RO.numel(), calls=12 * rows))
     elif native is not None and wanted_RO.device.type == "cpu":
-        native.round_rows(
-            wanted_RO, factor_RR.contiguous(), steps_R.contiguous(), rate, numbers_RO, scales_R, errors_RO
-        )
+        native.round_rows(wanted_RO, factor_RR.contiguous(), steps_R.contiguous(), numbers_RO, scales_R, errors_RO)
     else:
-        _in_torch(wanted_RO, factor_RR, steps_R, rate, numbers_RO, scales_R, errors_RO)
+        _in_torch(wanted_RO, factor_RR, steps_R, numbers_RO, scales_R, errors_RO)
     return numbers_RO, scales_R, errors_RO
 
 
@@ -42,18 +39,12 @@ def _in_torch(
     wanted_RO: Tensor,
     factor_RR: Tensor,
     steps_R: Tensor,
-    rate: float,
     numbers_RO: Tensor,
     scales_R: Tensor,
     errors_RO: Tensor,
 ) -> None:
     for i, wanted_O in enumerate(wanted_RO):
-        step = steps_R[i]
-        squares = wanted_O.double().square().sum()
-        if rate > 0:
-            wider = leading_bits((step * (1 + rate * step.double().square() * len(wanted_O) / squares)).float())
-            step = torch.where(squares > 0, wider, step)
-        step = torch.maximum(step, wanted_O.abs().max() / LARGEST)
+        step = torch.maximum(steps_R[i], wanted_O.abs().max() / LARGEST)
         number_O = (wanted_O / step).round().clamp(-LARGEST, LARGEST)
         size = number_O.double().square().sum()
         fitted = leading_bits(((number_O.double() * wanted_O.double()).sum() / size).float())

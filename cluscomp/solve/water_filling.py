@@ -54,7 +54,6 @@ class WaterFilling:
     Args:
         weight_OI: (O, I) in float32.
         curvature: of its inputs.
-        rate: how much of a bit's price each number pays; see `kernels.integers.round_rows`.
         scaled_outputs: each output has a scale, too.
         refits: how often the scales are fitted to the numbers.
     """
@@ -64,11 +63,10 @@ class WaterFilling:
         weight_OI: Float[Tensor, "O I"],
         curvature: Curvature,
         *,
-        rate: float,
         scaled_outputs: bool,
         refits: int,
     ) -> None:
-        self._rate, self._scaled_outputs, self._refits = rate, scaled_outputs, refits
+        self._scaled_outputs, self._refits = scaled_outputs, refits
         self._order_I, self._moment_II = curvature.order_I, curvature.moment_II
         self._factor_II = curvature.factor_II
         self._weight_IO = weight_OI.T[self._order_I].contiguous()
@@ -96,7 +94,7 @@ class WaterFilling:
             start, left = found.level, left - above - 8
 
     def errors(self, bits: float) -> list[tuple[float, float]]:
-        """Bits a weight and the relative error of the output, tr(E H E^T) over tr(W H W^T), at and around `bits`.
+        """Bits a weight and the relative error of the output, tr(E H E^T) over tr(W H W^T), H damped, around `bits`.
 
         Of a share of the outputs; what fitted scales take off is measured at `bits` alone. Without numbers only `bits`.
         """
@@ -142,7 +140,7 @@ class WaterFilling:
         for start in alike(range(0, len(left_IO), BATCH), left_IO):
             now, later = slice(start, start + BATCH), slice(start + BATCH, None)
             numbers_IO[now], scales_I[now], errors_BO = round_rows(
-                left_IO[now], self._factor_II[now, now], steps_I[now], self._rate
+                left_IO[now], self._factor_II[now, now], steps_I[now]
             )
             with times(0.5):  # so many are left on the average
                 left_IO[later].addmm_(self._factor_II[now, later].T, errors_BO, alpha=-1)

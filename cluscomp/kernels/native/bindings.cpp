@@ -258,13 +258,13 @@ static void py_gradient(Packed packed, int bits, FloatRows grad_IO, Out2<float> 
 
 // ---- whole numbers ----
 
-static void py_round_rows(Out2<float> wanted, FloatRows factor, FloatVector steps, double rate, Out2<int8_t> numbers,
+static void py_round_rows(Out2<float> wanted, FloatRows factor, FloatVector steps, Out2<int8_t> numbers,
                           Out1<float> scales, Out2<float> errors) {
   const size_t R = wanted.shape(0), O = wanted.shape(1);
   require(factor.shape(0) == R && factor.shape(1) == R && steps.shape(0) == R && scales.shape(0) == R, "sizes differ");
   require(numbers.shape(0) == R && numbers.shape(1) == O && errors.shape(0) == R && errors.shape(1) == O, "sizes differ");
   without_gil([&] {
-    round_rows(int64_t(R), int64_t(O), wanted.data(), factor.data(), steps.data(), rate, numbers.data(), scales.data(), errors.data());
+    round_rows(int64_t(R), int64_t(O), wanted.data(), factor.data(), steps.data(), numbers.data(), scales.data(), errors.data());
   });
 }
 
@@ -317,7 +317,7 @@ NB_MODULE(_native, m) {
         nb::arg("y"), nb::arg("threads"), nb::arg("isa") = "");
   m.def("multiply_by_tables", py_multiply_by_tables, nb::arg("packed"), nb::arg("centroids"), nb::arg("x"), nb::arg("y"),
         nb::arg("threads"), nb::arg("isa") = "");
-  m.def("round_rows", py_round_rows, nb::arg("wanted"), nb::arg("factor"), nb::arg("steps"), nb::arg("rate"), nb::arg("numbers"),
+  m.def("round_rows", py_round_rows, nb::arg("wanted"), nb::arg("factor"), nb::arg("steps"), nb::arg("numbers"),
         nb::arg("scales"), nb::arg("errors"));
   m.def("rans_encode", py_rans_encode, nb::arg("numbers"), nb::arg("rows"), nb::arg("columns"), nb::arg("frequencies"),
         nb::arg("states"), nb::arg("words"));
