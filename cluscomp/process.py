@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cluscomp.errors import InputError
-
 log = logging.getLogger("cluscomp")
 BURST = 3.0  # seconds within which Ctrl-C pressed again is the same Ctrl-C
 
@@ -164,22 +162,14 @@ def reset_peak_memory() -> None:
 
 def processes() -> int:
     """How many processes work on this run together (torchrun); 1 without it."""
-    return _of_torchrun("WORLD_SIZE", 1)
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
     """The number of this process among them, from 0."""
-    return _of_torchrun("RANK", 0)
+    return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
     """The number of this process among those of its machine, from 0."""
-    return _of_torchrun("LOCAL_RANK", 0)
-
-
-def _of_torchrun(name: str, alone: int) -> int:
-    """A whole number that torchrun sets for its processes."""
-    value = os.environ.get(name, str(alone))
-    if not value.isdecimal():
-        raise InputError(f"{name}={value} in the environment: torchrun sets a whole number there; unset it")
-    return int(value)
+    return int(os.environ.get("LOCAL_RANK", "0"))

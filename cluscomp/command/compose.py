@@ -3,6 +3,7 @@
 import difflib
 import functools
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -53,6 +54,7 @@ def compose_for(command: Callable[[Experiment], float | None]) -> None:
     """Compose the settings (of every cell, with -m) and hand them on; what comes back goes to Hydra's sweeper."""
     if any(item.startswith("--e") for item in sys.argv[1:]):  # as argparse takes it
         raise InputError("--experimental-rerun: reads a pickle, which can run code; give the settings themselves")
+    _check_processes()
     _groups_by_name(sys.argv[1:])
     said = given(sys.argv[1:])  # of this process, which may not be the one that works
 
@@ -80,6 +82,15 @@ def composed(overrides: list[str], said: Given | None = None) -> Experiment:
         with open_dict(config):
             del config["hydra"]
         return build(config, chosen, given(overrides) if said is None else said)
+
+
+def _check_processes() -> None:
+    """Raise InputError for what torchrun would not set."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise InputError(
+                f"{name}={os.environ[name]} in the environment: torchrun sets a whole number there; unset it"
+            )
 
 
 def _groups_by_name(items: Iterable[str]) -> None:

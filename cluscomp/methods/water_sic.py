@@ -27,10 +27,9 @@ class WaterSic:
     are known the scales are solved for together, `refits` times.
 
     `allocation` "uniform" gives every matrix `bits`; "fill" shares those of a block out by the relative errors of the
-    outputs, with no less than a share `floor` of them for a matrix. `rate`: how much of what it costs in bits a number
-    pays when it is rounded. `scaled_outputs`: 16 bits more for each output, a scale that is solved for in turn with the
-    inputs'. `states` 8 is not WaterSIC's: levels of a quantiser with eight states in the place of whole numbers, chosen
-    for all outputs of an input together (kernels/dependent.py).
+    outputs, with no less than a share `floor` of them for a matrix. `scaled_outputs`: 16 bits more for each output, a
+    scale that is solved for in turn with the inputs'. `states` 8 is not WaterSIC's: levels of a quantiser with eight
+    states in the place of whole numbers, chosen for all outputs of an input together (kernels/dependent.py).
 
     Unlike the authors': rANS in the place of Huffman's code, tables by the spread of inputs and outputs, relative
     errors in the place of one c for the model; nothing is corrected for the drift of inputs or weighted by attention.
@@ -40,7 +39,6 @@ class WaterSic:
     allocation: Literal["uniform", "fill"]
     floor: float = Field(ge=0, le=1)
     damping: float = Field(gt=0, le=1)
-    rate: float = Field(ge=0, le=1)
     states: Literal[1, 8]
     scaled_outputs: bool
     refits: int = Field(ge=0)
@@ -86,7 +84,6 @@ class WaterSic:
                 WaterFilling(
                     layer.weight_OI.float(),
                     last[1],
-                    rate=self.rate,
                     dependent=self.states > 1,
                     scaled_outputs=self.scaled_outputs,
                     refits=self.refits,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cluscomp.forms.entropy import EntropyWeight
 from cluscomp.kernels.counting import alike, error_asked, times
+from cluscomp.kernels.dependent import Lengths, lengths_of, round_on_paths
 from cluscomp.kernels.entropy import Plan, planned
 from cluscomp.kernels.integers import LARGEST, round_rows
 from cluscomp.solve.along_outputs import BATCH, inverse_factor, output_error
@@ -21,6 +22,7 @@ from cluscomp.solve.along_outputs import BATCH, inverse_factor, output_error
 TURNS = 40  # of the search for c
 NEAR = 0.004  # bits a weight that the search may leave unspent
 PROBED = 256  # outputs that a first search looks at
+LEARNED = 5  # times that the bits of levels are learned from those found
 PASSES = 6  # over the whole weight, in the search as a rule
 LADDER = (-1.25, -0.75, -0.25, 0.25, 0.75, 1.25)  # log2 of c about the first, at which a menu's errors are measured
 
@@ -54,8 +56,7 @@ class WaterFilling:
     Args:
         weight_OI: (O, I) in float32.
         curvature: of its inputs.
-        rate: how much of a bit's price each number pays; see `kernels.integers.round_rows`.
-        dependent: levels of a quantiser with eight states in the place of whole numbers.
+        dependent: levels of a quantiser with eight states in the place of whole numbers (kernels/dependent.py).
         scaled_outputs: each output has a scale, too.
         refits: how often the scales are fitted to the numbers.
     """
@@ -65,12 +66,12 @@ class WaterFilling:
         weight_OI: Float[Tensor, "O I"],
         curvature: Curvature,
         *,
-        rate: float,
-        dependent: bool,
+        dependent: bool = False,
         scaled_outputs: bool,
         refits: int,
     ) -> None:
-        self._rate, self._dependent, self._scaled_outputs, self._refits = rate, dependent, scaled_outputs, refits
+        self._dependent, self._scaled_outputs, self._refits = dependent, scaled_outputs, refits
+        self._lengths: Lengths | None = None  # of the bits of levels, once some are known
         self._order_I, self._moment_II = curvature.order_I, curvature.moment_II
         self._factor_II = curvature.factor_II
         self._weight_IO = weight_OI.T[self._order_I].contiguous()
@@ -88,6 +89,9 @@ class WaterFilling:
         start, every = self._guess(most), max(1, outputs // PROBED)
         if every > 1:
             start = self._search(most, start, every).level
+        for _ in range(LEARNED if self._dependent else 0):  # a path should pay what its levels will take
+            found = self._search(most, start, every)
+            start, self._lengths = found.level, lengths_of(found.numbers_IO, found.plan.levels.rows_I)
         left = most
         while True:
             found = self._search(left, start)
@@ -98,7 +102,7 @@ class WaterFilling:
             start, left = found.level, left - above - 8
 
     def errors(self, bits: float) -> list[tuple[float, float]]:
-        """Bits a weight and the relative error of the output, tr(E H E^T) over tr(W H W^T), at and around `bits`.
+        """Bits a weight and the relative error of the output, tr(E H E^T) over tr(W H W^T), H damped, around `bits`.
 
         Of a share of the outputs; what fitted scales take off is measured at `bits` alone. Without numbers only `bits`.
         """
@@ -145,8 +149,10 @@ class WaterFilling:
         numbers_IO, scales_I = torch.empty_like(left_IO, dtype=torch.int8), torch.empty_like(steps_I)
         for start in alike(range(0, len(left_IO), BATCH), left_IO):
             now, later = slice(start, start + BATCH), slice(start + BATCH, None)
-            numbers_IO[now], scales_I[now], errors_BO = round_rows(
-                left_IO[now], self._factor_II[now, now], steps_I[now], self._rate, dependent=self._dependent
+            given = left_IO[now], self._factor_II[now, now], steps_I[now]
+            lengths = None if self._lengths is None else self._lengths.of_rows(now)
+            numbers_IO[now], scales_I[now], errors_BO = (
+                round_on_paths(*given, lengths) if self._dependent else round_rows(*given)
             )
             with times(0.5):  # so many are left on the average
                 left_IO[later].addmm_(self._factor_II[now, later].T, errors_BO, alpha=-1)
@@ -226,7 +232,7 @@ class WaterFilling:
         """The form that takes all of `most` bits, on the meta device; the work of the search and the fit is counted."""
         if most < 8:
             raise ValueError(f"{most / self._numbers:.3f} bits a weight are left for its numbers: too few")
-        with times(PASSES):
+        with times(PASSES * (2 if self._dependent else 1)):
             found = self._rounded(0.0)
         self._refitted(found)
         error_asked()

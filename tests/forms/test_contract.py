@@ -23,6 +23,7 @@ from cluscomp.forms.linear import compressed
 from cluscomp.forms.rotated import Rotated
 from cluscomp.forms.stored import build, described, nested, shapes
 from cluscomp.forms.sum import Sum
+from cluscomp.kernels.dependent import round_on_paths
 from cluscomp.kernels.entropy import write
 from cluscomp.models.original import Original, blocks, linears
 from cluscomp.plan.meta import MetaModel
@@ -57,6 +58,14 @@ def rotated(inner, inputs=True, outputs=True):
     return {"kind": "rotated", "inner": inner, "inputs": inputs, "outputs": outputs}
 
 
+def some_levels(o, i):
+    wanted_IO = torch.randn(i, o, generator=torch.Generator().manual_seed(0))
+    parts = [
+        round_on_paths(rows, torch.eye(len(rows)), torch.full((len(rows),), 0.5), None) for rows in wanted_IO.split(64)
+    ]
+    return torch.cat([levels_RO for levels_RO, _, _ in parts])
+
+
 ARGUMENTS = {  # what forms ask for: values for a weight (O, I), to be tried in turn
     "out_features": lambda o, i: [o],
     "in_features": lambda o, i: [i],
@@ -71,7 +80,8 @@ ARGUMENTS = {  # what forms ask for: values for a weight (O, I), to be tried in 
     "zeros": lambda o, i: ["none", "whole", "float16"],
     "scaled_inputs": lambda o, i: [True, False],
     "scaled_outputs": lambda o, i: [True, False],
-    "stream_bytes": lambda o, i: [len(write(some_numbers(o, i)))],
+    "stream_bytes": lambda o, i: [len(write(some_numbers(o, i))), len(write(some_levels(o, i), dependent=True))],
+    "dependent": lambda o, i: [False, True],
     "left": lambda o, i: [plain(o, 3), uniform(o, 4)],
     "right": lambda o, i: [plain(3, i), plain(4, i)],
     "inner": lambda o, i: [codebook(o, i), uniform(o, i), low_rank(o, i)],
@@ -122,7 +132,8 @@ def filled(spec, seed=0):
             tensor.copy_(torch.randint(limits.min, limits.max, tensor.shape, dtype=tensor.dtype, generator=generator))
     for part in form.modules():
         if isinstance(part, EntropyWeight):  # not any bytes are a stream
-            part.stream.copy_(write(some_numbers(part.out_features, part.in_features)))
+            of = some_levels if part.dependent else some_numbers
+            part.stream.copy_(write(of(part.out_features, part.in_features), dependent=part.dependent))
     return form.requires_grad_(False)
 
 

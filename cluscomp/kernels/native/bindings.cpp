@@ -259,19 +259,31 @@ static void py_gradient(Packed packed, int bits, FloatRows grad_IO, Out2<float> 
 
 // ---- whole numbers ----
 
-static void py_round_rows(Out2<float> wanted, FloatRows factor, FloatVector steps, double rate, bool dependent, Out2<int8_t> numbers,
+static void py_round_rows(Out2<float> wanted, FloatRows factor, FloatVector steps, Out2<int8_t> numbers,
                           Out1<float> scales, Out2<float> errors) {
   const size_t R = wanted.shape(0), O = wanted.shape(1);
   require(factor.shape(0) == R && factor.shape(1) == R && steps.shape(0) == R && scales.shape(0) == R, "sizes differ");
   require(numbers.shape(0) == R && numbers.shape(1) == O && errors.shape(0) == R && errors.shape(1) == O, "sizes differ");
   without_gil([&] {
-    (dependent ? round_rows_dependent : round_rows)(int64_t(R), int64_t(O), wanted.data(), factor.data(), steps.data(), rate,
-                                                    numbers.data(), scales.data(), errors.data());
+    round_rows(int64_t(R), int64_t(O), wanted.data(), factor.data(), steps.data(), numbers.data(), scales.data(), errors.data());
   });
 }
 
 using ByteRows = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using SignedRows = nb::ndarray<const int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+static void py_round_on_paths(Out2<float> wanted, FloatRows factor, FloatVector steps, Packed rows, FloatRows lengths, double price,
+                              Out2<int8_t> levels, Out1<float> scales, Out2<float> errors) {
+  const size_t R = wanted.shape(0), O = wanted.shape(1), tables = lengths.shape(0) / 2;
+  require(factor.shape(0) == R && factor.shape(1) == R && steps.shape(0) == R && scales.shape(0) == R, "sizes differ");
+  require(levels.shape(0) == R && levels.shape(1) == O && errors.shape(0) == R && errors.shape(1) == O, "sizes differ");
+  require(rows.shape(0) == R && lengths.shape(1) == 256, "sizes differ");
+  for (size_t i = 0; i < R; ++i) require(rows.data()[i] < tables, "a row points past the tables");
+  without_gil([&] {
+    round_on_paths(int64_t(R), int64_t(O), wanted.data(), factor.data(), steps.data(), rows.data(), lengths.data(), int64_t(tables), price,
+                   levels.data(), scales.data(), errors.data());
+  });
+}
 
 static void py_symbols_of(SignedRows levels, Out2<int8_t> symbols, Out2<uint8_t> odd) {
   const size_t I = levels.shape(0), O = levels.shape(1);
@@ -328,8 +340,10 @@ NB_MODULE(_native, m) {
         nb::arg("y"), nb::arg("threads"), nb::arg("isa") = "");
   m.def("multiply_by_tables", py_multiply_by_tables, nb::arg("packed"), nb::arg("centroids"), nb::arg("x"), nb::arg("y"),
         nb::arg("threads"), nb::arg("isa") = "");
-  m.def("round_rows", py_round_rows, nb::arg("wanted"), nb::arg("factor"), nb::arg("steps"), nb::arg("rate"), nb::arg("dependent"), nb::arg("numbers"),
+  m.def("round_rows", py_round_rows, nb::arg("wanted"), nb::arg("factor"), nb::arg("steps"), nb::arg("numbers"),
         nb::arg("scales"), nb::arg("errors"));
+  m.def("round_on_paths", py_round_on_paths, nb::arg("wanted"), nb::arg("factor"), nb::arg("steps"), nb::arg("rows"), nb::arg("lengths"),
+        nb::arg("price"), nb::arg("levels"), nb::arg("scales"), nb::arg("errors"));
   m.def("symbols_of", py_symbols_of, nb::arg("levels"), nb::arg("symbols"), nb::arg("odd"));
   m.def("rans_encode", py_rans_encode, nb::arg("numbers"), nb::arg("odd").none(), nb::arg("rows"), nb::arg("columns"), nb::arg("frequencies"),
         nb::arg("states"), nb::arg("words"));

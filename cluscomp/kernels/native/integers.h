@@ -19,24 +19,19 @@ inline void hand_on(int64_t i, int64_t rounds, int64_t outputs, float* wanted, c
   }
 }
 
-// Row i: numbers[i] = wanted[i] / step, rounded, at most 127 in size (the step is made larger for that; and larger by
-// 1 + rate step^2 / mean square of the row); scales[i] fits the row best for these numbers; errors[i] = (wanted[i] -
-// numbers[i] scales[i]) / factor[i, i]; then wanted[j] -= factor[i, j] errors[i] for j > i. Every product and difference
-// is rounded by itself, sums are of double precision and of their results 11 bits are taken.
-inline void round_rows(int64_t rounds, int64_t outputs, float* wanted, const float* factor, const float* steps, double rate,
+// Row i: numbers[i] = wanted[i] / step, rounded, at most 127 in size (the step is made larger for that);
+// scales[i] fits the row best for these numbers; errors[i] = (wanted[i] - numbers[i] scales[i]) / factor[i, i]; then
+// wanted[j] -= factor[i, j] errors[i] for j > i. Every product and difference is rounded by itself, the sums for scales
+// are of double precision and of their quotient 11 bits are taken.
+inline void round_rows(int64_t rounds, int64_t outputs, float* wanted, const float* factor, const float* steps,
                        int8_t* numbers, float* scales, float* errors) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, a half to an even one
   for (int64_t i = 0; i < rounds; ++i) {
     const float* row = wanted + i * outputs;
     float *error = errors + i * outputs, largest = 0;
-    double squares = 0, product = 0, size = 0;
-    for (int64_t o = 0; o < outputs; ++o) {
-      largest = std::fabs(row[o]) > largest ? std::fabs(row[o]) : largest;
-      squares += double(row[o]) * row[o];
-    }
-    float step = steps[i];
-    if (rate > 0 && squares > 0) step = leading_bits(float(step * (1 + rate * step * step * outputs / squares)));
-    step = largest / 127 > step ? largest / 127 : step;
+    double product = 0, size = 0;
+    for (int64_t o = 0; o < outputs; ++o) largest = std::fabs(row[o]) > largest ? std::fabs(row[o]) : largest;
+    const float step = largest / 127 > steps[i] ? largest / 127 : steps[i];
     for (int64_t o = 0; o < outputs; ++o) {
       float number = (row[o] / step + magic) - magic;
       number = number > -127.0f ? number : -127.0f;  // so that what is no number becomes one
