@@ -22,7 +22,8 @@ SPELLED: dict[str, tuple[tuple[str, ...], str]] = {
     "omniquant": (("RTN", "OmniQuant"), ""),
     "squeezellm": (("SqueezeLLM",), ""),
     "ipq": (("iPQ",), ""),
-} | {name: ((name.upper(),), "") for name in ("rtn", "gptq", "awq", "hqq", "gptvq", "aqlm")}
+    "quip_sharp": (("QuIP#",), ""),
+} | {name: ((name.upper(),), "") for name in ("rtn", "gptq", "awq", "hqq", "gptvq", "aqlm", "qtip")}
 COLUMN = {"bits", "vector_dim", "codebook_size", "width", "group"}  # what a table tells in a column: the limit
 _ACCURACY = re.compile(r"acc$|exact_match")
 MARKS = {

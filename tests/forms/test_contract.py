@@ -69,6 +69,12 @@ ARGUMENTS = {  # what forms ask for: values for a weight (O, I), to be tried in 
     "inner": lambda o, i: [codebook(o, i), uniform(o, i), low_rank(o, i)],
     "inputs": lambda o, i: [True, False, True],
     "outputs": lambda o, i: [True, True, False],
+    "tile_outputs": lambda o, i: [16, 8, 16],
+    "tile_inputs": lambda o, i: [16, 4, 16],
+    "state_bits": lambda o, i: [12, 9, 16],
+    "narrow": lambda o, i: [0, 2, 1],
+    "code": lambda o, i: ["3inst", "1mad", "3inst"],
+    "scaled_outputs": lambda o, i: [True],
     "parts": lambda o, i: [[uniform(o, i), low_rank(o, i)], [low_rank(o, i)] * 3],
 }
 
@@ -87,6 +93,8 @@ MADE = {
     "rotated codebook": lambda o, i: rotated(codebook(o, i)),
     "rotated codebook along the inputs": lambda o, i: rotated(codebook(o, i, "in"), outputs=False),
     "rotated uniform": lambda o, i: rotated(uniform(o, i)),
+    "rotated trellis": lambda o, i: rotated(examples("trellis", o, i)[1]),
+    "rotated lattice": lambda o, i: rotated(examples("lattice", o, i)[1]),
     "rotated sum": lambda o, i: rotated({"kind": "sum", "parts": [codebook(o, i), low_rank(o, i)]}),
 }
 
