@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from cluscomp.errors import InputError, named
 from cluscomp.forms.codebook import CodebookWeight
 from cluscomp.forms.entropy import EntropyWeight
+from cluscomp.forms.lattice import LatticeWeight
 from cluscomp.forms.linear import BASE, MARK, CompressedLinear, compressed, storage_dtype, unique_tensors
 from cluscomp.forms.low_rank import LowRank
 from cluscomp.forms.masked import Masked
@@ -17,11 +18,12 @@ from cluscomp.forms.rotated import Rotated
 from cluscomp.forms.stored import KINDS, Stored, build, described, total
 from cluscomp.forms.sum import Sum
 from cluscomp.forms.table import TableWeight
+from cluscomp.forms.trellis import TrellisWeight
 from cluscomp.forms.uniform import UniformWeight
 
 SHARES = "shares"  # in the entry of a layer in config.json: the layer that stores its trainable tensors
 FORMS: tuple[type[Stored], ...] = (
-    CodebookWeight, UniformWeight, TableWeight, EntropyWeight, PlainWeight,
+    CodebookWeight, UniformWeight, TableWeight, EntropyWeight, PlainWeight, TrellisWeight, LatticeWeight,
     LowRank, Masked, Rotated, Sum,
 )  # fmt: skip
 KINDS.update({form.kind: form for form in FORMS})

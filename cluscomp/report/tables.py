@@ -18,12 +18,14 @@ SPELLED: dict[str, tuple[tuple[str, ...], str]] = {
     "cluscomp": (_CLUSCOMP, ""),
     "cluscomp_data_free": (_CLUSCOMP, "data-free"),
     "cluscomp_paper": (_CLUSCOMP, "paper"),
+    "cluscomp_paths": (_CLUSCOMP, "paths"),
     "autoround": (("RTN", "AutoRound"), ""),
     "omniquant": (("RTN", "OmniQuant"), ""),
     "squeezellm": (("SqueezeLLM",), ""),
     "ipq": (("iPQ",), ""),
     "water_sic": (("WaterSIC",), ""),
-} | {name: ((name.upper(),), "") for name in ("rtn", "gptq", "awq", "hqq", "gptvq", "aqlm")}
+    "quip_sharp": (("QuIP#",), ""),
+} | {name: ((name.upper(),), "") for name in ("rtn", "gptq", "awq", "hqq", "gptvq", "aqlm", "qtip")}
 COLUMN = {"bits", "vector_dim", "codebook_size", "width", "group"}  # what a table tells in a column: the limit
 _ACCURACY = re.compile(r"acc$|exact_match")
 MARKS = {

@@ -32,6 +32,20 @@ def output_error(error_OI: Float[Tensor, "O I"], moment_II: Float[Tensor, "I I"]
     return float(((error_OI @ moment_II) * error_OI).double().sum())
 
 
+def best_factors(
+    weight_OI: Float[Tensor, "O I"], dense_OI: Float[Tensor, "O I"], moment_II: Float[Tensor, "I I"], number: int
+) -> Float[Tensor, " S"]:
+    """By what to multiply a stored weight (O, I) for the least output error: (1,), or (O,) for each output.
+
+    0 where it would have to be less.
+    """
+    bent_OI = dense_OI @ moment_II
+    pull_O, size_O = (bent_OI * weight_OI).sum(1), (bent_OI * dense_OI).sum(1)
+    if number == 1:
+        pull_O, size_O = pull_O.sum()[None], size_O.sum()[None]
+    return torch.where(size_O > 0, pull_O / size_O, 0.0).clamp(min=0)
+
+
 def damped(moment_II: Float[Tensor, "I I"], damping: float) -> Float[Tensor, "I I"]:
     """H with `damping` times its mean diagonal added to the diagonal, (I, I); inputs never seen count as that, too."""
     mean = float(moment_II.diagonal().mean())

@@ -87,13 +87,23 @@ ARGUMENTS = {  # what forms ask for: values for a weight (O, I), to be tried in 
     "inner": lambda o, i: [codebook(o, i), uniform(o, i), low_rank(o, i)],
     "inputs": lambda o, i: [True, False, True],
     "outputs": lambda o, i: [True, True, False],
+    "tile_outputs": lambda o, i: [16, 8, 16],
+    "tile_inputs": lambda o, i: [16, 4, 16],
+    "state_bits": lambda o, i: [12, 9, 16],
+    "narrow": lambda o, i: [0, 2, 1],
+    "code": lambda o, i: ["3inst", "1mad", "3inst"],
+    "trellis.scaled_outputs": lambda o, i: [True],  # one number a matrix lowers no loss of random targets
+    "lattice.scaled_outputs": lambda o, i: [True],
     "parts": lambda o, i: [[uniform(o, i), low_rank(o, i)], [low_rank(o, i)] * 3],
 }
 
 
 def examples(kind, o, i):
     """Specs of one kind for a weight (O, I): each value of the argument that has the most, others beside it."""
-    values = {name: ARGUMENTS[name](o, i) for name in inspect.signature(KINDS[kind].empty).parameters}
+    values = {
+        name: ARGUMENTS.get(f"{kind}.{name}", ARGUMENTS.get(name))(o, i)
+        for name in inspect.signature(KINDS[kind].empty).parameters
+    }
     count = max(map(len, values.values()))
     columns = {name: list(islice(cycle(one), count)) for name, one in values.items()}
     return [{"kind": kind} | {name: column[n] for name, column in columns.items()} for n in range(count)]
@@ -106,6 +116,8 @@ MADE = {
     "rotated codebook along the inputs": lambda o, i: rotated(codebook(o, i, "in"), outputs=False),
     "rotated uniform": lambda o, i: rotated(uniform(o, i)),
     "rotated entropy": lambda o, i: rotated(examples("entropy", o, i)[0]),
+    "rotated trellis": lambda o, i: rotated(examples("trellis", o, i)[1]),
+    "rotated lattice": lambda o, i: rotated(examples("lattice", o, i)[1]),
     "rotated sum": lambda o, i: rotated({"kind": "sum", "parts": [codebook(o, i), low_rank(o, i)]}),
 }
 

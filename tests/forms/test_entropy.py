@@ -33,7 +33,9 @@ def test_the_weight_is_numbers_times_scales(scaled):
 
 def test_the_stream_is_decoded_once(monkeypatch):
     form, calls = form_of(), []
-    monkeypatch.setattr(entropy, "read", lambda *given, read=entropy.read: calls.append(1) or read(*given))
+    monkeypatch.setattr(
+        entropy, "read", lambda *given, read=entropy.read, **more: calls.append(1) or read(*given, **more)
+    )
     first_IO = form.numbers()
     form(torch.float32)
     form.check()

@@ -15,6 +15,7 @@
 #include "lloyd.h"
 #include "rans.h"
 #include "scalar.h"
+#include "trellis.h"
 
 namespace nb = nanobind;
 using Rows = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -169,6 +170,23 @@ static void py_best_levels(FloatRows values, FloatRows mass, Out2<float> levels,
   require(C >= 1 && C < (int64_t(1) << 31) && K >= 1 && K <= 65536, "rows must hold 1 to 2^31 - 1 numbers, levels be 1 to 65536");
   const Workers workers = interruptible(threads);
   without_gil([&] { best_levels(values.data(), mass.data(), R, C, int(K), levels.data(), workers); });
+}
+
+static void py_best_paths(FloatRows targets, FloatVector values, int width, bool tail_biting, Out2<int32_t> states, int threads,
+                          const std::string& isa) {
+  const int64_t S = targets.shape(0), T = targets.shape(1), N = values.shape(0);
+  int state_bits = 0;
+  while (state_bits < 20 && (int64_t(1) << state_bits) < N) state_bits++;
+  require(N == int64_t(1) << state_bits, "the number of states must be a power of two up to 2^20");
+  require(width >= 1 && width <= 8 && width < state_bits, "width must be 1 to 8, and below the state's bits");
+  require(T >= 1 && T < (1 << 24) && (!tail_biting || T * width >= state_bits), "a sequence must hold at least one state");
+  require(int64_t(states.shape(0)) == S && int64_t(states.shape(1)) == T, "sizes differ");
+  const TrellisTiles* tile = isa.empty() ? &trellis_tiles() : trellis_tiles_named(isa.c_str());
+  if (!tile) throw std::invalid_argument("this machine has no " + isa);
+  const Workers workers = interruptible(threads);
+  const Trellis trellis{state_bits, width, values.data()};
+  const auto paths = tail_biting ? best_paths : best_free_paths;
+  without_gil([&] { paths(trellis, targets.data(), S, T, states.data(), *tile, workers); });
 }
 
 // ---- codebook layers ----
@@ -332,6 +350,8 @@ NB_MODULE(_native, m) {
         nb::arg("progress").none() = nb::none());
   m.def("best_groups", py_best_groups, nb::arg("values"), nb::arg("mass"), nb::arg("K"));
   m.def("best_levels", py_best_levels, nb::arg("values"), nb::arg("mass"), nb::arg("levels"), nb::arg("threads"));
+  m.def("best_paths", py_best_paths, nb::arg("targets"), nb::arg("values"), nb::arg("width"), nb::arg("tail_biting"),
+        nb::arg("states"), nb::arg("threads"), nb::arg("isa") = "");
   m.def("pack", py_pack, nb::arg("codes"), nb::arg("bits"), nb::arg("packed"));
   m.def("unpack", py_unpack, nb::arg("packed"), nb::arg("bits"), nb::arg("codes"));
   m.def("decode", py_decode, nb::arg("packed"), nb::arg("bits"), nb::arg("centroids"), nb::arg("weight"), nb::arg("threads"), nb::arg("isa") = "");

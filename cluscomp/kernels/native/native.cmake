@@ -24,7 +24,8 @@ endif()
 
 set(native ${CMAKE_CURRENT_LIST_DIR})
 nanobind_add_module(_native NB_STATIC
-  ${native}/bindings.cpp ${native}/lloyd.cpp ${native}/kd.cpp ${native}/tree.cpp ${native}/points.cpp ${native}/scalar.cpp ${native}/codebook.cpp ${native}/tiles_choice.cpp)
+  ${native}/bindings.cpp ${native}/lloyd.cpp ${native}/kd.cpp ${native}/tree.cpp ${native}/points.cpp ${native}/scalar.cpp ${native}/codebook.cpp ${native}/trellis.cpp
+  ${native}/tiles_choice.cpp)
 target_link_libraries(_native PRIVATE Threads::Threads)
 target_compile_options(_native PRIVATE ${optimise} -ffp-contract=off -Wall -Wextra)
 set_source_files_properties(${native}/bindings.cpp PROPERTIES COMPILE_OPTIONS -ffp-contract=off)  # integers.h
@@ -38,7 +39,7 @@ function(add_tiles source isa)
   target_compile_options(${name} PRIVATE ${optimise} -ffp-contract=off -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized ${ARGN})
   target_sources(_native PRIVATE $<TARGET_OBJECTS:${name}>)
 endfunction()
-foreach(source tiles codebook_tiles)
+foreach(source tiles codebook_tiles trellis_tiles)
   add_tiles(${source} base)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
     set(avx2 -mavx2 -mfma -mf16c)

@@ -3,11 +3,12 @@
 
 #include "codebook_tiles.h"
 #include "tiles.h"
+#include "trellis_tiles.h"
 
-namespace base { extern const Tiles table; extern const CodebookTiles codebook_table; }
+namespace base { extern const Tiles table; extern const CodebookTiles codebook_table; extern const TrellisTiles trellis_table; }
 #ifdef CLUSCOMP_X86
-namespace avx2 { extern const Tiles table; extern const CodebookTiles codebook_table; }
-namespace avx512 { extern const Tiles table; extern const CodebookTiles codebook_table; }
+namespace avx2 { extern const Tiles table; extern const CodebookTiles codebook_table; extern const TrellisTiles trellis_table; }
+namespace avx512 { extern const Tiles table; extern const CodebookTiles codebook_table; extern const TrellisTiles trellis_table; }
 namespace avx512vbmi { extern const CodebookTiles codebook_table; }
 #endif
 
@@ -45,6 +46,15 @@ const CodebookTiles* codebook_tiles_named(const char* name) {
   return std::strcmp(name, "base") ? nullptr : &base::codebook_table;
 }
 
+const TrellisTiles* trellis_tiles_named(const char* name) {
+  if (!machine_has(name)) return nullptr;
+#ifdef CLUSCOMP_X86
+  if (!std::strcmp(name, "avx512")) return &avx512::trellis_table;
+  if (!std::strcmp(name, "avx2")) return &avx2::trellis_table;
+#endif
+  return std::strcmp(name, "base") ? nullptr : &base::trellis_table;
+}
+
 static const char* const newest_first[] = {"avx512vbmi", "avx512", "avx2"};
 
 const Tiles& tiles() {
@@ -57,4 +67,10 @@ const CodebookTiles& codebook_tiles() {
   for (const char* name : newest_first)
     if (const CodebookTiles* t = codebook_tiles_named(name)) return *t;
   return base::codebook_table;
+}
+
+const TrellisTiles& trellis_tiles() {
+  for (const char* name : newest_first)
+    if (const TrellisTiles* t = trellis_tiles_named(name)) return *t;
+  return base::trellis_table;
 }
