@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluscomp.kernels.counting import report
+from cluscomp.kernels.integers import leading_bits
 from cluscomp.kernels.loading import native
 from cluscomp.kernels.work import Work
 
@@ -120,8 +121,6 @@ def _in_numpy(
     scales_R: Tensor,
     errors_RO: Tensor,
 ) -> None:
-    from cluscomp.kernels.integers import leading_bits
-
     both_2TK = lengths.bits_TK.reshape(2, -1, 256).astype(np.float64)
     for i, wanted_O in enumerate(wanted_RO):
         step = torch.maximum(steps_R[i], wanted_O.abs().max() / LARGEST)
