@@ -139,28 +139,6 @@ def shared():
 @pytest.fixture(scope="session")
 def small_gguf(tmp_path_factory):
     """A real, tiny GGUF file: a Llama of one block, 32 wide, and six tokens. Read it only."""
-    import numpy as np
-    from gguf import GGUFWriter
+    from gguf_files import llama
 
-    path = tmp_path_factory.mktemp("gguf") / "small.gguf"
-    writer = GGUFWriter(path, "llama")
-    tokens = ["<unk>", "<s>", "</s>", "a", "b", "▁"]
-    for name, value in {
-        "context_length": 32, "embedding_length": 32, "block_count": 1, "feed_forward_length": 32, "head_count": 2,
-        "head_count_kv": 2, "rope_dimension_count": 16, "layer_norm_rms_eps": 1e-5, "vocab_size": len(tokens),
-        "tokenizer_model": "llama", "token_list": tokens, "token_scores": [0.0] * len(tokens),
-        "token_types": [2, 3, 3, 1, 1, 1], "bos_token_id": 1, "eos_token_id": 2,
-    }.items():  # fmt: skip
-        getattr(writer, f"add_{name}")(value)
-    parts = [f"attn_{part}" for part in ("q", "k", "v", "output")] + [f"ffn_{part}" for part in ("gate", "up", "down")]
-    for name in parts:
-        writer.add_tensor(f"blk.0.{name}.weight", np.ones((32, 32), dtype=np.float32))
-    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
-        writer.add_tensor(f"{name}.weight", np.ones(32, dtype=np.float32))
-    for name in ("token_embd", "output"):
-        writer.add_tensor(f"{name}.weight", np.ones((len(tokens), 32), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return llama(tmp_path_factory.mktemp("gguf") / "small.gguf")

@@ -1,10 +1,9 @@
-"""Length and size of codebooks along the inputs for a limit of stored bits; torch is not needed to check settings."""
+"""Length and size of codebooks along one axis for a limit of stored bits; torch is not needed to check settings."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cluscomp.forms.codebook import CodebookWeight
+    from cluscomp.forms.stored import Stored
     from cluscomp.solve.allocate import Menu
     from cluscomp.solve.layer import Layer, Seen
     from cluscomp.solve.shapes import Matrices, Shape
@@ -25,15 +24,17 @@ if TYPE_CHECKING:
 
 @settings
 class InputCodebooks(ABC):
-    """Settings that methods with codebooks along the inputs share, and what follows from them.
+    """Settings that methods with codebooks chosen by shapes alone share, and what follows from them.
 
     Either `bits` is given, the most bits per weight that may be stored, and length D and size K of the codebooks are
     chosen for each matrix, the best for Gaussian weights; or `vector_dim` (D) and `codebook_size` (K) are fixed by
     hand. `allocation` "uniform" gives every matrix at most `bits` (as K beyond a power of two costs a bit a code, what
     is stored lies up to 0.5 below the limit); "fill" spends them, with `bits` as the most of a block. `storage` is the
-    type of the codebooks' values. A method says how many codebooks it adds (`added`).
+    type of the codebooks' values. A method says along which `axis` its sub-vectors lie, and how many codebooks of one
+    size it adds (`added`).
     """
 
+    axis: ClassVar[Literal["out", "in"]] = "in"
     bits: float | None = Field(ge=1, le=8)
     vector_dim: int | None = Field(ge=1, le=64)
     codebook_size: int | None = Field(ge=2, le=65_536)
@@ -55,9 +56,7 @@ class InputCodebooks(ABC):
         return frozenset({"moment"})
 
     @abstractmethod
-    def stored(
-        self, weight_OI: "Tensor", seen: "Seen", generator: "torch.Generator", shape: "Shape"
-    ) -> "CodebookWeight":
+    def stored(self, weight_OI: "Tensor", seen: "Seen", generator: "torch.Generator", shape: "Shape") -> "Stored":
         """The stored form of a weight (O, I) in float32, with codebooks of this shape. Raises ValueError, no name."""
 
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
@@ -79,16 +78,11 @@ class InputCodebooks(ABC):
 
     def offers(self, layers: "dict[str, Layer]") -> "Iterator[Menu]":
         """By shapes alone; see `methods.Offers`."""
-        from cluscomp.solve import allocate, shapes
+        from cluscomp.solve import allocate
 
         assert self.bits is not None  # who asks for offers has looked
-        quality = partial(shapes.expected_bits, codebooks=self.added)
-
-        def best(matrices: "Matrices", bits: float) -> "list[Shape]":
-            return [shapes.best_of_sum(matrices, "in", bits, self.storage, self.added)]
-
         for name, layer in layers.items():
-            yield allocate.expected_menu([name], [_matrix(layer)], best, self.bits, quality)
+            yield allocate.expected_menu([name], [_matrix(layer)], self.shapes, self.bits, self.quality)
 
     def shape(self, out_features: int, in_features: int) -> "Shape":
         """Length D and size K of each codebook for a weight (O, I): by hand, or the best within `bits` for all of them.
@@ -96,14 +90,32 @@ class InputCodebooks(ABC):
         With the bits per weight that all of them take. Raises ValueError if none fits, or K exceeds the number of
         sub-vectors.
         """
-        from cluscomp.solve.shapes import best_of_sum, fixed
+        from cluscomp.solve.shapes import fixed
 
         matrices = [(out_features, in_features)]
         if self.bits is not None:
-            return best_of_sum(matrices, "in", self.bits, self.storage, self.added)
+            return max(self.shapes(matrices, self.bits), key=self.quality)
         assert self.vector_dim is not None and self.codebook_size is not None  # check_choice
-        by_hand = fixed(matrices, "in", self.vector_dim, self.codebook_size, self.storage)
-        return replace(by_hand, bits=self.added * by_hand.bits)
+        return self.with_all(matrices, fixed(matrices, self.axis, self.vector_dim, self.codebook_size, self.storage))
+
+    def shapes(self, matrices: "Matrices", bits: float) -> "list[Shape]":
+        """What may be chosen from for matrices (O, I), with the bits per weight of all codebooks together.
+
+        Raises ValueError if none fits.
+        """
+        from cluscomp.solve.shapes import best_of_sum
+
+        return [best_of_sum(matrices, self.axis, bits, self.storage, self.added)]
+
+    def with_all(self, matrices: "Matrices", shape: "Shape") -> "Shape":
+        """A codebook's shape with the bits per weight of all codebooks of matrices (O, I)."""
+        return replace(shape, bits=self.added * shape.bits)
+
+    def quality(self, shape: "Shape") -> float:
+        """What codebooks of this shape are worth, in bits; see `shapes.expected_bits`."""
+        from cluscomp.solve.shapes import expected_bits
+
+        return expected_bits(shape, self.added)
 
 
 def _matrix(layer: "Layer") -> tuple[int, int]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -138,6 +139,10 @@ class Original:
             "model_bits_per_weight": per_weight,
             "checkpoint_bytes": sum(path.stat().st_size for path in set(self._shards.values())),
         }
+
+    def external(self) -> dict[str, Any] | None:
+        """What made a model that another library compressed, for the record; None of any other."""
+        return None
 
     def check_length(self, key: str, tokens: int) -> None:
         """Raise InputError if a window of so many tokens is longer than the model takes; `key` is its setting."""

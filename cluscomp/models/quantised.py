@@ -1,11 +1,12 @@
 """A model that is already quantised: to be scored as it is.
 
-By us, by another quantizer that transformers knows, or by any library that wrote the dense weights its numbers stand
-for and beside them what these really take (`Stated`).
+By us, by another quantizer that transformers knows, by any library that wrote the dense weights its numbers stand for
+and beside them what these really take (`Stated`), or by what wrote a GGUF file (`OfGguf`).
 """
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms.layers import size_of
 from cluscomp.forms.linear import unique_tensors
+from cluscomp.models.gguf_file import COUNTED, matrices_in
 from cluscomp.models.original import Original, block_names, blocks, linears, quantizer
 from cluscomp.models.sources import read_config, weight_files
 from cluscomp.settings import settings
@@ -36,7 +38,8 @@ class Stated:
     """What the file stored_bits.json in a folder of dense weights says of the quantised ones these stand for.
 
     `method` and `library` are words for the record; `original` is the model as tables name it, beside whose other
-    methods this one is to stand (an id of the hub, a GGUF file's name; null: it stands alone). `ledger` holds the bits
+    methods this one is to stand (an id of the hub, a GGUF file's name; null: it stands alone). `calibration` names what
+    the method learned from: a text's domain (wikitext, c4), or any other words (null: unknown). `ledger` holds the bits
     that the matrices inside the blocks take, all together and by part (codes, scales, zeros, codebooks, ...), those
     that stayed in 16 bits too.
     """
@@ -45,6 +48,7 @@ class Stated:
     library: str = Field(min_length=1)
     ledger: dict[str, int] = Field(min_length=1)
     original: str | None = None
+    calibration: str | None = None
 
 
 class Dequantised(Original):
@@ -82,6 +86,74 @@ class Dequantised(Original):
             "checkpoint_bytes": -(-in_all // 8),
             "stated": asdict(self._stated),
         }
+
+    def external(self) -> dict[str, Any]:
+        """What the folder states."""
+        return asdict(self._stated)
+
+
+class OfGguf(Original):
+    """A folder of the dense weights that the numbers of a quantised GGUF file stand for, with the bits of that file."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, of: str | None, calibration: str | None):
+        """Open it, with what is said of it beside the file.
+
+        Args:
+            folder: the model's.
+            dtype: to compute in.
+            device: to compute on.
+            of: the model, as tables name it, beside whose methods this one is to stand; None: its own name.
+            calibration: what its importance matrix was made on; None: what the file says.
+
+        Raises InputError as `Original`, and for a file without a tensor for each linear layer.
+        """
+        super().__init__(folder, dtype, device)
+        self.of, self.calibration = of, calibration
+        self._file = json.loads((folder / COUNTED).read_text())
+        self._inside = matrices_in(self._file, list(matrices(dense_outline(self.config))))
+
+    def size(self) -> dict[str, Any]:
+        """Bits per weight of the matrices inside the blocks and of all tensors, and the bytes of all tensors."""
+        inside, all_ = list(self._inside.values()), list(self._file["tensors"].values())
+        per_weight = _total(inside, "bits") / _total(inside, "weights")
+        return {
+            "paper_bits_per_weight": per_weight,
+            "linear_bits_per_weight": per_weight,
+            "model_bits_per_weight": _total(all_, "bits") / _total(all_, "weights"),
+            "checkpoint_bytes": -(-_total(all_, "bits") // 8),
+        }
+
+    def external(self) -> dict[str, Any]:
+        """What the file holds: bits and matrices inside the blocks by type, bits of other tensors, its own words.
+
+        `calibration` is what was given, or the name of the importance matrix's text in the file; None: unknown.
+        """
+        inside = {id(tensor) for tensor in self._inside.values()}
+        others = [tensor for tensor in self._file["tensors"].values() if id(tensor) not in inside]
+        by_type = Counter(tensor["type"] for tensor in self._inside.values())
+        importance = self._file["made"]["importance_matrix"]
+        return {
+            "method": self._file["made"]["mix"],
+            "library": "GGUF",
+            "ledger": _bits_by_type(self._inside.values()),
+            "original": self.of,
+            "calibration": self.calibration or (importance or {}).get("dataset"),
+            "matrices": dict(by_type.most_common()),
+            "outside": _bits_by_type(others),
+            "importance_matrix": importance,
+            "file": self._file["file"],
+        }
+
+
+def _total(tensors: Iterable[dict[str, Any]], key: str) -> int:
+    return sum(tensor[key] for tensor in tensors)
+
+
+def _bits_by_type(tensors: Iterable[dict[str, Any]]) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for tensor in tensors:
+        found[tensor["type"]] += tensor["bits"]
+    return dict(found.most_common())
 
 
 class Quantised(Original):
@@ -198,11 +270,26 @@ def matrices(dense: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def opened(folder: Path, dtype: torch.dtype, device: torch.device, *, to_score: bool) -> Original:
-    """The model of a folder; one that is quantised only `to_score`. Raises InputError if it cannot be used."""
+def opened(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    to_score: bool,
+    of: str | None = None,
+    calibration: str | None = None,
+) -> Original:
+    """The model of a folder; one that is quantised only `to_score`. Raises InputError if it cannot be used.
+
+    What is said `of` a GGUF file and its `calibration` is for its record, as `OfGguf` has it.
+    """
     if (folder / STATED).is_file():
         if not to_score:
             raise InputError(f"{folder}: by its {STATED} it is quantised already; it can be scored, order=[evaluate]")
         return Dequantised(folder, dtype, device)
+    if (folder / COUNTED).is_file():
+        if not to_score:
+            raise InputError(f"{folder}: by its {COUNTED} it is quantised already; it can be scored, order=[evaluate]")
+        return OfGguf(folder, dtype, device, of, calibration)
     kind = Quantised if to_score and quantizer(read_config(folder)) is not None else Original
     return kind(folder, dtype, device)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from cluscomp.errors import InputError
+from cluscomp.models.gguf_file import COUNTED, convert, outline, types_in
 from cluscomp.models.untrusted import check_counts, check_folder, check_gguf, read_as_gguf
 from cluscomp.settings import settings
 from cluscomp.store.files import file_hash, new_folder
@@ -61,7 +62,7 @@ class HubModel:
             )
         return read_config(Path(found).parent)
 
-    def folder(self, cache: Path) -> Path:  # noqa: ARG002
+    def folder(self, cache: Path, *, to_score: bool = False) -> Path:  # noqa: ARG002
         """The local folder, downloaded into Hugging Face's own cache if need be.
 
         Raises InputError if the folder or a file of its index is missing, it has no safetensors, or the id is unknown
@@ -105,11 +106,16 @@ class HubModel:
 class GgufModel:
     """A GGUF file, converted once into an ordinary bfloat16 folder in the cache.
 
-    `package` names an installed Python package that holds the file; null means `file` is a path.
+    `package` names an installed Python package that holds the file; null means `file` is a path. A quantised file that
+    is only scored is converted exactly, and counts with its own bits. In tables it stands beside the methods of the
+    model `of`, as tables name that (null: of its own name); `calibration` names what its importance matrix was made
+    on: a text's domain (wikitext, c4), or any other words (null: what the file says, or unknown).
     """
 
     file: str
     package: str | None = Field(pattern=r"^\w+$")  # looking for a.b would import a
+    of: str | None = Field(default=None, min_length=1)
+    calibration: str | None = Field(default=None, min_length=1)
 
     def read_config(self, cache: Path) -> "PreTrainedConfig":
         """The model's config, from the converted folder or the file's header. Raises InputError as `folder`."""
@@ -118,16 +124,26 @@ class GgufModel:
         target = cache / f"gguf-{content[:16]}"
         return read_config(target) if (target / "gguf.json").is_file() else copy.deepcopy(_gguf_config(path, content))
 
-    def folder(self, cache: Path) -> Path:
-        """The converted folder. Raises InputError if the package or file is missing, truncated or no GGUF."""
+    def folder(self, cache: Path, *, to_score: bool = False) -> Path:
+        """The converted folder; of a quantised file that is only scored the one with its exact numbers and its bits.
+
+        Raises InputError if the package or file is missing, truncated or no GGUF, for types that cannot be read, and
+        for a file `of` another model that is not only scored.
+        """
+        if self.of is not None and not to_score:
+            raise InputError(
+                f"model.of={self.of}: a file that stands for another model is scored, order=[evaluate]; without "
+                "model.of it is an original, and can be compressed"
+            )
         path = self._path()
         target = cache / f"gguf-{file_hash(path)[:16]}"
+        if to_score and (self.of is not None or _quantised(path, file_hash(path))):
+            return _counted(path, target.with_name(f"{target.name}-counted"))
         if not (target / "gguf.json").is_file():
-            with read_as_gguf(path):
-                quantised = _types_in(path)
+            quantised = _quantised(path, file_hash(path))
             log.info("converting %s into %s", path.name, target)
             with new_folder(target) as unfinished:
-                _convert_gguf(path, unfinished)
+                convert(path, unfinished, "bfloat16")
                 (unfinished / "gguf.json").write_text(json.dumps({"quantised": quantised}) + "\n")
         quantised = quantised_types(target)
         if quantised:
@@ -171,7 +187,7 @@ class TinyModel:
         """The model's config. Raises InputError for an unknown architecture or value."""
         return _config_of("model.config", {"model_type": self.architecture} | self.config | BYTES)
 
-    def folder(self, cache: Path) -> Path:
+    def folder(self, cache: Path, *, to_score: bool = False) -> Path:  # noqa: ARG002
         """The folder in the cache, made on first use. Raises InputError for an unknown architecture or value."""
         check_counts("model.config", self.config)
         settings = json.dumps([self.architecture, self.config, self.seed], sort_keys=True)
@@ -294,12 +310,23 @@ def quantised_types(folder: Path) -> list[str]:
     return list(json.loads(marked.read_text())["quantised"]) if marked.is_file() else []
 
 
-def _types_in(path: Path) -> list[str]:
-    """Names of the quantised types of the file's matrices. Raises ValueError and the like on a damaged file."""
-    from gguf import GGMLQuantizationType, GGUFReader
+def _counted(path: Path, target: Path) -> Path:
+    """The folder with the exact numbers of a GGUF file and, beside them, what it stores of each tensor."""
+    if not (target / COUNTED).is_file():
+        with read_as_gguf(path):
+            found = outline(path)
+        log.info("converting %s into %s", path.name, target)
+        with new_folder(target) as unfinished:
+            convert(path, unfinished, "float32")
+            (unfinished / COUNTED).write_text(json.dumps(found) + "\n")
+    return target
 
-    plain = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
-    return sorted({tensor.tensor_type.name for tensor in GGUFReader(path).tensors if tensor.tensor_type not in plain})
+
+@functools.cache  # as below
+def _quantised(path: Path, content: str) -> list[str]:  # noqa: ARG001
+    """The quantised types in a GGUF file with this hash of its content. Raises InputError on a damaged file."""
+    with read_as_gguf(path):
+        return types_in(path)
 
 
 @functools.cache  # the reader walks through the whole vocabulary, which takes seconds
@@ -312,29 +339,3 @@ def _gguf_config(path: Path, content: str) -> "PreTrainedConfig":  # noqa: ARG00
     check_causal(f"model.file={path}", config)
     config.dtype = "bfloat16"  # of the converted folder
     return config
-
-
-def _convert_gguf(path: Path, folder: Path) -> None:
-    """Write the model and tokenizer of a GGUF file as an ordinary folder.
-
-    transformers marks a model read from GGUF as quantised and then refuses to save it, hence the fresh model.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    with read_as_gguf(path):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    read, info = loaded
-    for problem in ("missing_keys", "mismatched_keys"):
-        if info[problem]:  # transformers has filled them with random numbers
-            raise InputError(f"model.file={path}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]}")
-    values = read.config.to_dict()
-    values.pop("quantization_config", None)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(read.state_dict())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -10,6 +10,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,7 +220,13 @@ def _check_head(path: Path, data: mmap.mmap) -> None:
         if not 0 < dimensions <= 4:
             raise ValueError(f"tensor {name} has {dimensions} dimensions")
         shape = [head.number("Q") for _ in range(dimensions)]
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(head.number("I"))]
+        kind = head.number("I")
+        if kind not in {*GGMLQuantizationType}:
+            raise InputError(
+                f"model.file={path}: tensor {name} is of type number {kind}, which the package gguf {version('gguf')} "
+                "does not know; a newer one might, or the file is damaged"
+            )
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         if not math.prod(shape) or shape[0] % block:
             raise ValueError(f"tensor {name} has the shape {shape}")
         ends.append((name, head.number("Q") + math.prod(shape) // block * size))

@@ -18,7 +18,7 @@ from cluscomp.report.tables import (
     sizes,
     stages_until,
 )
-from cluscomp.store.records import ORIGINAL, Record, Score
+from cluscomp.store.records import EXTERNAL, ORIGINAL, Record, Score
 
 NEAR = 0.06  # bits per weight within which two sizes are called the same
 TOLERANCE = 0.02  # of the published number, within which ours is called the same
@@ -30,14 +30,17 @@ COST = ["minutes", "peak RAM, GiB"]
 def perplexity_table(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
     """One row for each model, limit of bits, method and seed, a column for each data set; NaN: not measured.
 
-    `learned from` names the data sets that a stage of the run has seen (in-domain), as far as the record tells. Raises
+    `learned from` names the data sets that a stage of the run has seen (in-domain), as far as the record tells, and
+    what another library's model was calibrated on, which may be unknown. Raises
     InputError if scores of one model and data set were measured under different protocols.
     """
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for record, score in _of_metric(records, metric):
         row = _row(rows, records, record, score.after)
         row[marked(score.dataset, score.protocol.get("partial", False), in_domain=False, overlap=0)] = score.value
-        if any(one["in_domain"] for one in score.seen.values()):
+        if score.after == EXTERNAL:
+            row["learned from"] = record.stages[EXTERNAL]["found"].get("calibration") or "unknown"
+        elif any(one["in_domain"] for one in score.seen.values()):
             row["learned from"] = ", ".join(sorted({*row["learned from"].split(", "), score.dataset} - {""}))
     return _sorted(rows)
 

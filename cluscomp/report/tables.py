@@ -25,13 +25,13 @@ SPELLED: dict[str, tuple[tuple[str, ...], str]] = {
     "ipq": (("iPQ",), ""),
     "water_sic": (("WaterSIC",), ""),
     "quip_sharp": (("QuIP#",), ""),
-} | {name: ((name.upper(),), "") for name in ("rtn", "gptq", "awq", "hqq", "gptvq", "aqlm", "qtip")}
+} | {name: ((name.upper(),), "") for name in ("rtn", "gptq", "awq", "hqq", "gptvq", "aqlm", "qtip", "vptq")}
 COLUMN = {"bits", "vector_dim", "codebook_size", "width", "group"}  # what a table tells in a column: the limit
 _ACCURACY = re.compile(r"acc$|exact_match")
 MARKS = {
     PARTIAL: "measured on the first windows or rows only (evaluate.limit, tasks.limit)",
     IN_DOMAIN: "scored on the data set the model learned from; another one beside it: +data@evaluate.texts.NAME=NAME",
-    EXTERNAL: "made by another library; bits and bytes are those its maker states, and were not counted here",
+    EXTERNAL: "made by another library; bits and bytes are counted from a GGUF file, of others those its maker states",
     SEEN: "of the scored text, in sequences of 13 words, stands word for word in what the model learned from",
 }
 
@@ -54,7 +54,7 @@ def scores(records: list[Record]) -> pd.DataFrame:
                 "n": score.n,
                 "partial": score.protocol.get("partial", False),
                 "in_domain": any(one["in_domain"] for one in score.seen.values()),
-                "overlap": max((one["overlap"] for one in score.seen.values()), default=0.0),
+                "overlap": max((one.get("overlap", 0.0) for one in score.seen.values()), default=0.0),
                 "protocol": score.protocol["hash"],
             }
             | sizes(record, score.after)
@@ -102,7 +102,7 @@ def _model(record: Record) -> tuple[str, str]:
 def limit(record: Record) -> str:
     """The `bits` that were asked for; "by hand" where a method's own settings were given, "-" without a method.
 
-    Of an external model the bits that its maker states.
+    Of an external model the bits that its file holds or its maker states.
     """
     if EXTERNAL in record.stages:
         return f"{record.stages[EXTERNAL]['size']['linear_bits_per_weight']:.3g}"

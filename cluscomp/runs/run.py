@@ -19,6 +19,7 @@ from cluscomp.errors import InputError
 from cluscomp.kernels.loading import native
 from cluscomp.models.original import Original, combined, file_hashes, fingerprint
 from cluscomp.models.quantised import opened
+from cluscomp.models.sources import GgufModel
 from cluscomp.plan.plan import Plan
 from cluscomp.process import processes, rank
 from cluscomp.runs.capsule import commit, seal, versions
@@ -64,13 +65,15 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
         raise InputError("fresh=true: not with several processes, which could not tell old stages from new ones")
     predicted = foreseen(experiment, cache) if first else None
     with held_alone(cache, "model"):
-        folder = experiment.model.folder(cache)
+        folder = experiment.model.folder(cache, to_score=not experiment.order)
     gc.collect()
     gc.freeze()  # libraries stay anyway: each later collection looks only at what runs make
     device, dtype = device_of(experiment.device), dtype_of(experiment)
-    original = opened(folder, dtype, device, to_score=not experiment.order)
+    said = {"of": experiment.model.of, "calibration": experiment.model.calibration} if _is_gguf(experiment) else {}
+    original = opened(folder, dtype, device, to_score=not experiment.order, **said)
     hashes = file_hashes(folder)
     root = {"model": combined(hashes), "dtype": str(dtype), "device": device.type, "format": FORMAT}
+    root |= {"said": said} if any(said.values()) else {}
     runner = (Runner if first else Follower)(experiment, outputs, original, stage_keys(experiment, root))
     runner.check()
     run_folder = outputs / f"run-{runner.key}"
@@ -151,6 +154,21 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     return {key: value for key, value in flat.items() if isinstance(value, int | float)}
 
 
+def _is_gguf(experiment: Experiment) -> bool:
+    return isinstance(experiment.model, GgufModel)
+
+
+def _by_another(score: Score, experiment: Experiment, calibration: str | None) -> Score:
+    """A score of a model that another library made, whose calibration, where it is known, may be of the text's domain.
+
+    What of the text stood in there word for word is not known.
+    """
+    domains = {text.name: text.domain for text in experiment.evaluate.texts.values()}
+    known = calibration is not None and score.dataset in domains
+    seen = {"text": calibration, "in_domain": domains.get(score.dataset) == calibration}
+    return replace(score, after=EXTERNAL, seen={EXTERNAL: seen} if known else {})
+
+
 def _record(
     experiment: Experiment,
     config: dict[str, Any],
@@ -165,9 +183,9 @@ def _record(
     stages = {
         name: {key: metrics[name][key] for key in ("found", "size", "checkpoint_hash")} for name in experiment.order
     }
-    if (stated := original.size().get("stated")) is not None:
-        scores = [replace(score, after=EXTERNAL) for score in scores]
-        stages[EXTERNAL] = {"found": stated, "size": original.size(), "checkpoint_hash": fingerprint(original.folder)}
+    if (external := original.external()) is not None:
+        scores = [_by_another(score, experiment, external.get("calibration")) for score in scores]
+        stages[EXTERNAL] = {"found": external, "size": original.size(), "checkpoint_hash": fingerprint(original.folder)}
     unclean = any(found.get("dirty") for found in metrics.values())  # of a stage that an earlier process finished
     return Record(
         schema=SCHEMA,

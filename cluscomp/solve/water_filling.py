@@ -87,11 +87,12 @@ class WaterFilling:
         if self._weight_IO.is_meta:
             return self._without_numbers(most)
         start, every = self._guess(most), max(1, outputs // PROBED)
+        if self._dependent:
+            for _ in range(LEARNED):  # a path should pay what its numbers will take
+                found = self._rounded(start, every)
+                self._lengths = lengths_of(found.numbers_IO, found.plan.levels.rows_I)
         if every > 1:
             start = self._search(most, start, every).level
-        for _ in range(LEARNED if self._dependent else 0):  # a path should pay what its levels will take
-            found = self._search(most, start, every)
-            start, self._lengths = found.level, lengths_of(found.numbers_IO, found.plan.levels.rows_I)
         left = most
         while True:
             found = self._search(left, start)

@@ -31,8 +31,8 @@ class Score:
     `after` is "original" or the stage after which it was measured; `n` counts what the metric averages over (tokens
     for perplexity); `stderr` is the standard error of `value`; `protocol` is what `protocol()` returns. `seen` tells,
     for each stage before that learned from text, its name (`text`), whether it is of the test text's own domain
-    (`in_domain`), and the share of the test text's 13-word sequences that stand in it (`overlap`). It says something
-    of the model, not of the measurement, so it is no part of the protocol.
+    (`in_domain`), and the share of the test text's 13-word sequences that stand in it (`overlap`; not known of what
+    another library did). It says something of the model, not of the measurement, so it is no part of the protocol.
     """
 
     after: str

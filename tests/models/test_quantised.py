@@ -217,7 +217,9 @@ def test_a_dequantised_folder_scores_as_what_it_is_and_counts_as_it_says(stated,
     assert size["linear_bits_per_weight"] == 3500 / inside
     assert size["model_bits_per_weight"] == (3500 + 16 * (numbers - inside)) / numbers
     assert size["checkpoint_bytes"] == math.ceil((3500 + 16 * (numbers - inside)) / 8)
-    said = {"method": "gptq", "library": "some library 1.0", "ledger": LEDGER, "original": None}
+    said = {
+        "method": "gptq", "library": "some library 1.0", "ledger": LEDGER, "original": None, "calibration": None,
+    }  # fmt: skip
     assert size["stated"] == said == record.stages["external"]["found"]
 
 
