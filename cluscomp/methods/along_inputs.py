@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from cluscomp import solve
 from cluscomp.errors import named
 from cluscomp.methods import Compressed
 from cluscomp.methods.on_grids import check_choice
@@ -61,11 +62,12 @@ class InputCodebooks(ABC):
 
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
         """Layer after layer; see `Method.compress`."""
-        from cluscomp.solve.allocate import share_out
-
         methods = [self] * len(layers)
         if self.allocation == "fill" and self.bits is not None:
-            methods = [replace(self, **option.settings) for option in share_out([*self.offers(layers)], self.bits)]
+            methods = [
+                replace(self, **option.settings)
+                for option in solve.allocate.share_out([*self.offers(layers)], self.bits)
+            ]
         shapes = {}
         for method, (name, layer) in zip(methods, layers.items()):
             with named([name]):
@@ -78,11 +80,9 @@ class InputCodebooks(ABC):
 
     def offers(self, layers: "dict[str, Layer]") -> "Iterator[Menu]":
         """By shapes alone; see `methods.Offers`."""
-        from cluscomp.solve import allocate
-
         assert self.bits is not None  # who asks for offers has looked
         for name, layer in layers.items():
-            yield allocate.expected_menu([name], [_matrix(layer)], self.shapes, self.bits, self.quality)
+            yield solve.allocate.expected_menu([name], [_matrix(layer)], self.shapes, self.bits, self.quality)
 
     def shape(self, out_features: int, in_features: int) -> "Shape":
         """Length D and size K of each codebook for a weight (O, I): by hand, or the best within `bits` for all of them.
@@ -90,22 +90,20 @@ class InputCodebooks(ABC):
         With the bits per weight that all of them take. Raises ValueError if none fits, or K exceeds the number of
         sub-vectors.
         """
-        from cluscomp.solve.shapes import fixed
-
         matrices = [(out_features, in_features)]
         if self.bits is not None:
             return max(self.shapes(matrices, self.bits), key=self.quality)
         assert self.vector_dim is not None and self.codebook_size is not None  # check_choice
-        return self.with_all(matrices, fixed(matrices, self.axis, self.vector_dim, self.codebook_size, self.storage))
+        return self.with_all(
+            matrices, solve.shapes.fixed(matrices, self.axis, self.vector_dim, self.codebook_size, self.storage)
+        )
 
     def shapes(self, matrices: "Matrices", bits: float) -> "list[Shape]":
         """What may be chosen from for matrices (O, I), with the bits per weight of all codebooks together.
 
         Raises ValueError if none fits.
         """
-        from cluscomp.solve.shapes import best_of_sum
-
-        return [best_of_sum(matrices, self.axis, bits, self.storage, self.added)]
+        return [solve.shapes.best_of_sum(matrices, self.axis, bits, self.storage, self.added)]
 
     def with_all(self, matrices: "Matrices", shape: "Shape") -> "Shape":
         """A codebook's shape with the bits per weight of all codebooks of matrices (O, I)."""
@@ -113,9 +111,7 @@ class InputCodebooks(ABC):
 
     def quality(self, shape: "Shape") -> float:
         """What codebooks of this shape are worth, in bits; see `shapes.expected_bits`."""
-        from cluscomp.solve.shapes import expected_bits
-
-        return expected_bits(shape, self.added)
+        return solve.shapes.expected_bits(shape, self.added)
 
 
 def _matrix(layer: "Layer") -> tuple[int, int]:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from cluscomp import solve
 from cluscomp.methods.along_inputs import InputCodebooks
 from cluscomp.settings import settings
 
@@ -49,11 +50,9 @@ class Aqlm(InputCodebooks):
         self, weight_OI: "Tensor", seen: "Seen", generator: "torch.Generator", shape: "Shape"
     ) -> "CodebookWeight":
         """Find codes and codebooks of a weight (O, I); see `InputCodebooks.stored`."""
-        from cluscomp.solve import along_inputs, along_outputs
-
-        return along_inputs.as_sum(
+        return solve.along_inputs.as_sum(
             weight_OI,
-            along_outputs.damped(seen.matrix_II, self.damping),
+            solve.along_outputs.damped(seen.matrix_II, self.damping),
             shape,
             self.storage,
             generator,

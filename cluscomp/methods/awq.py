@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from cluscomp import solve
 from cluscomp.methods.on_grids import WholeGrids
 from cluscomp.settings import settings
 
@@ -37,11 +38,9 @@ class Awq(WholeGrids):
 
     def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "UniformWeight":
         """Round a weight (O, I) with scaled inputs; see `EachLayer.stored`."""
-        from cluscomp.solve.on_grids import with_scaled_inputs
-
         assert seen is not None  # sees() asks for it
         grid = self.grid(*weight_OI.shape)
-        return with_scaled_inputs(
+        return solve.on_grids.with_scaled_inputs(
             weight_OI,
             seen.matrix_II,
             seen.magnitude_I,

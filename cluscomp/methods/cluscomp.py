@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from cluscomp import solve
 from cluscomp.errors import named
 from cluscomp.methods import Compressed
 from cluscomp.methods.on_grids import check_choice
@@ -84,12 +85,13 @@ class ClusComp:
 
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
         """Group after group of layers that share a codebook; see `Method.compress`."""
-        from cluscomp.solve.allocate import share_out
-
         groups = self._groups(layers)
         methods = [self] * len(groups)
         if self.bits is not None and self.allocation == "fill" and (len(groups) > 1 or not self.measure):
-            methods = [replace(self, **option.settings) for option in share_out([*self.offers(layers)], self.bits)]
+            methods = [
+                replace(self, **option.settings)
+                for option in solve.allocate.share_out([*self.offers(layers)], self.bits)
+            ]
         for names, method in zip(groups, methods):
             group = method._opened(layers, names)
             with named(names):
@@ -101,15 +103,13 @@ class ClusComp:
 
     def offers(self, layers: "dict[str, Layer]") -> "Iterator[Menu]":
         """What the layers that share a codebook may have; one group is open at a time. See `methods.Offers`."""
-        from cluscomp.solve.allocate import expected_menu, measured_menu
-
         assert self.bits is not None  # who asks for offers has looked
         for names in self._groups(layers):
             group = self._opened(layers, names)
             if self.measure:
-                yield measured_menu(group, self._shapes, self.bits, self.floor)
+                yield solve.allocate.measured_menu(group, self._shapes, self.bits, self.floor)
             else:
-                yield expected_menu(names, group.matrices, self._shapes, self.bits)
+                yield solve.allocate.expected_menu(names, group.matrices, self._shapes, self.bits)
 
     def _groups(self, layers: "dict[str, Layer]") -> list[list[str]]:
         """The names of the layers that share a codebook, group after group."""
@@ -122,23 +122,19 @@ class ClusComp:
     def _opened(self, layers: "dict[str, Layer]", names: list[str]) -> "Group":
         import torch
 
-        from cluscomp.solve import groups, kmeans
-
         opened = [layers[name] for name in names]
         init: Literal["random_points", "kd"] = "kd" if self.init == "kd" else "random_points"
-        recipe = kmeans.Recipe(self.iterations, init, self.over_relaxation, self.move_centroids)
+        recipe = solve.kmeans.Recipe(self.iterations, init, self.over_relaxation, self.move_centroids)
         generator = opened[0].generator
         if self.init == "shared_points":  # drawn anew for each codebook, and the same for all with as many sub-vectors
             generator = torch.Generator().manual_seed(opened[0].seed)
-        return groups.Group(
+        return solve.groups.Group(
             names, opened, recipe, generator, axis=self.axis, weighting=self.weighting, damping=self.damping
         )
 
     def _shapes(self, matrices: "Matrices", bits: float | None) -> "list[Shape]":
         """What may be chosen from for the codebook of matrices of these shapes."""
-        from cluscomp.solve.shapes import fixed, reachable
-
         if bits is not None:
-            return reachable(matrices, self.axis, bits, self.storage)
+            return solve.shapes.reachable(matrices, self.axis, bits, self.storage)
         assert self.vector_dim is not None and self.codebook_size is not None  # check_choice
-        return [fixed(matrices, self.axis, self.vector_dim, self.codebook_size, self.storage)]
+        return [solve.shapes.fixed(matrices, self.axis, self.vector_dim, self.codebook_size, self.storage)]

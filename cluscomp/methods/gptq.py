@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
+from cluscomp import solve
 from cluscomp.methods.on_grids import WholeGrids
 from cluscomp.settings import settings
 
@@ -45,13 +46,11 @@ class Gptq(WholeGrids):
 
     def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "UniformWeight":
         """Round a weight (O, I) with error feedback; see `EachLayer.stored`."""
-        from cluscomp.solve import along_outputs, on_grids
-
         assert seen is not None  # sees() asks for it
         grid = self.grid(*weight_OI.shape)
-        return on_grids.with_feedback(
+        return solve.on_grids.with_feedback(
             weight_OI,
-            along_outputs.damped(seen.matrix_II, self.damping),
+            solve.along_outputs.damped(seen.matrix_II, self.damping),
             grid.width,
             grid.groups,
             symmetric=grid.symmetric,

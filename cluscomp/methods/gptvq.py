@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from cluscomp import solve
 from cluscomp.methods.along_inputs import InputCodebooks
 from cluscomp.settings import settings
 
@@ -39,11 +40,9 @@ class Gptvq(InputCodebooks):
         self, weight_OI: "Tensor", seen: "Seen", generator: "torch.Generator", shape: "Shape"
     ) -> "CodebookWeight":
         """Find codes and codebook of a weight (O, I); see `InputCodebooks.stored`."""
-        from cluscomp.solve import along_inputs, along_outputs
-
-        return along_inputs.with_feedback(
+        return solve.along_inputs.with_feedback(
             weight_OI,
-            along_outputs.damped(seen.matrix_II, self.damping),
+            solve.along_outputs.damped(seen.matrix_II, self.damping),
             shape,
             self.storage,
             generator,

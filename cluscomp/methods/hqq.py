@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from cluscomp import solve
 from cluscomp.methods.on_grids import Grids
 from cluscomp.settings import settings
 
@@ -44,10 +45,8 @@ class Hqq(Grids):
 
     def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "UniformWeight":
         """Fit zeros to a weight (O, I) and round it; see `EachLayer.stored`."""
-        from cluscomp.solve.on_grids import with_fitted_zeros
-
         grid = self.grid(*weight_OI.shape)
-        return with_fitted_zeros(
+        return solve.on_grids.with_fitted_zeros(
             weight_OI,
             grid.width,
             grid.groups,

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from cluscomp import solve
 from cluscomp.methods.each_layer import EachLayer
 from cluscomp.methods.on_grids import check_choice
 from cluscomp.settings import settings
@@ -68,13 +69,12 @@ class Qtip(EachLayer):
         """
         from cluscomp.forms.rotated import SEED_BITS
         from cluscomp.forms.trellis import tile_count
-        from cluscomp.solve import widths
 
         if self.bits is None:
             assert self.width is not None  # check_choice
             return self.width, 0
         shape = (out_features, in_features)
-        return widths.within(
+        return solve.widths.within(
             self.bits,
             shape,
             parts=tile_count(*shape, self.tile_outputs, self.tile_inputs),
@@ -85,12 +85,10 @@ class Qtip(EachLayer):
 
     def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "Rotated":
         """Find the paths of a weight (O, I); see `EachLayer.stored`."""
-        from cluscomp.solve import trellis, turned
-
         assert seen is not None  # sees() asks for it
         width, narrow = self.widths(*weight_OI.shape)
-        start = turned.start(weight_OI, seen.matrix_II, self.damping, generator)
-        found = trellis.with_feedback(
+        start = solve.turned.start(weight_OI, seen.matrix_II, self.damping, generator)
+        found = solve.trellis.with_feedback(
             start.weight_OI,
             start.moment_II,
             tile_outputs=self.tile_outputs,

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from cluscomp import solve
 from cluscomp.methods.each_layer import EachLayer
 from cluscomp.methods.on_grids import check_choice
 from cluscomp.settings import settings
@@ -57,23 +58,22 @@ class QuipSharp(EachLayer):
         """
         from cluscomp.forms.lattice import DIM, vector_count
         from cluscomp.forms.rotated import SEED_BITS
-        from cluscomp.solve import widths
 
         if self.bits is None:
             assert self.width is not None  # check_choice
             return self.width, 0
         shape = (out_features, in_features)
         beside = SEED_BITS + 16 * (out_features if self.scales == "output" else 1)
-        return widths.within(self.bits, shape, parts=vector_count(*shape), length=DIM, beside=beside, most=MOST_WIDTH)
+        return solve.widths.within(
+            self.bits, shape, parts=vector_count(*shape), length=DIM, beside=beside, most=MOST_WIDTH
+        )
 
     def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "Rotated":
         """Find the codes of a weight (O, I); see `EachLayer.stored`."""
-        from cluscomp.solve import lattice, turned
-
         assert seen is not None  # sees() asks for it
         width, narrow = self.widths(*weight_OI.shape)
-        start = turned.start(weight_OI, seen.matrix_II, self.damping, generator)
-        found = lattice.with_feedback(
+        start = solve.turned.start(weight_OI, seen.matrix_II, self.damping, generator)
+        found = solve.lattice.with_feedback(
             start.weight_OI, start.moment_II, width=width, narrow=narrow, scaled_outputs=self.scales == "output"
         )
         return start.stored(found)

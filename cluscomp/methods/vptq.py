@@ -1,10 +1,12 @@
 """VPTQ: sub-vectors of a few outputs coded with error feedback, and a codebook of what is left (arXiv 2409.17066)."""
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from cluscomp import solve
 from cluscomp.methods.along_inputs import InputCodebooks
 from cluscomp.settings import settings
 
@@ -41,15 +43,13 @@ class Vptq(InputCodebooks):
 
         Raises ValueError if none does.
         """
-        from cluscomp.solve.shapes import reachable
-
         if self.residual_size is None:
             return super().shapes(matrices, bits)
         found: list[Shape] = []
         for dim, second in self._residuals(matrices):
             if bits > second:
                 try:
-                    first = reachable(matrices, self.axis, bits - second, self.storage)
+                    first = solve.shapes.reachable(matrices, self.axis, bits - second, self.storage)
                 except ValueError:
                     continue
                 found += [replace(one, bits=one.bits + second) for one in first if one.vector_dim == dim]
@@ -68,33 +68,28 @@ class Vptq(InputCodebooks):
     def _residuals(self, matrices: "Matrices") -> "list[tuple[int, float]]":
         """Each length D that the residual codebook can have, and the bits per weight that it takes with its codes."""
         from cluscomp.forms.codebook import num_sub_vectors
-        from cluscomp.solve.shapes import MAX_VECTOR_DIM, Shape
 
         if self.residual_size is None:
             return []
-        most = min(max(MAX_VECTOR_DIM, self.vector_dim or 1), *(out_features for out_features, _ in matrices))
+        most = min(
+            max(solve.shapes.MAX_VECTOR_DIM, self.vector_dim or 1), *(out_features for out_features, _ in matrices)
+        )
         return [
-            (dim, Shape.of(matrices, self.axis, dim, self.residual_size, self.storage).bits)
+            (dim, solve.shapes.Shape.of(matrices, self.axis, dim, self.residual_size, self.storage).bits)
             for dim in range(1, most + 1)
             if sum(num_sub_vectors(*matrix, dim, self.axis) for matrix in matrices) >= self.residual_size
         ]
 
     def quality(self, shape: "Shape") -> float:
         """As for Gaussian weights, with what the residual codes bring."""
-        import math
-
-        from cluscomp.solve.shapes import expected_bits
-
         brought = 0.0 if self.residual_size is None else math.log2(self.residual_size) / shape.vector_dim
-        return expected_bits(shape) + brought
+        return solve.shapes.expected_bits(shape) + brought
 
     def stored(self, weight_OI: "Tensor", seen: "Seen", generator: "torch.Generator", shape: "Shape") -> "Stored":
         """Find codes and codebooks of a weight (O, I); see `InputCodebooks.stored`."""
-        from cluscomp.solve import along_outputs, in_turn
-
-        return in_turn.with_residual(
+        return solve.in_turn.with_residual(
             weight_OI,
-            along_outputs.damped(seen.matrix_II, self.damping),
+            solve.along_outputs.damped(seen.matrix_II, self.damping),
             shape.vector_dim,
             [shape.codebook_size] + ([] if self.residual_size is None else [self.residual_size]),
             self.storage,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from cluscomp import solve
 from cluscomp.errors import named
 from cluscomp.methods import Compressed
 from cluscomp.settings import settings
@@ -49,11 +50,12 @@ class WaterSic:
 
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
         """Layer after layer; see `Method.compress`."""
-        from cluscomp.solve.allocate import share_out
-
         names, methods = list(layers), [self] * len(layers)
         if self.allocation == "fill" and len(layers) > 1:
-            methods = [replace(self, **option.settings) for option in share_out([*self.offers(layers)], self.bits)]
+            methods = [
+                replace(self, **option.settings)
+                for option in solve.allocate.share_out([*self.offers(layers)], self.bits)
+            ]
         for (name, opened), method in zip(self._opened(layers, names), methods):
             with named([name]):
                 stored = opened.stored(method.bits)
@@ -61,27 +63,23 @@ class WaterSic:
 
     def offers(self, layers: "dict[str, Layer]") -> "Iterator[Menu]":
         """By errors measured on each weight, or on some of its outputs; see `methods.Offers`."""
-        from cluscomp.solve.allocate import rates_menu
-
         for name, opened in self._opened(layers, list(layers)):
             with named([name]):
                 errors = opened.errors(self.bits)
-            yield rates_menu(name, layers[name].weight_OI.numel(), errors, self.bits, self.floor)
+            yield solve.allocate.rates_menu(name, layers[name].weight_OI.numel(), errors, self.bits, self.floor)
 
     def _opened(self, layers: "dict[str, Layer]", names: list[str]) -> "Iterator[tuple[str, WaterFilling]]":
         """One layer after the other, made ready; neighbours that read one input share what is known of it."""
-        from cluscomp.solve.along_outputs import damped
-        from cluscomp.solve.water_filling import Curvature, WaterFilling
-
         last = None
         for name in names:
             layer = layers[name]
             if last is None or last[0] is not layer.seen:
                 with named([name]):
-                    last = layer.seen, Curvature(damped(layer.show().matrix_II, self.damping))
+                    moment_II = solve.along_outputs.damped(layer.show().matrix_II, self.damping)
+                    last = layer.seen, solve.water_filling.Curvature(moment_II)
             yield (
                 name,
-                WaterFilling(
+                solve.water_filling.WaterFilling(
                     layer.weight_OI.float(),
                     last[1],
                     dependent=self.states > 1,

@@ -114,8 +114,8 @@ class GgufModel:
 
     file: str
     package: str | None = Field(pattern=r"^\w+$")  # looking for a.b would import a
-    of: str | None = Field(default=None, min_length=1)
-    calibration: str | None = Field(default=None, min_length=1)
+    of: str | None = Field(min_length=1)
+    calibration: str | None = Field(min_length=1)
 
     def read_config(self, cache: Path) -> "PreTrainedConfig":
         """The model's config, from the converted folder or the file's header. Raises InputError as `folder`."""

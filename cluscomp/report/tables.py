@@ -13,6 +13,8 @@ from cluscomp.store.records import EXTERNAL, ORIGINAL, Record, Score, difference
 PARTIAL, IN_DOMAIN, SEEN = "partial", "in-domain", "seen"
 STAGES = ["cluster", "block_finetune", "recover"]
 _CLUSCOMP = ("ClusComp-", "ClusComp", "ClusComp+")
+_NAMES = {name: name.upper() for name in ("rtn", "gptq", "awq", "hqq", "gptvq", "aqlm", "qtip", "vptq")}
+_NAMES |= {"squeezellm": "SqueezeLLM", "ipq": "iPQ", "water_sic": "WaterSIC", "quip_sharp": "QuIP#"}
 # What papers call a method, by its yaml, after the first of STAGES, the first two and all three; and of which kind
 SPELLED: dict[str, tuple[tuple[str, ...], str]] = {
     "cluscomp": (_CLUSCOMP, ""),
@@ -21,11 +23,7 @@ SPELLED: dict[str, tuple[tuple[str, ...], str]] = {
     "cluscomp_paths": (_CLUSCOMP, "paths"),
     "autoround": (("RTN", "AutoRound"), ""),
     "omniquant": (("RTN", "OmniQuant"), ""),
-    "squeezellm": (("SqueezeLLM",), ""),
-    "ipq": (("iPQ",), ""),
-    "water_sic": (("WaterSIC",), ""),
-    "quip_sharp": (("QuIP#",), ""),
-} | {name: ((name.upper(),), "") for name in ("rtn", "gptq", "awq", "hqq", "gptvq", "aqlm", "qtip", "vptq")}
+} | {name: ((spelled,), "") for name, spelled in _NAMES.items()}
 COLUMN = {"bits", "vector_dim", "codebook_size", "width", "group"}  # what a table tells in a column: the limit
 _ACCURACY = re.compile(r"acc$|exact_match")
 MARKS = {

@@ -94,7 +94,7 @@ def test_a_mixed_file_counts_with_its_own_bits(rival, command):
 
 def test_its_numbers_are_those_of_the_file(rival, tmp_path):
     """To the last bit, as the package gguf makes them; those of queries and keys lie in another order."""
-    source = GgufModel(file=str(rival), package=None)
+    source = GgufModel(file=str(rival), package=None, of=None, calibration=None)
     weights = load_file(source.folder(tmp_path, to_score=True) / "model.safetensors")
     tensors = {tensor.name: tensor for tensor in GGUFReader(rival).tensors}
     block = "model.layers.0"

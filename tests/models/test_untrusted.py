@@ -117,7 +117,7 @@ def test_a_type_that_no_dense_model_has_is_named_with_its_tensor(folder, dtype):
 def outcome(path: Path) -> str:
     """What is told of a GGUF file, if it is refused; it takes no time, and nothing else is raised."""
     began = time.monotonic()
-    source = GgufModel(file=str(path), package=None)
+    source = GgufModel(file=str(path), package=None, of=None, calibration=None)
     try:
         MetaModel(source.read_config(path.parent / "cache"), torch.float32, "cpu")
         return ""
@@ -158,7 +158,7 @@ def test_a_gguf_file_that_lies_is_told(small_gguf, tmp_path):
         assert whole.count(before) >= 1
         path.write_bytes(whole.replace(before, after))
         try:
-            GgufModel(file=str(path), package=None).folder(tmp_path / "cache")
+            GgufModel(file=str(path), package=None, of=None, calibration=None).folder(tmp_path / "cache")
         except InputError as error:
             return str(error)
         return ""
