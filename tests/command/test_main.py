@@ -22,7 +22,8 @@ from cluscomp.runs import preparation
 
 PARAGRAPH = "Paragraph {} says that the quick brown fox jumped over the lazy dog {} times."
 TINY = [
-    "model=tiny", "data=text", "data.file=text.txt", "method.vector_dim=4", "method.codebook_size=16",
+    "model=tiny", "model.config.num_hidden_layers=1", "data=text", "data.file=text.txt", "method.vector_dim=4",
+    "method.codebook_size=16",
     "evaluate.context=32", "evaluate.limit=2", "cluster.samples=4", "cluster.length=32",
 ]  # fmt: skip
 
@@ -221,7 +222,7 @@ def test_bits_out_of_reach_say_what_is_within(cli):
     """An 8 x 8 matrix: codes take 64 / D bits and two centroids 32 D, so the least is 96 of 64 for D = 1 or 2."""
     heads = "num_attention_heads:1,num_key_value_heads:1"
     small = f"model.config={{hidden_size:8,intermediate_size:8,num_hidden_layers:1,{heads}}}"
-    sentence = the_sentence(cli(*TINY[:3], "evaluate.context=32", small, "bits=1"))
+    sentence = the_sentence(cli(*TINY[:1], *TINY[2:4], "evaluate.context=32", small, "bits=1"))
     assert "model.layers.0.self_attn.q_proj" in sentence and "1.5" in sentence
 
 
@@ -252,7 +253,7 @@ def test_a_weight_that_is_not_finite_is_named(cli, model_folder, place, value):
     def spoil(tensors):
         tensors[f"{name}.weight"][3, 5] = value
 
-    sentence = the_sentence(cli("model=hub", altered(model_folder, spoil), *TINY[1:], "evaluate.after=[cluster]"))
+    sentence = the_sentence(cli("model=hub", altered(model_folder, spoil), *TINY[2:], "evaluate.after=[cluster]"))
     assert name in sentence and "NaN" in sentence
     assert not list(place.glob("outputs/cluster-*/checkpoint"))
 
@@ -260,17 +261,17 @@ def test_a_weight_that_is_not_finite_is_named(cli, model_folder, place, value):
 def test_a_missing_tensor_is_named(cli, model_folder):
     name = "model.layers.1.mlp.up_proj.weight"
     model = altered(model_folder, lambda tensors: tensors.pop(name))
-    assert name in the_sentence(cli("model=hub", model, *TINY[1:]))
+    assert name in the_sentence(cli("model=hub", model, *TINY[2:]))
 
 
 def test_a_truncated_model_file_is_named(cli, model_folder):
     path = model_folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    assert "model.safetensors" in the_sentence(cli("model=hub", f"model.id={model_folder}", *TINY[1:]))
+    assert "model.safetensors" in the_sentence(cli("model=hub", f"model.id={model_folder}", *TINY[2:]))
 
 
 def test_a_missing_model_folder_is_named(cli):
-    assert "model.id=./nowhere" in the_sentence(cli("model=hub", "model.id=./nowhere", *TINY[1:]))
+    assert "model.id=./nowhere" in the_sentence(cli("model=hub", "model.id=./nowhere", *TINY[2:]))
 
 
 def test_a_text_too_short_for_one_window_says_so(cli, place):
@@ -281,9 +282,9 @@ def test_a_text_too_short_for_one_window_says_so(cli, place):
 
 def test_the_word_run_may_be_left_out_and_a_second_run_does_nothing_again(cli, place):
     first = cli("run", *TINY)
-    assert first.code == 0 and "| cluster" in first.out and "record.json" in first.out and "block 3/3" in first.err
+    assert first.code == 0 and "| cluster" in first.out and "record.json" in first.out and "block 1/1" in first.err
     second = cli(*TINY)
-    assert second.code == 0 and "block 3/3" not in second.err and "finished before" in second.err
+    assert second.code == 0 and "block 1/1" not in second.err and "finished before" in second.err
     assert second.out == first.out
     assert {path.name for path in place.iterdir()} == {"text.txt", "outputs"}  # no litter of Hydra's
 

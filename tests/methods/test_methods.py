@@ -15,12 +15,12 @@ from cluscomp.plan.meta import Place
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if "_global_" not in path.read_text())
 STAGES = ["cluster", "block_finetune", "recover", "finetune"]
 SMALL = [
-    "model=tiny", "model.config.num_hidden_layers=2", "data=text", "bits=4", "evaluate.after=[]",
+    "model=tiny", "model.config.num_hidden_layers=1", "data=text", "bits=4", "evaluate.after=[]",
     "evaluate.context=32", "evaluate.limit=4",
     f"order=[{','.join(STAGES)}]", "cluster.samples=4", "cluster.length=32", "block_finetune=quick",
     "block_finetune.samples=4", "block_finetune.length=32", "block_finetune.lr=1e-3", "block_finetune.norms=false",
-    "recover.tokens=2048", "recover.length=32", "recover.batch_size=4", "recover.accumulation=1",
-    "recover.held_out=4", "recover.lr=1e-3", "instructions=text", "finetune.length=32", "finetune.examples=64",
+    "recover.tokens=1024", "recover.length=32", "recover.batch_size=4", "recover.accumulation=1",
+    "recover.held_out=4", "recover.lr=1e-3", "instructions=text", "finetune.length=32", "finetune.examples=32",
     "finetune.epochs=1", "finetune.held_out=4", "finetune.batch_size=4", "finetune.accumulation=1",
     "finetune.lr=1e-3",
 ]  # fmt: skip
