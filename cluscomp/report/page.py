@@ -42,6 +42,34 @@ def _codebooks(records: list[Record]) -> pd.DataFrame:
     return table if table.empty else table[table["entropy"].notna()]
 
 
+SEEDS = 3  # that a recipe needs whose K-means starts at random points: its scores differ by more than 10 % over them
+
+
+def of_enough_seeds(records: list[Record]) -> tuple[list[Record], list[str]]:
+    """Records that may stand in a table, and the names of methods that may not, with their limits of bits.
+
+    K-means from random points, as the paper has it, ends elsewhere with each seed, so one seed says little of it.
+    """
+
+    def recipe(record: Record) -> tuple[str, str, str] | None:
+        method = record.config["stages"].get("cluster", {}).get("method", {})
+        if not str(method.get("init")).endswith("_points"):
+            return None
+        return (
+            tables.model_name(record, records),
+            tables.method_name(record, record.config["order"][-1]),
+            tables.limit(record),
+        )
+
+    seeds: dict[tuple[str, str, str], set[int]] = {}
+    for record in records:
+        if key := recipe(record):
+            seeds.setdefault(key, set()).add(record.config["seed"])
+    few = {key for key, found in seeds.items() if len(found) < SEEDS}
+    limits = {name: ", ".join(sorted(limit for _, other, limit in few if other == name)) for _, name, _ in sorted(few)}
+    return [one for one in records if recipe(one) not in few], [f"{name} at {at}" for name, at in limits.items()]
+
+
 LIKE = ("model", "limit")
 VIEWS = [
     View(
@@ -87,8 +115,9 @@ VIEWS = [
 def views(records: list[Record], published: list[Published] | None = None) -> list[tuple[View, pd.DataFrame]]:
     """Every table that these records fill, with published numbers beside ours if there are any to compare with.
 
-    Raises InputError for scores under unlike protocols.
+    Recipes of too few seeds are left out, see `of_enough_seeds`. Raises InputError for scores under unlike protocols.
     """
+    records, _ = of_enough_seeds(records)
     found = [(view, view.make(records)) for view in VIEWS]
     if published is not None:
         beside = View(
@@ -101,7 +130,8 @@ def views(records: list[Record], published: list[Published] | None = None) -> li
 
 def page(name: str, records: list[Record], format_: Format, published: list[Published] | None = None) -> dict[str, str]:
     """The files with all tables of an experiment, by name: one, or of CSV one for each table."""
-    made = views(records, published)
+    made, (_, few) = views(records, published), of_enough_seeds(records)
+    left_out = f"Left out, for K-means from random points needs {SEEDS} seeds: {'; '.join(few)}." if few else ""
     parts = {}
     for view, table in made:
         heading = f"{name}: {view.title}"
@@ -109,7 +139,10 @@ def page(name: str, records: list[Record], format_: Format, published: list[Publ
             table, format_, title="" if format_ == "md" else heading, within=view.within, scores=view.scores(table),
             highest=view.highest,
         )  # fmt: skip
-        notes = [*([view.note] if view.note else []), *(f"{line}" for line in tables.legend(table))]
+        notes = [
+            *filter(None, (view.note, left_out if view.scores(table) else "")),
+            *(f"{line}" for line in tables.legend(table)),
+        ]
         if format_ == "md":
             text = f"## {view.title}\n\n{text}\n" + "".join(f"{note}  \n" for note in notes)
         if format_ == "html":

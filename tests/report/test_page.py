@@ -489,3 +489,18 @@ def is_number(cell: str) -> bool:
         return math.isfinite(float(cell))
     except ValueError:
         return False
+
+
+def test_a_recipe_of_random_starts_stands_with_three_seeds_or_not_at_all():
+    """Others may stand with one."""
+    root = Path(__file__).parents[2] / "results" / "methods"
+    found = read_folder(root)
+    paper = next(one for one in found if (one.choices.get("method") or {}).get("yaml") == "cluscomp_paper")
+    name = method_name(paper, "cluster")
+    kept, left_out = page.of_enough_seeds([one for one in found if method_name(one, "cluster") != name] + [paper])
+    assert paper not in kept and any(one.startswith(f"{name} at ") for one in left_out)
+    three = [replace(paper, config=paper.config | {"seed": seed}) for seed in range(3)]
+    kept, left_out = page.of_enough_seeds(three)
+    assert kept == three and not left_out
+    text = page.page("methods", [*found], "md")["tables.md"]
+    assert f"| {name} " not in text and f"Left out, for K-means from random points needs 3 seeds: {name}" in text
