@@ -124,10 +124,18 @@ def test_sizes_that_do_not_fit_are_refused():
     rows_I, columns_O = np.zeros(3, np.uint8), np.zeros(4, np.uint8)
     frequencies_TK = np.full((1, 256), 64, np.uint16)
     numbers_IO, states_L, words = np.zeros((3, 4), np.int8), np.full(1, 1 << 16, np.uint32), np.zeros(12, np.uint16)
-    native.rans_encode(numbers_IO, rows_I, columns_O, frequencies_TK, states_L, words)
+    native.rans_encode(numbers_IO, None, rows_I, columns_O, frequencies_TK, states_L, words)
     for place, wrong in enumerate(
-        [np.zeros((4, 4), np.int8), rows_I[:2], columns_O[:2], np.zeros((1, 255), np.uint16), states_L[:0], words[:11]]
+        [
+            np.zeros((4, 4), np.int8),
+            np.zeros((3, 3), np.uint8),
+            rows_I[:2],
+            columns_O[:2],
+            np.zeros((1, 255), np.uint16),
+            states_L[:0],
+            words[:11],
+        ]
     ):
-        good = [numbers_IO, rows_I, columns_O, frequencies_TK, states_L, words]
+        good = [numbers_IO, None, rows_I, columns_O, frequencies_TK, states_L, words]
         with pytest.raises(ValueError, match=r"sizes differ|256 frequencies"):
             native.rans_encode(*[*good[:place], wrong, *good[place + 1 :]])
