@@ -46,7 +46,7 @@ def told_in_a_sentence() -> Iterator[None]:
         if "debug=true" in map(str.lower, sys.argv):
             raise
         message, code = explain(error)
-        print(f"cluscomp: {printable(hide(message))}", file=sys.stderr)
+        print(f"cluscomp: {printable(' '.join(hide(message).splitlines()))}", file=sys.stderr)
         sys.exit(code)
 
 
