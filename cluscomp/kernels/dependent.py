@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluscomp.kernels.counting import report
-from cluscomp.kernels.integers import leading_bits
+from cluscomp.kernels.integers import hand_on
 from cluscomp.kernels.loading import native
 from cluscomp.kernels.work import Work
 
 NEXT = np.array([[0, 2], [5, 7], [1, 3], [6, 4], [2, 0], [4, 6], [3, 1], [7, 5]])
 PRICE = 0.4  # of a bit, in squares of the step: least error at 2 to 4 bits of Gaussian numbers
-LARGEST = 120  # size of a level; those beside it stay within a byte
+LARGEST = 120  # size that wanted numbers have in steps at most; the levels beside it stay within a byte
+REACHED = 119  # size of a level that a row of so large numbers has
 NUMBERS = np.arange(-128, 128)
 MOST_BITS = 20.0  # that a number is thought to take
 Levels = NDArray[np.int8]
@@ -126,12 +127,8 @@ def _in_numpy(
         step = torch.maximum(steps_R[i], wanted_O.abs().max() / LARGEST)
         u_O = (wanted_O.double() / step.double()).nan_to_num().clamp(-121, 121).cpu().numpy()
         level_O = torch.from_numpy(best_path(u_O, both_2TK[:, lengths.rows_I[i]], PRICE)).to(wanted_O.device)
-        size = level_O.double().square().sum()
-        fitted = leading_bits(((level_O.double() * wanted_O.double()).sum() / size).float())
-        scales_R[i] = torch.where(size > 0, fitted, step)
         levels_RO[i] = level_O
-        errors_RO[i] = (wanted_O - level_O * scales_R[i]) / factor_RR[i, i]
-        wanted_RO[i + 1 :] -= factor_RR[i, i + 1 :, None] * errors_RO[i]
+        hand_on(i, level_O, step, wanted_RO, factor_RR, scales_R, errors_RO)
 
 
 def best_path(u_O: NDArray[np.float64], bits_2K: Any, price: float) -> Levels:

@@ -46,12 +46,28 @@ def _in_torch(
     for i, wanted_O in enumerate(wanted_RO):
         step = torch.maximum(steps_R[i], wanted_O.abs().max() / LARGEST)
         number_O = (wanted_O / step).round().clamp(-LARGEST, LARGEST)
-        size = number_O.double().square().sum()
-        fitted = leading_bits(((number_O.double() * wanted_O.double()).sum() / size).float())
-        scales_R[i] = torch.where(size > 0, fitted, step)
         numbers_RO[i] = number_O.nan_to_num().to(torch.int8)
-        errors_RO[i] = (wanted_O - number_O * scales_R[i]) / factor_RR[i, i]
-        wanted_RO[i + 1 :] -= factor_RR[i, i + 1 :, None] * errors_RO[i]
+        hand_on(i, number_O, step, wanted_RO, factor_RR, scales_R, errors_RO)
+
+
+def hand_on(
+    i: int,
+    number_O: Tensor,
+    step: Tensor,
+    wanted_RO: Tensor,
+    factor_RR: Tensor,
+    scales_R: Tensor,
+    errors_RO: Tensor,
+) -> None:
+    """Fit the scale of row i to its numbers (O,), keep the error that is left and take it from the rows to come.
+
+    As `round_rows` says; in plain torch, for whole numbers and for levels.
+    """
+    size = number_O.double().square().sum()
+    fitted = leading_bits(((number_O.double() * wanted_RO[i].double()).sum() / size).float())
+    scales_R[i] = torch.where(size > 0, fitted, step)
+    errors_RO[i] = (wanted_RO[i] - number_O * scales_R[i]) / factor_RR[i, i]
+    wanted_RO[i + 1 :] -= factor_RR[i, i + 1 :, None] * errors_RO[i]
 
 
 def leading_bits(values: Tensor) -> Tensor:

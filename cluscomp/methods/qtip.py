@@ -67,19 +67,15 @@ class Qtip(EachLayer):
 
         Raises ValueError if nothing fits.
         """
-        from cluscomp.forms.rotated import SEED_BITS
         from cluscomp.forms.trellis import tile_count
 
-        if self.bits is None:
-            assert self.width is not None  # check_choice
-            return self.width, 0
-        shape = (out_features, in_features)
-        return solve.widths.within(
+        return solve.widths.chosen(
             self.bits,
-            shape,
-            parts=tile_count(*shape, self.tile_outputs, self.tile_inputs),
+            self.width,
+            (out_features, in_features),
+            parts=tile_count(out_features, in_features, self.tile_outputs, self.tile_inputs),
             length=self.tile_outputs * self.tile_inputs,
-            beside=SEED_BITS + 16 * (out_features if self.scales == "output" else 1),
+            scaled_outputs=self.scales == "output",
             most=MOST_WIDTH,
         )
 

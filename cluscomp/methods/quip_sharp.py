@@ -57,15 +57,15 @@ class QuipSharp(EachLayer):
         Raises ValueError if nothing fits.
         """
         from cluscomp.forms.lattice import DIM, vector_count
-        from cluscomp.forms.rotated import SEED_BITS
 
-        if self.bits is None:
-            assert self.width is not None  # check_choice
-            return self.width, 0
-        shape = (out_features, in_features)
-        beside = SEED_BITS + 16 * (out_features if self.scales == "output" else 1)
-        return solve.widths.within(
-            self.bits, shape, parts=vector_count(*shape), length=DIM, beside=beside, most=MOST_WIDTH
+        return solve.widths.chosen(
+            self.bits,
+            self.width,
+            (out_features, in_features),
+            parts=vector_count(out_features, in_features),
+            length=DIM,
+            scaled_outputs=self.scales == "output",
+            most=MOST_WIDTH,
         )
 
     def stored(self, weight_OI: "Tensor", seen: "Seen | None", generator: "torch.Generator") -> "Rotated":

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cluscomp.forms.trellis import TrellisWeight
+from cluscomp.forms.trellis import TrellisWeight, tile_count
 from cluscomp.forms.uniform import in_16_bits
 from cluscomp.kernels.trellis import Code, best_paths, code_values
 from cluscomp.solve.along_outputs import Wanted, best_factors, feedback
@@ -50,7 +50,7 @@ def with_feedback(
     values_N = code_values(state_bits, code, weight_OI.device)
     rows = math.ceil(outputs / tile_outputs)
     size_S = weight_OI.square().mean(1 if scaled_outputs else None).sqrt().view(-1)
-    tiles = rows * math.ceil(inputs / tile_inputs)
+    tiles = tile_count(outputs, inputs, tile_outputs, tile_inputs)
     spread = _spread(width, narrow / tiles) / float(values_N.std())
     scales_S = in_16_bits(torch.where(size_S > 0, size_S * spread, 1.0)).float()
     narrow_states, wide_states = [], []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cluscomp.forms.entropy import EntropyWeight
 from cluscomp.kernels.counting import alike, error_asked, times
-from cluscomp.kernels.dependent import Lengths, lengths_of, round_on_paths
+from cluscomp.kernels.dependent import REACHED, Lengths, lengths_of, round_on_paths
 from cluscomp.kernels.entropy import Plan, planned
 from cluscomp.kernels.integers import LARGEST, round_rows
 from cluscomp.solve.along_outputs import BATCH, inverse_factor, output_error
@@ -196,7 +196,9 @@ class WaterFilling:
     def _cannot_be_finer(self, found: Rounding) -> bool:
         """Whether a smaller c would change nothing: all weights are 0, or every input has a number of 127."""
         largest_I = found.numbers_IO.abs().amax(1)
-        return bool(((largest_I >= (119 if self._dependent else LARGEST)) | (self._weight_IO.abs().amax(1) == 0)).all())
+        return bool(
+            ((largest_I >= (REACHED if self._dependent else LARGEST)) | (self._weight_IO.abs().amax(1) == 0)).all()
+        )
 
     def _refitted(self, found: Rounding, every: int = 1) -> tuple[Tensor, Tensor | None]:
         """Scales (I,) of inputs and, where wanted, (O,) of outputs of least output error for these numbers.
