@@ -21,7 +21,7 @@ demo: $(VENV)/ready
 	$(RUN) cluscomp experiment=demo
 
 test: $(VENV)/ready
-	HF_HUB_OFFLINE=1 $(RUN) pytest --numprocesses 2 --dist loadfile
+	HF_HUB_OFFLINE=1 $(RUN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/ready
 	$(VENV)/bin/ruff check .

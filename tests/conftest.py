@@ -61,6 +61,12 @@ def redraw_vectors(folder, seed=0):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: with several processes, none is left alone with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def families(tmp_path_factory):
     """Builder of model folders: families("phi") or families("gpt2", n_embd=32); made once for equal arguments."""

@@ -1,4 +1,4 @@
-"""A sweep of 8 cells by two processes on one outputs folder, members of which are killed at random moments."""
+"""A sweep of 6 cells by two processes on one outputs folder, members of which are killed at random moments."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from forks import until
 
 BLOCKS = 3
 ORDER = ["cluster", "block_finetune"]
-CELLS = ["method.codebook_size=8,16", "block_finetune.epochs=2,4", "seed=0,1"]
-COUNT, CLUSTERINGS = 8, 4
+CELLS = ["method.codebook_size=8,16", "block_finetune.epochs=2,4,6"]
+COUNT, CLUSTERINGS = 6, 2
 TOTAL = CLUSTERINGS + COUNT + COUNT  # both stages, and the evaluation after the second
 KILLS = int(os.environ.get("CLUSCOMP_KILLS", "2"))
 SETTINGS = [

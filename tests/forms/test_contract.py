@@ -259,6 +259,12 @@ def test_damage_is_found(spec_of):
 # in a model
 
 
+@pytest.fixture(scope="module")
+def tiny_folder(families):
+    """One block: what a form does in a model, it does in each."""
+    return families("llama", tie_word_embeddings=True, num_hidden_layers=1)
+
+
 def model_of(folder, spec_of):
     """A tiny model with such a form in the place of every linear layer, and its tokenizer."""
     original = Original(folder, torch.float32, CPU)

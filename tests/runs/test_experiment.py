@@ -38,6 +38,11 @@ def overrides(ground: Path, outputs: Path, *more: str) -> list[str]:
     return [*SMALL, f"data.file={ground / 'text.txt'}", f"outputs={outputs}", f"cache={ground / 'cache'}", *more]
 
 
+def original(ground: Path) -> Path:
+    """The folder of the tiny model that all runs without a model of their own read."""
+    return pipelines.composed(*overrides(ground, ground / "outputs")).model.folder(ground / "cache")
+
+
 def pipeline(ground: Path, outputs: Path, *more: str) -> Outcome:
     return pipelines.pipeline(*overrides(ground, outputs, *more))
 
@@ -429,13 +434,12 @@ def test_block_finetune_lowers_the_loss_of_the_stored_model(tuned, ground):
     """Against the original's own stream, of the models as they lie on the disk."""
     found = tuned.record.stages["block_finetune"]["found"]
     assert all(block["after"] < block["before"] and not block["kept"] for block in found["blocks"])
-    (original,) = (ground / "cache").glob("tiny-*")
     (clustered,) = (ground / "outputs").glob("cluster-*/checkpoint")
     stage = pipelines.composed(*overrides(ground, ground / "outputs", *TUNED)).stages
     text = stage["block_finetune"].data.text("calibration")
-    windows = calibration_windows(text, AutoTokenizer.from_pretrained(original), samples=8, length=32, seed=0)
+    windows = calibration_windows(text, AutoTokenizer.from_pretrained(original(ground)), samples=8, length=32, seed=0)
     target, before, after = (
-        block_outputs(folder, torch.from_numpy(windows)) for folder in (original, clustered, tuned.checkpoint)
+        block_outputs(folder, torch.from_numpy(windows)) for folder in (original(ground), clustered, tuned.checkpoint)
     )
     losses = [block["after"] for block in found["blocks"]]
     assert losses == pytest.approx([float((a - b).square().mean()) for a, b in zip(after, target)], rel=1e-4)
@@ -471,9 +475,8 @@ def test_a_learning_rate_that_ends_in_nan_keeps_the_codebooks(tuned, ground, epo
 
 def test_a_model_that_overflows_is_finished_and_the_record_tells(tuned, ground, tmp_path):
     """A norm's weight of 1e30 in the second block: from there on the original's hidden states are not finite."""
-    (tiny,) = (ground / "cache").glob("tiny-*")
     model = tmp_path / "model"
-    shutil.copytree(tiny, model)
+    shutil.copytree(original(ground), model)
     weights = load_file(model / "model.safetensors")
     weights["model.layers.1.post_attention_layernorm.weight"][3] = 1e30
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})

@@ -23,7 +23,7 @@ from cluscomp.runs import runner
 from cluscomp.runs.run import run
 from cluscomp.store.files import held_alone
 
-BLOCKS = 6
+BLOCKS = 4
 SMALL = [
     "model=tiny", f"model.config.num_hidden_layers={BLOCKS}", "data=text", "method.vector_dim=4",
     "method.codebook_size=256", "method.iterations=400", "evaluate.context=32", "evaluate.limit=2", "evaluate.after=[]",

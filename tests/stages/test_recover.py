@@ -158,7 +158,7 @@ def test_kl_brings_the_model_near_the_original(ground, tmp_path):
     windows = torch.from_numpy(
         texts.test_windows(text, AutoTokenizer.from_pretrained(outcome.checkpoint), length=32, limit=4)
     )
-    (original,) = (ground / "cache").glob("tiny-*")
+    original = built(ground).model.folder(ground / "cache")
     with torch.no_grad():
         student, teacher = (
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(windows).logits[:, :-1].log_softmax(-1)
