@@ -28,7 +28,8 @@ from cluscomp.models.original import Original, block_names, linears
 from cluscomp.models.walk import Walk
 from cluscomp.plan.meta import MetaModel
 from cluscomp.runs.experiment import Experiment
-from cluscomp.stages.clustering import compress_block, observe
+from cluscomp.stages.clustering import compress_block
+from cluscomp.stages.observing import observe
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if "_global_" not in path.read_text())
 BLOCK, BITS, MOST = 2, 3, 1.1
@@ -60,7 +61,7 @@ def measure(method: str) -> dict[str, Any]:
             stream = [walk.embed(ids_BT) for ids_BT in windows.split(cluster.batch_size)]
             for index in range(BLOCK + 1):
                 with original.block(model, index):
-                    stream, statistics = observe(cluster.method, walk, index, stream, count=index == BLOCK)
+                    stream, statistics = observe(cluster.sees, walk, index, stream, count=index == BLOCK)
     original.load_block(model, BLOCK)
     block = walk.blocks[BLOCK]
     of_block = MetaModel(original.config, torch.float32, "cpu").places()[BLOCK]

@@ -5,6 +5,7 @@ anything is imported; what is imported then has to be a class, and of an allowed
 """
 
 import importlib
+import pickle
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -78,6 +79,9 @@ def settings_class(target: str, place: str, modules: Sequence[str]) -> type:
     return found
 
 
+_CELLS: dict[str, bytes] = {}  # composed settings of this process' cells, pickled: 6 ms in the place of 250
+
+
 class Careful(ConfigLoaderImpl):
     """Hydra's reader of settings, which looks at Hydra's own nodes before Hydra builds anything of them."""
 
@@ -92,6 +96,16 @@ class Careful(ConfigLoaderImpl):
             check_hydra(config, self.said)
         if config.hydra.job.env_set and RunMode.MULTIRUN in (*arguments, *named.values()):
             raise InputError("hydra.job.env_set: a sweep would write it into its files; set variables in the shell")
+        return config
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """The settings of a cell. Each is composed once, though Hydra asks again when it launches what it checked."""
+        given_hydra = OmegaConf.to_container(master_config.hydra.overrides.hydra)
+        key = repr((str(self.config_search_path), given_hydra, sweep_overrides))
+        if key not in _CELLS:
+            _CELLS[key] = pickle.dumps(super().load_sweep_config(master_config, sweep_overrides))
+        config: DictConfig = pickle.loads(_CELLS[key])
+        OmegaConf.copy_cache(from_config=master_config, to_config=config)
         return config
 
     def _process_config_searchpath(self, config_name: str | None, parsed_overrides: Any, repo: Any) -> None:

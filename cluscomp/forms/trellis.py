@@ -4,13 +4,12 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from cluscomp.forms.stored import Extent, Single
 from cluscomp.forms.uniform import in_16_bits
-from cluscomp.kernels.trellis import MOST_STATE_BITS, Code, code_values, pack_paths, path_bytes, unpack_paths
+from cluscomp.kernels.trellis import MOST_STATE_BITS, Code, code_values, pack_paths, path_bytes, path_numbers
 
 MOST_WIDTH = 8
 
@@ -165,7 +164,7 @@ class TrellisWeight(Single):
         length = self.tile_outputs * self.tile_inputs
         if width == 0:
             return values_N.new_zeros(tiles, length)
-        return F.embedding(unpack_paths(packed.view(tiles, -1), self.state_bits, width), values_N[:, None])[..., 0]
+        return path_numbers(packed.view(tiles, -1), values_N, width)
 
     def rounded(self, values: Tensor) -> dict[str, Tensor]:
         """The scales in 16 bits. Raises ValueError if one is not finite or does not fit."""

@@ -135,3 +135,19 @@ def unpack_paths(packed_SB: UInt8[Tensor, "S bytes"], state_bits: int, width: in
     first_T = torch.arange(packed_SB.shape[1] * 8 // width, device=packed_SB.device) * width
     shift_T = (24 - state_bits - (first_T & 7)).to(torch.int32)
     return windows_SB.index_select(1, first_T >> 3) >> shift_T & (1 << state_bits) - 1
+
+
+def path_numbers(
+    packed_SB: UInt8[Tensor, "S bytes"], values_N: Float[Tensor, " N"], width: int, *, threads: int | None = None
+) -> Float[Tensor, "S T"]:
+    """The numbers (S, T) that the states of packed tail-biting paths stand for, by `values_N` (2^L,), float32."""
+    if packed_SB.is_meta:
+        return packed_SB.new_empty(len(packed_SB), packed_SB.shape[1] * 8 // width, dtype=torch.float32)
+    if native is None or packed_SB.is_cuda:
+        states_ST = unpack_paths(packed_SB, (len(values_N) - 1).bit_length(), width)
+        return F.embedding(states_ST, values_N[:, None])[..., 0]
+    numbers_ST = torch.empty(len(packed_SB), packed_SB.shape[1] * 8 // width)
+    native.follow_paths(
+        packed_SB.contiguous(), values_N.float().contiguous(), width, numbers_ST, number_of_threads(threads)
+    )
+    return numbers_ST

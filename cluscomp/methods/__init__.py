@@ -33,7 +33,8 @@ class Method(Protocol):
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
         """The stored form of every layer of a block (see `forms.stored.Stored`), some layers at a time.
 
-        Layers that were given back are not looked at again. The result depends on the layers, the settings and the
+        A layer is read when its turn comes, and not again after it was given back: the stage may put others in their
+        place, or correct the weights of later ones. The result depends on the layers, the settings and the
         generators' seeds alone. Raises ValueError, beginning with the layer's name, for what cannot be.
         """
         ...

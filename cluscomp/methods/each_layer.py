@@ -27,7 +27,8 @@ class EachLayer(ABC):
 
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
         """Layer after layer; see `Method.compress`."""
-        for name, layer in list(layers.items()):
+        for name in list(layers):
+            layer = layers[name]
             with named([name]):
                 stored = self.stored(layer.weight_OI.float(), layer.seen, layer.generator)
             yield Compressed({name: stored}, {})

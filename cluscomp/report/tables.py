@@ -129,7 +129,7 @@ def method_name(record: Record, after: str) -> str:
     names, kind = SPELLED.get(chosen["yaml"], ((chosen["yaml"],), ""))
     length = max(count for count in range(1, len(names) + 1) if order[:count] == STAGES[:count])
     differs = {key: value for key, value in chosen["differs"].items() if key not in COLUMN}
-    differs |= {key: value for key, value in record.choices["cluster"]["differs"].items() if key == "prefix"}
+    differs |= {key: value for key, value in record.choices["cluster"]["differs"].items() if key in ("prefix", "drift")}
     if record.config["stages"]["cluster"].get("allocation", {}).get("scope") == "model":
         differs["scope"] = "model"
     told = ", ".join([*filter(None, [kind]), *_told(differs)])

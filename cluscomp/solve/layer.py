@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cluscomp.solve.drift import Drift
+
 
 class Sum:
     """A statistic of a layer's inputs: the sum of `of(x_TI)` over all tokens, in float32 on the inputs' device."""
@@ -47,6 +49,10 @@ class Sizes(Sum):
         return torch.linalg.vector_norm(x_TI, 1, dim=0)  # type: ignore[no-any-return]
 
 
+def _rows(x: Float[Tensor, "*batch I"]) -> Float[Tensor, "T I"]:
+    return x.detach().reshape(-1, x.shape[-1]).float()
+
+
 STATISTICS: dict[str, type[Sum]] = {"moment": SecondMoment, "diagonal": Squares, "magnitude": Sizes}
 
 
@@ -54,19 +60,24 @@ class Seen:
     """The statistics of a layer's inputs that a method asks for by name, over the same tokens.
 
     "moment": the second moment H = X^T X / tokens; "diagonal": the mean square of each input, which "moment" tells too;
-    "magnitude": the mean size of each input. Layers that read one input share one object.
+    "magnitude": the mean size of each input. Layers that read one input share one object. `drift`: what the inputs are
+    off the original's, where these are given.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         self.tokens = 0
+        self.drift: Drift | None = None
         self._parts = {name: STATISTICS[name]() for name in sorted(names)}
 
-    def add(self, x: Float[Tensor, "*batch I"]) -> None:
-        """Take in the inputs of some more tokens: (..., I)."""
-        x_TI = x.detach().reshape(-1, x.shape[-1]).float()
+    def add(self, x: Float[Tensor, "*batch I"], original: Float[Tensor, "*batch I"] | None = None) -> None:
+        """Take in the inputs of some more tokens: (..., I); and what they are in the original."""
+        x_TI = _rows(x)
         for part in self._parts.values():
             part.add(x_TI)
         self.tokens += len(x_TI)
+        if original is not None:
+            self.drift = self.drift or Drift()
+            self.drift.add(x_TI, _rows(original))
 
     @property
     def matrix_II(self) -> Float[Tensor, "I I"]:
@@ -88,7 +99,8 @@ class Seen:
     @property
     def nbytes(self) -> int:
         """Bytes that the sums take."""
-        return sum(part.total.nbytes for part in self._parts.values() if part.total is not None)
+        drift = 0 if self.drift is None else self.drift.nbytes
+        return drift + sum(part.total.nbytes for part in self._parts.values() if part.total is not None)
 
     def _mean(self, name: str) -> Tensor:
         return self._of(self._total(name))

@@ -1,8 +1,8 @@
 """Stage cluster: every linear layer inside the blocks is compressed by the method (paper, section 3.2)."""
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field, InstanceOf
+from pydantic import Field, InstanceOf, model_validator
 
 from cluscomp.data.overlap import Learned
 from cluscomp.methods import Method
@@ -26,6 +26,10 @@ class Cluster(FromText):
     A method that asks for a statistic of the layers' inputs gets it from `samples` windows of `length` tokens of the
     calibration text, as the blocks before leave them: those of the original or the `prefix` that is already compressed.
     Without such a method nothing is read but the model, and these settings mean nothing.
+
+    With `drift` above 0 and a compressed prefix, each layer's weight is first brought this share of the way to the one
+    that makes of its inputs, as they are by then, what the original's weight makes of the original's; `drift_damping`,
+    in mean squares of an input, holds it back (solve/drift.py). It costs no bits.
     """
 
     takes: ClassVar[Literal["original"]] = "original"
@@ -35,11 +39,24 @@ class Cluster(FromText):
     allocation: InstanceOf[Allocation]
     batch_size: int = Field(ge=1)
     prefix: Literal["original", "compressed"]
+    drift: float = Field(ge=0, le=1)
+    drift_damping: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _check_drift(self) -> Self:
+        if self.drift and self.prefix == "original":
+            raise ValueError(f"drift={self.drift} needs prefix=compressed: behind the original nothing drifts")
+        return self
 
     @property
     def calibrated(self) -> bool:
-        """Whether the method looks at calibration text."""
-        return bool(self.method.sees())
+        """Whether the stage looks at calibration text."""
+        return bool(self.method.sees()) or self.drift > 0
+
+    @property
+    def sees(self) -> frozenset[str]:
+        """What is gathered of each layer's inputs."""
+        return self.method.sees() | ({"moment"} if self.drift else set())
 
     @property
     def over_the_model(self) -> bool:
@@ -52,7 +69,8 @@ class Cluster(FromText):
 
     def without_effect(self) -> set[str]:
         """The settings of calibration, if the method looks at no text."""
-        return set() if self.calibrated else {"data", "samples", "length", "batch_size", "prefix"}
+        idle = set() if self.drift else {"drift", "drift_damping"}
+        return idle if self.calibrated else {"data", "samples", "length", "batch_size", "prefix"} | idle
 
     def check(self, original: "Original") -> None:
         """Try the method on every block's shapes, and cut windows. Raises InputError that names the layer."""

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -28,11 +29,13 @@ from cluscomp.plan.meta import MetaModel, Place
 from cluscomp.process import Progress, give_memory_back
 from cluscomp.solve.allocate import Option
 from cluscomp.solve.distribution import of_codes, of_entries
+from cluscomp.solve.drift import corrected
 from cluscomp.solve.layer import Layer, Seen
 from cluscomp.stages import Job
 from cluscomp.stages.blockwise import Blockwise, relative_error
 from cluscomp.stages.cluster import Cluster
 from cluscomp.stages.menus import Menus, Shares
+from cluscomp.stages.observing import Following, observe, through
 
 log = logging.getLogger(__name__)
 
@@ -91,13 +94,17 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
         inputs = {place.input: place.in_features for places in outline.places() for place in places.values()}
         streams = 2 * outline.stream(stage.samples, stage.length)
         once = outline.forward(stage.batch_size, stage.length)
-        counted, moments, adding = _counting(stage.method, inputs, stage.batch_size * stage.length, outline.dtype)
+        counted, moments, adding = _counting(stage, inputs, outline.dtype)
         captured = stage.batch_size * stage.length * sum(inputs.values()) * outline.dtype.itemsize
         observing = once.peak + captured + adding
         passes = stage.samples / stage.batch_size
         walks = 1 + (stage.prefix == "compressed") + stage.over_the_model
+        looks = 1 + stage.over_the_model
+        if stage.drift:  # the original beside, and a look for each input of the block
+            streams = 2 * streams + captured * passes
+            walks, looks = walks + len(inputs), looks + (len(inputs) - 1) / 2
         work += once.work * passes * (outline.blocks - 1) * walks
-        work += counted * passes * outline.blocks * (1 + stage.over_the_model)
+        work += counted * passes * outline.blocks * looks
     compared = max(24.0 * o * i for o, i in outline.dense.values())  # error and size of a layer in `compress_block`
     for block, found in zip(blocks(outline.model), tried):
         work += found.work
@@ -117,14 +124,17 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
     return Cost(device, {} if here else finished, work, relief)
 
 
-def _counting(method: Method, inputs: dict[int, int], tokens: int, dtype: torch.dtype) -> tuple[Work, float, float]:
+def _counting(stage: Cluster, inputs: dict[int, int], dtype: torch.dtype) -> tuple[Work, float, float]:
     """Work of one batch for the statistics of a block, the bytes they are kept in, and those beside at most."""
     work, kept, most = Work(), 0.0, 0.0
     for size in inputs.values():
-        seen = Seen(method.sees())
-        seen.add(torch.empty(1, size, dtype=dtype, device="meta"))
+        seen = Seen(stage.sees)
+        one_1I, all_TI = (
+            torch.empty(tokens, size, dtype=dtype, device="meta") for tokens in (1, stage.batch_size * stage.length)
+        )
+        seen.add(one_1I, one_1I if stage.drift else None)
         with Count() as count:
-            seen.add(torch.empty(tokens, size, dtype=dtype, device="meta"))
+            seen.add(all_TI, all_TI if stage.drift else None)
         work, kept, most = work + count.work, kept + seen.nbytes, max(most, count.peak)
     return work, kept, most
 
@@ -139,21 +149,30 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
     work, walk, names = Blockwise("cluster", job.folder, model), Walk(model, job.original), block_names(model)
     last = work.last
     stream = _embedded(stage, walk, job) if stage.calibrated and last >= 0 else []
+    undrifted = list(stream) if stage.drift else []  # what the original makes of the windows
     for index, block, finished in work.all():  # through finished ones the stream still has to pass
         name, entering = names[index], stream
         job.original.load_block(model, index)
         statistics: dict[str, Seen] = {}
+        originals: list[dict[str, Tensor]] = []
+        if index <= last and undrifted:
+            undrifted, originals = through(walk, index, undrifted)
+        look = partial(observe, stage.sees, walk, index, entering, originals=originals)
         if index <= last and (not finished or stage.prefix == "original"):
-            stream, statistics = observe(stage.method, walk, index, entering, count=not finished)
+            stream, statistics = look(count=not finished)
         if finished:
             found = work.put_back(index)
         else:
             share = None if shares is None else shares.blocks[index]
-            found = compress_block(stage.method, block, name, job.seed, statistics, all_places[index], share)
+            following = Following(stage.drift, stage.drift_damping, lambda look=look: look(count=True)[1])
+            found = compress_block(
+                *(stage.method, block, name, job.seed, statistics, all_places[index], share),
+                following if originals else None,
+            )
             error = relative_error(found["squares"])
             work.finish(index, found, f"relative error {error:.4f}", relative_error=error)
         if index < last and stage.prefix == "compressed":
-            stream, _ = observe(stage.method, walk, index, entering, count=False)
+            stream, _ = look(count=False)
         block.to("cpu")  # what is finished leaves the GPU
         squares |= {f"{name}.{layer}": numbers for layer, numbers in found["squares"].items()}
         chosen |= {f"{name}.{layers}": values for layers, values in found["chosen"].items()}
@@ -181,7 +200,7 @@ def _shared_out(stage: Cluster, model: PreTrainedModel, job: Job, places: list[d
         with job.original.block(model, index) as block:
             statistics: dict[str, Seen] = {}
             if stage.calibrated:
-                stream, statistics = observe(method, walk, index, stream, count=not menus.has(index))
+                stream, statistics = observe(method.sees(), walk, index, stream, count=not menus.has(index))
             if not menus.has(index):
                 layers = _layers(block, names[index], job.seed, statistics, places[index])
                 try:
@@ -197,27 +216,6 @@ def _embedded(stage: Cluster, walk: Walk, job: Job) -> list[Tensor]:
     return [walk.embed(ids_BT) for ids_BT in windows.split(stage.batch_size)]
 
 
-def observe(
-    method: Method, walk: Walk, index: int, entering: list[Tensor], *, count: bool
-) -> tuple[list[Tensor], dict[str, Seen]]:
-    """What a block makes of its inputs (batches of (B, T, H)), and with `count` each linear layer's statistic.
-
-    Layers with one input share one statistic.
-    """
-    block, stream = walk.blocks[index], []
-    shared: dict[tuple[str, ...], Seen] = {}
-    for hidden_BTH in entering:
-        output_BTH, inputs = walk.observe(index, block, hidden_BTH, list(linears(block)) if count else [])
-        stream.append(output_BTH)
-        groups: dict[int, list[str]] = {}
-        for layer, x in inputs.items():
-            groups.setdefault(id(x), []).append(layer)
-        for layers in groups.values():
-            statistic = shared.setdefault(tuple(layers), Seen(method.sees()))
-            statistic.add(inputs[layers[0]])
-    return stream, {layer: statistic for layers, statistic in shared.items() for layer in layers}
-
-
 def compress_block(
     method: Method,
     block: nn.Module,
@@ -226,17 +224,20 @@ def compress_block(
     statistics: dict[str, Seen],
     places: dict[str, Place] | None = None,
     share: list[tuple[list[str], Option]] | None = None,
+    following: Following | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Replace every linear layer of a block; without `places` each has an input of its own.
 
-    `share` says what was chosen for its layers where bits are shared out over the model.
+    `share` says what was chosen for its layers where bits are shared out over the model. With `following`, weights are
+    corrected for the drift of their inputs, which is looked at again when all layers of an input are compressed.
     Returns `squares`, by layer the squared error and squared size of its weight, `distributed`, by layer how its
     entries and codes are, and `chosen`, by the names of layers that go together what the method chose for them.
     """
-    layers = _layers(block, name, seed, statistics, places)
+    layers = _layers(block, name, seed, statistics, places, following)
     squares, distributed, chosen = {}, {}, {}
     try:
         for compressed in _compressed(method, layers, share):
+            read = {layers[layer].input for layer in compressed.stored}
             for layer, stored in compressed.stored.items():
                 put_in(block, layer, stored)
                 weight_OI = layers.pop(layer).weight_OI.float()
@@ -249,22 +250,35 @@ def compress_block(
             if compressed.chosen:
                 chosen[", ".join(compressed.stored)] = compressed.chosen
             give_memory_back()
+            if following is not None and layers and not read & {layer.input for layer in layers.values()}:
+                layers |= _layers(block, name, seed, following.again(), places, following)
     except ValueError as error:
         raise InputError(f"{name}.{error}") from error
     return {"squares": squares, "distributed": distributed, "chosen": chosen}
 
 
 def _layers(
-    block: nn.Module, name: str, seed: int, statistics: dict[str, Seen], places: dict[str, Place] | None
+    block: nn.Module,
+    name: str,
+    seed: int,
+    statistics: dict[str, Seen],
+    places: dict[str, Place] | None,
+    following: Following | None = None,
 ) -> dict[str, Layer]:
     """The linear layers of a block as methods see them."""
     layers = {}
+    corrections: dict[int, Tensor] = {}  # by the statistics' identity
     for number, (layer, dense) in enumerate(linears(block).items()):
         if not bool(dense.weight.isfinite().all()):
             raise InputError(f"{name}.{layer}: NaN or infinity among its weights; the model is damaged")
         generator = torch.Generator().manual_seed(layer_seed(seed, f"{name}.{layer}"))
         input_ = places[layer].input if places else number
-        layers[layer] = Layer(dense.weight.detach(), input_, statistics.get(layer), generator, seed)
+        weight_OI, seen = dense.weight.detach(), statistics.get(layer)
+        if following is not None and seen is not None and seen.drift is not None:
+            if id(seen) not in corrections:
+                corrections[id(seen)] = seen.drift.correction(seen.matrix_II, following.damping)
+            weight_OI = corrected(weight_OI, corrections[id(seen)], following.strength)
+        layers[layer] = Layer(weight_OI, input_, seen, generator, seed)
     return layers
 
 

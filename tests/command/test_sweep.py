@@ -1,4 +1,4 @@
-"""A sweep of 6 cells by two processes on one outputs folder, members of which are killed at random moments."""
+"""A sweep of 4 cells by two processes on one outputs folder, members of which are killed at random moments."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from forks import until
 
 BLOCKS = 3
 ORDER = ["cluster", "block_finetune"]
-CELLS = ["method.codebook_size=8,16", "block_finetune.epochs=2,4,6"]
-COUNT, CLUSTERINGS = 6, 2
+CELLS = ["method.codebook_size=8,16", "block_finetune.epochs=2,4"]
+COUNT, CLUSTERINGS = 4, 2
 TOTAL = CLUSTERINGS + COUNT + COUNT  # both stages, and the evaluation after the second
 KILLS = int(os.environ.get("CLUSCOMP_KILLS", "2"))
 SETTINGS = [
@@ -105,5 +105,5 @@ def test_two_processes_share_the_cells_of_a_sweep(forks, arguments, tmp_path):
     workers = [forks.start(log, *arguments(outputs)) for log in logs]
     assert [forks.wait(worker) for worker in workers] == [0, 0], [log.read_text() for log in logs]
     told = [log.read_text().count(f"block_finetune  block {BLOCKS}/{BLOCKS}") for log in logs]
-    assert sum(told) == COUNT and min(told) > 1
+    assert sum(told) == COUNT and min(told) >= 1
     assert not list(outputs.rglob("lock"))

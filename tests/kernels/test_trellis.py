@@ -16,6 +16,7 @@ from cluscomp.kernels.trellis import (
     code_values,
     pack_paths,
     path_bytes,
+    path_numbers,
     unpack_paths,
 )
 
@@ -96,6 +97,9 @@ def test_packed_paths_take_the_steps_bits_and_come_back(state_bits, width, lengt
     packed_SB = pack_paths(states_ST, state_bits, width)
     assert packed_SB.shape == (3, length * width // 8) == (3, path_bytes(length, width))
     assert torch.equal(unpack_paths(packed_SB, state_bits, width), states_ST)
+    values_N = normal(2**state_bits)
+    for threads in (1, 3):
+        assert torch.equal(path_numbers(packed_SB, values_N, width, threads=threads), values_N[states_ST.long()])
     with pytest.raises(ValueError, match="no whole bytes"):
         path_bytes(7, width if width < 8 else 1)
 

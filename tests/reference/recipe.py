@@ -13,4 +13,6 @@ IDLE = {
     "length": 8,
     "batch_size": 1,
     "prefix": "original",
+    "drift": 0.0,
+    "drift_damping": 0.1,
 }

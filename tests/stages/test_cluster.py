@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from layers import made_by
+from pydantic import ValidationError
 from reference.recipe import IDLE, STORED
 from transformers import AutoModelForCausalLM
 
@@ -18,11 +19,13 @@ from cluscomp.models.original import Original, blocks, linears
 from cluscomp.models.walk import Walk
 from cluscomp.plan import dry
 from cluscomp.plan.meta import MetaModel
+from cluscomp.solve.drift import corrected
 from cluscomp.solve.layer import Seen
 from cluscomp.stages import Job
 from cluscomp.stages.allocation import Allocation
 from cluscomp.stages.cluster import Cluster
-from cluscomp.stages.clustering import chosen_table, compress_block, layer_seed, observe
+from cluscomp.stages.clustering import chosen_table, compress_block, layer_seed
+from cluscomp.stages.observing import Following, observe, through
 
 CPU = torch.device("cpu")
 CALIBRATION = {"samples": 5, "length": 12, "batch_size": 2}
@@ -34,9 +37,11 @@ def method(**changed) -> ClusComp:
     return ClusComp(**{"bits": None, "vector_dim": 4, "codebook_size": 16} | KMEANS | STORED | BY_OUTPUT | changed)
 
 
-def stage(text: FileText, prefix: str = "original", scope: str = "block", **changed) -> Cluster:
-    allocation = Allocation(scope=scope)
-    return Cluster(method=method(**changed), allocation=allocation, data=text, prefix=prefix, **CALIBRATION)
+def stage(
+    text: FileText, prefix: str = "original", scope: str = "block", drift: float = 0.0, damping: float = 0.1, **changed
+) -> Cluster:
+    settings = {"prefix": prefix, "drift": drift, "drift_damping": damping} | CALIBRATION
+    return Cluster(method=method(**changed), allocation=Allocation(scope=scope), data=text, **settings)
 
 
 def run(cluster: Cluster, original: Original, folder):
@@ -87,7 +92,7 @@ def test_each_layer_is_shown_the_second_moment_of_its_inputs(family, text):
     walk = Walk(original.load_all())
     stream, seen = [walk.embed(part) for part in ids_WT.split(2)], {}
     for index in range(len(walk)):
-        stream, statistics = observe(cluster.method, walk, index, stream, count=True)
+        stream, statistics = observe(cluster.sees, walk, index, stream, count=True)
         seen |= {f"{index}.{name}": statistic for name, statistic in statistics.items()}
     assert seen.keys() == expected.keys()
     for name, statistic in seen.items():
@@ -110,13 +115,13 @@ def test_the_calibration_text_is_met_better_than_without_looking_at_the_inputs(t
     assert errors[0] < 0.8 * errors[1]
 
 
-@pytest.mark.parametrize("prefix", ["original", "compressed"])
-def test_a_stage_that_lost_some_parts_ends_with_the_same_bits(tiny_folder, text, tmp_path, prefix):
+@pytest.mark.parametrize("prefix, drift", [("original", 0.0), ("compressed", 0.0), ("compressed", 0.5)])
+def test_a_stage_that_lost_some_parts_ends_with_the_same_bits(tiny_folder, text, tmp_path, prefix, drift):
     original = Original(tiny_folder, torch.float32, CPU)
-    whole, found = run(stage(text, prefix), original, tmp_path)
+    whole, found = run(stage(text, prefix, drift=drift), original, tmp_path)
     for number in (1, 2):
         (tmp_path / f"block-00{number}.safetensors").unlink()
-    again, refound = run(stage(text, prefix), original, tmp_path)
+    again, refound = run(stage(text, prefix, drift=drift), original, tmp_path)
     assert equal(state(whole), state(again)) and found == refound
 
 
@@ -128,6 +133,69 @@ def test_the_prefix_counts(tiny_folder, text, tmp_path):
         for prefix in ("original", "compressed")
     )
     assert equal(one[0], other[0]) and not equal(one[2], other[2])
+
+
+def test_the_correction_is_the_least_squares_answer_to_the_drift():
+    """Undamped and followed all the way, no other weight makes less of a difference on the tokens seen."""
+    draw = torch.Generator().manual_seed(0)
+    x_TI, weight_OI = torch.randn(200, 6, generator=draw), torch.randn(4, 6, generator=draw)
+    y_TI = x_TI @ (torch.eye(6) + 0.3 * torch.randn(6, 6, generator=draw)) + 0.1 * torch.randn(200, 6, generator=draw)
+    seen = Seen({"moment"})
+    for part in range(4):
+        rows = slice(50 * part, 50 * part + 50)
+        seen.add(y_TI[rows].view(2, 25, 6), x_TI[rows].view(2, 25, 6))
+    found_OI = corrected(weight_OI, seen.drift.correction(seen.matrix_II, 1e-9), 1.0)
+    expected_IO = torch.linalg.lstsq(y_TI.double(), (x_TI @ weight_OI.T).double()).solution
+    torch.testing.assert_close(found_OI, expected_IO.T.float(), rtol=1e-4, atol=1e-4)
+    half_OI = corrected(weight_OI, seen.drift.correction(seen.matrix_II, 1e-9), 0.5)
+    torch.testing.assert_close(half_OI, (weight_OI + found_OI) / 2)
+    assert float((corrected(weight_OI, seen.drift.correction(seen.matrix_II, 1e9), 1.0) - weight_OI).norm()) < 1e-6
+
+
+def test_weights_that_follow_the_drift_bring_the_model_nearer_the_original(tiny_folder, text, tmp_path):
+    """On the calibration text; and each layer sees what is compressed before it, in its own block, too."""
+    original = Original(tiny_folder, torch.float32, CPU)
+    with torch.no_grad():
+        ids = windows(text, original)
+        expected = original.load_all()(ids).logits
+        errors = []
+        for drift in (0.0, 0.7):
+            model, _ = run(stage(text, "compressed", drift=drift), original, tmp_path / str(drift))
+            errors.append(float((model(ids).logits - expected).square().mean()))
+    assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize(
+    "chosen", [method(), RoundToNearest(bits=None, width=4, group=16, symmetric=False)], ids=["codebooks", "rounding"]
+)
+def test_inputs_are_looked_at_again_behind_each_part_of_a_block(tiny_folder, text, chosen):
+    """What the last layer sees is what the compressed layers before it make."""
+    original = Original(tiny_folder, torch.float32, CPU)
+    model = original.load_all()
+    walk, block = Walk(model), blocks(model)[0]
+    stream = [walk.embed(part) for part in windows(text, original).split(2)]
+    _, originals = through(walk, 0, stream)
+    seen = []
+
+    def again():
+        seen.append(observe(frozenset({"moment"}), walk, 0, stream, count=True, originals=originals)[1])
+        return seen[-1]
+
+    _, first = observe(frozenset({"moment"}), walk, 0, stream, count=True, originals=originals)
+    places = MetaModel(original.config, torch.float32, "cpu").places()[0]
+    dense = {name: linear.weight.clone() for name, linear in linears(block).items()}
+    compress_block(chosen, block, "block", 0, first, places, None, Following(0.5, 0.1, again))
+    assert [len(one) for one in seen] == [4, 3, 1]  # after q, k and v; after o; after gate and up
+    assert all(float(one.drift.correction(one.matrix_II, 0.1).norm()) == 0 for one in first.values())
+    last = seen[-1]["mlp.down_proj"]
+    assert float(last.drift.correction(last.matrix_II, 0.1).norm()) > 0 and dense.keys() == compressed(block).keys()
+    undrifted = torch.cat([inputs["mlp.down_proj"].flatten(0, 1) for inputs in originals])
+    assert not torch.allclose(last.matrix_II, undrifted.T @ undrifted / len(undrifted))
+
+
+def test_drift_needs_a_compressed_prefix(text):
+    with pytest.raises(ValidationError, match=r"drift=0\.5 needs prefix=compressed"):
+        stage(text, drift=0.5)
 
 
 def test_without_a_statistic_no_text_is_read_or_counted(tiny_folder, tmp_path):
@@ -146,8 +214,11 @@ def test_without_a_statistic_no_text_is_read_or_counted(tiny_folder, tmp_path):
         "length",
         "batch_size",
         "prefix",
+        "drift",
+        "drift_damping",
     }
-    assert stage(nowhere).without_effect() == set()
+    assert stage(nowhere).without_effect() == {"drift", "drift_damping"}
+    assert stage(nowhere, "compressed", drift=0.1).without_effect() == set()
 
 
 @pytest.mark.parametrize("storage", ["float8", "int8"])
@@ -199,7 +270,7 @@ def test_a_block_whose_layers_share_nothing_is_compressed_layer_by_layer(tiny_fo
     model, _ = run(stage(text), original, tmp_path)
     walk = Walk(original.load_all())
     stream = [walk.embed(part) for part in windows(text, original).split(2)]
-    _, statistics = observe(stage(text).method, walk, 0, stream, count=True)
+    _, statistics = observe(stage(text).sees, walk, 0, stream, count=True)
     for name, layer in compressed(blocks(model)[0]).items():
         generator = torch.Generator().manual_seed(layer_seed(0, f"model.layers.0.{name}"))
         weight_OI = walk.blocks[0].get_submodule(name).weight.detach()
@@ -213,7 +284,7 @@ def test_a_codebook_of_a_block_serves_layers_of_any_size(tiny_folder, text, tmp_
     walk = Walk(original.load_all())
     stream = [walk.embed(part) for part in windows(text, original).split(2)]
     cluster = stage(text, share="block")
-    _, statistics = observe(cluster.method, walk, 1, stream, count=True)
+    _, statistics = observe(cluster.sees, walk, 1, stream, count=True)
     errors = {}
     for factor in (1.0, 1000.0):
         block = blocks(original.load_all())[1]

@@ -19,6 +19,7 @@
 
 namespace nb = nanobind;
 using Rows = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using ByteRows = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using FloatRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using FloatVector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <typename T> using Out1 = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -172,21 +173,35 @@ static void py_best_levels(FloatRows values, FloatRows mass, Out2<float> levels,
   without_gil([&] { best_levels(values.data(), mass.data(), R, C, int(K), levels.data(), workers); });
 }
 
-static void py_best_paths(FloatRows targets, FloatVector values, int width, bool tail_biting, Out2<int32_t> states, int threads,
-                          const std::string& isa) {
-  const int64_t S = targets.shape(0), T = targets.shape(1), N = values.shape(0);
+static Trellis trellis_of(const FloatVector& values, int width) {
+  const int64_t N = values.shape(0);
   int state_bits = 0;
   while (state_bits < 20 && (int64_t(1) << state_bits) < N) state_bits++;
   require(N == int64_t(1) << state_bits, "the number of states must be a power of two up to 2^20");
   require(width >= 1 && width <= 8 && width < state_bits, "width must be 1 to 8, and below the state's bits");
-  require(T >= 1 && T < (1 << 24) && (!tail_biting || T * width >= state_bits), "a sequence must hold at least one state");
+  return {state_bits, width, values.data()};
+}
+
+static void py_best_paths(FloatRows targets, FloatVector values, int width, bool tail_biting, Out2<int32_t> states, int threads,
+                          const std::string& isa) {
+  const int64_t S = targets.shape(0), T = targets.shape(1);
+  const Trellis trellis = trellis_of(values, width);
+  require(T >= 1 && T < (1 << 24) && (!tail_biting || T * width >= trellis.state_bits), "a sequence must hold at least one state");
   require(int64_t(states.shape(0)) == S && int64_t(states.shape(1)) == T, "sizes differ");
   const TrellisTiles* tile = isa.empty() ? &trellis_tiles() : trellis_tiles_named(isa.c_str());
   if (!tile) throw std::invalid_argument("this machine has no " + isa);
   const Workers workers = interruptible(threads);
-  const Trellis trellis{state_bits, width, values.data()};
   const auto paths = tail_biting ? best_paths : best_free_paths;
   without_gil([&] { paths(trellis, targets.data(), S, T, states.data(), *tile, workers); });
+}
+
+static void py_follow_paths(ByteRows packed, FloatVector values, int width, Out2<float> numbers, int threads) {
+  const int64_t S = packed.shape(0), bytes = packed.shape(1);
+  const Trellis trellis = trellis_of(values, width);
+  require(8 * bytes % width == 0 && 8 * bytes >= trellis.state_bits && bytes < (1 << 24), "a path must be whole steps and hold a state");
+  require(int64_t(numbers.shape(0)) == S && int64_t(numbers.shape(1)) == 8 * bytes / width, "sizes differ");
+  const Workers workers = interruptible(threads);
+  without_gil([&] { follow_paths(trellis, packed.data(), S, bytes, numbers.data(), workers); });
 }
 
 // ---- codebook layers ----
@@ -287,7 +302,6 @@ static void py_round_rows(Out2<float> wanted, FloatRows factor, FloatVector step
   });
 }
 
-using ByteRows = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using SignedRows = nb::ndarray<const int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 static void py_round_on_paths(Out2<float> wanted, FloatRows factor, FloatVector steps, Packed rows, FloatRows lengths, double price,
@@ -352,6 +366,7 @@ NB_MODULE(_native, m) {
   m.def("best_levels", py_best_levels, nb::arg("values"), nb::arg("mass"), nb::arg("levels"), nb::arg("threads"));
   m.def("best_paths", py_best_paths, nb::arg("targets"), nb::arg("values"), nb::arg("width"), nb::arg("tail_biting"),
         nb::arg("states"), nb::arg("threads"), nb::arg("isa") = "");
+  m.def("follow_paths", py_follow_paths, nb::arg("packed"), nb::arg("values"), nb::arg("width"), nb::arg("numbers"), nb::arg("threads"));
   m.def("pack", py_pack, nb::arg("codes"), nb::arg("bits"), nb::arg("packed"));
   m.def("unpack", py_unpack, nb::arg("packed"), nb::arg("bits"), nb::arg("codes"));
   m.def("decode", py_decode, nb::arg("packed"), nb::arg("bits"), nb::arg("centroids"), nb::arg("weight"), nb::arg("threads"), nb::arg("isa") = "");

@@ -60,3 +60,24 @@ void best_free_paths(const Trellis& trellis, const float* targets, int64_t S, in
   for_each(trellis, tiles, S, T, workers,
            [&](int64_t s, Passes& passes) { passes.pass(targets + s * T, 0, -1, states + s * T); });
 }
+
+void follow_paths(const Trellis& trellis, const uint8_t* packed, int64_t S, int64_t bytes, float* numbers, const Workers& workers) {
+  const int64_t together = 64, T = 8 * bytes / trellis.width;
+  const uint64_t mask = (uint64_t(1) << trellis.state_bits) - 1;
+  workers.run((S + together - 1) / together, [&](int64_t task, int) {
+    for (int64_t s = task * together; s < std::min(S, (task + 1) * together); s++) {
+      const uint8_t* path = packed + s * bytes;
+      int64_t next = 0;     // byte to read
+      uint64_t window = 0;  // the bits read so far, the latest lowest
+      int ahead = -trellis.state_bits;  // how many of them lie behind the state
+      for (int64_t t = 0; t < T; t++) {
+        for (; ahead < 0; ahead += 8) {
+          window = window << 8 | path[next];
+          next = next + 1 < bytes ? next + 1 : 0;
+        }
+        numbers[s * T + t] = trellis.values[window >> ahead & mask];
+        ahead -= trellis.width;
+      }
+    }
+  });
+}

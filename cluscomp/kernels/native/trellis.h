@@ -19,3 +19,7 @@ void best_paths(const Trellis&, const float* targets, int64_t S, int64_t T, int3
 // The same without a condition on the ends: exactly the least squared error there is.
 void best_free_paths(const Trellis&, const float* targets, int64_t S, int64_t T, int32_t* states, const TrellisTiles&,
                      const Workers&);
+
+// The numbers (S, T), T = 8 bytes / k, of packed tail-biting paths of so many bytes each. A state is a window of L bits
+// at each k-th bit, the first bit of a byte being its highest; windows go round the end.
+void follow_paths(const Trellis&, const uint8_t* packed, int64_t S, int64_t bytes, float* numbers, const Workers&);

@@ -1,0 +1,53 @@
+"""What stage cluster sees of the layers' inputs, and how weights follow what compressed blocks do to them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cluscomp.models.original import linears
+from cluscomp.models.walk import Walk
+from cluscomp.solve.layer import Seen
+
+
+@dataclass(frozen=True)
+class Following:
+    """How the weights of a block follow the drift of their inputs; see `Cluster`."""
+
+    strength: float
+    damping: float
+    again: Callable[[], dict[str, Seen]]  # statistics of what is dense yet, behind what is compressed by now
+
+
+def through(walk: Walk, index: int, entering: list[Tensor]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """What the dense block makes of its inputs (batches of (B, T, H)), and what enters its linear layers then."""
+    block = walk.blocks[index]
+    found = [walk.observe(index, block, hidden_BTH, list(linears(block))) for hidden_BTH in entering]
+    return [output_BTH for output_BTH, _ in found], [inputs for _, inputs in found]
+
+
+def observe(
+    sees: frozenset[str],
+    walk: Walk,
+    index: int,
+    entering: list[Tensor],
+    *,
+    count: bool,
+    originals: list[dict[str, Tensor]] | None = None,
+) -> tuple[list[Tensor], dict[str, Seen]]:
+    """What a block makes of its inputs (batches of (B, T, H)), and with `count` each dense layer's statistics.
+
+    Layers with one input share their statistics. `originals`: what enters the layers in the original, by batch.
+    """
+    block, stream = walk.blocks[index], []
+    shared: dict[tuple[str, ...], Seen] = {}
+    for number, hidden_BTH in enumerate(entering):
+        output_BTH, inputs = walk.observe(index, block, hidden_BTH, list(linears(block)) if count else [])
+        stream.append(output_BTH)
+        groups: dict[int, list[str]] = {}
+        for layer, x in inputs.items():
+            groups.setdefault(id(x), []).append(layer)
+        for layers in groups.values():
+            statistic = shared.setdefault(tuple(layers), Seen(sees))
+            statistic.add(inputs[layers[0]], originals[number][layers[0]] if originals else None)
+    return stream, {layer: statistic for layers, statistic in shared.items() for layer in layers}
