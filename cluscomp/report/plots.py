@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cluscomp.report.pareto import BITS, BYTES, higher_is_better
+from cluscomp.report.pareto import BITS, BYTES, higher_is_better, standing
 from cluscomp.report.tables import IN_DOMAIN
 from cluscomp.store.files import new_file
 from cluscomp.store.records import content_key
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p"]
 GREY = "#9A9A9A"
+NAMED = 6  # methods with a colour and a name
 PANEL = 3.6, 2.8  # inches
 BEYOND = 10  # times the median perplexity of a Pareto front, above which nothing is told apart
 STYLE: Any = {
@@ -59,33 +60,37 @@ def _panels(rows: int, columns: int) -> "Iterator[tuple[Figure, list[list[Axes]]
 
 
 def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFrame | None = None) -> "Figure":
-    """Score against size, from `frontier.pareto`: a row of panels a data set, against stored bits and file bytes.
+    """Score against size, from `pareto.pareto`: a line a method; a row of panels a data set, against bits and bytes.
 
-    What another method dominates is hollow and pale; the line joins what nothing dominates. `originals` (columns data
-    and value) are dashed lines. Perplexities of more than ten times the line's median tell nothing: such points stand
-    on the panel's upper edge.
+    The six methods that stand best (`pareto.standing`) have colours and their names at the lines' ends, all others are
+    thin and grey. `originals` (columns data and value) are dashed lines. Perplexities of more than ten times the median
+    of what nothing dominates tell nothing: such points stand on the panel's upper edge.
     """
+    from matplotlib.ticker import MaxNLocator
+
     sign = -1 if higher_is_better(metric) else 1
     beyond = False
     sets = list(dict.fromkeys(zip(table["model"], table["data"])))
-    methods = sorted(set(table["method"]), key=str.casefold)
+    methods = standing(table, metric)
+    colours = dict(zip(methods, COLOURS[:NAMED]))
     with _panels(len(sets), 2) as (figure, panels):
         for (model, data), row in zip(sets, panels):
             here = table[(table["model"] == model) & (table["data"] == data)]
             for axes, size, dominated in zip(row, (BITS, BYTES), ("dominated by bits", "dominated by bytes")):
-                front = here[~here[dominated]].sort_values(size)
-                axes.plot(front[size], front[metric], color=GREY, zorder=1)
-                top = BEYOND * front[metric].median() if sign > 0 else math.inf
-                shown = here.assign(**{metric: here[metric].clip(upper=top)})
+                top = BEYOND * here[~here[dominated]][metric].median() if sign > 0 else math.inf
                 beyond |= bool((here[metric] > top).any())
-                for number, method in enumerate(methods):
-                    of_method = shown[shown["method"] == method]
-                    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-                    wins, loses = of_method[~of_method[dominated]], of_method[of_method[dominated]]
-                    strong: dict[str, Any] = {"color": colour, "label": method, "clip_on": False}
-                    axes.plot(wins[size], wins[metric], marker, **strong)[0].set_in_layout(False)
-                    pale: dict[str, Any] = {"color": colour, "markerfacecolor": "none", "alpha": 0.5, "clip_on": False}
-                    axes.plot(loses[size], loses[metric], marker, **pale)[0].set_in_layout(False)
+                shown = here.assign(**{metric: here[metric].clip(upper=top)})
+                ends = {}
+                for method in reversed(methods):  # the best are drawn last
+                    line = shown[shown["method"] == method].groupby(size)[metric].mean()
+                    if line.empty:
+                        continue
+                    colour = colours.get(method)
+                    width, dot = (1.4, 3.5) if colour else (0.6, 2)
+                    look: dict[str, Any] = {"color": colour or GREY, "linewidth": width, "markersize": dot}
+                    axes.plot(line.index, line, "o-", clip_on=False, **look)[0].set_in_layout(False)
+                    if colour:
+                        ends[method] = line.index[-1], line.iloc[-1]
                 if originals is not None and (known := originals[originals["data"] == data]["value"]).size:
                     axes.axhline(known.iloc[0], color="black", linestyle="--", linewidth=0.8, label="original, 16 bits")
                 if sign > 0:
@@ -93,17 +98,39 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
                     if (here[metric] > top).any():
                         axes.set_ylim(top=top)
                     _logarithmic(axes.yaxis, axes.get_ylim())
+                axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
                 axes.set_xlabel(UNITS[size])
                 axes.set_title(f"{model}, {data}{_domain(here[IN_DOMAIN])}")
+                _name_ends(axes, ends, colours)
             row[0].set_ylabel(f"{metric} (log)" if sign > 0 else metric)
-        panels[0][0].plot(
-            [], [], "o", color=GREY, markerfacecolor="none", label="hollow: another is no larger and better"
-        )
+        if len(methods) > NAMED:
+            panels[0][0].plot([], [], "o-", color=GREY, linewidth=0.6, markersize=2, label="others (see the table)")
         if beyond:
             panels[0][0].plot([], [], " ", label="on the upper edge: beyond the scale")
         handles, labels = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        if handles:
+            figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
+
+
+def _name_ends(axes: "Axes", ends: dict[str, tuple[float, float]], colours: dict[str, str]) -> None:
+    """Names right of the panel, in the order of their lines' ends, as near to them as they can be."""
+    axes.autoscale_view()
+    place = axes.transData + axes.transAxes.inverted()
+    heights = {name: min(max(float(place.transform(end)[1]), 0.0), 1.0) for name, end in ends.items()}
+    gap, names = 0.085, sorted(heights, key=lambda name: heights[name])
+    told: list[float] = []
+    thread = {"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
+    for name in names:  # from below, each above the one before
+        told.append(max(heights[name], told[-1] + gap if told else 0.0))
+    for number in range(len(told) - 2, -1, -1):  # and back from the upper edge
+        told[number + 1] = min(told[number + 1], 1.0 - gap * (len(told) - 2 - number))
+        told[number] = min(told[number], told[number + 1] - gap)
+    for name, height in zip(names, told):
+        axes.annotate(
+            name, ends[name], (1.06, height), textcoords="axes fraction", va="center", color=colours[name], fontsize=7,
+            arrowprops=thread | {"color": colours[name]}, annotation_clip=False,
+        )  # fmt: skip
 
 
 def _domain(learned_from: pd.Series) -> str:

@@ -80,12 +80,13 @@ def feedback(
     inputs = len(weight_IO)
     factor_II = inverse_factor(moment_II).to(weight_IO.dtype)
     left_IO = weight_IO.clone()
-    if weight_IO.is_meta:  # one round stands for all
-        errors_IO = torch.empty_like(left_IO[:BATCH])
+    if weight_IO.is_meta:  # one round stands for all, amid a batch
+        errors_IO = torch.empty_like(left_IO[: min(BATCH // 2, inputs)])
         report(Work(flops=1.0 * inputs * weight_IO.numel()))
         with times(math.ceil(inputs / step)):
-            factor_DD, first_DO = factor_II[:step, :step], left_IO[:step]
-            error_DO = first_DO - choose(0, lambda j: left_IO[:j] - factor_II[:1, :j].T @ errors_IO[:1], factor_DD)
+            factor_DD = factor_II[:step, :step]
+            best = lambda j: left_IO[:j] - factor_II[: len(errors_IO), :j].T @ errors_IO  # noqa: E731
+            error_DO = best(step) - choose(0, best, factor_DD)
             errors_IO[:step] = torch.linalg.solve_triangular(factor_DD.T, error_DO, upper=False)
         return
     batch = max(BATCH // step, 1) * step

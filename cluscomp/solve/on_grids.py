@@ -180,7 +180,7 @@ def with_fitted_zeros(
     scale_OI = spread(divisor(scales_OG), inputs)
     steps_OI = weight_OI / scale_OI  # what follows is in steps of the grids
     best, least = zeros_OG, torch.tensor(torch.inf, device=weight_OI.device)
-    for turn in alike(range(iterations + 1), weight_OI, made=0.3):
+    for turn in alike(range(iterations + 1), weight_OI, made=0.6):  # a third of them or all
         zero_OI = spread(zeros_OG, inputs)
         codes_OI = (steps_OI + zero_OI).round_().clamp_(0, 2**width - 1)
         error_OI = (steps_OI + zero_OI).sub_(codes_OI).mul_(scale_OI)

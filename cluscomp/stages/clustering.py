@@ -99,7 +99,7 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
         observing = once.peak + captured + adding
         passes = stage.samples / stage.batch_size
         walks = 1 + (stage.prefix == "compressed") + stage.over_the_model
-        looks = 1 + stage.over_the_model
+        looks = 1.0 + stage.over_the_model
         if stage.drift:  # the original beside, and a look for each input of the block
             streams = 2 * streams + captured * passes
             walks, looks = walks + len(inputs), looks + (len(inputs) - 1) / 2
@@ -164,7 +164,7 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
             found = work.put_back(index)
         else:
             share = None if shares is None else shares.blocks[index]
-            following = Following(stage.drift, stage.drift_damping, lambda look=look: look(count=True)[1])
+            following = Following(stage.drift, stage.drift_damping, partial(look, count=True))
             found = compress_block(
                 *(stage.method, block, name, job.seed, statistics, all_places[index], share),
                 following if originals else None,
@@ -251,7 +251,7 @@ def compress_block(
                 chosen[", ".join(compressed.stored)] = compressed.chosen
             give_memory_back()
             if following is not None and layers and not read & {layer.input for layer in layers.values()}:
-                layers |= _layers(block, name, seed, following.again(), places, following)
+                layers |= _layers(block, name, seed, following.again()[1], places, following)
     except ValueError as error:
         raise InputError(f"{name}.{error}") from error
     return {"squares": squares, "distributed": distributed, "chosen": chosen}

@@ -16,7 +16,7 @@ class Following:
 
     strength: float
     damping: float
-    again: Callable[[], dict[str, Seen]]  # statistics of what is dense yet, behind what is compressed by now
+    again: Callable[[], tuple[list[Tensor], dict[str, Seen]]]  # `observe`, behind what is compressed by now
 
 
 def through(walk: Walk, index: int, entering: list[Tensor]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:

@@ -21,7 +21,7 @@ from cluscomp.report.comparison import (
     perplexity_table,
     zeroshot_table,
 )
-from cluscomp.report.pareto import pareto, seed_spread
+from cluscomp.report.pareto import pareto, seed_spread, standing
 from cluscomp.report.published import Published
 from cluscomp.report.rendering import MISSING, for_terminal, rendered
 from cluscomp.report.tables import method_name, prediction_table
@@ -235,8 +235,32 @@ def test_a_perplexity_beyond_all_use_stands_on_the_panels_edge_and_hides_no_othe
         heights = {height for line in axes.lines for height in line.get_ydata()}
         assert heights == {30.0, 200.0, 300.0} and axes.get_ylim()[1] == 300.0
     assert "on the upper edge: beyond the scale" in [text.get_text() for text in figure.legends[0].get_texts()]
-    plain = plots.pareto(pareto(runs[:2]))
-    assert "on the upper edge: beyond the scale" not in [text.get_text() for text in plain.legends[0].get_texts()]
+    assert not plots.pareto(pareto(runs[:2])).legends
+
+
+def test_the_six_best_methods_have_a_colour_and_a_name_at_the_end_of_their_line():
+    """Best over all sizes: one that was run at a single size counts as the median elsewhere."""
+    names = ["gptq", "awq", "rtn", "hqq", "aqlm", "squeezellm", "gptvq", "vptq"]
+    runs = [
+        run_of(f"{name} {bits}", 30.0 + 5 * number + 40 / bits, float(bits), method=name)
+        for number, name in enumerate(names)
+        for bits in (2, 3)
+    ]
+    table = pareto(runs)
+    best = standing(table)
+    assert best == ["GPTQ", "AWQ", "RTN", "HQQ", "AQLM", "SqueezeLLM", "GPTVQ", "VPTQ"]
+    few = standing(pareto([*runs[:6], run_of("more", 29.0, 3.0, method="vptq")]))
+    assert few == ["VPTQ", "GPTQ", "AWQ", "RTN"]  # at 2 bits as AWQ
+    figure = plots.pareto(table)
+    for axes in figure.axes:
+        told = {text.get_text(): text.get_color() for text in axes.texts}
+        assert set(told) == set(best[:6]) and len(set(told.values())) == 6
+        lines = [line for line in axes.lines if len(line.get_xdata())]
+        assert [line.get_color() for line in lines] == [plots.GREY] * 2 + [told[name] for name in reversed(best[:6])]
+        heights = [text.xyann[1] for text in axes.texts]
+        assert heights == sorted(heights) and min(b - a for a, b in zip(heights, heights[1:])) > 0.08
+        assert heights[0] >= 0 and heights[-1] <= 1
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["others (see the table)"]
 
 
 def test_differences_below_the_spread_of_seeds_are_told():

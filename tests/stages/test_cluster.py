@@ -178,8 +178,9 @@ def test_inputs_are_looked_at_again_behind_each_part_of_a_block(tiny_folder, tex
     seen = []
 
     def again():
-        seen.append(observe(frozenset({"moment"}), walk, 0, stream, count=True, originals=originals)[1])
-        return seen[-1]
+        found = observe(frozenset({"moment"}), walk, 0, stream, count=True, originals=originals)
+        seen.append(found[1])
+        return found
 
     _, first = observe(frozenset({"moment"}), walk, 0, stream, count=True, originals=originals)
     places = MetaModel(original.config, torch.float32, "cpu").places()[0]
