@@ -31,12 +31,10 @@ class Drift:
     def correction(self, moment_II: Float[Tensor, "I I"], damping: float) -> Float[Tensor, "I I"]:
         """D (H + l I)^-1, (I, I); l is `damping` times H's mean diagonal."""
         assert self._total is not None  # made when the first tokens are there
-        damped_II = moment_II.double()
-        damped_II = damped_II + torch.eye(len(damped_II)).to(damped_II) * (
-            damping * damped_II.diagonal().mean() + 1e-12
-        )
+        damped_II = moment_II.double()  # a copy: moments are float32
+        damped_II.diagonal().add_(damping * damped_II.diagonal().mean() + 1e-12)
         drift_II = self._total.double() / self._tokens
-        found_II = torch.linalg.solve(damped_II, drift_II, left=False)
+        found_II: Tensor = torch.linalg.solve(damped_II, drift_II, left=False)
         return found_II.to(moment_II.dtype)
 
 
