@@ -129,7 +129,8 @@ def method_name(record: Record, after: str) -> str:
     names, kind = SPELLED.get(chosen["yaml"], ((chosen["yaml"],), ""))
     length = max(count for count in range(1, len(names) + 1) if order[:count] == STAGES[:count])
     differs = {key: value for key, value in chosen["differs"].items() if key not in COLUMN}
-    differs |= {key: value for key, value in record.choices["cluster"]["differs"].items() if key in ("prefix", "drift")}
+    stage = {"cluster": record.choices["cluster"]["yaml"]} | record.choices["cluster"]["differs"]
+    differs |= {key: stage[key] for key in ("cluster", "prefix", "drift") if stage.get(key, "default") != "default"}
     if record.config["stages"]["cluster"].get("allocation", {}).get("scope") == "model":
         differs["scope"] = "model"
     told = ", ".join([*filter(None, [kind]), *_told(differs)])

@@ -109,6 +109,13 @@ def test_models_of_different_tokenizers_stand_in_one_table():
         (["cluster"], "cluster", chosen(vector_dim=4, codebook_size=65500), "ClusComp-"),
         (["cluster"], "cluster", chosen("rtn", _target_="mine.Zeros", group=16), "RTN (_target_=mine.Zeros)"),
         (["cluster"], "cluster", chosen("gptq", prefix="compressed"), "GPTQ (prefix=compressed)"),
+        (["cluster"], "cluster", chosen("gptq", drift=0.3), "GPTQ (drift=0.3)"),
+        (
+            ["cluster"],
+            "cluster",
+            chosen("gptq") | {"cluster": {"yaml": "corrected", "differs": {}}},
+            "GPTQ (cluster=corrected)",
+        ),
         (["cluster", "tune"], "tune", chosen("signs", power=2), "signs (power=2) + tune"),
         (["cluster"], "original", chosen(), "original"),
     ],

@@ -20,8 +20,8 @@ def size(linear: float, model: float, bytes_: int) -> dict:
 
 def chosen(method: str = "cluscomp", **differs: object) -> dict:
     """Choices of a run by hand: the method's yaml, and the settings that differ from it."""
-    prefix = {"prefix": differs.pop("prefix")} if "prefix" in differs else {}
-    return {"method": {"yaml": method, "differs": differs}, "cluster": {"yaml": "default", "differs": prefix}}
+    stage = {key: differs.pop(key) for key in ("prefix", "drift") if key in differs}
+    return {"method": {"yaml": method, "differs": differs}, "cluster": {"yaml": "default", "differs": stage}}
 
 
 def record(name: str = "run-a", rows: list[Score] | None = None) -> Record:
