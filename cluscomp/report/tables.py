@@ -24,6 +24,7 @@ SPELLED: dict[str, tuple[tuple[str, ...], str]] = {
     "autoround": (("RTN", "AutoRound"), ""),
     "omniquant": (("RTN", "OmniQuant"), ""),
 } | {name: ((spelled,), "") for name, spelled in _NAMES.items()}
+FOLLOWED = ("prefix", "drift", "scope")  # settings of stage cluster that a name tells
 COLUMN = {"bits", "vector_dim", "codebook_size", "width", "group"}  # what a table tells in a column: the limit
 _ACCURACY = re.compile(r"acc$|exact_match")
 MARKS = {
@@ -130,9 +131,10 @@ def method_name(record: Record, after: str) -> str:
     length = max(count for count in range(1, len(names) + 1) if order[:count] == STAGES[:count])
     differs = {key: value for key, value in chosen["differs"].items() if key not in COLUMN}
     stage = {"cluster": record.choices["cluster"]["yaml"]} | record.choices["cluster"]["differs"]
-    differs |= {key: stage[key] for key in ("cluster", "prefix", "drift") if stage.get(key, "default") != "default"}
-    if record.config["stages"]["cluster"].get("allocation", {}).get("scope") == "model":
-        differs["scope"] = "model"
+    stage["scope"] = record.config["stages"]["cluster"].get("allocation", {}).get("scope", "block")
+    differs |= {
+        key: stage[key] for key in ("cluster", *FOLLOWED) if stage.get(key, "block") not in ("default", "block")
+    }
     told = ", ".join([*filter(None, [kind]), *_told(differs)])
     rest = [_stage_name(record, stage) for stage in order[length:]]
     return " + ".join([*dense, names[length - 1] + (f" ({told})" if told else ""), *rest])
@@ -186,7 +188,6 @@ def stage_table(records: list[Record], metric: str = "perplexity", *, by_protoco
         value / originals.get(tuple(key), float("nan"))
         for value, *key in zip(rows["value"], rows["run"], rows["dataset"], rows["protocol"])
     ]
-    shown = {"protocol": rows["protocol"]} if by_protocol else {}
     return pd.DataFrame(
         {
             "run": rows["run"],
@@ -194,7 +195,7 @@ def stage_table(records: list[Record], metric: str = "perplexity", *, by_protoco
             "bits per weight, linears": rows["linear_bits_per_weight"].map("{:.3f}".format),
             "bits per weight, model": rows["model_bits_per_weight"].map("{:.3f}".format),
             "weights, MB": (rows["checkpoint_bytes"] / 1e6).map("{:.1f}".format),
-            **shown,
+            **({"protocol": rows["protocol"]} if by_protocol else {}),
             "data": [marked(*row) for row in zip(rows["dataset"], rows["partial"], rows["in_domain"], rows["overlap"])],
             metric: rows["value"].map("{:.2f}".format),
             "of the original's": [f"{ratio:.2f}x" if math.isfinite(ratio) else "-" for ratio in ratios],
