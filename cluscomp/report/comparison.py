@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from cluscomp.report.names import method_name, stages_until
 from cluscomp.report.published import CONTEXTS, Published
 from cluscomp.report.tables import (
     by_model,
@@ -12,11 +13,9 @@ from cluscomp.report.tables import (
     cost_until,
     limit,
     marked,
-    method_name,
     model_name,
     settings_that_differ,
     sizes,
-    stages_until,
 )
 from cluscomp.store.records import EXTERNAL, ORIGINAL, Record, Score
 

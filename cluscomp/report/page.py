@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from cluscomp.errors import InputError
-from cluscomp.report import by_layer, comparison, pareto, tables
+from cluscomp.report import by_layer, comparison, names, pareto, tables
 from cluscomp.report.published import Published
 from cluscomp.report.rendering import SUFFIX, Format, rendered
 from cluscomp.store.files import new_file
@@ -57,7 +57,7 @@ def of_enough_seeds(records: list[Record]) -> tuple[list[Record], list[str]]:
             return None
         return (
             tables.model_name(record, records),
-            tables.method_name(record, record.config["order"][-1]),
+            names.method_name(record, record.config["order"][-1]),
             tables.limit(record),
         )
 

@@ -7,25 +7,11 @@ from typing import Any
 import pandas as pd
 
 from cluscomp.errors import InputError
+from cluscomp.report.names import method_name, stages_until
 from cluscomp.report.published import MODELS
 from cluscomp.store.records import EXTERNAL, ORIGINAL, Record, Score, differences
 
 PARTIAL, IN_DOMAIN, SEEN = "partial", "in-domain", "seen"
-STAGES = ["cluster", "block_finetune", "recover"]
-_CLUSCOMP = ("ClusComp-", "ClusComp", "ClusComp+")
-_NAMES = {name: name.upper() for name in ("rtn", "gptq", "awq", "hqq", "gptvq", "aqlm", "qtip", "vptq")}
-_NAMES |= {"squeezellm": "SqueezeLLM", "ipq": "iPQ", "water_sic": "WaterSIC", "quip_sharp": "QuIP#"}
-# What papers call a method, by its yaml, after the first of STAGES, the first two and all three; and of which kind
-SPELLED: dict[str, tuple[tuple[str, ...], str]] = {
-    "cluscomp": (_CLUSCOMP, ""),
-    "cluscomp_data_free": (_CLUSCOMP, "data-free"),
-    "cluscomp_paper": (_CLUSCOMP, "paper"),
-    "cluscomp_paths": (_CLUSCOMP, "paths"),
-    "autoround": (("RTN", "AutoRound"), ""),
-    "omniquant": (("RTN", "OmniQuant"), ""),
-} | {name: ((spelled,), "") for name, spelled in _NAMES.items()}
-FOLLOWED = ("prefix", "drift", "scope")  # settings of stage cluster that a name tells
-COLUMN = {"bits", "vector_dim", "codebook_size", "width", "group"}  # what a table tells in a column: the limit
 _ACCURACY = re.compile(r"acc$|exact_match")
 MARKS = {
     PARTIAL: "measured on the first windows or rows only (evaluate.limit, tasks.limit)",
@@ -109,50 +95,6 @@ def limit(record: Record) -> str:
         return "-"
     bits = record.config["stages"]["cluster"]["method"].get("bits")
     return "by hand" if bits is None else str(bits) if isinstance(bits, str) else f"{bits:g}"  # from the environment
-
-
-def method_name(record: Record, after: str) -> str:
-    """The method's yaml and the stages up to `after`, as papers call them: ClusComp-, ClusComp, ClusComp+, GPTQ, ...
-
-    In brackets its settings that differ from the yaml, but those of `COLUMN`. A yaml that no paper names is called by
-    its own name.
-    """
-    if after == ORIGINAL:
-        return ORIGINAL
-    if after == EXTERNAL:
-        stated = record.stages[EXTERNAL]["found"]
-        return f"{stated['method'].upper()} ({stated['library']}, {EXTERNAL})"
-    order = stages_until(record, after)
-    if "cluster" not in order:
-        return " + ".join([ORIGINAL, *order])
-    dense, order = order[: order.index("cluster")], order[order.index("cluster") :]
-    chosen = record.choices["method"]
-    names, kind = SPELLED.get(chosen["yaml"], ((chosen["yaml"],), ""))
-    length = max(count for count in range(1, len(names) + 1) if order[:count] == STAGES[:count])
-    differs = {key: value for key, value in chosen["differs"].items() if key not in COLUMN}
-    stage = {"cluster": record.choices["cluster"]["yaml"]} | record.choices["cluster"]["differs"]
-    stage["scope"] = record.config["stages"]["cluster"].get("allocation", {}).get("scope", "block")
-    differs |= {
-        key: stage[key] for key in ("cluster", *FOLLOWED) if stage.get(key, "block") not in ("default", "block")
-    }
-    told = ", ".join([*filter(None, [kind]), *_told(differs)])
-    rest = [_stage_name(record, stage) for stage in order[length:]]
-    return " + ".join([*dense, names[length - 1] + (f" ({told})" if told else ""), *rest])
-
-
-def _stage_name(record: Record, stage: str) -> str:
-    learns = record.config["stages"].get(stage, {}).get("learns", "values")
-    return stage if learns == "values" else f"{stage} (learns={learns})"
-
-
-def _told(settings: dict[str, Any]) -> list[str]:
-    return [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()]
-
-
-def stages_until(record: Record, after: str) -> list[str]:
-    """The stages that made the model that was scored `after`: of the original, or an external model, none."""
-    order: list[str] = record.config["order"]
-    return order[: order.index(after) + 1] if after in order else []
 
 
 def marked(name: str, partial: bool, in_domain: bool, overlap: float) -> str:

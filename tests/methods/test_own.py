@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import cluscomp.checkpoint  # noqa: F401 (teaches transformers the format)
-from cluscomp.report.tables import method_name
+from cluscomp.report.names import method_name
 from cluscomp.store.records import read
 
 METHOD = '''

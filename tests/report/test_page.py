@@ -21,10 +21,11 @@ from cluscomp.report.comparison import (
     perplexity_table,
     zeroshot_table,
 )
+from cluscomp.report.names import method_name
 from cluscomp.report.pareto import pareto, seed_spread, standing
 from cluscomp.report.published import Published
 from cluscomp.report.rendering import MISSING, for_terminal, rendered
-from cluscomp.report.tables import method_name, prediction_table
+from cluscomp.report.tables import prediction_table
 from cluscomp.store.records import Record, Score, protocol, read_folder, write
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from cluscomp.errors import InputError
 from cluscomp.forms.linear import compressed
 from cluscomp.models.original import Original, blocks, linears
 from cluscomp.models.sources import TinyModel
-from cluscomp.report.tables import method_name
+from cluscomp.report.names import method_name
 from cluscomp.runs.preparation import planned
 from cluscomp.stages import Job
 from cluscomp.stages.block_finetuning import compressed_weights
