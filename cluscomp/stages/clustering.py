@@ -169,6 +169,7 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
                 *(stage.method, block, name, job.seed, statistics, all_places[index], share),
                 following if originals else None,
             )
+            originals.clear()  # of the next block there will be as many
             error = relative_error(found["squares"])
             work.finish(index, found, f"relative error {error:.4f}", relative_error=error)
         if index < last and stage.prefix == "compressed":
