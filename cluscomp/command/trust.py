@@ -9,6 +9,7 @@ import pickle
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -102,10 +103,13 @@ class Careful(ConfigLoaderImpl):
         """The settings of a cell. Each is composed once, though Hydra asks again when it launches what it checked."""
         given_hydra = OmegaConf.to_container(master_config.hydra.overrides.hydra)
         key = repr((str(self.config_search_path), given_hydra, sweep_overrides))
-        if key not in _CELLS:
-            _CELLS[key] = pickle.dumps(super().load_sweep_config(master_config, sweep_overrides))
-        config: DictConfig = pickle.loads(_CELLS[key])
-        OmegaConf.copy_cache(from_config=master_config, to_config=config)
+        if key in _CELLS:
+            config: DictConfig = pickle.loads(_CELLS[key])
+            OmegaConf.copy_cache(from_config=master_config, to_config=config)
+            return config
+        config = super().load_sweep_config(master_config, sweep_overrides)
+        with suppress(pickle.PicklingError, AttributeError, TypeError):  # in a launcher's job, which has one cell
+            _CELLS[key] = pickle.dumps(config)
         return config
 
     def _process_config_searchpath(self, config_name: str | None, parsed_overrides: Any, repo: Any) -> None:
