@@ -80,17 +80,8 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
                 top = BEYOND * here[~here[dominated]][metric].median() if sign > 0 else math.inf
                 beyond |= bool((here[metric] > top).any())
                 shown = here.assign(**{metric: here[metric].clip(upper=top)})
-                ends = {}
-                for method in reversed(methods):  # the best are drawn last
-                    line = shown[shown["method"] == method].groupby(size)[metric].mean()
-                    if line.empty:
-                        continue
-                    colour = colours.get(method)
-                    width, dot = (1.4, 3.5) if colour else (0.6, 2)
-                    look: dict[str, Any] = {"color": colour or GREY, "linewidth": width, "markersize": dot}
-                    axes.plot(line.index, line, "o-", clip_on=False, **look)[0].set_in_layout(False)
-                    if colour:
-                        ends[method] = line.index[-1], line.iloc[-1]
+                lines = {method: rows.groupby(size)[metric].mean() for method, rows in shown.groupby("method")}
+                ends = _lines(axes, lines, methods, colours)
                 if originals is not None and (known := originals[originals["data"] == data]["value"]).size:
                     axes.axhline(known.iloc[0], color="black", linestyle="--", linewidth=0.8, label="original, 16 bits")
                 if sign > 0:
@@ -111,6 +102,23 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
         if handles:
             figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
+
+
+def _lines(
+    axes: "Axes", lines: dict[str, pd.Series], methods: list[str], colours: dict[str, str]
+) -> dict[str, tuple[float, float]]:
+    """A line for each method, best first, that has values by size; returns the ends of those with a colour."""
+    ends = {}
+    for method in reversed(methods):  # the best are drawn last
+        if method not in lines:
+            continue
+        line, colour = lines[method], colours.get(method)
+        width, dot = (1.4, 3.5) if colour else (0.6, 2)
+        look: dict[str, Any] = {"color": colour or GREY, "linewidth": width, "markersize": dot}
+        axes.plot(line.index, line, "o-", clip_on=False, **look)[0].set_in_layout(False)
+        if colour:
+            ends[method] = line.index[-1], line.iloc[-1]
+    return ends
 
 
 def _name_ends(axes: "Axes", ends: dict[str, tuple[float, float]], colours: dict[str, str]) -> None:

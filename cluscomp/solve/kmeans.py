@@ -15,6 +15,7 @@ from cluscomp.kernels.loading import native
 from cluscomp.kernels.work import Work
 
 INDEXED = 512  # centroids from which on a search of some dimensions makes an index first (native/lloyd.cpp)
+INDEXING = 2000  # distances that a centroid's place in the index takes as long as (65,536 of 8 numbers)
 SEARCH = 100  # calls of torch that a search takes as long as by itself, however few points: its checks and threads
 
 
@@ -64,10 +65,10 @@ def nearest(points_ND: Float[Tensor, "N D"], centroids_KD: Float[Tensor, "K D"])
     Exact and the lowest on a tie, but for machines without the compiled kernels, where faiss decides if it is there.
     """
     if points_ND.is_meta:
-        if (many := len(centroids_KD)) >= INDEXED:  # an index is made, and few of them are looked at
-            report(Work(distances=many * (len(points_ND) / 4 + 2000), calls=SEARCH))
-        else:
-            report(Work(distances=float(many) * len(points_ND), calls=SEARCH))
+        each = float(len(points_ND))  # distances, by centroid
+        if len(centroids_KD) >= INDEXED:
+            each = each / 4 + INDEXING
+        report(Work(distances=each * len(centroids_KD), calls=SEARCH))
         return points_ND.new_empty(len(points_ND), dtype=torch.int32)
     points_ND, centroids_KD, device = _placed(points_ND), _placed(centroids_KD), points_ND.device
     search = lloyd_torch.assign if native is None else assign

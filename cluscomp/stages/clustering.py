@@ -101,9 +101,8 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
         walks = 1 + (stage.prefix == "compressed") + stage.over_the_model
         looks = 1.0 + stage.over_the_model
         if stage.drift:  # the original beside, and a look for each input of the block
-            streams = (
-                2 * streams + 2 * captured * passes
-            )  # seen with 32 windows: what a block leaves is not free at once
+            # what was kept of the block before is not free at once (seen with 32 windows)
+            streams = 2 * streams + 2 * captured * passes
             walks, looks = walks + len(inputs), looks + (len(inputs) - 1) / 2
         work += once.work * passes * (outline.blocks - 1) * walks
         work += counted * passes * outline.blocks * looks
@@ -158,7 +157,7 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
         statistics: dict[str, Seen] = {}
         originals: list[dict[str, Tensor]] = []
         if index <= last and undrifted:
-            undrifted, originals = through(walk, index, undrifted)
+            undrifted, originals = through(walk, index, undrifted, keep=not finished)
         look = partial(observe, stage.sees, walk, index, entering, originals=originals)
         if index <= last and (not finished or stage.prefix == "original"):
             stream, statistics = look(count=not finished)
@@ -166,11 +165,9 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
             found = work.put_back(index)
         else:
             share = None if shares is None else shares.blocks[index]
-            following = Following(stage.drift, stage.drift_damping, partial(look, count=True))
-            found = compress_block(
-                *(stage.method, block, name, job.seed, statistics, all_places[index], share),
-                following if originals else None,
-            )
+            again = partial(look, count=True)
+            following = Following(stage.drift, stage.drift_damping, again) if stage.drift else None
+            found = compress_block(stage.method, block, name, job.seed, statistics, all_places[index], share, following)
             originals.clear()  # of the next block there will be as many
             error = relative_error(found["squares"])
             work.finish(index, found, f"relative error {error:.4f}", relative_error=error)

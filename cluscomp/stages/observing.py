@@ -19,10 +19,13 @@ class Following:
     again: Callable[[], tuple[list[Tensor], dict[str, Seen]]]  # `observe`, behind what is compressed by now
 
 
-def through(walk: Walk, index: int, entering: list[Tensor]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """What the dense block makes of its inputs (batches of (B, T, H)), and what enters its linear layers then."""
+def through(
+    walk: Walk, index: int, entering: list[Tensor], *, keep: bool = True
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """What a dense block makes of its inputs (batches of (B, T, H)), and with `keep` what enters its linear layers."""
     block = walk.blocks[index]
-    found = [walk.observe(index, block, hidden_BTH, list(linears(block))) for hidden_BTH in entering]
+    layers = list(linears(block)) if keep else []
+    found = [walk.observe(index, block, hidden_BTH, layers) for hidden_BTH in entering]
     return [output_BTH for output_BTH, _ in found], [inputs for _, inputs in found]
 
 

@@ -184,12 +184,12 @@ def test_inputs_are_looked_at_again_behind_each_part_of_a_block(tiny_folder, tex
 
     _, first = observe(frozenset({"moment"}), walk, 0, stream, count=True, originals=originals)
     places = MetaModel(original.config, torch.float32, "cpu").places()[0]
-    dense = {name: linear.weight.clone() for name, linear in linears(block).items()}
+    dense = linears(block).keys()
     compress_block(chosen, block, "block", 0, first, places, None, Following(0.5, 0.1, again))
     assert [len(one) for one in seen] == [4, 3, 1]  # after q, k and v; after o; after gate and up
     assert all(float(one.drift.correction(one.matrix_II, 0.1).norm()) == 0 for one in first.values())
     last = seen[-1]["mlp.down_proj"]
-    assert float(last.drift.correction(last.matrix_II, 0.1).norm()) > 0 and dense.keys() == compressed(block).keys()
+    assert float(last.drift.correction(last.matrix_II, 0.1).norm()) > 0 and dense == compressed(block).keys()
     undrifted = torch.cat([inputs["mlp.down_proj"].flatten(0, 1) for inputs in originals])
     assert not torch.allclose(last.matrix_II, undrifted.T @ undrifted / len(undrifted))
 
