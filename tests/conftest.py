@@ -1,4 +1,4 @@
-"""Shared ground: one thread, no network, shapes checked while tests run, tiny random models of seven families."""
+"""Shared ground: one thread, no network, shapes checked while most tests run, tiny models of seven families."""
 
 import os
 import random
@@ -31,6 +31,9 @@ hypothesis.settings.load_profile("same")
 
 CHECKED = ["kernels.codes", "solve.kmeans", "forms.codebook", "models.walk", "score.perplexity"]
 jaxtyping.install_import_hook([f"cluscomp.{name}" for name in CHECKED], "beartype.beartype")
+
+# Tests that run whole commands and trainings: they call what others have checked, many thousand times.
+UNCHECKED = ("command", "report", "runs", "stages/test_recover.py", "stages/test_finetune.py")
 
 TOKENS = 12  # of a test window: longer than the sliding windows below
 ROPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -65,6 +68,15 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests first: with several processes, none is left alone with one of them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _checked(request):
+    """Whether shapes are checked in this file's tests."""
+    place = request.path.relative_to(Path(__file__).parent).as_posix()
+    jaxtyping.config.update("jaxtyping_disable", place.startswith(UNCHECKED))
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

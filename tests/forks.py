@@ -1,4 +1,4 @@
-"""Real processes of the command, forked from one that has imported everything, which saves some seconds each."""
+"""Real processes of the command, forked from one that has imported and planned all there is: it saves seconds each."""
 
 import json
 import signal
@@ -9,16 +9,24 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-FORKS = """
+OTHERS = """
 import json, os, sys
-import torch, transformers
+import hydra, lm_eval, pydantic, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+"""
+OURS = """
 import cluscomp.checkpoint, cluscomp.train.whole, cluscomp.score.perplexity, cluscomp.train.streams
 import cluscomp.report.tables
 from contextlib import suppress
 with suppress(ImportError):
     import wandb.cli.cli
 from cluscomp.__main__ import main
+from cluscomp.command.compose import composed
+from cluscomp.runs.preparation import planned
 
+planned(composed(["bits=3", "model=tiny", "order=[cluster,block_finetune,recover]", "device=cpu"]))
+"""
+FORKS = """
 for line in sys.stdin:
     command = json.loads(line)
     if "wait" in command:
@@ -49,11 +57,14 @@ for line in sys.stdin:
 
 
 class Forks:
-    """`cluscomp ARGUMENTS`, or a script, in processes of their own."""
+    """`cluscomp ARGUMENTS`, or a script, in processes of their own; without `ours` scripts alone, that import our code."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, ours: bool = True) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", OTHERS + (OURS if ours else "") + FORKS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def end(self) -> None:

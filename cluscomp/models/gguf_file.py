@@ -3,6 +3,8 @@
 Its type names are llama.cpp's: IQ2_XXS, Q4_K, ... A file of one such name (IQ2_M) mixes several of them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -103,6 +105,27 @@ def matrices_in(found: dict[str, Any], layers: list[str]) -> dict[str, dict[str,
     return {layer: tensors[name] for layer, name in known.items()}
 
 
+@contextmanager
+def opened_once(path: Path) -> Iterator[None]:
+    """In it all readers of the file are one.
+
+    A reader walks through the whole vocabulary, which takes seconds, and transformers opens one for the config, one for
+    the tokenizer and one for the weights.
+    """
+    import gguf
+
+    plain, opened = gguf.GGUFReader, gguf.GGUFReader(path)
+
+    def reader(place: Any, *more: Any) -> Any:
+        return opened if Path(place).resolve() == path.resolve() else plain(place, *more)
+
+    gguf.GGUFReader = reader  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = plain  # type: ignore[misc]
+
+
 def convert(path: Path, folder: Path, dtype: str) -> None:
     """Write the model and tokenizer of a GGUF file as an ordinary folder of this dtype.
 
@@ -111,7 +134,7 @@ def convert(path: Path, folder: Path, dtype: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    with read_as_gguf(path):
+    with read_as_gguf(path), opened_once(path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
         )
@@ -123,7 +146,10 @@ def convert(path: Path, folder: Path, dtype: str) -> None:
     values = read.config.to_dict()
     values.pop("quantization_config", None)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    model.load_state_dict(read.state_dict())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    numbers = {name: tensor.to(getattr(torch, dtype)) for name, tensor in read.state_dict().items()}
+    model.load_state_dict(numbers, assign=True)
+    model.tie_weights()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -15,7 +15,7 @@ from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms.layers import Size, empty_layers, size_of
 from cluscomp.forms.linear import compressed, unique_tensors
-from cluscomp.forms.stored import Stored
+from cluscomp.forms.stored import Stored, described
 from cluscomp.kernels.counting import Count
 from cluscomp.kernels.work import Work
 from cluscomp.models.original import block_names, blocks, check_supported, linears, norms, quantizer
@@ -25,6 +25,9 @@ from cluscomp.plan.cost import Cost
 
 TOKENS_OF_A_TEXT = 340_000  # assumed of a text that is not on this machine: WikiText-2's test set
 NOTHING = Work()
+# of all outlines of this process: stages, cells and checks ask for the same ones
+_passes: dict[Any, "Pass"] = {}
+_places: dict[Any, "list[dict[str, Place]]"] = {}
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class MetaModel:
         if quantizer(config) not in (None, checkpoint.NAME):
             raise InputError(f"{config.name_or_path}: what layers of '{quantizer(config)}' take is not known")
         self.config, self.dtype, self.device = config, dtype, device
+        self._name = type(config).__name__, config.to_json_string(use_diff=False), dtype
         with made_of(config):
             of_file = getattr(config, "dtype", None) or torch.bfloat16  # before a model is made, which changes it
             of_file = getattr(torch, of_file) if isinstance(of_file, str) else of_file
@@ -67,7 +71,6 @@ class MetaModel:
         model.requires_grad_(False)
         self.model = model.eval()
         self._walked = Walk(self.model)
-        self._passes: dict[Any, Pass] = {}
         self.kept_bytes = min(of_file.itemsize, dtype.itemsize)  # of a number that is stored and not compressed
         self.dense = {name: (layer.out_features, layer.in_features) for name, layer in linears(self.block).items()}
         self.block_numbers = max(sum(p.numel() for p in block.parameters()) for block in blocks(model))
@@ -148,6 +151,12 @@ class MetaModel:
 
     def places(self) -> list[dict[str, Place]]:
         """The dense linear layers of each block, by name."""
+        key = *self._name, "places", tuple(compressed(self.model))
+        if key not in _places:
+            _places[key] = self._observed()
+        return [dict(block) for block in _places[key]]
+
+    def _observed(self) -> list[dict[str, Place]]:
         walk, _, hidden_BTH = self._embedded(1, 2)
         found = []
         for index, block in enumerate(walk.blocks):
@@ -191,10 +200,11 @@ class MetaModel:
         return Pass(peak, Work(flops=flops, traffic=4 * peak))
 
     def _pass(self, batch: int, length: int, *, train: bool) -> Pass:
-        key = batch, length, train, self.compressed
-        if key not in self._passes:
-            self._passes[key] = self._walk(batch, length, train)
-        return self._passes[key]
+        forms = {name: described(layer.stored) for name, layer in compressed(self.block).items()}
+        key = *self._name, repr(forms), batch, length, train
+        if key not in _passes:
+            _passes[key] = self._walk(batch, length, train)
+        return _passes[key]
 
     def _embedded(self, batch: int, length: int) -> tuple[Walk, nn.Module, Tensor]:
         walk = self._walked

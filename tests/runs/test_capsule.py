@@ -1,14 +1,13 @@
 """Capsules of real runs from a checkout with changes in no commit; what may be collected; no secret anywhere."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forks import Forks
 
 from cluscomp.store.secrets import HIDDEN, hide, hide_all, hide_override
 
@@ -33,6 +32,7 @@ def checkout(tmp_path_factory):
     git(place, "init", "-q")
     git(place, "add", "-A")
     git(place, "commit", "-qm", "All")
+    others = Forks(ours=False)
 
     def command(*arguments: str) -> SimpleNamespace:
         # the code of the checkout, whatever is installed; without its compiled kernels, which no commit holds
@@ -44,16 +44,11 @@ import cluscomp.__main__
 assert cluscomp.__file__.startswith({str(place)!r})
 cluscomp.__main__.main()
 """
-        done = subprocess.run(
-            [sys.executable, "-c", script, *arguments],
-            cwd=place,
-            env=os.environ | SECRETS,
-            capture_output=True,
-            text=True,
-        )
+        done = others.run(*arguments, script=script, folder=place, variables=SECRETS)
         return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
-    return SimpleNamespace(place=place, command=command)
+    yield SimpleNamespace(place=place, command=command)
+    others.end()
 
 
 RUN = [
