@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from forks import until
 
-BLOCKS = 3
+BLOCKS = 2
 ORDER = ["cluster", "block_finetune"]
 CELLS = ["method.codebook_size=8,16", "block_finetune.epochs=2,4"]
 COUNT, CLUSTERINGS = 4, 2
@@ -21,7 +21,7 @@ SETTINGS = [
     "-m", "model=tiny", f"model.config.num_hidden_layers={BLOCKS}", "data=text", "method=cluscomp_data_free",
     "method.vector_dim=4", "method.iterations=20", f"order=[{','.join(ORDER)}]", "block_finetune=quick",
     "block_finetune.length=32", "block_finetune.samples=8", "block_finetune.batch_size=4", "evaluate.context=32",
-    "evaluate.limit=8", "evaluate.distance=true", "evaluate.after=[block_finetune]", "name=cells", "device=cpu", *CELLS,
+    "evaluate.limit=4", "evaluate.distance=true", "evaluate.after=[block_finetune]", "name=cells", "device=cpu", *CELLS,
 ]  # fmt: skip
 
 
