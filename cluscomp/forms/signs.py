@@ -14,8 +14,8 @@ from cluscomp.kernels.codes import pack, packed_bytes, unpack
 class SignWeight(Single):
     """A weight as diag(h) S diag(g), S being -1 and 1: OneBit's form (arXiv 2402.11295), without its norm.
 
-    Stored: `codes`, uint8, the signs (O, I) packed, 1 for a positive one (kernels/codes.py); and `scales` float16, those
-    of outputs, h (O,), then those of inputs, g (I,), of which one may be missing. Scales can be trained.
+    Stored: `codes`, uint8, the signs (O, I) packed, 1 for a positive one (kernels/codes.py); and `scales` float16,
+    those of outputs, h (O,), then those of inputs, g (I,), of which one may be missing. Scales can be trained.
     """
 
     kind = "signs"
@@ -80,9 +80,7 @@ class SignWeight(Single):
         )
 
     @classmethod
-    def bits(
-        cls, *, out_features: int, in_features: int, scaled_outputs: bool, scaled_inputs: bool
-    ) -> dict[str, int]:
+    def bits(cls, *, out_features: int, in_features: int, scaled_outputs: bool, scaled_inputs: bool) -> dict[str, int]:
         """Stored bits: codes, scales, padding of the packed signs."""
         numbers = out_features * in_features
         return {

@@ -1,4 +1,4 @@
-"""Two matrices of signs with scales, of a rank that a limit of bits allows: 1 bit a weight and below (DBF, NanoQuant)."""
+"""Low-rank binary: two matrices of signs with scales, for 1 bit a weight and below (DBF, NanoQuant)."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,14 +13,12 @@ from cluscomp.methods.on_grids import check_choice
 from cluscomp.settings import settings
 
 if TYPE_CHECKING:
-    import torch
-
     from cluscomp.solve.allocate import Menu
     from cluscomp.solve.layer import Layer
     from cluscomp.solve.signs import Factors, Inputs
 
-STEPS = (0.8, 1.0, 1.25)  # of `bits`, at which a menu's errors are measured
-SHORT = 6  # rounds of such a measurement, at most
+STEPS = (0.75, 1.25)  # of `bits`, at which a menu's errors are measured
+SHORT = 4  # rounds of such a measurement, at most
 
 
 @settings

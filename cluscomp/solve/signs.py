@@ -1,10 +1,11 @@
 """A weight as a product of two matrices of signs with scales, by what the layer's output loses, tr(E H E^T).
 
-W (O, I) is taken for diag(h) U diag(m) V diag(g), with U (O, R) and V (R, I) of signs: the form of DBF (arXiv 2505.11076)
-and NanoQuant (arXiv 2602.06694). As there, splitting (ADMM) finds the signs: real factors solve least squares, signs
-with scales of rank 1 are what is nearest to them and what they still owe. Unlike there: squares are those of the output
-and not of weights with scaled inputs, a factor is solved for against the other one's signs, not against its real
-numbers, and the singular vectors that they start from are turned at random. Then signs and scales descend in turn.
+W (O, I) is taken for diag(h) U diag(m) V diag(g), with U (O, R) and V (R, I) of signs: the form of DBF (arXiv
+2505.11076) and NanoQuant (arXiv 2602.06694). As there, splitting (ADMM) finds the signs: real factors solve least
+squares, signs with scales of rank 1 are what is nearest to them and what they still owe. Unlike there: squares are
+those of the output and not of weights with scaled inputs, a factor is solved for against the other one's signs, not
+against its real numbers, and the singular vectors that they start from are turned at random. Then signs and scales
+descend in turn.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from cluscomp.solve.along_outputs import output_error
 
 PENALTY = (0.1, 1.0)  # at first and at last, in mean diagonals of what the least squares solve (0.03 or 2 leave more)
 TINY = 1e-20
-TOGETHER = 32  # ranks whose signs descend together
+TOGETHER = 128  # ranks whose signs descend together; of fewer a few more turn
 BATCH = 64  # columns whose changes are gathered before they reach the rest
 
 
@@ -73,12 +74,13 @@ class Factors:
             for scales, one in zip((self.outputs_O, self.ranks_R, self.inputs_I), sizes)
         )
         return LowRank(
-            SignWeight.from_signs(self.left_OR, outputs_O, ranks_R), SignWeight.from_signs(self.right_RI, None, inputs_I)
+            SignWeight.from_signs(self.left_OR, outputs_O, ranks_R),
+            SignWeight.from_signs(self.right_RI, None, inputs_I),
         )
 
 
 def rank_within(bits: float, out_features: int, in_features: int) -> int:
-    """The largest rank whose signs, scales and padding take at most `bits` a weight of (O, I). Raises ValueError at 0."""
+    """The largest rank whose signs, scales and padding take at most `bits` a weight (O, I). Raises ValueError at 0."""
     most = int(bits * out_features * in_features)
     sides = out_features + in_features
     rank = (most - 16 * sides) // (sides + 16)
