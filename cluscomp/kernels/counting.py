@@ -121,7 +121,7 @@ def alike(rounds: Sequence[Round], tensor: Tensor, *, made: float = 1.0) -> Iter
 
     `made` is the share of them that is made as a rule, where the loop may end before.
     """
-    if not tensor.is_meta:
+    if not tensor.is_meta or not rounds:
         yield from rounds
         return
     with times(made * len(rounds)):

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from cluscomp.solve.layer import Layer
     from cluscomp.solve.signs import Factors, Inputs
 
-STEPS = (0.75, 1.25)  # of `bits`, at which a menu's errors are measured
-SHORT = 4  # rounds of such a measurement, at most
+STEPS = (0.8, 1.0, 1.25)  # of `bits`, at which a menu's errors are measured
+SHORT = 6  # rounds of such a measurement, at most
 
 
 @settings

@@ -17,7 +17,7 @@ from torch import Tensor
 from cluscomp.forms.low_rank import LowRank
 from cluscomp.forms.signs import SignWeight
 from cluscomp.forms.uniform import MOST
-from cluscomp.kernels.counting import alike, times
+from cluscomp.kernels.counting import alike, error_asked, times
 from cluscomp.solve.along_outputs import output_error
 
 PENALTY = (0.1, 1.0)  # at first and at last, in mean diagonals of what the least squares solve (0.03 or 2 leave more)
@@ -124,7 +124,10 @@ def factored(
 
 
 def relative_error(weight_OI: Float[Tensor, "O I"], moment_II: Float[Tensor, "I I"], factors: Factors) -> float:
-    """tr(E H E^T) over tr(W H W^T), of (O, I) and (I, I)."""
+    """tr(E H E^T) over tr(W H W^T), of (O, I) and (I, I); without numbers 1."""
+    if weight_OI.is_meta:
+        error_asked()
+        return 1.0
     return output_error(factors.dense() - weight_OI, moment_II) / (output_error(weight_OI, moment_II) or 1.0)
 
 

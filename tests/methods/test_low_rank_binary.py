@@ -10,6 +10,8 @@ from layers import correlated, heavy_tailed, made_by, planned, relative_error, s
 from cluscomp.forms.signs import SignWeight
 from cluscomp.forms.stored import build, described
 from cluscomp.methods.low_rank_binary import LowRankBinary
+from cluscomp.plan import dry
+from cluscomp.plan.meta import Place
 from cluscomp.solve import signs
 from cluscomp.solve.along_outputs import damped, output_error
 from cluscomp.solve.layer import Layer
@@ -225,6 +227,16 @@ def test_bits_shared_out_leave_less_relative_error_within_the_limit():
             for name, layer in layers.items()
         )
     assert found["fill"] < 0.98 * found["uniform"]
+
+
+def test_a_block_whose_bits_are_shared_out_is_planned_at_its_limit():
+    places = {name: Place(*layer.weight_OI.shape, layer.input) for name, layer in block().items()}
+    tried = dry.compress(replace(METHOD, bits=1.5, allocation="fill"), places, torch.float32)
+    spent = sum(bits for form in tried.stored.values() for bits in form.ledger().values())
+    assert (
+        not tried.exact
+        and 1.4 < spent / sum(place.out_features * place.in_features for place in places.values()) <= 1.5
+    )
 
 
 def test_a_menu_has_the_limit_first_and_nothing_below_the_floor():
