@@ -15,6 +15,7 @@ from cluscomp.forms.low_rank import LowRank
 from cluscomp.forms.masked import Masked
 from cluscomp.forms.plain import PlainWeight
 from cluscomp.forms.rotated import Rotated
+from cluscomp.forms.signs import SignWeight
 from cluscomp.forms.stored import KINDS, Stored, build, described, total
 from cluscomp.forms.sum import Sum
 from cluscomp.forms.table import TableWeight
@@ -24,7 +25,7 @@ from cluscomp.forms.uniform import UniformWeight
 SHARES = "shares"  # in the entry of a layer in config.json: the layer that stores its trainable tensors
 FORMS: tuple[type[Stored], ...] = (
     CodebookWeight, UniformWeight, TableWeight, EntropyWeight, PlainWeight, TrellisWeight, LatticeWeight,
-    LowRank, Masked, Rotated, Sum,
+    SignWeight, LowRank, Masked, Rotated, Sum,
 )  # fmt: skip
 KINDS.update({form.kind: form for form in FORMS})
 

@@ -20,7 +20,10 @@ from cluscomp.kernels.work import Work
 ATEN = torch.ops.aten
 PRODUCTS = (ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default)
 SORTS = {ATEN.topk.default: 16, ATEN.sort.default: 16, ATEN.sort.stable: 16}  # times the bytes (9 copies were seen)
-CUBIC = {ATEN.linalg_cholesky_ex.default: 1 / 3, ATEN.cholesky_inverse.default: 2 / 3}  # of n^3 products
+CUBIC = {  # of n^3 products, or of the smaller side's and all numbers'; the last three as measured
+    ATEN.linalg_cholesky_ex.default: 1 / 3, ATEN.cholesky_inverse.default: 2 / 3,
+    ATEN._linalg_eigh.default: 5, ATEN.linalg_qr.default: 2.5, ATEN._linalg_svd.default: 15,
+}  # fmt: skip
 Round = TypeVar("Round")
 _active: list["Count"] = []
 
@@ -62,7 +65,8 @@ class Count(TorchDispatchMode):
             work += Work(flops=2.0 * first.numel() * second.shape[-1], traffic=moved)
         elif function in CUBIC:
             twice = inputs[0].itemsize / 4  # 64 bits take twice as long as 32
-            work += Work(flops=2.0 * CUBIC[function] * inputs[0].shape[-1] ** 3 * twice)
+            size = inputs[0].numel() * min(inputs[0].shape[-2:])
+            work += Work(flops=2.0 * CUBIC[function] * size * twice)
         elif function is ATEN.linalg_solve_triangular.default:
             work += Work(flops=float(inputs[0].shape[-1] * inputs[1].numel()))
         elif not function.is_view:
@@ -117,7 +121,7 @@ def alike(rounds: Sequence[Round], tensor: Tensor, *, made: float = 1.0) -> Iter
 
     `made` is the share of them that is made as a rule, where the loop may end before.
     """
-    if not tensor.is_meta:
+    if not tensor.is_meta or not rounds:
         yield from rounds
         return
     with times(made * len(rounds)):

@@ -50,6 +50,11 @@ def low_rank(o, i):
     return {"kind": "low_rank", "left": plain(o, 3), "right": plain(3, i)}
 
 
+def signs(o, i, scaled_outputs=True):
+    sizes = {"scaled_outputs": scaled_outputs, "scaled_inputs": True}
+    return {"kind": "signs", "out_features": o, "in_features": i} | sizes
+
+
 def some_numbers(o, i):
     return torch.randn(i, o, generator=torch.Generator().manual_seed(o * i)).mul(1.5).round().to(torch.int8)
 
@@ -82,8 +87,8 @@ ARGUMENTS = {  # what forms ask for: values for a weight (O, I), to be tried in 
     "scaled_outputs": lambda o, i: [True, False],
     "stream_bytes": lambda o, i: [len(write(some_numbers(o, i))), len(write(some_levels(o, i), dependent=True))],
     "dependent": lambda o, i: [False, True],
-    "left": lambda o, i: [plain(o, 3), uniform(o, 4)],
-    "right": lambda o, i: [plain(3, i), plain(4, i)],
+    "left": lambda o, i: [plain(o, 3), uniform(o, 4), signs(o, 5)],
+    "right": lambda o, i: [plain(3, i), plain(4, i), signs(5, i, scaled_outputs=False)],
     "inner": lambda o, i: [codebook(o, i), uniform(o, i), low_rank(o, i)],
     "inputs": lambda o, i: [True, False, True],
     "outputs": lambda o, i: [True, True, False],
@@ -94,6 +99,8 @@ ARGUMENTS = {  # what forms ask for: values for a weight (O, I), to be tried in 
     "code": lambda o, i: ["3inst", "1mad", "3inst"],
     "trellis.scaled_outputs": lambda o, i: [True],  # one number a matrix lowers no loss of random targets
     "lattice.scaled_outputs": lambda o, i: [True],
+    "signs.scaled_outputs": lambda o, i: [True, True, False],
+    "signs.scaled_inputs": lambda o, i: [True, False, True],
     "parts": lambda o, i: [[uniform(o, i), low_rank(o, i)], [low_rank(o, i)] * 3],
 }
 
