@@ -57,7 +57,7 @@ for line in sys.stdin:
 
 
 class Forks:
-    """`cluscomp ARGUMENTS`, or a script, in processes of their own; without `ours` scripts alone, that import our code."""
+    """`cluscomp ARGUMENTS`, or a script, in processes of their own; without `ours` scripts alone."""
 
     def __init__(self, *, ours: bool = True) -> None:
         self._server = subprocess.Popen(
