@@ -82,7 +82,9 @@ class InputCodebooks(ABC):
         """By shapes alone; see `methods.Offers`."""
         assert self.bits is not None  # who asks for offers has looked
         for name, layer in layers.items():
-            yield solve.allocate.expected_menu([name], [_matrix(layer)], self.shapes, self.bits, self.quality)
+            yield solve.allocate.expected_menu(
+                [name], [_matrix(layer)], self.shapes, self.bits, layer.worth, self.quality
+            )
 
     def shape(self, out_features: int, in_features: int) -> "Shape":
         """Length D and size K of each codebook for a weight (O, I): by hand, or the best within `bits` for all of them.

@@ -109,7 +109,7 @@ class ClusComp:
             if self.measure:
                 yield solve.allocate.measured_menu(group, self._shapes, self.bits, self.floor)
             else:
-                yield solve.allocate.expected_menu(names, group.matrices, self._shapes, self.bits)
+                yield solve.allocate.expected_menu(names, group.matrices, self._shapes, self.bits, group.worth)
 
     def _groups(self, layers: "dict[str, Layer]") -> list[list[str]]:
         """The names of the layers that share a codebook, group after group."""

@@ -66,7 +66,7 @@ class WaterSic:
         for name, opened in self._opened(layers, list(layers)):
             with named([name]):
                 errors = opened.errors(self.bits)
-            yield solve.allocate.rates_menu(name, layers[name].weight_OI.numel(), errors, self.bits, self.floor)
+            yield solve.allocate.rates_menu(name, layers[name], errors, self.bits, self.floor)
 
     def _opened(self, layers: "dict[str, Layer]", names: list[str]) -> "Iterator[tuple[str, WaterFilling]]":
         """One layer after the other, made ready; neighbours that read one input share what is known of it."""

@@ -121,7 +121,6 @@ class Walk:
             for handle in handles:
                 handle.remove()
 
-    @torch.no_grad()
     def logits(self, hidden_BTH: Float[Tensor, "B T H"], ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T vocabulary"]:
         """What the model makes of the last block's output (B, T, H), by its final norm and head: (B, T, vocabulary)."""
 

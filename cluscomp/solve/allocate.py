@@ -9,6 +9,7 @@ from typing import Any
 
 from cluscomp.errors import named
 from cluscomp.solve.groups import Group
+from cluscomp.solve.layer import Layer
 from cluscomp.solve.shapes import Matrices, Shape, around, expected_bits, menu, weights_in
 
 
@@ -91,13 +92,14 @@ Shapes = Callable[[Matrices, float], list[Shape]]
 def measured_menu(group: Group, shapes: Shapes, bits: float, floor: float) -> Menu:
     """Codebooks for a group at and around `bits` a weight, with the damage measured on its weights.
 
-    It is the relative error that K-means leaves, weighted as its points are, times the weights. Where one input is far
-    larger than all others that error tells of its sub-vectors alone and a handful of centroids seems to do; `floor`, a
-    share of `bits`, is the least that is offered. `shapes(matrices, bits)` is as `shapes.reachable` gives them.
+    It is the relative error that K-means leaves, weighted as its points are, times what the layers are worth. Where one
+    input is far larger than all others that error tells of its sub-vectors alone and a handful of centroids seems to
+    do; `floor`, a share of `bits`, is the least that is offered. `shapes(matrices, bits)` is as `shapes.reachable`
+    gives them.
     """
     with named(group.names):
         found = menu(group.points, partial(shapes, group.matrices), bits, group.recipe, group.generator, floor)
-    damage = group.numbers / group.energy
+    damage = group.worth / group.energy
     options = [Option(round(shape.bits * group.numbers), error * damage, by_hand(shape)) for shape, error in found]
     return Menu(list(group.names), group.numbers, options)
 
@@ -107,30 +109,33 @@ def expected_menu(
     matrices: Matrices,
     shapes: Shapes,
     bits: float,
+    worth: float,
     quality: Callable[[Shape], float] = expected_bits,
 ) -> Menu:
     """As `measured_menu`, as if weights were Gaussian and of one variance, so that nothing is measured.
 
-    `quality` of a shape is as `shapes.expected_bits`.
+    `worth` is what an error as large as the outputs counts, `quality` of a shape is as `shapes.expected_bits`.
     """
     weights = weights_in(matrices)
     with named(names):
         found = [max(shapes(matrices, bits), key=quality), *around(partial(shapes, matrices), bits)]
-    options = [Option(round(one.bits * weights), weights * 4 ** -quality(one), by_hand(one)) for one in found]
+    options = [Option(round(one.bits * weights), worth * 4 ** -quality(one), by_hand(one)) for one in found]
     return Menu(list(names), weights, options)
 
 
-def rates_menu(name: str, weights: int, errors: Sequence[tuple[float, float]], bits: float, floor: float) -> Menu:
+def rates_menu(name: str, layer: Layer, errors: Sequence[tuple[float, float]], bits: float, floor: float) -> Menu:
     """What a layer that may have any number of bits is offered: `bits` first, then up to a bit more or less.
 
-    `errors` are bits a weight with the relative error that they leave; between them its logarithm is a straight line,
-    and of a single one nothing but `bits` follows. Nothing below the share `floor` of `bits` is offered.
+    Of a layer with a price, which may be many times another's, up to three more. `errors` are bits a weight with the
+    relative error that they leave; between them its logarithm is a straight line, and of a single one nothing but
+    `bits` follows. Nothing below the share `floor` of `bits` is offered.
     """
     offered = [bits]
     if len(errors) > 1:
-        offered += [bits + n / 16 for n in range(-16, 17) if n and floor * bits <= bits + n / 16 <= 8]
-    points = sorted(errors)
-    options = [Option(int(each * weights), weights * _between(points, each), {"bits": each}) for each in offered]
+        more = 16 if layer.price is None else 48
+        offered += [bits + n / 16 for n in range(-16, more + 1) if n and floor * bits <= bits + n / 16 <= 8]
+    points, weights = sorted(errors), layer.weight_OI.numel()
+    options = [Option(int(each * weights), layer.worth * _between(points, each), {"bits": each}) for each in offered]
     return Menu([name], weights, options)
 
 

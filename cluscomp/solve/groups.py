@@ -40,6 +40,7 @@ class Group:
         self.weights = [layer.weight_OI.float() for layer in layers]
         self.matrices = [(layer.weight_OI.shape[0], layer.weight_OI.shape[1]) for layer in layers]
         self.numbers = sum(weight.numel() for weight in self.weights)
+        self.worth = sum(layer.worth for layer in layers)
         self.generator = generator
         self.scales: list[float | None] = [None]
         if len(layers) > 1:

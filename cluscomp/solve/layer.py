@@ -132,6 +132,12 @@ class Layer:
     seen: Seen | None
     generator: torch.Generator
     seed: int = 0
+    price: float | None = None  # of an error as large as its outputs, if that is known; see stages/prices.py
+
+    @property
+    def worth(self) -> float:
+        """How much the relative error of its outputs counts where bits are shared out: its price, or its weights."""
+        return float(self.weight_OI.numel()) if self.price is None else self.price
 
     def show(self) -> Seen:
         """What was asked for of the inputs; whoever asks for something gets it."""

@@ -30,6 +30,9 @@ class Cluster(FromText):
     With `drift` above 0 and a compressed prefix, each layer's weight is first brought this share of the way to the one
     that makes of its inputs, as they are by then, what the original's weight makes of the original's; `drift_damping`,
     in mean squares of an input, holds it back (solve/drift.py). It costs no bits.
+
+    `price` is what counts where a method shares bits out among layers: "error", relative errors as the method weighs
+    them, or "loss", these times what they cost the model's predictions on the same windows (stages/prices.py).
     """
 
     takes: ClassVar[Literal["original"]] = "original"
@@ -41,6 +44,7 @@ class Cluster(FromText):
     prefix: Literal["original", "compressed"]
     drift: float = Field(ge=0, le=1)
     drift_damping: float = Field(gt=0)
+    price: Literal["error", "loss"]
 
     @model_validator(mode="after")
     def _check_drift(self) -> Self:
@@ -51,7 +55,7 @@ class Cluster(FromText):
     @property
     def calibrated(self) -> bool:
         """Whether the stage looks at calibration text."""
-        return bool(self.method.sees()) or self.drift > 0
+        return bool(self.method.sees()) or self.drift > 0 or self.price == "loss"
 
     @property
     def sees(self) -> frozenset[str]:
@@ -70,6 +74,7 @@ class Cluster(FromText):
     def without_effect(self) -> set[str]:
         """The settings of calibration, if the method looks at no text."""
         idle = set() if self.drift else {"drift", "drift_damping"}
+        idle |= {"price"} if self.price == "error" else set()
         return idle if self.calibrated else {"data", "samples", "length", "batch_size", "prefix"} | idle
 
     def check(self, original: "Original") -> None:

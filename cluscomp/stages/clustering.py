@@ -32,6 +32,7 @@ from cluscomp.solve.distribution import of_codes, of_entries
 from cluscomp.solve.drift import corrected
 from cluscomp.solve.layer import Layer, Seen
 from cluscomp.stages import Job
+from cluscomp.stages import prices as price
 from cluscomp.stages.blockwise import Blockwise, relative_error
 from cluscomp.stages.cluster import Cluster
 from cluscomp.stages.menus import Menus, Shares
@@ -47,6 +48,11 @@ def check_method(stage: Cluster, original: Original) -> None:
     if stage.over_the_model and (not isinstance(stage.method, Offers) or stage.method.bits is None):
         raise InputError(
             "allocation.scope=model needs a method whose bits can be shared out (cluscomp, gptvq, aqlm) and bits="
+        )
+    if stage.price == "loss" and (not isinstance(stage.method, Offers) or stage.method.bits is None):
+        raise InputError(
+            "cluster.price=loss needs a method that shares bits out among layers (cluscomp, cluscomp_paths, gptvq) and "
+            "bits="
         )
     _check_grids(block_names(outline.model), tried, quantised_types(original.folder))
 
@@ -106,10 +112,18 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
             walks, looks = walks + len(inputs), looks + (len(inputs) - 1) / 2
         work += once.work * passes * (outline.blocks - 1) * walks
         work += counted * passes * outline.blocks * looks
+    pricing: dict[str, float] = {}
+    if stage.price == "loss":
+        inside, logits = outline.training(stage.batch_size, stage.length), outline.logits(1, stage.length)
+        passes = stage.samples / stage.batch_size
+        once = outline.forward(stage.batch_size, stage.length)
+        work += (once.work + inside.work) * (passes * outline.blocks) + logits.work * (3 * stage.samples)
+        inputs_of_all = (outline.blocks + 1) * outline.stream(stage.samples, stage.length)
+        pricing = {"inputs of all blocks": inputs_of_all, "inside one block": max(inside.peak, 3 * logits.peak)}
     compared = max(24.0 * o * i for o, i in outline.dense.values())  # error and size of a layer in `compress_block`
     for block, found in zip(blocks(outline.model), tried):
         work += found.work
-        outline.exact &= found.exact and not stage.over_the_model
+        outline.exact &= found.exact and not stage.over_the_model and stage.price == "error"
         for layer, stored in found.forms().items():
             put_in(block, layer, stored)
     here = outline.device == "cpu"
@@ -117,6 +131,7 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
     always = {"embedding, head": outline.outside} | (finished if here else {})
     working = {"a dense block": outline.dense_block, "streams": streams, "second moments": moments}
     device = worst(
+        always | {"a dense block": outline.dense_block} | pricing,
         always | working | {"activations": observing},
         always | working | {"clustering one matrix": max(compared, *(found.peak for found in tried))},
         always | {"writing the checkpoint": outline.writing},
@@ -146,7 +161,8 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
     chosen: dict[str, dict[str, Any]] = {}  # by the layers of a block that go together
     distributed: dict[str, dict[str, float]] = {}  # by layer
     all_places = _outline(job.original).places()
-    shares = _shared_out(stage, model, job, all_places) if stage.over_the_model else None
+    prices = _priced(stage, model, job) if stage.price == "loss" else {}
+    shares = _shared_out(stage, model, job, all_places, prices) if stage.over_the_model else None
     work, walk, names = Blockwise("cluster", job.folder, model), Walk(model, job.original), block_names(model)
     last = work.last
     stream = _embedded(stage, walk, job) if stage.calibrated and last >= 0 else []
@@ -167,7 +183,9 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
             share = None if shares is None else shares.blocks[index]
             again = partial(look, count=True)
             following = Following(stage.drift, stage.drift_damping, again) if stage.drift else None
-            found = compress_block(stage.method, block, name, job.seed, statistics, all_places[index], share, following)
+            found = compress_block(
+                stage.method, block, name, job.seed, statistics, all_places[index], share, following, prices
+            )
             originals.clear()  # of the next block there will be as many
             error = relative_error(found["squares"])
             work.finish(index, found, f"relative error {error:.4f}", relative_error=error)
@@ -189,7 +207,15 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
     return numbers | ({"calibration": stage.data.text("calibration").describe()} if stage.calibrated else {})
 
 
-def _shared_out(stage: Cluster, model: PreTrainedModel, job: Job, places: list[dict[str, Place]]) -> Shares:
+def _priced(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, float]:
+    """What errors of the layers cost, by their names."""
+    windows = torch.from_numpy(stage.windows(job.original.tokenizer, job.seed)).to(job.original.device)
+    return price.prices(Walk(model, job.original), [*windows.split(stage.batch_size)], job.folder)
+
+
+def _shared_out(
+    stage: Cluster, model: PreTrainedModel, job: Job, places: list[dict[str, Place]], prices: dict[str, float]
+) -> Shares:
     """Go through the original and ask what the layers of each block may have; what is known survives a kill."""
     method = stage.method
     assert isinstance(method, Offers) and method.bits is not None  # check_method
@@ -202,7 +228,7 @@ def _shared_out(stage: Cluster, model: PreTrainedModel, job: Job, places: list[d
             if stage.calibrated:
                 stream, statistics = observe(method.sees(), walk, index, stream, count=not menus.has(index))
             if not menus.has(index):
-                layers = _layers(block, names[index], job.seed, statistics, places[index])
+                layers = _layers(block, names[index], job.seed, statistics, places[index], prices=prices)
                 try:
                     menus.ask(index, method, layers)
                 except ValueError as error:
@@ -225,15 +251,17 @@ def compress_block(
     places: dict[str, Place] | None = None,
     share: list[tuple[list[str], Option]] | None = None,
     following: Following | None = None,
+    prices: dict[str, float] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Replace every linear layer of a block; without `places` each has an input of its own.
 
     `share` says what was chosen for its layers where bits are shared out over the model. With `following`, weights are
     corrected for the drift of their inputs, which is looked at again when all layers of an input are compressed.
+    `prices`: of errors of layers, by their names in the model.
     Returns `squares`, by layer the squared error and squared size of its weight, `distributed`, by layer how its
     entries and codes are, and `chosen`, by the names of layers that go together what the method chose for them.
     """
-    layers = _layers(block, name, seed, statistics, places, following)
+    layers = _layers(block, name, seed, statistics, places, following, prices)
     squares, distributed, chosen = {}, {}, {}
     try:
         for compressed in _compressed(method, layers, share):
@@ -251,7 +279,7 @@ def compress_block(
                 chosen[", ".join(compressed.stored)] = compressed.chosen
             give_memory_back()
             if following is not None and layers and not read & {layer.input for layer in layers.values()}:
-                layers |= _layers(block, name, seed, following.again()[1], places, following)
+                layers |= _layers(block, name, seed, following.again()[1], places, following, prices)
     except ValueError as error:
         raise InputError(f"{name}.{error}") from error
     return {"squares": squares, "distributed": distributed, "chosen": chosen}
@@ -264,6 +292,7 @@ def _layers(
     statistics: dict[str, Seen],
     places: dict[str, Place] | None,
     following: Following | None = None,
+    prices: dict[str, float] | None = None,
 ) -> dict[str, Layer]:
     """The linear layers of a block as methods see them."""
     layers = {}
@@ -278,7 +307,7 @@ def _layers(
             if id(seen) not in corrections:
                 corrections[id(seen)] = seen.drift.correction(seen.matrix_II, following.damping)
             weight_OI = corrected(weight_OI, corrections[id(seen)], following.strength)
-        layers[layer] = Layer(weight_OI, input_, seen, generator, seed)
+        layers[layer] = Layer(weight_OI, input_, seen, generator, seed, (prices or {}).get(f"{name}.{layer}"))
     return layers
 
 

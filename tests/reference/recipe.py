@@ -15,4 +15,5 @@ IDLE = {
     "prefix": "original",
     "drift": 0.0,
     "drift_damping": 0.1,
+    "price": "error",
 }

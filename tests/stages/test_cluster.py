@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from layers import made_by
 from pydantic import ValidationError
 from reference.recipe import IDLE, STORED
@@ -15,7 +16,7 @@ from cluscomp.errors import InputError
 from cluscomp.forms.linear import compressed
 from cluscomp.methods.cluscomp import ClusComp
 from cluscomp.methods.rtn import RoundToNearest
-from cluscomp.models.original import Original, blocks, linears
+from cluscomp.models.original import Original, block_names, blocks, linears
 from cluscomp.models.walk import Walk
 from cluscomp.plan import dry
 from cluscomp.plan.meta import MetaModel
@@ -26,6 +27,8 @@ from cluscomp.stages.allocation import Allocation
 from cluscomp.stages.cluster import Cluster
 from cluscomp.stages.clustering import chosen_table, compress_block, layer_seed
 from cluscomp.stages.observing import Following, observe, through
+from cluscomp.stages.prices import prices
+from cluscomp.store.records import write_sealed
 
 CPU = torch.device("cpu")
 CALIBRATION = {"samples": 5, "length": 12, "batch_size": 2}
@@ -38,9 +41,15 @@ def method(**changed) -> ClusComp:
 
 
 def stage(
-    text: FileText, prefix: str = "original", scope: str = "block", drift: float = 0.0, damping: float = 0.1, **changed
+    text: FileText,
+    prefix: str = "original",
+    scope: str = "block",
+    drift: float = 0.0,
+    damping: float = 0.1,
+    price: str = "error",
+    **changed,
 ) -> Cluster:
-    settings = {"prefix": prefix, "drift": drift, "drift_damping": damping} | CALIBRATION
+    settings = {"prefix": prefix, "drift": drift, "drift_damping": damping, "price": price} | CALIBRATION
     return Cluster(method=method(**changed), allocation=Allocation(scope=scope), data=text, **settings)
 
 
@@ -217,9 +226,10 @@ def test_without_a_statistic_no_text_is_read_or_counted(tiny_folder, tmp_path):
         "prefix",
         "drift",
         "drift_damping",
+        "price",
     }
-    assert stage(nowhere).without_effect() == {"drift", "drift_damping"}
-    assert stage(nowhere, "compressed", drift=0.1).without_effect() == set()
+    assert stage(nowhere).without_effect() == {"drift", "drift_damping", "price"}
+    assert stage(nowhere, "compressed", drift=0.1).without_effect() == {"price"}
 
 
 @pytest.mark.parametrize("storage", ["float8", "int8"])
@@ -329,9 +339,60 @@ def test_bits_shared_out_over_the_model_are_no_more_and_do_less_damage(tiny_fold
     assert bits["model"] <= 3.0 and damages["model"] < damages["block"]
 
 
-def test_a_killed_run_that_shares_bits_out_over_the_model_goes_on_with_the_same_bits(tiny_folder, text, tmp_path):
+def test_prices_are_those_of_plain_transformers_and_autograd(family, text, tmp_path):
+    """Mean over tokens but the first of |g|^2 |z|^2 / O, for outputs z and their gradient g of the summed loss."""
+    original = Original(family, torch.float32, CPU)
+    ids_WT = windows(text, original)
+    found = prices(Walk(original.model(), original), [*ids_WT.split(2)], tmp_path)
+    model, outputs = original.load_all(), {}
+    for name, block in zip(block_names(model), blocks(model)):
+        for layer, linear in linears(block).items():
+            linear.register_forward_hook(lambda _module, _args, out, key=f"{name}.{layer}": outputs.update({key: out}))
+    model.requires_grad_(True)
+    expected = dict.fromkeys(found, 0.0)
+    for window_T in ids_WT:
+        logits_TV = model(window_T[None], use_cache=False).logits[0]
+        loss = F.cross_entropy(logits_TV[:-1], window_T[1:], reduction="sum")
+        for name, gradient in zip(outputs, torch.autograd.grad(loss, [*outputs.values()])):
+            both_T = gradient.square().mean(-1) * outputs[name].square().sum(-1)
+            expected[name] += float(both_T.detach().flatten()[1:].sum()) / ids_WT.numel()
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert prices(Walk(original.model()), [], tmp_path) == found  # as it was left
+
+
+def test_bits_go_where_errors_cost_the_loss_most(tiny_folder, text, tmp_path):
+    """A price of a thousandth for the layers of the last block: they get fewer bits than before, others more."""
     original = Original(tiny_folder, torch.float32, CPU)
-    sharing = stage(text, scope="model", bits=3.0, vector_dim=None, codebook_size=None, allocation="fill")
+    target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "allocation": "fill"}
+    spent = {}
+    for way in ("error", "loss"):
+        folder = tmp_path / way
+        if way == "loss":
+            found = prices(Walk(original.model(), original), [*windows(text, original).split(2)], tmp_path)
+            last = f"{block_names(original.model())[-1]}."
+            lowered = {name: price / (1000 if name.startswith(last) else 1) for name, price in found.items()}
+            write_sealed(folder / "prices.json", {"prices": lowered})
+        model, numbers = run(stage(text, scope="model", price=way, **target), original, folder)
+        assert numbers["shared_out"]["left"] >= 0
+        bits = [
+            sum(sum(layer.stored.ledger().values()) for layer in compressed(block).values()) for block in blocks(model)
+        ]
+        spent[way] = bits[-1] / sum(bits)
+    assert spent["loss"] < 0.95 * spent["error"]
+
+
+def test_a_price_needs_a_method_that_shares_bits_out(text, tiny_folder):
+    with pytest.raises(InputError, match=r"cluster\.price=loss needs .* bits="):
+        stage(text, price="loss").check(Original(tiny_folder, torch.float32, CPU))  # shapes by hand
+
+
+@pytest.mark.parametrize("price", ["error", "loss"])
+def test_a_killed_run_that_shares_bits_out_over_the_model_goes_on_with_the_same_bits(
+    tiny_folder, text, tmp_path, price
+):
+    original = Original(tiny_folder, torch.float32, CPU)
+    target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "allocation": "fill"}
+    sharing = stage(text, scope="model", price=price, **target)
     whole, found = run(sharing, original, tmp_path / "whole")
     folder = tmp_path / "killed"
     shutil.copytree(tmp_path / "whole", folder)
