@@ -60,8 +60,9 @@ def measure(method: str) -> dict[str, Any]:
         with torch.no_grad():
             stream = [walk.embed(ids_BT) for ids_BT in windows.split(cluster.batch_size)]
             for index in range(BLOCK + 1):
-                with original.block(model, index):
-                    stream, statistics = observe(cluster.sees, walk, index, stream, count=index == BLOCK)
+                with original.block(model, index) as block:
+                    asked = [*linears(block)] if index == BLOCK else []
+                    stream, statistics = observe(cluster.sees, walk, index, stream, layers=asked)
     original.load_block(model, BLOCK)
     block = walk.blocks[BLOCK]
     of_block = MetaModel(original.config, torch.float32, "cpu").places()[BLOCK]

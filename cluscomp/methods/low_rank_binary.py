@@ -79,7 +79,7 @@ class LowRankBinary:
                     bits = min(step * self.bits, 8.0)
                     found = replace(self, bits=bits)._factored(layers[name], inputs, min(self.rounds, SHORT), 0)
                     errors.append((bits, solve.signs.relative_error(weight_OI, inputs.moment_II, found)))
-            yield solve.allocate.rates_menu(name, weight_OI.numel(), errors, self.bits, self.floor)
+            yield solve.allocate.rates_menu(name, layers[name], errors, self.bits, self.floor)
 
     def _factored(self, layer: "Layer", inputs: "Inputs", rounds: int, descents: int) -> "Factors":
         outputs, columns = layer.weight_OI.shape

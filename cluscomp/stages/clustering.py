@@ -106,10 +106,10 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
         passes = stage.samples / stage.batch_size
         walks = 1 + (stage.prefix == "compressed") + stage.over_the_model
         looks = 1.0 + stage.over_the_model
-        if stage.drift:  # the original beside, and a look for each input of the block
+        if stage.drift:  # the original beside, and a look at each input of the block
             # what was kept of the block before is not free at once (seen with 32 windows)
             streams = 2 * streams + 2 * captured * passes
-            walks, looks = walks + len(inputs), looks + (len(inputs) - 1) / 2
+            walks, looks = walks + len(inputs), looks + 1 - 1 / len(inputs)
         work += once.work * passes * (outline.blocks - 1) * walks
         work += counted * passes * outline.blocks * looks
     pricing: dict[str, float] = {}
@@ -176,13 +176,12 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
             undrifted, originals = through(walk, index, undrifted, keep=not finished)
         look = partial(observe, stage.sees, walk, index, entering, originals=originals)
         if index <= last and (not finished or stage.prefix == "original"):
-            stream, statistics = look(count=not finished)
+            stream, statistics = look(layers=[] if finished else [*linears(block)])
         if finished:
             found = work.put_back(index)
         else:
             share = None if shares is None else shares.blocks[index]
-            again = partial(look, count=True)
-            following = Following(stage.drift, stage.drift_damping, again) if stage.drift else None
+            following = Following(stage.drift, stage.drift_damping, look) if stage.drift else None
             found = compress_block(
                 stage.method, block, name, job.seed, statistics, all_places[index], share, following, prices
             )
@@ -190,7 +189,7 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
             error = relative_error(found["squares"])
             work.finish(index, found, f"relative error {error:.4f}", relative_error=error)
         if index < last and stage.prefix == "compressed":
-            stream, _ = look(count=False)
+            stream, _ = look(layers=[])
         block.to("cpu")  # what is finished leaves the GPU
         squares |= {f"{name}.{layer}": numbers for layer, numbers in found["squares"].items()}
         chosen |= {f"{name}.{layers}": values for layers, values in found["chosen"].items()}
@@ -226,7 +225,8 @@ def _shared_out(
         with job.original.block(model, index) as block:
             statistics: dict[str, Seen] = {}
             if stage.calibrated:
-                stream, statistics = observe(method.sees(), walk, index, stream, count=not menus.has(index))
+                asked = [] if menus.has(index) else [*linears(block)]
+                stream, statistics = observe(method.sees(), walk, index, stream, layers=asked)
             if not menus.has(index):
                 layers = _layers(block, names[index], job.seed, statistics, places[index], prices=prices)
                 try:
@@ -256,7 +256,7 @@ def compress_block(
     """Replace every linear layer of a block; without `places` each has an input of its own.
 
     `share` says what was chosen for its layers where bits are shared out over the model. With `following`, weights are
-    corrected for the drift of their inputs, which is looked at again when all layers of an input are compressed.
+    corrected for the drift of their inputs: when all layers of an input are compressed, the next is looked at again.
     `prices`: of errors of layers, by their names in the model.
     Returns `squares`, by layer the squared error and squared size of its weight, `distributed`, by layer how its
     entries and codes are, and `chosen`, by the names of layers that go together what the method chose for them.
@@ -279,7 +279,10 @@ def compress_block(
                 chosen[", ".join(compressed.stored)] = compressed.chosen
             give_memory_back()
             if following is not None and layers and not read & {layer.input for layer in layers.values()}:
-                layers |= _layers(block, name, seed, following.again()[1], places, following, prices)
+                first = next(iter(layers.values())).input
+                after = [layer for layer, one in layers.items() if one.input == first]
+                again = _layers(block, name, seed, following.again(layers=after)[1], places, following, prices)
+                layers |= {layer: again[layer] for layer in after}
     except ValueError as error:
         raise InputError(f"{name}.{error}") from error
     return {"squares": squares, "distributed": distributed, "chosen": chosen}

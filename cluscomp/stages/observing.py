@@ -16,7 +16,7 @@ class Following:
 
     strength: float
     damping: float
-    again: Callable[[], tuple[list[Tensor], dict[str, Seen]]]  # `observe`, behind what is compressed by now
+    again: Callable[..., tuple[list[Tensor], dict[str, Seen]]]  # `observe`, of the layers that come next
 
 
 def through(
@@ -35,22 +35,22 @@ def observe(
     index: int,
     entering: list[Tensor],
     *,
-    count: bool,
+    layers: list[str],
     originals: list[dict[str, Tensor]] | None = None,
 ) -> tuple[list[Tensor], dict[str, Seen]]:
-    """What a block makes of its inputs (batches of (B, T, H)), and with `count` each dense layer's statistics.
+    """What a block makes of its inputs (batches of (B, T, H)), and the named layers' statistics.
 
     Layers with one input share their statistics. `originals`: what enters the layers in the original, by batch.
     """
     block, stream = walk.blocks[index], []
     shared: dict[tuple[str, ...], Seen] = {}
     for number, hidden_BTH in enumerate(entering):
-        output_BTH, inputs = walk.observe(index, block, hidden_BTH, list(linears(block)) if count else [])
+        output_BTH, inputs = walk.observe(index, block, hidden_BTH, layers)
         stream.append(output_BTH)
         groups: dict[int, list[str]] = {}
         for layer, x in inputs.items():
             groups.setdefault(id(x), []).append(layer)
-        for layers in groups.values():
-            statistic = shared.setdefault(tuple(layers), Seen(sees))
-            statistic.add(inputs[layers[0]], originals[number][layers[0]] if originals else None)
-    return stream, {layer: statistic for layers, statistic in shared.items() for layer in layers}
+        for names in groups.values():
+            statistic = shared.setdefault(tuple(names), Seen(sees))
+            statistic.add(inputs[names[0]], originals[number][names[0]] if originals else None)
+    return stream, {name: statistic for names, statistic in shared.items() for name in names}

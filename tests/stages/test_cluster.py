@@ -101,7 +101,7 @@ def test_each_layer_is_shown_the_second_moment_of_its_inputs(family, text):
     walk = Walk(original.load_all())
     stream, seen = [walk.embed(part) for part in ids_WT.split(2)], {}
     for index in range(len(walk)):
-        stream, statistics = observe(cluster.sees, walk, index, stream, count=True)
+        stream, statistics = observe(cluster.sees, walk, index, stream, layers=[*linears(walk.blocks[index])])
         seen |= {f"{index}.{name}": statistic for name, statistic in statistics.items()}
     assert seen.keys() == expected.keys()
     for name, statistic in seen.items():
@@ -186,16 +186,16 @@ def test_inputs_are_looked_at_again_behind_each_part_of_a_block(tiny_folder, tex
     _, originals = through(walk, 0, stream)
     seen = []
 
-    def again():
-        found = observe(frozenset({"moment"}), walk, 0, stream, count=True, originals=originals)
+    def again(layers):
+        found = observe(frozenset({"moment"}), walk, 0, stream, layers=layers, originals=originals)
         seen.append(found[1])
         return found
 
-    _, first = observe(frozenset({"moment"}), walk, 0, stream, count=True, originals=originals)
+    _, first = observe(frozenset({"moment"}), walk, 0, stream, layers=[*linears(block)], originals=originals)
     places = MetaModel(original.config, torch.float32, "cpu").places()[0]
     dense = linears(block).keys()
     compress_block(chosen, block, "block", 0, first, places, None, Following(0.5, 0.1, again))
-    assert [len(one) for one in seen] == [4, 3, 1]  # after q, k and v; after o; after gate and up
+    assert [len(one) for one in seen] == [1, 2, 1]  # o after q, k and v; gate and up; down
     assert all(float(one.drift.correction(one.matrix_II, 0.1).norm()) == 0 for one in first.values())
     last = seen[-1]["mlp.down_proj"]
     assert float(last.drift.correction(last.matrix_II, 0.1).norm()) > 0 and dense == compressed(block).keys()
@@ -281,7 +281,7 @@ def test_a_block_whose_layers_share_nothing_is_compressed_layer_by_layer(tiny_fo
     model, _ = run(stage(text), original, tmp_path)
     walk = Walk(original.load_all())
     stream = [walk.embed(part) for part in windows(text, original).split(2)]
-    _, statistics = observe(stage(text).sees, walk, 0, stream, count=True)
+    _, statistics = observe(stage(text).sees, walk, 0, stream, layers=[*linears(walk.blocks[0])])
     for name, layer in compressed(blocks(model)[0]).items():
         generator = torch.Generator().manual_seed(layer_seed(0, f"model.layers.0.{name}"))
         weight_OI = walk.blocks[0].get_submodule(name).weight.detach()
@@ -295,7 +295,7 @@ def test_a_codebook_of_a_block_serves_layers_of_any_size(tiny_folder, text, tmp_
     walk = Walk(original.load_all())
     stream = [walk.embed(part) for part in windows(text, original).split(2)]
     cluster = stage(text, share="block")
-    _, statistics = observe(cluster.sees, walk, 1, stream, count=True)
+    _, statistics = observe(cluster.sees, walk, 1, stream, layers=[*linears(walk.blocks[1])])
     errors = {}
     for factor in (1.0, 1000.0):
         block = blocks(original.load_all())[1]
