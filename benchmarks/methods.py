@@ -3,9 +3,10 @@
     python benchmarks/methods.py [--methods NAME ...] [--rounds 3] [--output FILE]
 
 Each method works in a process of its own, on one thread; the statistics of the layers' inputs (8 windows of 512 tokens
-of Python's manual) are made before and not in the time. Peak memory is the operating system's count for the process,
-libraries included. HQQ is also run at 3 bits in groups of 64 beside its authors' package, where that is installed, in
-turn: the goal is at most 1.1 of its time.
+of Python's manual) are made before and not in the time, which is also told as a multiple of cluscomp's in the same run.
+Peak memory is the operating system's count for the process, libraries included. `method=autoround` and `omniquant`
+compress as rtn does and learn afterwards, which is no part of this. HQQ is also run at 3 bits in groups of 64 beside
+its authors' package, where that is installed, in turn: the goal is at most 1.1 of its time.
 """
 
 import argparse
@@ -71,10 +72,12 @@ def measure(method: str) -> dict[str, Any]:
     )
     layers = [module.stored for module in block.modules() if hasattr(module, "stored")]
     weights = sum(layer.out_features * layer.in_features for layer in layers)
+    stored_bits = sum(sum(layer.ledger().values()) for layer in layers)
     error, size = (sum(values) for values in zip(*found["squares"].values()))
     return times | {
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "bits": sum(sum(layer.ledger().values()) for layer in layers) / weights,
+        "bits": stored_bits / weights,
+        "bits_in_memory": (stored_bits + 8 * sum(layer.decoded_bytes() for layer in layers)) / weights,
         "relative_error": error / size,
     }
 
@@ -129,6 +132,8 @@ def main() -> None:
             Goal(f"{method}: peak memory", None, row["peak_gib"], "GiB"),
             Goal(f"{method}: stored bits at most", BITS, row["bits"], "", True),
         ]
+        if "cluscomp" in rows:
+            goals.append(Goal(f"{method}: CPU time beside cluscomp", None, row["cpu_ms"] / rows["cluscomp"]["cpu_ms"]))
     if installed("hqq") is not None:
         rows |= beside_hqq(options.rounds)
         ratio = rows["hqq, ours"]["cpu_ms"] / rows["hqq package"]["cpu_ms"]

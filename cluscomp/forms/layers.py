@@ -119,12 +119,14 @@ class Size:
 
     `paper_bits_per_weight` and `linear_bits_per_weight` cover the compressed matrices alone, what papers quote: the
     one as the paper counts (Equation 3, 16 bits a code), the other as stored (packed codes, padding).
+    `linear_bits_in_memory` adds to what is stored what stays decoded beside it once the matrices were used.
     `model_bits_per_weight` covers every parameter of the model (of adapters the bits, not the number). `ledger` holds
     bits by part: `kept` is what is not compressed, `adapters` what LoRA adds; together the tensors of the file.
     """
 
     paper_bits_per_weight: float
     linear_bits_per_weight: float
+    linear_bits_in_memory: float
     model_bits_per_weight: float
     ledger: dict[str, int]
 
@@ -152,8 +154,9 @@ def size_of(model: nn.Module, kept_bits: int | None = None) -> Size:
         ledger["adapters"] = sum(map(bits_of, added))
     per_weight = sum(ledger.values()) / (weights + sum(tensor.numel() for tensor in kept))
     if not layers:
-        return Size(per_weight, per_weight, per_weight, ledger)
-    return Size(paper_bits / weights, linear_bits / weights, per_weight, ledger)
+        return Size(per_weight, per_weight, per_weight, per_weight, ledger)
+    in_memory = linear_bits + 8 * sum(layer.stored.decoded_bytes() for layer in layers.values())
+    return Size(paper_bits / weights, linear_bits / weights, in_memory / weights, per_weight, ledger)
 
 
 def check_file(size: Size, tensor_bytes: int) -> None:

@@ -5,42 +5,48 @@ from typing import Any
 
 import pandas as pd
 
+from cluscomp.report.learned import CALIBRATION, TRAINING, check_texts, in_domain, learned_from, tokens, where_told
 from cluscomp.report.names import method_name, stages_until
 from cluscomp.report.published import CONTEXTS, Published
 from cluscomp.report.tables import (
+    IN_DOMAIN,
+    IN_MEMORY,
+    STORED,
     by_model,
     check_protocols,
     cost_until,
     limit,
     marked,
+    memory_bits,
     model_name,
     settings_that_differ,
     sizes,
+    where_it_differs,
 )
 from cluscomp.store.records import EXTERNAL, ORIGINAL, Record, Score
 
 NEAR = 0.06  # bits per weight within which two sizes are called the same
 TOLERANCE = 0.02  # of the published number, within which ours is called the same
 FIVE = "zeroshot5"
-SHAPE = ["model", "limit", "method", "stored bits", "MB"]
+SHAPE = ["model", "limit", "method", CALIBRATION, TRAINING, STORED, IN_MEMORY, "MB"]
 COST = ["minutes", "peak RAM, GiB"]
 
 
 def perplexity_table(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
     """One row for each model, limit of bits, method and seed, a column for each data set; NaN: not measured.
 
-    `learned from` names the data sets that a stage of the run has seen (in-domain), as far as the record tells, and
-    what another library's model was calibrated on, which may be unknown. Raises
-    InputError if scores of one model and data set were measured under different protocols.
+    A data set is marked where a row's model learned from its domain. `learned from` names the texts, of another
+    library's model the domain, which may be unknown; beside it the tokens of calibration and training. Raises
+    InputError if scores of one model and data set were measured under different protocols, and for models that learned
+    from unlike texts.
     """
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    for record, score in _of_metric(records, metric):
+    scored = _of_metric(records, metric)
+    known = {score.dataset for record, score in scored if in_domain(record, score)}
+    for record, score in scored:
         row = _row(rows, records, record, score.after)
-        row[marked(score.dataset, score.protocol.get("partial", False), in_domain=False, overlap=0)] = score.value
-        if score.after == EXTERNAL:
-            row["learned from"] = record.stages[EXTERNAL]["found"].get("calibration") or "unknown"
-        elif any(one["in_domain"] for one in score.seen.values()):
-            row["learned from"] = ", ".join(sorted({*row["learned from"].split(", "), score.dataset} - {""}))
+        partial = score.protocol.get("partial", False)
+        row[marked(score.dataset, partial, in_domain=score.dataset in known, overlap=0)] = score.value
     return _sorted(rows)
 
 
@@ -56,21 +62,22 @@ def overview_table(records: list[Record], metric: str = "perplexity") -> pd.Data
     wide = table.melt([name for name in table.columns if name not in score_columns(table)], var_name="data")
     wide = wide[wide["value"].notna()]
     originals = wide[wide["method"] == ORIGINAL].set_index(["model", "data"])["value"].to_dict()
+    alike = [name for name in ("model", "method", CALIBRATION, TRAINING) if name in table.columns]
     wide = (
         wide[wide["method"] != ORIGINAL]
-        .groupby(["model", "method", "data", "limit"], sort=False)["value"]
+        .groupby([*alike, "data", "limit"], sort=False, dropna=False)["value"]
         .mean()
         .reset_index()
     )
     if wide["method"].nunique() < 3 or wide["limit"].nunique() < 2:
         return pd.DataFrame()
     kinds = sorted(dict.fromkeys(zip(wide["data"], wide["limit"])), key=lambda one: one[0])
-    most = max(kinds, key=lambda one: int(((wide["data"] == one[0]) & (wide["limit"] == one[1])).sum()))
+    ranked = [one for one in kinds if one[0] in ranked_columns(table)]
+    most = max(ranked, key=lambda one: int(((wide["data"] == one[0]) & (wide["limit"] == one[1])).sum()))
     rows = []
-    for (model, method), group in wide.groupby(["model", "method"], sort=False):
+    for key, group in wide.groupby(alike, sort=False, dropna=False):
         values = dict(zip(zip(group["data"], group["limit"]), group["value"]))
-        at = {_named(*kind): values.get(kind, math.nan) for kind in kinds}
-        rows.append({"model": model, "method": method} | at)
+        rows.append(dict(zip(alike, key)) | {_named(*kind): values.get(kind, math.nan) for kind in kinds})
     found = pd.DataFrame(rows).sort_values(["model", _named(*most)], ignore_index=True)
     first = [
         {"model": model, "method": ORIGINAL}
@@ -78,6 +85,7 @@ def overview_table(records: list[Record], metric: str = "perplexity") -> pd.Data
         for model in found["model"].unique()
     ]
     found = pd.concat([pd.DataFrame(first), found]).sort_values("model", kind="stable", ignore_index=True)
+    found = found[[*alike, *(_named(*kind) for kind in kinds)]]
     return found if found["model"].nunique() > 1 else found.drop(columns="model")
 
 
@@ -156,7 +164,8 @@ def finetuning_table(records: list[Record]) -> pd.DataFrame:
         row: dict[str, Any] = {
             "model": model_name(record, records),
             "method": method_name(record, before),
-            "stored bits": round(sizes(record, before)["linear_bits_per_weight"], 3),
+            STORED: round(sizes(record, before)["linear_bits_per_weight"], 3),
+            IN_MEMORY: round(memory_bits(record, before), 3),
             "learns": record.config["stages"]["finetune"]["trainable"],
             "numbers trained": found["trained_parameters"],
             "MB to deploy": round(found["deployed_bytes"] / 1e6, 1) if "deployed_bytes" in found else math.nan,
@@ -174,13 +183,18 @@ def finetuning_table(records: list[Record]) -> pd.DataFrame:
         names = dict.fromkeys(name for name, _ in scored)
         row |= {f"{name}, {when}": scored.get((name, when), math.nan) for name in names for when in ("before", "after")}
         rows.append(row)
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table if table.empty else where_it_differs(table, table[STORED], table[IN_MEMORY])
 
 
 def _of_metric(records: list[Record], metric: str) -> list[tuple[Record, Score]]:
-    """All scores of a metric. Raises InputError for one data set under two protocols for one model."""
+    """All scores of a metric.
+
+    Raises InputError for one data set under two protocols for one model, and for models that learned from unlike texts.
+    """
     for same in by_model(records).values():
         check_protocols(same, metric)
+    check_texts(records)
     return [(record, score) for record in records for score in record.scores if score.metric == metric]
 
 
@@ -200,8 +214,10 @@ def _row(
             "method": method_name(record, after),
             "seed": "" if original else str(record.config["seed"]),
             "settings": "" if original else _settings(records, record, after),
-            "learned from": "",
-            "stored bits": round(size["linear_bits_per_weight"], 3),
+            "learned from": learned_from(record, after) or ("unknown" if after == EXTERNAL else ""),
+            **(dict.fromkeys((CALIBRATION, TRAINING), math.nan) if original else tokens(record, after)),
+            STORED: round(size["linear_bits_per_weight"], 3),
+            IN_MEMORY: round(memory_bits(record, after), 3),
             "MB": round(size["checkpoint_bytes"] / 1e6, 1),
         }
         | cost_until(record, after),
@@ -232,20 +248,28 @@ def _sorted(rows: dict[tuple[str, ...], dict[str, Any]]) -> pd.DataFrame:
     table = pd.DataFrame(list(rows.values()))
     if table.empty:
         return table
-    scored = score_columns(table)
+    scored, first = score_columns(table), ranked_columns(table)[0]
     order = table["limit"].map(lambda name: -math.inf if name == "-" else -float(name) if name[0].isdigit() else 0.0)
-    table = table.assign(order=order).sort_values(["model", "order", scored[0]], kind="stable", ignore_index=True)
+    table = table.assign(order=order).sort_values(["model", "order", first], kind="stable", ignore_index=True)
     telling = {
         "seed": table["seed"].nunique() > 2,  # with the original's
         "settings": table.duplicated(["model", "limit", "method", "seed"]).any(),
         "learned from": table["learned from"].any(),
     }
-    return table[[*SHAPE[:3], *(name for name, whether in telling.items() if whether), *SHAPE[3:], *scored, *COST]]
+    extra = [name for name, whether in telling.items() if whether]
+    table = where_told(table[[*SHAPE[:3], *extra, *SHAPE[3:], *scored, *COST]])
+    return where_it_differs(table, table[STORED], table[IN_MEMORY])
 
 
 def score_columns(table: pd.DataFrame) -> list[str]:
-    """The columns of `perplexity_table` and `zeroshot_table` that hold scores."""
+    """The columns of `perplexity_table`, `overview_table` and `zeroshot_table` that hold scores."""
     return [name for name in table.columns if name not in {*SHAPE, *COST, "seed", "settings", "learned from", "order"}]
+
+
+def ranked_columns(table: pd.DataFrame) -> list[str]:
+    """Those of the scores by which methods are ranked: on texts that no row learned from, if there is one."""
+    scored = score_columns(table)
+    return [name for name in scored if IN_DOMAIN not in name.rpartition("(")[2]] or scored
 
 
 def _comparable(records: list[Record]) -> list[dict[str, Any]]:

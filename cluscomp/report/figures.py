@@ -3,19 +3,25 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cluscomp.report import by_layer, pareto, plots, tables
+from cluscomp.report import by_layer, learned, pareto, plots, tables
 from cluscomp.store.records import ORIGINAL, Record
 
 
 def figures(records: list[Record]) -> dict[str, tuple[Figure, pd.DataFrame]]:
     """Every figure that these records fill, by its file's name, with the data it shows."""
     found: dict[str, tuple[Figure, pd.DataFrame]] = {}
-    points = pareto.pareto(records)
-    if len(points):
-        scores = tables.scores(records)
-        originals = scores[(scores["after"] == ORIGINAL) & (scores["metric"] == "perplexity")]
-        originals = originals[["dataset", "value"]].rename(columns={"dataset": "data"}).drop_duplicates("data")
-        found["pareto"] = plots.pareto(points, originals=originals), pd.concat([points, originals])
+    points, originals = [], []
+    texts = learned.by_text(records)
+    for text, same in texts.items():
+        of_text = f"\nlearned from {text}" if len(texts) > 1 else ""  # panels of its own
+        made, scores = pareto.pareto(same), tables.scores(same)
+        scores = scores[(scores["after"] == ORIGINAL) & (scores["metric"] == "perplexity")]
+        scores = scores[["dataset", "value"]].rename(columns={"dataset": "data"}).drop_duplicates("data")
+        points.append(made.assign(data=made["data"] + of_text))
+        originals.append(scores.assign(data=scores["data"] + of_text))
+    if len(shown := pd.concat(points)):
+        before = pd.concat(originals)
+        found["pareto"] = plots.pareto(shown, originals=before), pd.concat([shown, before])
     layers = by_layer.layer_table(records)
     if len(layers):
         found["layers"] = plots.layers(layers), layers

@@ -2,16 +2,16 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 
 import pandas as pd
 
 from cluscomp.errors import InputError
-from cluscomp.report import by_layer, comparison, names, pareto, tables
+from cluscomp.report import by_layer, comparison, learned, names, pareto, tables
 from cluscomp.report.published import Published
-from cluscomp.report.rendering import SUFFIX, Format, rendered
+from cluscomp.report.rendering import SUFFIX, Format, as_text, on_one_line, rendered
 from cluscomp.store.files import new_file
 from cluscomp.store.records import Record
 
@@ -20,7 +20,10 @@ STEM = "tables"
 
 @dataclass(frozen=True)
 class View:
-    """One table: what makes it of records, what has to be known to read it, and where the best is bold."""
+    """One table: what makes it of records, what has to be known to read it, and where the best is bold.
+
+    One that `ranks` models is made for each text that they learned from.
+    """
 
     name: str
     title: str
@@ -29,6 +32,7 @@ class View:
     within: Sequence[str] = ()
     scores: Callable[[pd.DataFrame], list[str]] = field(default=lambda _: [])
     highest: bool = False
+    ranks: bool = False
 
 
 def _several_seeds(records: list[Record]) -> pd.DataFrame:
@@ -70,21 +74,23 @@ def of_enough_seeds(records: list[Record]) -> tuple[list[Record], list[str]]:
     return [one for one in records if recipe(one) not in few], [f"{name} at {at}" for name, at in limits.items()]
 
 
-LIKE = ("model", "limit")
+LIKE = ("model", "limit", learned.TRAINING)
+BOLD = "The best at each limit of bits is bold, among rows that were trained on equally many tokens"
 VIEWS = [
     View(
         "perplexity", "Perplexity", comparison.perplexity_table,
-        "The best at each limit of bits is bold. Minutes are those of all stages up to the row's, without evaluation.",
-        LIKE, comparison.score_columns,
+        f"{BOLD}, and on texts of their domain only where there is no other. Minutes are those of all stages up to the "
+        "row's, without evaluation.",
+        LIKE, comparison.ranked_columns, ranks=True,
     ),
     View(
         "overview", "Perplexity at each limit of bits", comparison.overview_table,
-        "At or under the limit as stored, the best bold; of several seeds the mean.",
-        ("model",), comparison.score_columns,
+        "At or under the limit as stored, the best bold as above; of several seeds the mean.",
+        ("model", learned.TRAINING), comparison.ranked_columns, ranks=True,
     ),
     View(
-        "zeroshot", "Tasks, accuracy in percent", comparison.zeroshot_table, "The best at each limit of bits is bold.",
-        LIKE, comparison.score_columns, True,
+        "zeroshot", "Tasks, accuracy in percent", comparison.zeroshot_table, f"{BOLD}.",
+        LIKE, comparison.ranked_columns, True, ranks=True,
     ),
     View(
         "finetuning", "Finetuning on a task", comparison.finetuning_table,
@@ -94,10 +100,12 @@ VIEWS = [
         "pareto", "Who wins at which size", pareto.pareto,
         "Dominated: another row of the same data is no larger and no worse, and better in one of both. In-domain: the "
         "method learned from that data set.",
+        ranks=True,
     ),
     View(
         "seeds", "Spread over seeds", _several_seeds,
         "Within the spread: the distance to the best is no more than what seeds make, so it says nothing.",
+        ranks=True,
     ),
     View(
         "weights", "Weights and errors by kind of layer", by_layer.weight_table,
@@ -115,10 +123,17 @@ VIEWS = [
 def views(records: list[Record], published: list[Published] | None = None) -> list[tuple[View, pd.DataFrame]]:
     """Every table that these records fill, with published numbers beside ours if there are any to compare with.
 
-    Recipes of too few seeds are left out, see `of_enough_seeds`. Raises InputError for scores under unlike protocols.
+    Recipes of too few seeds are left out, see `of_enough_seeds`; what learned from unlike texts is ranked in tables of
+    its own. Raises InputError for scores under unlike protocols.
     """
     records, _ = of_enough_seeds(records)
-    found = [(view, view.make(records)) for view in VIEWS]
+    texts = learned.by_text(records)
+    apart = texts if len(texts) > 1 else {}
+    found = []
+    for view in VIEWS:
+        alike = {text: same for text, same in apart.items() if view.ranks}
+        found += [(_of_text(view, text), view.make(same)) for text, same in alike.items()]
+        found += [] if alike else [(view, view.make(records))]
     if published is not None:
         beside = View(
             "published", "Beside published numbers", lambda records: comparison.comparison_table(records, published),
@@ -126,6 +141,11 @@ def views(records: list[Record], published: list[Published] | None = None) -> li
         )  # fmt: skip
         found.insert(0, (beside, beside.make(records)))
     return [(view, table) for view, table in found if len(table)]
+
+
+def _of_text(view: View, text: str) -> View:
+    name = re.sub(r"\W+", "_", text)
+    return replace(view, name=f"{view.name}_{name}", title=f"{view.title}, learned from {on_one_line(text)}")
 
 
 def page(name: str, records: list[Record], format_: Format, published: list[Published] | None = None) -> dict[str, str]:
@@ -144,7 +164,7 @@ def page(name: str, records: list[Record], format_: Format, published: list[Publ
             *(f"{line}" for line in tables.legend(table)),
         ]
         if format_ == "md":
-            text = f"## {view.title}\n\n{text}\n" + "".join(f"{note}  \n" for note in notes)
+            text = f"## {as_text(view.title)}\n\n{text}\n" + "".join(f"{note}  \n" for note in notes)
         if format_ == "html":
             text += "".join(f"<p>{note}</p>\n" for note in notes)
         parts[view.name] = text

@@ -5,10 +5,19 @@ from typing import Any
 
 import pandas as pd
 
-from cluscomp.report.tables import IN_DOMAIN, by_model, check_protocols, scores
+from cluscomp.report.learned import TRAINING, check_texts, where_told
+from cluscomp.report.tables import (
+    IN_DOMAIN,
+    IN_MEMORY,
+    STORED,
+    by_model,
+    check_protocols,
+    scores,
+    where_it_differs,
+)
 from cluscomp.store.records import ORIGINAL, Record
 
-BITS, BYTES = "stored bits", "MB"
+BITS, BYTES = STORED, "MB"
 
 
 def pareto(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
@@ -17,18 +26,17 @@ def pareto(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
     `dominated by bits` tells whether another row of the same model and data is no larger and no worse, and better in
     one of both; `dominated by bytes` the same of the whole file. `in-domain`: the method learned from that data set.
     Lower is better but for acc and exact_match. Raises InputError if scores of one model and data set were measured
-    under different protocols.
+    under different protocols, and for models that learned from unlike texts.
     """
-    for same in by_model(records).values():
-        check_protocols(same, metric)
-    rows = scores(records)
-    rows = rows[(rows["metric"] == metric) & (rows["after"] != ORIGINAL)]
+    rows = _ranked(records, metric)
     table = pd.DataFrame(
         {
             "model": rows["model"],
             "data": rows["dataset"],
             "method": rows["method"],
+            TRAINING: rows[TRAINING],
             BITS: rows["linear_bits_per_weight"].round(3),
+            IN_MEMORY: rows[IN_MEMORY].round(3),
             BYTES: (rows["checkpoint_bytes"] / 1e6).round(1),
             metric: rows["value"],
             IN_DOMAIN: rows["in_domain"],
@@ -37,15 +45,27 @@ def pareto(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
     sign = -1 if higher_is_better(metric) else 1
     for size, name in ((BITS, "dominated by bits"), (BYTES, "dominated by bytes")):
         table[name] = [_dominated(table, row, size, metric, sign) for _, row in table.iterrows()]
-    return table.sort_values(["model", "data", BITS, metric], ignore_index=True)
+    table = table.sort_values(["model", "data", BITS, metric], ignore_index=True)
+    return where_told(where_it_differs(table, table[BITS], table[IN_MEMORY]))
+
+
+def _ranked(records: list[Record], metric: str) -> pd.DataFrame:
+    """The scores of a metric but the originals', which can be ranked. Raises InputError where they cannot."""
+    for same in by_model(records).values():
+        check_protocols(same, metric)
+    check_texts(records)
+    rows = scores(records)
+    return rows[(rows["metric"] == metric) & (rows["after"] != ORIGINAL)]
 
 
 def standing(table: pd.DataFrame, metric: str = "perplexity") -> list[str]:
     """The methods of `pareto`, best first: by how far, on the average of sizes, they are off the best of each size.
 
     Sizes are rounded to whole bits; of perplexity the distance is that of logarithms. Where a method was not run it
-    stands as the median of those that were.
+    stands as the median of those that were. Data sets that methods learned from take no part, unless there is no other.
     """
+    sets = table.groupby(["model", "data"])[IN_DOMAIN].transform("any")
+    table = table if sets.all() else table[~sets]
     sign = -1 if higher_is_better(metric) else 1
     value = table[metric].clip(upper=1e30).map(math.log) if sign > 0 else -table[metric]
     sizes = table.assign(size=table[BITS].round(), value=value).groupby(["model", "data", "size"])
@@ -74,31 +94,28 @@ def seed_spread(records: list[Record], metric: str = "perplexity") -> pd.DataFra
 
     The spread is the largest value less the smallest, NaN of one seed. `within the spread` is "yes" where the distance
     of the mean to the best one of the same limit is no more than the larger spread of both: it says nothing then.
-    Raises InputError for scores of one data set under different protocols.
+    Methods that were trained on unlike numbers of tokens are no rivals. Raises InputError as `pareto`.
     """
-    for same in by_model(records).values():
-        check_protocols(same, metric)
-    rows = scores(records)
-    rows = rows[(rows["metric"] == metric) & (rows["after"] != ORIGINAL)]
+    rows = _ranked(records, metric)
     found: list[dict[str, Any]] = []
-    for key, group in rows.groupby(["model", "dataset", "limit", "method"], sort=False):
+    for key, group in rows.groupby(["model", "dataset", "limit", "method", TRAINING], sort=False, dropna=False):
         values = group.groupby("seed")["value"].mean()  # runs that share a stage tell of the same model
         spread = float(values.max() - values.min()) if len(values) > 1 else math.nan
         found.append(
-            dict(zip(("model", "data", "limit", "method"), key))
+            dict(zip(("model", "data", "limit", "method", TRAINING), key))
             | {"seeds": len(values)}
             | {f"mean {metric}": float(values.mean()), "spread": spread}
         )
     table = pd.DataFrame(found)
+    kinds = table[["model", "data", "limit", TRAINING]].fillna("-")
     sign = -1 if higher_is_better(metric) else 1
     distances, within = [], []
-    for _, row in table.iterrows():
-        rivals = table[(table["model"] == row["model"]) & (table["data"] == row["data"])]
-        rivals = rivals[rivals["limit"] == row["limit"]]
-        best = rivals.loc[(sign * rivals[f"mean {metric}"]).idxmin()]
+    for number in range(len(table)):
+        row, rivals = table.iloc[number], table[(kinds == kinds.iloc[number]).all(axis=1)]
+        best = rivals.iloc[int((sign * rivals[f"mean {metric}"]).argmin())]
         distance = abs(row[f"mean {metric}"] - best[f"mean {metric}"])
         spread = max(row["spread"], best["spread"])
         distances.append(distance)
         within.append("best" if distance == 0 else "?" if math.isnan(spread) else "yes" if distance <= spread else "no")
     table["from the best"], table["within the spread"] = distances, within
-    return table.round(3)
+    return where_told(table).round(3)

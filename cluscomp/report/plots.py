@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from cluscomp.report.learned import TRAINING
 from cluscomp.report.pareto import BITS, BYTES, higher_is_better, standing
 from cluscomp.report.tables import IN_DOMAIN
 from cluscomp.store.files import new_file
@@ -63,8 +64,9 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
     """Score against size, from `pareto.pareto`: a line a method; a row of panels a data set, against bits and bytes.
 
     The six methods that stand best (`pareto.standing`) have colours and their names at the lines' ends, all others are
-    thin and grey. `originals` (columns data and value) are dashed lines. Perplexities of more than ten times the median
-    of what nothing dominates tell nothing: such points stand on the panel's upper edge.
+    thin and grey; points of trained models are open. `originals` (columns data and value) are dashed lines.
+    Perplexities of more than ten times the median of what nothing dominates tell nothing: such points stand on the
+    panel's upper edge.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -73,6 +75,7 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
     sets = list(dict.fromkeys(zip(table["model"], table["data"])))
     methods = standing(table, metric)
     colours = dict(zip(methods, COLOURS[:NAMED]))
+    trained = set(table[table[TRAINING] > 0]["method"]) if TRAINING in table else set()
     with _panels(len(sets), 2) as (figure, panels):
         for (model, data), row in zip(sets, panels):
             here = table[(table["model"] == model) & (table["data"] == data)]
@@ -81,7 +84,7 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
                 beyond |= bool((here[metric] > top).any())
                 shown = here.assign(**{metric: here[metric].clip(upper=top)})
                 lines = {method: rows.groupby(size)[metric].mean() for method, rows in shown.groupby("method")}
-                ends = _lines(axes, lines, methods, colours)
+                ends = _lines(axes, lines, methods, colours, trained)
                 if originals is not None and (known := originals[originals["data"] == data]["value"]).size:
                     axes.axhline(known.iloc[0], color="black", linestyle="--", linewidth=0.8, label="original, 16 bits")
                 if sign > 0:
@@ -96,6 +99,8 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
             row[0].set_ylabel(f"{metric} (log)" if sign > 0 else metric)
         if len(methods) > NAMED:
             panels[0][0].plot([], [], "o-", color=GREY, linewidth=0.6, markersize=2, label="others (see the table)")
+        if trained:
+            panels[0][0].plot([], [], "o", color=GREY, markerfacecolor="white", label="open: trained after compression")
         if beyond:
             panels[0][0].plot([], [], " ", label="on the upper edge: beyond the scale")
         handles, labels = panels[0][0].get_legend_handles_labels()
@@ -105,7 +110,7 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
 
 
 def _lines(
-    axes: "Axes", lines: dict[str, pd.Series], methods: list[str], colours: dict[str, str]
+    axes: "Axes", lines: dict[str, pd.Series], methods: list[str], colours: dict[str, str], trained: set[str]
 ) -> dict[str, tuple[float, float]]:
     """A line for each method, best first, that has values by size; returns the ends of those with a colour."""
     ends = {}
@@ -115,6 +120,7 @@ def _lines(
         line, colour = lines[method], colours.get(method)
         width, dot = (1.4, 3.5) if colour else (0.6, 2)
         look: dict[str, Any] = {"color": colour or GREY, "linewidth": width, "markersize": dot}
+        look |= {"markerfacecolor": "white"} if method in trained else {}
         axes.plot(line.index, line, "o-", clip_on=False, **look)[0].set_in_layout(False)
         if colour:
             ends[method] = line.index[-1], line.iloc[-1]

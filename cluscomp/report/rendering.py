@@ -15,7 +15,12 @@ Format = Literal["md", "latex", "html", "csv"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 SUFFIX = {"md": "md", "latex": "tex", "html": "html", "csv": "csv"}
 MISSING = "–"
-DIGITS = {r"bits$": 3, r"error|kurtosis|outliers|dead|rare|entropy": 4, r"MB|minutes|seconds": 1, r"centroids|seeds": 0}
+DIGITS = {
+    r"bits$|bits in": 3,
+    r"error|kurtosis|outliers|dead|rare|entropy": 4,
+    r"MB|minutes|seconds": 1,
+    r"centroids|seeds|tokens": 0,
+}
 
 
 def rendered(
@@ -80,9 +85,14 @@ def as_text(value: str) -> str:
     return escaped.replace("&", "&amp;").replace("<", "&lt;")
 
 
+def on_one_line(text: str) -> str:
+    """A text with what would break a line or steer a terminal spelled out."""
+    return printable(text).replace("\n", r"\n").replace("\t", r"\t")
+
+
 def _on_one_line(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with what would break a line or steer a terminal in its texts and column names spelled out."""
-    return _texts(table, lambda text: printable(text).replace("\n", r"\n").replace("\t", r"\t"))
+    """The table with `on_one_line` of all its texts and column names."""
+    return _texts(table, on_one_line)
 
 
 def _texts(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
@@ -110,9 +120,9 @@ def shown(value: Any, column: str = "") -> str:
         return MISSING
     if isinstance(value, bool) or not isinstance(value, float):
         return {True: "yes", False: ""}[value] if isinstance(value, bool) else str(value)
-    if math.isinf(value) or abs(value) >= 1e5:
-        return f"{value:.1e}" if math.isfinite(value) else "inf"
     digits = next((digits for pattern, digits in DIGITS.items() if re.search(pattern, column)), 2)
+    if math.isinf(value) or (abs(value) >= 1e5 and digits):
+        return f"{value:.1e}" if math.isfinite(value) else "inf"
     return f"{value:.{digits}f}"
 
 

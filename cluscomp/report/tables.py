@@ -7,17 +7,26 @@ from typing import Any
 import pandas as pd
 
 from cluscomp.errors import InputError
+from cluscomp.report.learned import CALIBRATION, TRAINING, check_texts, in_domain, tokens, where_told
 from cluscomp.report.names import method_name, stages_until
 from cluscomp.report.published import MODELS
 from cluscomp.store.records import EXTERNAL, ORIGINAL, Record, Score, differences
 
 PARTIAL, IN_DOMAIN, SEEN = "partial", "in-domain", "seen"
+STORED, IN_MEMORY = "stored bits", "bits in memory"
+# Bits a weight that stay decoded beside those stored, for records older than the figure: of our methods' classes
+OURS, DECODED = "cluscomp.methods.", {"cluscomp.methods.water_sic.WaterSic": 8}
 _ACCURACY = re.compile(r"acc$|exact_match")
 MARKS = {
     PARTIAL: "measured on the first windows or rows only (evaluate.limit, tasks.limit)",
     IN_DOMAIN: "scored on the data set the model learned from; another one beside it: +data@evaluate.texts.NAME=NAME",
     EXTERNAL: "made by another library; bits and bytes are counted from a GGUF file, of others those its maker states",
     SEEN: "of the scored text, in sequences of 13 words, stands word for word in what the model learned from",
+}
+COLUMNS = {
+    IN_MEMORY: "stored bits and those that stay decoded beside them in memory, once the weights were used",
+    CALIBRATION: "those that the compression looked at",
+    TRAINING: "those that stages after it trained on, each time they were seen",
 }
 
 
@@ -38,11 +47,13 @@ def scores(records: list[Record]) -> pd.DataFrame:
                 "stderr": score.stderr,
                 "n": score.n,
                 "partial": score.protocol.get("partial", False),
-                "in_domain": any(one["in_domain"] for one in score.seen.values()),
+                "in_domain": in_domain(record, score),
                 "overlap": max((one.get("overlap", 0.0) for one in score.seen.values()), default=0.0),
                 "protocol": score.protocol["hash"],
             }
             | sizes(record, score.after)
+            | {IN_MEMORY: memory_bits(record, score.after)}
+            | tokens(record, score.after)
             for record in records
             for score in record.scores
         ]
@@ -53,6 +64,21 @@ def sizes(record: Record, after: str) -> dict[str, Any]:
     """Bits per weight of the linears and of the model, and bytes of the weights, of the model after a stage."""
     size = record.size["original"] if after == ORIGINAL else record.stages[after]["size"]
     return {key: size[key] for key in ("linear_bits_per_weight", "model_bits_per_weight", "checkpoint_bytes")}
+
+
+def memory_bits(record: Record, after: str) -> float:
+    """Bits per weight of the linears with what stays decoded in memory, NaN where that is not known."""
+    size = record.size["original"] if after == ORIGINAL else record.stages[after]["size"]
+    method = str(record.config["stages"].get("cluster", {}).get("method", {}).get("class"))
+    older = math.nan
+    if "cluster" in stages_until(record, after) and method.startswith(OURS):
+        older = size["linear_bits_per_weight"] + DECODED.get(method, 0)
+    return float(size.get("linear_bits_in_memory", older))
+
+
+def where_it_differs(table: pd.DataFrame, stored: pd.Series, in_memory: pd.Series) -> pd.DataFrame:
+    """A table without the column of bits in memory if no row keeps more there than what is stored."""
+    return table if (in_memory > stored + 0.001).any() else table.drop(columns=IN_MEMORY)
 
 
 def model_name(record: Record, among: list[Record]) -> str:
@@ -106,9 +132,10 @@ def marked(name: str, partial: bool, in_domain: bool, overlap: float) -> str:
 
 
 def legend(table: pd.DataFrame) -> list[str]:
-    """A line for each mark that stands in a table."""
+    """A line for each mark that stands in a table, and for each column that has to be explained."""
     cells = " ".join([*map(str, table.columns), *map(str, table.to_numpy().ravel())])
-    return [f"{mark}: {meaning}" for mark, meaning in MARKS.items() if re.search(rf"[(, ]{mark}[,)]", cells)]
+    marks = [f"{mark}: {meaning}" for mark, meaning in MARKS.items() if re.search(rf"[(, ]{mark}[,)]", cells)]
+    return marks + [f"{name}: {meaning}" for name, meaning in COLUMNS.items() if name in table.columns]
 
 
 def stage_table(records: list[Record], metric: str = "perplexity", *, by_protocol: bool = False) -> pd.DataFrame:
@@ -130,11 +157,12 @@ def stage_table(records: list[Record], metric: str = "perplexity", *, by_protoco
         value / originals.get(tuple(key), float("nan"))
         for value, *key in zip(rows["value"], rows["run"], rows["dataset"], rows["protocol"])
     ]
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "run": rows["run"],
             "after": rows["after"],
             "bits per weight, linears": rows["linear_bits_per_weight"].map("{:.3f}".format),
+            IN_MEMORY: rows[IN_MEMORY].map(lambda bits: "-" if math.isnan(bits) else f"{bits:.3f}"),
             "bits per weight, model": rows["model_bits_per_weight"].map("{:.3f}".format),
             "weights, MB": (rows["checkpoint_bytes"] / 1e6).map("{:.1f}".format),
             **({"protocol": rows["protocol"]} if by_protocol else {}),
@@ -143,6 +171,7 @@ def stage_table(records: list[Record], metric: str = "perplexity", *, by_protoco
             "of the original's": [f"{ratio:.2f}x" if math.isfinite(ratio) else "-" for ratio in ratios],
         }
     )
+    return where_it_differs(table, rows["linear_bits_per_weight"], rows[IN_MEMORY])
 
 
 def task_table(records: list[Record]) -> pd.DataFrame:
@@ -229,9 +258,10 @@ def method_table(records: list[Record], metric: str = "perplexity") -> pd.DataFr
 
     `limit` is the `bits` that was asked for ("by hand" without); bits are those stored, and those a paper would count.
     Minutes and memory are those of all stages together and of the worst. Raises InputError for scores of one data set
-    under different protocols.
+    under different protocols, and for models that learned from unlike texts.
     """
     check_protocols(records, metric)
+    check_texts(records)
     rows = []
     for record in (one for one in records if one.config["order"]):
         last = record.config["order"][-1]
@@ -245,7 +275,9 @@ def method_table(records: list[Record], metric: str = "perplexity") -> pd.DataFr
                     "limit": limit(record),
                     "method": method_name(record, record.config["order"][0]),
                     "after": last,
-                    "stored bits": round(size["linear_bits_per_weight"], 3),
+                    TRAINING: tokens(record, last)[TRAINING],
+                    STORED: round(size["linear_bits_per_weight"], 3),
+                    IN_MEMORY: round(memory_bits(record, last), 3),
                     "paper's bits": round(size.get("paper_bits_per_weight", math.nan), 3),
                     metric: round(value, 2),
                     "of the original's": round(value / original, 2),
@@ -253,7 +285,8 @@ def method_table(records: list[Record], metric: str = "perplexity") -> pd.DataFr
                 | cost_until(record, last)
                 | {"run": record.run["name"]}
             )
-    return pd.DataFrame(rows).sort_values(["data", "limit", metric], ascending=[True, False, True], ignore_index=True)
+    table = pd.DataFrame(rows).sort_values(["data", "limit", metric], ascending=[True, False, True], ignore_index=True)
+    return where_told(where_it_differs(table, table[STORED], table[IN_MEMORY]))
 
 
 def settings_that_differ(records: list[Record]) -> list[dict[str, Any]]:

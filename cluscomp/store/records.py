@@ -63,8 +63,8 @@ class Record:
     config: the resolved settings, under "class" the class of each part.
     choices: for each group of yaml files the one that was chosen (`yaml`), and the settings of this run that differ
     from what it says, by dotted name (`differs`).
-    size: `paper_bits_per_weight` (16-bit codes), `linear_bits_per_weight` (as stored), `model_bits_per_weight`,
-    `checkpoint_bytes`, `ledger` (bits by part).
+    size: `paper_bits_per_weight` (16-bit codes), `linear_bits_per_weight` (as stored), `linear_bits_in_memory` (with
+    what stays decoded; not in older records), `model_bits_per_weight`, `checkpoint_bytes`, `ledger` (bits by part).
     machine: device, versions, which kernels, peak memory per stage in bytes, and what the plan had predicted.
     stages: what each stage reported.
     """

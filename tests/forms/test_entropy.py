@@ -7,6 +7,8 @@ import torch
 
 from cluscomp.forms import entropy
 from cluscomp.forms.entropy import EntropyWeight
+from cluscomp.forms.layers import size_of
+from cluscomp.forms.linear import CompressedLinear
 from cluscomp.forms.stored import build, described
 
 
@@ -69,6 +71,13 @@ def test_without_numbers_it_has_shapes_alone():
         form = build(spec)
     assert form(torch.float16).shape == (30, 20) and form.numbers().is_meta
     assert form.decoded_bytes() == 600
+
+
+def test_what_stays_decoded_counts_in_memory_and_not_in_the_file():
+    form = form_of()
+    size = size_of(torch.nn.Sequential(CompressedLinear(form, None, torch.float32)))
+    assert size.linear_bits_per_weight == sum(form.ledger().values()) / 600
+    assert size.linear_bits_in_memory == size.linear_bits_per_weight + 8
 
 
 def test_a_damaged_stream_is_an_error_wherever_it_is_used():

@@ -1,9 +1,20 @@
 """Tables from records made by hand: every number in them computed by hand, and mixed protocols refused."""
 
+import math
+
 import pytest
 
 from cluscomp.errors import InputError
-from cluscomp.report.tables import legend, method_table, scores, settings_that_differ, sizes, stage_table, task_table
+from cluscomp.report.tables import (
+    legend,
+    memory_bits,
+    method_table,
+    scores,
+    settings_that_differ,
+    sizes,
+    stage_table,
+    task_table,
+)
 from cluscomp.store.records import SCHEMA, Record, Score, protocol
 
 
@@ -164,6 +175,32 @@ def test_scores_are_tidy():
 def test_sizes_after_each_stage():
     assert sizes(record(), "original")["linear_bits_per_weight"] == 16.0
     assert sizes(record(), "cluster")["checkpoint_bytes"] == 124_550_000
+
+
+def stored_as(method: str, **figures: float) -> Record:
+    """A run whose method is of the named class, with figures that the record holds of its size."""
+    made = record()
+    made.config["stages"]["cluster"]["method"]["class"] = method
+    for stage in made.stages.values():
+        stage["size"] = stage["size"] | figures
+    return made
+
+
+def test_bits_in_memory_stand_beside_those_of_the_file_where_they_differ():
+    told = stored_as("mine.Method", linear_bits_in_memory=5.0)
+    assert memory_bits(told, "cluster") == 5.0
+    table = stage_table([told])
+    assert list(table["bits in memory"]) == ["-", "5.000", "5.000"] and legend(table)[-1].startswith("bits in memory: ")
+    alike = stage_table([stored_as("mine.Method", linear_bits_in_memory=3.0)])
+    assert "bits in memory" not in alike and legend(alike) == []
+
+
+def test_bits_in_memory_of_older_records_follow_from_what_a_method_stores_or_are_not_told():
+    """WaterSIC's numbers are a byte each once decoded, all else of ours is as stored; of others nothing is known."""
+    assert memory_bits(stored_as("cluscomp.methods.water_sic.WaterSic"), "tune") == 11.0
+    assert memory_bits(stored_as("cluscomp.methods.gptq.Gptq"), "tune") == 3.0
+    for unknown in (stored_as("mine.Method"), record()):
+        assert math.isnan(memory_bits(unknown, "tune")) and math.isnan(memory_bits(unknown, "original"))
 
 
 def test_mixed_protocols_are_refused_with_the_key_and_both_values():

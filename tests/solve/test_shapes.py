@@ -103,7 +103,7 @@ def test_the_ledger_of_a_weight_is_its_tensors_in_a_file(out_features, in_featur
 
 
 def test_a_ledger_that_is_not_the_file_is_refused():
-    size = Size(3.0, 3.0, 3.0, {"codes": 8_000_000})
+    size = Size(3.0, 3.0, 3.0, 3.0, {"codes": 8_000_000})
     check_file(size, 1_000_000)
     with pytest.raises(RuntimeError, match="1000000 bytes, the checkpoint's tensors take 1002000"):
         check_file(size, 1_002_000)
@@ -145,7 +145,7 @@ def test_the_size_of_a_model_is_that_of_its_file(families, tmp_path, tied):
     assert size.ledger["codes"] + size.ledger["padding"] == parts[".codes"]
     assert size.ledger["codebooks"] == parts[".codebooks"]
     assert size.ledger["kept"] == sum(on_disk.values()) - sum(parts.values())
-    assert size.linear_bits_per_weight == sum(parts.values()) / weights
+    assert size.linear_bits_per_weight == size.linear_bits_in_memory == sum(parts.values()) / weights
     codes = sum(32 * -(-out // 3) for _ in range(3) for out in (32, 16, 16, 32, 48, 48))  # D = 3
     codes += sum(48 * -(-32 // 3) for _ in range(3))
     assert size.paper_bits_per_weight == (16 * codes + parts[".codebooks"]) / weights
