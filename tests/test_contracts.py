@@ -40,7 +40,7 @@ VARIANTS = {  # choices that say only what is other than in another choice of th
     str(path.relative_to(CONF)): node
     for group in GROUPS
     for path in sorted((CONF / group).glob("*.yaml"))
-    if "_target_" not in (node := yaml.safe_load(path.read_text())) and "order" not in node
+    if "_target_" not in (node := yaml.safe_load(text := path.read_text())) and "_global_" not in text
 }
 METHODS = {name: node for name, node in NODES.items() if name.startswith("method/")}
 METHODS |= {
@@ -127,6 +127,13 @@ def test_methods_that_are_mostly_training_choose_it(name, learns):
     assert found.stages["cluster"].method == composed("method=rtn", "bits=3").stages["cluster"].method
     given = composed(f"method={name}", "bits=3", f"block_finetune={name}")
     assert given.stages["block_finetune"] != found.stages["block_finetune"]
+
+
+def test_ours_at_its_best_chooses_what_stage_cluster_looks_at():
+    found = composed("method=cluscomp_best", "bits=3").stages["cluster"]
+    assert (found.prefix, found.drift, found.price, found.allocation.scope) == ("compressed", 0.3, "loss", "model")
+    paths = composed("method=cluscomp_paths", "bits=3", "method.floor=0.5").stages["cluster"].method
+    assert found.method == paths
 
 
 @pytest.fixture(params=METHODS)

@@ -14,9 +14,12 @@ SPELLED: dict[str, tuple[tuple[str, ...], str]] = {
     "cluscomp_data_free": (_CLUSCOMP, "data-free"),
     "cluscomp_paper": (_CLUSCOMP, "paper"),
     "cluscomp_paths": (_CLUSCOMP, "paths"),
+    "cluscomp_best": (_CLUSCOMP, "best"),
     "autoround": (("RTN", "AutoRound"), ""),
     "omniquant": (("RTN", "OmniQuant"), ""),
 } | {name: ((spelled,), "") for name, spelled in _NAMES.items()}
+# what a method's yaml chooses of stage cluster: told where it is otherwise
+CHOSEN = {"cluscomp_best": {"cluster": "by_loss", "scope": "model"}}
 COLUMN = {"bits", "vector_dim", "codebook_size", "width", "group"}  # what a table tells in a column: the limit
 
 
@@ -39,7 +42,8 @@ def method_name(record: Record, after: str) -> str:
     names, kind = SPELLED.get(chosen["yaml"], ((chosen["yaml"],), ""))
     length = max(count for count in range(1, len(names) + 1) if order[:count] == STAGES[:count])
     differs = {key: value for key, value in chosen["differs"].items() if key not in COLUMN}
-    differs |= {key: value for key, value in _of_cluster(record).items() if value not in ("default", "block")}
+    usual = CHOSEN.get(chosen["yaml"], {"cluster": "default", "scope": "block"})
+    differs |= {key: value for key, value in _of_cluster(record).items() if value != usual.get(key)}
     told = ", ".join([*filter(None, [kind]), *_told(differs)])
     rest = [_stage_name(record, stage) for stage in order[length:]]
     return " + ".join([*dense, names[length - 1] + (f" ({told})" if told else ""), *rest])
@@ -49,7 +53,7 @@ def _of_cluster(record: Record) -> dict[str, Any]:
     """What stage cluster's own settings make of a method: which inputs it saw, and how bits were shared out."""
     chosen = record.choices["cluster"]
     scope = record.config["stages"]["cluster"].get("allocation", {}).get("scope", "block")
-    told = {key: chosen["differs"][key] for key in ("prefix", "drift") if key in chosen["differs"]}
+    told = {key: chosen["differs"][key] for key in ("prefix", "drift", "price") if key in chosen["differs"]}
     return {"cluster": chosen["yaml"], **told, "scope": scope}
 
 

@@ -117,6 +117,12 @@ def test_models_of_different_tokenizers_stand_in_one_table():
             chosen("gptq") | {"cluster": {"yaml": "corrected", "differs": {}}},
             "GPTQ (cluster=corrected)",
         ),
+        (
+            ["cluster", "recover"],
+            "recover",
+            chosen("cluscomp_best", floor=0.2) | {"cluster": {"yaml": "by_loss", "differs": {"drift": 0.5}}},
+            "ClusComp- (best, floor=0.2, drift=0.5, scope=block) + recover",
+        ),
         (["cluster", "tune"], "tune", chosen("signs", power=2), "signs (power=2) + tune"),
         (["cluster"], "original", chosen(), "original"),
     ],
