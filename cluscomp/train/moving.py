@@ -15,8 +15,9 @@ class MovingCodes(CodebookWeight):
 
     While it learns each sub-vector has a `shift` (N, D) float32, which is no part of the weight but gets the weight's
     gradient, as if it were added (straight through). The optimizer changes it; then `move` lets the sub-vectors with
-    the largest shifts take the centroids nearest to where they would be. With several codebooks the codes are chosen
-    one after the other, the others fixed.
+    the largest shifts take the centroids nearest to where they would be. A shift goes on from step to step, as in the
+    authors' code (`delta_decay 0`): one step alone crosses no border between centroids. With several codebooks the
+    codes are chosen one after the other, the others fixed; theirs is a beam search.
     """
 
     def __init__(self, weight: CodebookWeight) -> None:
@@ -64,9 +65,9 @@ class MovingCodes(CodebookWeight):
 
     @torch.no_grad()
     def move(self, share: float) -> int:
-        """Let a `share` of the sub-vectors, those of the largest shifts, take the nearest centroids.
+        """Let a `share` of the sub-vectors, those of the largest shifts, take the centroids nearest to where they want.
 
-        Their shifts begin anew. Returns how many took another one.
+        Where that is stays as it is. Returns how many took another one.
         """
         count = int(share * self.num_codes)
         chosen_C = self.shift.square().sum(1).topk(count).indices
@@ -79,9 +80,10 @@ class MovingCodes(CodebookWeight):
             others_CD = now_CD - book_KD[found_MC[number]]
             found_MC[number] = nearest(wanted_CD - others_CD, book_KD)
             now_CD = others_CD + book_KD[found_MC[number]]
-        self.shift[chosen_C] = 0
-        moved = int((found_MC != before_MC).any(0).sum())
+        moved_C = (found_MC != before_MC).any(0)
+        moved = int(moved_C.sum())
         if moved:
+            self.shift[chosen_C[moved_C]] = (wanted_CD - now_CD)[moved_C]
             codes_MN[:, chosen_C] = found_MC
             bits = code_bits(self.codebooks.shape[1])
             self.codes = torch.stack([pack(codes_N, bits) for codes_N in codes_MN])
