@@ -21,7 +21,7 @@ from cluscomp.store.records import SCHEMA, read, to_json
 BEFORE: dict[str, Any] = {
     "weighting": "none", "assign": "nearest", "least_squares": 0, "descent": 0, "share": "none", "storage": "float16",
     "allocation": "uniform", "floor": 0.0, "measure": True,
-    "damping": 0.01, "prefix": "original", "norms": False, "learns": "values",
+    "damping": 0.01, "prefix": "original", "norms": False, "learns": "values", "codes": "fixed",
     "loss": "mse", "order": "fixed", "warmup": 0.0, "clip": None, "streams": "memory", "bos": False, "distance": False,
 }  # fmt: skip
 MEASURED = ("fill", "sensitivity")  # values of `allocation` under which `floor` says something

@@ -68,7 +68,7 @@ class UniformWeight(PackedWeight):
 
     kind = "uniform"
     trained = "scales"
-    learns = frozenset({"values", "clipping", "rounding"})
+    learns = frozenset({"values", "clipping", "rounding", "weights"})
     scales: nn.Parameter
     zeros: Tensor | None
     inputs: Tensor | None

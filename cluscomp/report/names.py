@@ -44,6 +44,7 @@ def method_name(record: Record, after: str) -> str:
     differs = {key: value for key, value in chosen["differs"].items() if key not in COLUMN}
     usual = CHOSEN.get(chosen["yaml"], {"cluster": "default", "scope": "block"})
     differs |= {key: value for key, value in _of_cluster(record).items() if value != usual.get(key)}
+    differs |= {"codes": "moving"} if any(_moves(record, stage) for stage in order[:length]) else {}
     told = ", ".join([*filter(None, [kind]), *_told(differs)])
     rest = [_stage_name(record, stage) for stage in order[length:]]
     return " + ".join([*dense, names[length - 1] + (f" ({told})" if told else ""), *rest])
@@ -59,7 +60,13 @@ def _of_cluster(record: Record) -> dict[str, Any]:
 
 def _stage_name(record: Record, stage: str) -> str:
     learns = record.config["stages"].get(stage, {}).get("learns", "values")
-    return stage if learns == "values" else f"{stage} (learns={learns})"
+    told = f" (learns={learns})" if learns != "values" else " (codes=moving)" if _moves(record, stage) else ""
+    return stage + told
+
+
+def _moves(record: Record, stage: str) -> bool:
+    """Whether codes move in a stage."""
+    return bool(record.config["stages"].get(stage, {}).get("codes", "fixed") == "moving")
 
 
 def _told(settings: dict[str, Any]) -> list[str]:

@@ -3,8 +3,10 @@
 import logging
 import math
 import random
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +18,17 @@ from cluscomp.models.original import Original, block_names, norms
 from cluscomp.models.walk import Walk
 from cluscomp.process import for_tracker
 from cluscomp.stages import Job
-from cluscomp.stages.block_finetune import ROUNDED, BlockFinetune
+from cluscomp.stages.block_finetune import CHECKS, ROUNDED, BlockFinetune
 from cluscomp.stages.blockwise import Blockwise
 from cluscomp.store.records import read_sealed, write_sealed
-from cluscomp.train.masters import Trained, by_mean, by_sign, fit, rounding
+from cluscomp.train.masters import Group, State, Trained, by_mean, by_sign, fit, moving, rounding
+from cluscomp.train.moving import MovingCodes
+from cluscomp.train.rounding import LearnedWeights
 from cluscomp.train.streams import Streams
 
 log = logging.getLogger(__name__)
 MARK = "streams.json"  # which blocks are done, and the hashes of the streams that leave the last of them
+PV_BETAS = 0.0, 0.95  # of Adam over what moves codes: no momentum (PV-Tuning's)
 ATTEMPTS = 3  # at training a block, each with half the learning rate of the one before
 
 
@@ -34,7 +39,7 @@ def run(stage: BlockFinetune, model: PreTrainedModel, job: Job) -> dict[str, Any
     shape_WTH = (*ids_WT.shape, walk.embed(ids_WT[:1]).shape[2])
     streams = Streams(job.folder, stage.streams, shape_WTH, job.original.dtype, job.original.device)
     student = original = streams.new("student", 0)
-    for rows in batches(stage):
+    for rows in all_batches(stage):
         teacher.embed(ids_WT[rows])  # its blocks' arguments
         student[rows] = walk.embed(ids_WT[rows])
     work = Blockwise("block_finetune", job.folder, model)
@@ -49,8 +54,7 @@ def run(stage: BlockFinetune, model: PreTrainedModel, job: Job) -> dict[str, Any
             if stage.target != "fp_stream":
                 targets.append(_apply(stage, teacher, index, block, student, streams.new("target", index + 1)))
         leaving = streams.new("student", index + 1)
-        dense = compressed_weights(stored, index, model, job.original) if stage.learns in ROUNDED else {}
-        with rounding(stored, dense, offsets=stage.learns == "rounding") if dense else nullcontext():
+        with _learning(stage, stored, index, model, job.original):
             numbers = finetune_block(stage, walk, index, student, targets, leaving, job.seed)
         student = leaving
         done.append(numbers)
@@ -66,7 +70,7 @@ def run(stage: BlockFinetune, model: PreTrainedModel, job: Job) -> dict[str, Any
         streams.drop(but=len(done))
     return {
         "calibration": stage.data.text("calibration").describe(),
-        "tokens": ids_WT.numel(),
+        "tokens": stage.samples * stage.length,
         "blocks": done,
         "kept": sum(numbers["kept"] for numbers in done),
     }
@@ -84,69 +88,132 @@ def finetune_block(
     """Train one block; `leaving_WTH` (W, T, H) receives its outputs. Works on float32 masters.
 
     Outputs and loss are those of what is stored. If a loss or gradient is not finite, or the loss ends no better
-    than it began, the block gets back what it had and the learning rate is halved, at most twice; then it keeps
-    what it had. Returns the mean squared error `before` and `after`, the target's mean `square`, the `lr` of the
-    attempt that counts, the `attempts`, whether the block was `kept` as it was, the `reasons` of failures, how far what
-    is stored has `moved` (squared change over squared size), and of each of the `epochs` that count the mean loss that
-    was minimised and the mean norm of its gradient.
+    than it began, the block gets back what it had and the learning rates are halved, at most twice; then it keeps
+    what it had. With windows held out theirs is the loss that decides, and the best state of `CHECKS` is taken. Returns
+    the mean squared error `before` and `after`, `held_out_before` and `held_out_after` where there are such windows,
+    the target's mean `square`, the `lr` of the attempt that counts, the `attempts`, whether the block was `kept` as it
+    was, the `reasons` of failures, how far what is stored has `moved` (squared change over squared size), the share of
+    codes that `codes_moved` where they may, and of each of the `epochs` that count the mean loss that was minimised and
+    the mean norm of its gradient.
     """
     block = walk.blocks[index]
+    codes = {one: one.unpacked() for one in block.modules() if isinstance(one, MovingCodes)}
     change_gradient = {"rounding": lambda: by_sign, "means": lambda: by_mean(block)}.get(stage.learns, lambda: None)()
     trained = Trained(block, codebooks=True, others=norms(block) if stage.norms else {})
-    squares = [float(target_TH.float().square().mean()) for target in targets_WTH for target_TH in target]
+    squares = [
+        float(target_TH[stage.skip :].float().square().mean())
+        for target in targets_WTH
+        for target_TH in target[: stage.samples]
+    ]
     square = sum(squares) / len(squares)
     scale = (square or 1.0) if stage.loss == "relative" else 1.0
     device = walk.device
 
     def errors(output_BTH: Tensor, rows: Any) -> Tensor:
-        ends = [target[rows].to(device).float() for target in targets_WTH]
-        return torch.stack([F.mse_loss(output_BTH.float(), end_BTH) for end_BTH in ends]).sum()
+        ends = [target[rows, stage.skip :].to(device).float() for target in targets_WTH]
+        found_BTH = output_BTH[:, stage.skip :].float()
+        return torch.stack([F.mse_loss(found_BTH, end_BTH) for end_BTH in ends]).sum()
 
     @torch.no_grad()
-    def measure() -> float:
-        total = 0.0
-        for rows in batches(stage):
+    def mean_error(parts: list[slice]) -> float:
+        total = count = 0.0
+        for rows in parts:
             output_BTH = walk.apply(index, block, entering_WTH[rows].to(device))
             leaving_WTH[rows] = output_BTH.to(leaving_WTH.device)
             total += float(errors(output_BTH, rows)) * len(output_BTH)
-        return total / len(leaving_WTH)
+            count += len(output_BTH)
+        return total / count
 
-    found = {"before": measure(), "square": square}
-    reasons = [] if math.isfinite(found["before"]) else [f"the loss was {found['before']} before"]
-    while len(reasons) < ATTEMPTS and math.isfinite(found["before"]):
-        lr = stage.lr / 2 ** len(reasons)
+    def measure(when: str) -> dict[str, float]:
+        learned = {when: mean_error(batches(stage))}
+        return learned | ({f"held_out_{when}": mean_error(held_out(stage))} if stage.held_out else {})
+
+    decides = "held_out_" if stage.held_out else ""
+    found = measure("before") | {"square": square}
+    start = found[f"{decides}before"]
+    reasons = [] if math.isfinite(start) else [f"the loss was {start} before"]
+    while len(reasons) < ATTEMPTS and math.isfinite(start):
+        share = 1 / 2 ** len(reasons)
+        lr = stage.lr * share
         trained.start()
         epochs = Epochs(index, len(batches(stage)), stage.epochs)
+        all_steps = steps(stage, f"{seed} {index}")
+        groups = own_rates(stage, block, share)
+        apart = {id(parameter) for group in groups for parameter in group.parameters}
+        best = Best(trained, start, len(all_steps), lambda: mean_error(held_out(stage)))
+
+        def after_step(step: int, best: Best = best) -> None:
+            for one in codes:
+                one.move(stage.moves)
+            if stage.held_out:
+                best.look(step)
+
         problem = fit(
-            trained.parameters,
+            [parameter for parameter in trained.parameters if id(parameter) not in apart],
             lambda rows: errors(walk.apply(index, block, entering_WTH[rows].to(device)), rows) / scale,
-            steps(stage, f"{seed} {index}"),
+            all_steps,
             lr=lr,
             weight_decay=stage.weight_decay,
             schedule=stage.schedule,
             warmup=stage.warmup,
             clip=stage.clip,
             half=leaving_WTH.dtype == torch.float16,
+            groups=groups,
             change_gradient=change_gradient,
             watch=epochs.step,
+            after=after_step,
         )
+        if best.state is not None:
+            trained.return_to(best.state)
         unfit = trained.finish()
         problem = problem or unfit
-        after = math.nan if problem else measure()
-        if after < found["before"]:
-            return found | {
-                "after": after, "lr": lr, "attempts": len(reasons) + 1, "kept": False, "reasons": reasons,
-                "moved": trained.moved(), "epochs": epochs.found,
+        after = {f"{decides}after": math.nan} if problem else measure("after")
+        if after[f"{decides}after"] < start:
+            return found | after | {
+                "lr": lr, "attempts": len(reasons) + 1, "kept": False, "reasons": reasons,
+                "moved": trained.moved(), **codes_moved(codes), "epochs": epochs.found,
             }  # fmt: skip
         trained.restore()
-        reasons.append(problem or f"the loss ended at {after:.3e}")
-        log.warning("block %d: learning rate %.1e: %s (%.3e before)", index, lr, reasons[-1], found["before"])
+        reasons.append(problem or f"the loss ended at {after[f'{decides}after']:.3e}")
+        log.warning("block %d: learning rate %.1e: %s (%.3e before)", index, lr, reasons[-1], start)
     log.warning("block %d keeps the codebooks it had: %s", index, reasons[-1])
-    after = measure()
-    attempts = len(reasons) if math.isfinite(found["before"]) else 0
-    return found | {
-        "after": after, "lr": None, "attempts": attempts, "kept": True, "reasons": reasons, "moved": 0.0, "epochs": [],
+    attempts = len(reasons) if math.isfinite(start) else 0
+    return found | measure("after") | {
+        "lr": None, "attempts": attempts, "kept": True, "reasons": reasons,
+        "moved": 0.0, **codes_moved(codes), "epochs": [],
     }  # fmt: skip
+
+
+def own_rates(stage: BlockFinetune, block: nn.Module, share: float) -> list[Group]:
+    """What of a block learns at another rate than `lr`, each rate times `share`."""
+    weights = [one.weight for one in block.modules() if isinstance(one, LearnedWeights)]
+    found = [Group(weights, stage.weights_lr * share)] if weights else []
+    for one in block.modules():
+        if isinstance(one, MovingCodes):
+            with torch.no_grad():
+                std = float(one(torch.float32).std())
+            found.append(Group([one.shift], stage.codes_lr * std * share, betas=PV_BETAS))
+    return found
+
+
+def codes_moved(before: dict[MovingCodes, Tensor]) -> dict[str, float]:
+    """The share of sub-vectors whose codes are not those of before; nothing where no codes may move."""
+    changed = [(one.unpacked() != codes_MN).any(0) for one, codes_MN in before.items()]
+    return {"codes_moved": float(torch.cat(changed).float().mean())} if changed else {}
+
+
+class Best:
+    """The state of a block's training with the least held-out loss so far, if that is less than at the start."""
+
+    def __init__(self, trained: Trained, start: float, steps: int, loss_of: Callable[[], float]) -> None:
+        self.state: State | None = None
+        self._trained, self._least, self._loss_of = trained, start, loss_of
+        self._at = {round(steps * (number + 1) / CHECKS) for number in range(CHECKS)}
+
+    def look(self, step: int) -> None:
+        """After a step: take the loss if it is time."""
+        if step in self._at and (loss := self._loss_of()) < self._least:
+            self._least, self.state = loss, self._trained.state()
 
 
 class Epochs:
@@ -177,8 +244,20 @@ class Epochs:
 
 
 def batches(stage: BlockFinetune) -> list[slice]:
-    """Rows of windows, batch after batch."""
-    return [slice(start, start + stage.batch_size) for start in range(0, stage.samples, stage.batch_size)]
+    """Rows of the windows that are learned from, batch after batch."""
+    ends = [*range(0, stage.samples, stage.batch_size), stage.samples]
+    return [slice(*pair) for pair in pairwise(ends)]
+
+
+def held_out(stage: BlockFinetune) -> list[slice]:
+    """Rows of the windows that are held out, batch after batch."""
+    ends = [*range(stage.samples, stage.samples + stage.held_out, stage.batch_size), stage.samples + stage.held_out]
+    return [slice(*pair) for pair in pairwise(ends)]
+
+
+def all_batches(stage: BlockFinetune) -> list[slice]:
+    """Rows of all windows, batch after batch."""
+    return batches(stage) + held_out(stage)
 
 
 def steps(stage: BlockFinetune, seed: str) -> list[Any]:
@@ -194,7 +273,7 @@ def steps(stage: BlockFinetune, seed: str) -> list[Any]:
 
 
 def _apply(stage: BlockFinetune, walk: Walk, index: int, block: nn.Module, entering: Tensor, leaving: Tensor) -> Tensor:
-    for rows in batches(stage):
+    for rows in all_batches(stage):
         leaving[rows] = walk.apply(index, block, entering[rows].to(walk.device)).to(leaving.device)
     return leaving
 
@@ -210,6 +289,22 @@ def _resumed(work: Blockwise, streams: Streams) -> tuple[list[dict[str, Any]], T
         log.warning("%s: the state of a killed run is not whole: the stage starts anew", work.folder)
         return None
     return done, loaded["student"], loaded.get("original", loaded["student"])
+
+
+@contextmanager
+def _learning(
+    stage: BlockFinetune, block: nn.Module, index: int, model: PreTrainedModel, original: Original
+) -> Iterator[None]:
+    """Put in what learns besides values: dense weights that are rounded anew, or codes that move."""
+    if stage.learns in ROUNDED:
+        learns = cast(Literal["clipping", "rounding", "weights"], stage.learns)
+        with rounding(block, compressed_weights(block, index, model, original), learns):
+            yield
+    elif stage.codes == "moving":
+        with moving(block):
+            yield
+    else:
+        yield
 
 
 def compressed_weights(block: nn.Module, index: int, model: PreTrainedModel, original: Original) -> dict[str, Tensor]:

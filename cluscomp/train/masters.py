@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,12 @@ from torch.nn.utils import parametrize
 from cluscomp.forms.codebook import CodebookWeight
 from cluscomp.forms.linear import compressed
 from cluscomp.forms.uniform import UniformWeight
-from cluscomp.train.rounding import LearnedRounding
+from cluscomp.train.moving import MovingCodes
+from cluscomp.train.rounding import LearnedRounding, LearnedWeights, RoundedAnew
 
 Batch = TypeVar("Batch")
 Schedule = Literal["constant", "linear", "cosine"]
+State = list[dict[str, Tensor]]
 
 
 class Trained:
@@ -68,6 +70,22 @@ class Trained:
         except ValueError as error:
             return str(error)
         return None
+
+    def state(self) -> State:
+        """A copy of all as it now is, for `return_to`."""
+        found = [{name: tensor.clone() for name, tensor in weight.state_dict().items()} for weight in self._weights]
+        return [*found, {name: parameter.detach().clone() for name, parameter in self._others.items()}]
+
+    def return_to(self, state: State) -> None:
+        """Put back what `state` copied since `start`."""
+        for weight, tensors in zip(self._weights, state):
+            for name, parameter in weight.named_parameters():
+                parameter.data = tensors[name]
+            for name, _ in weight.named_buffers():
+                place, _, attribute = name.rpartition(".")
+                setattr(weight.get_submodule(place), attribute, tensors[name])
+        for name, parameter in self._others.items():
+            parameter.data = state[-1][name]
 
     def moved(self) -> float:
         """How far codebooks (or grids) went until now: squared change over squared size before."""
@@ -125,16 +143,35 @@ def by_mean(model: nn.Module) -> Callable[[Tensor], None]:
 
 
 @contextmanager
-def rounding(block: nn.Module, dense: dict[str, Tensor], *, offsets: bool) -> Iterator[None]:
-    """Let the uniform weights of a block learn their grids from the `dense` ones (by layer), `offsets` see there."""
+def rounding(
+    block: nn.Module, dense: dict[str, Tensor], learns: Literal["clipping", "rounding", "weights"]
+) -> Iterator[None]:
+    """Let the uniform weights of a block be rounded anew from the `dense` ones (by layer)."""
     layers = compressed(block)
     for name, layer in layers.items():
-        layer.stored = LearnedRounding(dense[name], cast(UniformWeight, layer.stored), offsets=offsets)
+        stored = cast(UniformWeight, layer.stored)
+        if learns == "weights":
+            layer.stored = LearnedWeights(dense[name], stored)
+        else:
+            layer.stored = LearnedRounding(dense[name], stored, offsets=learns == "rounding")
     try:
         yield
     finally:
         for layer in layers.values():
-            layer.stored = cast(LearnedRounding, layer.stored).stored
+            layer.stored = cast(RoundedAnew, layer.stored).stored
+
+
+@contextmanager
+def moving(block: nn.Module) -> Iterator[None]:
+    """Let the codes of a block's codebook weights move, also of those inside other forms."""
+    found = {name: MovingCodes(one) for name, one in block.named_modules() if isinstance(one, CodebookWeight)}
+    for name, one in found.items():
+        block.set_submodule(name, one)
+    try:
+        yield
+    finally:
+        for name, one in found.items():
+            block.set_submodule(name, one.give_back())
 
 
 class _Cast(nn.Module):
@@ -144,6 +181,14 @@ class _Cast(nn.Module):
 
     def forward(self, master: Tensor) -> Tensor:
         return master.to(self.dtype)
+
+
+class Group(NamedTuple):
+    """Parameters with a learning rate and betas of their own."""
+
+    parameters: Sequence[Tensor]
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 def fit(
@@ -157,25 +202,33 @@ def fit(
     warmup: float,
     clip: float | None,
     half: bool,
+    groups: Sequence[Group] = (),
     change_gradient: Callable[[Tensor], None] | None = None,
     watch: Callable[[float, float], None] | None = None,
+    after: Callable[[int], None] | None = None,
 ) -> str | None:
     """Minimise `loss_of(batch)` over the float32 `parameters` with AdamW (torch's betas), one step for each batch.
 
-    With `change_gradient`, which changes a parameter's gradient in place, it is plain gradient descent instead, without
-    decay.
+    `groups` learn with them, without decay. With `change_gradient`, which changes a parameter's gradient in place, it
+    is plain gradient descent instead, without decay or groups.
 
-    The learning rate is `lr` times `rate(...)`; `clip` bounds the norm of all gradients together; `half` scales the
-    loss as computing in float16 needs; `watch` is told the loss and the norm of the gradients of each step. Stops at
-    the first loss or gradient that is not finite, with the parameters as they then are, and returns what it was, in
-    words; otherwise None.
+    The learning rate is `lr` times `rate(...)`; `clip` bounds the norm of the gradients of `parameters` together;
+    `half` scales the loss as computing in float16 needs; `watch` is told the loss and that norm in each step, `after`
+    called with the number of each step that was made, from 1. Stops at the first loss or gradient that is not finite,
+    with the parameters as they then are, and returns what it was, in words; otherwise None.
     """
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    others: list[dict[str, Any]] = [
+        {"params": one.parameters, "lr": one.lr, "betas": one.betas, "weight_decay": 0.0} for one in groups
+    ]
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+        [{"params": parameters}, *others], lr=lr, weight_decay=weight_decay
+    )
     if change_gradient is not None:
         optimizer = torch.optim.SGD(parameters, lr=lr)
     scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=half)
     for step, batch in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = lr * rate(schedule, step, len(batches), warmup)
+        for group, full in zip(optimizer.param_groups, [lr, *(one.lr for one in groups)]):
+            group["lr"] = full * rate(schedule, step, len(batches), warmup)
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(batch)
         scaler.scale(loss).backward()
@@ -194,6 +247,8 @@ def fit(
                 change_gradient(parameter)
         scaler.step(optimizer)
         scaler.update()
+        if after is not None:
+            after(step + 1)
     return None
 
 

@@ -1,5 +1,6 @@
-"""A weight on uniform grids whose grids, or rounding too, are still being learned from the dense weight."""
+"""A weight on uniform grids whose grids, rounding or dense weights are still being learned."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -10,33 +11,36 @@ from cluscomp.forms.stored import Stored
 from cluscomp.forms.uniform import UniformWeight, bounds, divisor, in_16_bits, middle, spread
 
 START = 4.0  # of what a sigmoid makes of it: 0.982 of the range
+EDGE = 0.499  # of a step: how far a dense weight may begin from the number that is stored of it
 
 
-class LearnedRounding(Stored):
+class RoundedAnew(Stored):
     """In the place of a stored weight while it is trained: a dense weight, rounded anew in every pass.
 
-    Each group's grid spans from its least to its largest weight (and 0), both times a factor that is learned:
-    OmniQuant's learnable weight clipping (arXiv 2308.13137), by sigmoids. With `offsets` each weight also learns what
-    is added to it before it is rounded, at most half a step to either side, and the factors lie between 0 and 1:
-    AutoRound (arXiv 2309.05516). Gradients pass rounding unchanged. Until `to_masters` and after `to_storage` or
-    `restore` it stands for what is stored, `stored`.
+    Gradients pass rounding unchanged. Until `to_masters` and after `to_storage` or `restore` it stands for what is
+    stored, `stored`.
     """
 
-    def __init__(self, weight_OI: Float[Tensor, "O I"], stored: UniformWeight, *, offsets: bool) -> None:
+    def __init__(self, weight_OI: Float[Tensor, "O I"], stored: UniformWeight) -> None:
         """The dense weight (O, I), and the stored one whose width, groups and kind of zeros it keeps."""
         super().__init__()
         self.out_features, self.in_features = stored.out_features, stored.in_features
-        self.offsets, self._loose = offsets, False
+        self._loose = False
         self._versions = [stored]  # what was stored at first, and is now; in a list, as their scales are not trained
         weight_OI = weight_OI.detach().float()
         self._weight_OI = weight_OI if stored.inputs is None else weight_OI / stored.inputs.float()
-        parts = [self._weight_OI[:, group] for group in bounds(self.in_features, stored.groups)]
-        self._low_OG = torch.stack([part.amin(1) for part in parts], 1).clamp(max=0)
-        self._high_OG = torch.stack([part.amax(1) for part in parts], 1).clamp(min=0)
-        self._mean_OG = torch.stack([part.abs().mean(1) for part in parts], 1)
-        self.low = nn.Parameter(torch.empty_like(self._low_OG), requires_grad=False)
-        self.high = nn.Parameter(torch.empty_like(self._low_OG), requires_grad=False)
-        self.offset = nn.Parameter(torch.empty_like(self._weight_OI), requires_grad=False) if offsets else None
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Give the parameters the values that learning begins with."""
+
+    @abstractmethod
+    def grids(self) -> tuple[Float[Tensor, "O G"], Float[Tensor, "O G"]]:
+        """Scales and zeros (O, G) as learned so far."""
+
+    @abstractmethod
+    def unrounded(self, scales_OG: Tensor, zeros_OG: Tensor) -> Float[Tensor, "O I"]:
+        """What is rounded to the numbers (O, I) of these grids."""
 
     @property
     def stored(self) -> UniformWeight:
@@ -58,18 +62,15 @@ class LearnedRounding(Stored):
         return self.stored.spec()
 
     def to_masters(self) -> None:
-        """Begin to learn: with nearly the whole range, and no offsets."""
-        for factor in (self.low, self.high):
-            factor.data.fill_(1.0 if self.offsets else START)
-        if self.offset is not None:
-            self.offset.data.zero_()
+        """Begin to learn."""
+        self.begin()
         self._loose = True
         self.requires_grad_(True)
 
     def to_storage(self) -> None:
         """Store what was learned. Raises ValueError if it is not finite or does not fit."""
         self._still()
-        scales_OG, zeros_OG = (in_16_bits(values_OG).float() for values_OG in self._grids())  # whole zeros fit, too
+        scales_OG, zeros_OG = (in_16_bits(values_OG).float() for values_OG in self.grids())  # whole zeros fit, too
         codes_OI = self._steps(scales_OG, zeros_OG).int()
         zeros = {"none": None, "whole": zeros_OG.int(), "float16": zeros_OG}[self.stored.kind_of_zeros]
         width, inputs = self.stored.width, self.stored.inputs
@@ -91,12 +92,45 @@ class LearnedRounding(Stored):
         """The dense weight (O, I) in `dtype`; `inputs` is all of them (see `tiles`)."""
         if not self._loose:
             return self.stored(dtype, inputs)  # type: ignore[no-any-return]
-        scales_OG, zeros_OG = self._grids()
+        scales_OG, zeros_OG = self.grids()
         steps_OI = self._steps(scales_OG, zeros_OG) - spread(zeros_OG, self.in_features)
         dense_OI = steps_OI * spread(scales_OG, self.in_features)
         return (dense_OI if self.stored.inputs is None else dense_OI * self.stored.inputs.float()).to(dtype)
 
-    def _grids(self) -> tuple[Tensor, Tensor]:
+    def _steps(self, scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
+        """The numbers (O, I) that the weights are rounded to."""
+        return _rounded(self.unrounded(scales_OG, zeros_OG)).clamp(0, 2**self.stored.width - 1)
+
+
+class LearnedRounding(RoundedAnew):
+    """Grids that learn how far they span, and with `offsets` which way each weight is rounded.
+
+    Each group's grid spans from its least to its largest weight (and 0), both times a factor that is learned:
+    OmniQuant's learnable weight clipping (arXiv 2308.13137), by sigmoids. With `offsets` each weight also learns what
+    is added to it before it is rounded, at most half a step to either side, and the factors lie between 0 and 1:
+    AutoRound (arXiv 2309.05516).
+    """
+
+    def __init__(self, weight_OI: Float[Tensor, "O I"], stored: UniformWeight, *, offsets: bool) -> None:
+        """As `RoundedAnew`."""
+        super().__init__(weight_OI, stored)
+        self.offsets = offsets
+        parts = [self._weight_OI[:, group] for group in bounds(self.in_features, stored.groups)]
+        self._low_OG = torch.stack([part.amin(1) for part in parts], 1).clamp(max=0)
+        self._high_OG = torch.stack([part.amax(1) for part in parts], 1).clamp(min=0)
+        self._mean_OG = torch.stack([part.abs().mean(1) for part in parts], 1)
+        self.low = nn.Parameter(torch.empty_like(self._low_OG), requires_grad=False)
+        self.high = nn.Parameter(torch.empty_like(self._low_OG), requires_grad=False)
+        self.offset = nn.Parameter(torch.empty_like(self._weight_OI), requires_grad=False) if offsets else None
+
+    def begin(self) -> None:
+        """With nearly the whole range, and no offsets."""
+        for factor in (self.low, self.high):
+            factor.data.fill_(1.0 if self.offsets else START)
+        if self.offset is not None:
+            self.offset.data.zero_()
+
+    def grids(self) -> tuple[Tensor, Tensor]:
         """Scales and zeros (O, G) as the factors have it."""
         low_OG, high_OG = (v.clamp(0, 1) if self.offsets else v.sigmoid() for v in (self.low, self.high))
         width = self.stored.width
@@ -111,12 +145,56 @@ class LearnedRounding(Stored):
         whole = self.stored.kind_of_zeros == "whole"
         return scales_OG, _rounded(zeros_OG).clamp(0, levels) if whole else zeros_OG
 
-    def _steps(self, scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
-        """The numbers (O, I) that the weights are rounded to."""
+    def unrounded(self, scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
+        """The dense weights (O, I) in steps of the grids, with their offsets."""
         steps_OI = self._weight_OI / spread(divisor(scales_OG), self.in_features) + spread(zeros_OG, self.in_features)
-        if self.offset is not None:
-            steps_OI = steps_OI + self.offset.clamp(-0.5, 0.5)
-        return _rounded(steps_OI).clamp(0, 2**self.stored.width - 1)
+        return steps_OI if self.offset is None else steps_OI + self.offset.clamp(-0.5, 0.5)
+
+
+class LearnedWeights(RoundedAnew):
+    """The dense weights themselves learn, with the scales and zeros of their grids: EfficientQAT (arXiv 2407.11062).
+
+    The grids begin as they are stored. So do the numbers: where a method stored another one than the nearest, as GPTQ
+    does, the dense weight begins at the edge of that number's range.
+    """
+
+    def __init__(self, weight_OI: Float[Tensor, "O I"], stored: UniformWeight) -> None:
+        """As `RoundedAnew`."""
+        super().__init__(weight_OI, stored)
+        scales_OG, zeros_OG = stored.scales.float(), stored.offsets()
+        numbers_OI, last = stored.unpacked().float(), 2**stored.width - 1
+        low_OI = (numbers_OI - EDGE).where(numbers_OI > 0, -torch.inf)
+        high_OI = (numbers_OI + EDGE).where(numbers_OI < last, torch.inf)
+        steps_OI = self._in_steps(self._weight_OI, scales_OG, zeros_OG)
+        outside_OI = (steps_OI < low_OI) | (steps_OI > high_OI)
+        inside_OI = steps_OI.clamp(low_OI, high_OI) - spread(zeros_OG, self.in_features)
+        self._weight_OI = (inside_OI * spread(scales_OG, self.in_features)).where(outside_OI, self._weight_OI)
+        self.weight = nn.Parameter(self._weight_OI, requires_grad=False)
+        self.scales = nn.Parameter(scales_OG.detach(), requires_grad=False)
+        learned = stored.zeros is not None
+        self.zeros = nn.Parameter(zeros_OG, requires_grad=False) if learned else None
+
+    def begin(self) -> None:
+        """With the weights as they were, and grids as they are stored."""
+        self.weight.data = self._weight_OI.clone()
+        self.scales.data = self.stored.scales.detach().float()
+        if self.zeros is not None:
+            self.zeros.data = self.stored.offsets().clone()
+
+    def grids(self) -> tuple[Tensor, Tensor]:
+        """Scales, none below 0, and zeros (O, G), rounded where they are stored as whole numbers."""
+        scales_OG = self.scales.clamp(min=0)
+        if self.zeros is None:
+            return scales_OG, self.stored.offsets()
+        whole = self.stored.kind_of_zeros == "whole"
+        return scales_OG, _rounded(self.zeros).clamp(0, 2**self.stored.width - 1) if whole else self.zeros
+
+    def unrounded(self, scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
+        """The weights (O, I) in steps of the grids."""
+        return self._in_steps(self.weight, scales_OG, zeros_OG)
+
+    def _in_steps(self, weight_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
+        return weight_OI / spread(divisor(scales_OG), self.in_features) + spread(zeros_OG, self.in_features)
 
 
 def _rounded(values: Tensor) -> Tensor:

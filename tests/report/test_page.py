@@ -159,6 +159,17 @@ def test_what_block_finetune_learns_of_uniform_grids_has_the_name_of_its_paper(m
     assert method_name(made, "cluster") == ("GPTQ" if method == "gptq" else "RTN")
 
 
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("cluscomp", "ClusComp (codes=moving)"), ("gptvq", "GPTVQ + block_finetune (codes=moving)")],
+)
+def test_codes_that_move_in_block_finetune_are_told(method, name):
+    made = run_of("a", 30.0, method=method)
+    made.config["order"] = ["cluster", "block_finetune"]
+    made.config["stages"]["block_finetune"] = {"codes": "moving"}
+    assert method_name(made, "block_finetune") == name and "moving" not in method_name(made, "cluster")
+
+
 def test_two_models_of_one_name_are_told_apart_by_their_weights():
     """Of three runs on folders called `final` two are of one model; an older record does not tell which it is of."""
     runs = [run_of(name, 30.0 + number, method=name) for number, name in enumerate(("gptq", "awq", "rtn", "hqq"))]

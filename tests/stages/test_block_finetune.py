@@ -54,6 +54,7 @@ def clustered(families, tmp_path_factory):
 def stage(text: FileText, **changed) -> BlockFinetune:
     values = {
         "samples": SAMPLES, "length": LENGTH, "target": "fp_stream", "norms": False, "learns": "values",
+        "codes": "fixed", "moves": 0.01, "codes_lr": 0.01, "weights_lr": 1e-3, "held_out": 0, "skip": 0,
         "loss": "mse", "epochs": 4, "batch_size": 2, "order": "fixed", "lr": 3e-3, "weight_decay": 0.0,
         "schedule": "cosine", "warmup": 0.0, "clip": None, "streams": "memory",
     }  # fmt: skip

@@ -112,6 +112,14 @@ def test_codebooks_change_and_nothing_else(recovered):
     assert not list(recovered.checkpoint.parents[0].glob("training"))
 
 
+def test_of_weights_on_grids_the_scales_change_and_nothing_else(ground):
+    """EfficientQAT's end-to-end half."""
+    given = [one for one in overrides(ground, ground / "outputs") if not one.startswith("method.")]
+    outcome = pipelines.pipeline(*given, "method=rtn", "method.width=3", "method.group=8", "recover.lr=1e-3")
+    names = load_file(outcome.checkpoint / "model.safetensors")
+    assert changed(outcome) == {name for name in names if name.endswith(".scales")} and found(outcome)["kept"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_norms_are_trained_where_asked_for_and_what_is_stored_is_what_was_scored(ground, dtype):
     outcome = pipeline(ground, ground / dtype, "recover.norms=true", f"dtype={dtype}")

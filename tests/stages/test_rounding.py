@@ -1,4 +1,4 @@
-"""Grids and rounding that learn: against their definitions in numpy, and by the blocks' losses on a tiny model."""
+"""Grids, rounding and weights that learn: against their definitions, and by the blocks' losses on a tiny model."""
 
 import numpy as np
 import pytest
@@ -13,13 +13,14 @@ from cluscomp.forms.layers import specs
 from cluscomp.forms.linear import compressed
 from cluscomp.forms.uniform import UniformWeight
 from cluscomp.methods.awq import Awq
+from cluscomp.methods.gptq import Gptq
 from cluscomp.methods.hqq import Hqq
 from cluscomp.methods.rtn import RoundToNearest
 from cluscomp.models.original import Original
 from cluscomp.plan.meta import MetaModel
 from cluscomp.stages import Job
 from cluscomp.stages.cluster import Cluster
-from cluscomp.train.rounding import LearnedRounding
+from cluscomp.train.rounding import LearnedRounding, LearnedWeights
 
 SHAPE = {"bits": None, "width": 2, "group": 8}
 METHODS = {
@@ -115,6 +116,61 @@ def test_every_part_learns_and_lowers_the_outputs_error(name, offsets):
     assert best < (0.8 if offsets else 0.97) * float(first)
 
 
+FEEDBACK = Gptq(**SHAPE, symmetric=False, damping=0.01, act_order=False, static_groups=False)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "feedback"])
+def test_weights_begin_as_they_are_stored_and_round_with_the_gradient_of_what_is_not(name):
+    weight_OI, x_TI = correlated(6, 20, 3)
+    method = (METHODS | {"feedback": FEEDBACK})[name]
+    stored = made_by(method, weight_OI, statistic_of(x_TI), torch.Generator()).requires_grad_(False)
+    learned = LearnedWeights(weight_OI, stored)
+    learned.to_masters()
+    dense_OI = learned(torch.float32)
+    if stored.kind_of_zeros != "float16":  # whose stored zeros stand for what 16 bits leave of them
+        assert torch.equal(dense_OI, stored(torch.float32))
+    wanted_OI = torch.randn(weight_OI.shape, generator=torch.Generator().manual_seed(1))
+    (found_OI,) = torch.autograd.grad((dense_OI * wanted_OI).sum(), [learned.weight])
+    within_OI = learned.unrounded(*learned.grids()).round()
+    within_OI = (within_OI >= 0) & (within_OI <= 2**stored.width - 1)  # what lies outside its grid is cut
+    columns_I = torch.ones(20) if stored.inputs is None else stored.inputs.float()
+    torch.testing.assert_close(found_OI, torch.where(within_OI, wanted_OI * columns_I, 0.0))
+    learned.to_storage()
+    assert torch.equal(learned.stored.unpacked(), stored.unpacked()) and learned.stored.spec() == stored.spec()
+    learned.restore({})
+    assert learned.stored is stored
+
+
+@pytest.mark.parametrize("name", [*METHODS, "feedback"])
+def test_weights_scales_and_zeros_learn_and_lower_the_outputs_error(name):
+    weight_OI, x_TI = correlated(6, 20, 3)
+    method = (METHODS | {"feedback": FEEDBACK})[name]
+    stored = made_by(method, weight_OI, statistic_of(x_TI), torch.Generator()).requires_grad_(False)
+    learned = LearnedWeights(weight_OI, stored)
+
+    def loss(dense_OI: torch.Tensor) -> torch.Tensor:
+        return (x_TI @ (dense_OI - weight_OI).T).square().mean()
+
+    first = float(loss(stored(torch.float32)))
+    learned.to_masters()
+    begun = {key: parameter.detach().clone() for key, parameter in learned.named_parameters()}
+    assert begun.keys() == {"weight", "scales"} | (set() if stored.zeros is None else {"zeros"})
+    best, rates = first, {"weight": 3e-3, "scales": 1e-3, "zeros": 3e-3}
+    optimizer = torch.optim.AdamW(
+        [{"params": [parameter], "lr": rates[key]} for key, parameter in learned.named_parameters()], weight_decay=0.0
+    )
+    for _ in range(150):
+        optimizer.zero_grad()
+        found = loss(learned(torch.float32))
+        found.backward()
+        optimizer.step()
+        best = min(best, float(found.detach()))
+    assert all(not torch.equal(parameter, begun[key]) for key, parameter in learned.named_parameters())
+    assert best < 0.95 * first
+    learned.to_storage()
+    assert learned.stored.ledger() == stored.ledger()
+
+
 @pytest.fixture(scope="module")
 def rounded(families, tmp_path_factory):
     """A small Llama rounded to 3 bits, original and folder."""
@@ -131,6 +187,7 @@ LEARN = {
     "values": {"lr": 1e-3},
     "clipping": {"lr": 5e-2, "epochs": 10},
     "rounding": {"lr": 2e-2, "epochs": 10, "schedule": "linear", "order": "shuffled"},
+    "weights": {"lr": 1e-3, "weights_lr": 1e-3, "epochs": 10, "schedule": "cosine"},
 }
 
 
@@ -143,7 +200,8 @@ def test_blocks_come_nearer_to_the_original_in_the_same_bits(rounded, text, tmp_
     assert all(numbers["after"] < numbers["before"] for numbers in found)
     assert specs(model) == shapes
     changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], model.state_dict()[name])}
-    assert changed == ({"scales"} if learns == "values" else {"codes", "scales", "zeros"})
+    expected = {"values": {"scales"}, "weights": {"codes", "scales"}}.get(learns, {"codes", "scales", "zeros"})
+    assert changed - {"zeros"} == expected - {"zeros"} and (learns == "weights" or changed == expected)
     checkpoint.save(model, original.tokenizer, tmp_path / "checkpoint")
     again = checkpoint.load(tmp_path / "checkpoint")
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
@@ -171,7 +229,7 @@ def test_weights_on_no_grid_are_refused_before_any_work(families, text):
     Cluster(method=method, **IDLE).cost(outline)
     stage(text).cost(outline)
     stage(text, learns="means").cost(outline)
-    for learns in ("clipping", "rounding"):
+    for learns in ("clipping", "rounding", "weights"):
         with pytest.raises(InputError, match=rf"learns={learns} needs .*method=rtn.*q_proj is a CodebookWeight"):
             stage(text, learns=learns).cost(outline)
 
@@ -191,10 +249,13 @@ def test_it_is_counted_as_memory_and_keys_are_those_of_before(families, text):
     method = RoundToNearest(bits=None, width=3, group=8, symmetric=False)
     Cluster(method=method, **IDLE).cost(outline)
     peaks = [sum(stage(text, learns=learns).cost(outline).device.values()) for learns in LEARN]
-    assert peaks[0] < peaks[1] < peaks[2]
-    assert stage(text).without_effect() == {"streams", "learns"} and stage(
-        text, learns="rounding"
-    ).without_effect() == {"streams"}
+    assert peaks == sorted(peaks) and len(set(peaks)) == len(peaks)
+    later = {"codes", "moves", "codes_lr", "weights_lr", "held_out", "skip"}
+    assert stage(text).without_effect() == {"streams", "learns"} | later
+    assert stage(text, learns="rounding").without_effect() == {"streams"} | later
+    weights, moving = stage(text, learns="weights", held_out=1), stage(text, codes="moving", skip=1)
+    assert weights.without_effect() == {"streams", "codes", "moves", "codes_lr", "skip"}
+    assert moving.without_effect() == {"streams", "learns", "weights_lr", "held_out"}
 
 
 def test_values_and_gradients_are_those_of_the_autoround_package():
