@@ -44,7 +44,11 @@ class Trained:
         return list({id(part): part for part in parts}.values())  # weights may share a codebook
 
     def start(self) -> None:
-        """Make the copies."""
+        """Make the copies. Of all else in the model no gradient is taken: that of a head is as large as the head."""
+        trained = {id(parameter) for parameter in self.parameters}
+        for parameter in self._model.parameters():
+            if id(parameter) not in trained:
+                parameter.requires_grad_(False)
         for weight in self._weights:
             weight.to_masters()
         for name in self._cast:
