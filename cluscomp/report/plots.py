@@ -1,6 +1,7 @@
 """Figures that a paper can print, from the data frames of the tables; one style for all of them."""
 
 import math
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -25,6 +26,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p"]
 GREY = "#9A9A9A"
 NAMED = 6  # methods with a colour and a name
+WIDTH = 38  # letters of a name at a line's end
 PANEL = 3.6, 2.8  # inches
 BEYOND = 10  # times the median perplexity of a Pareto front, above which nothing is told apart
 STYLE: Any = {
@@ -128,7 +130,7 @@ def _lines(
 
 
 def _name_ends(axes: "Axes", ends: dict[str, tuple[float, float]], colours: dict[str, str]) -> None:
-    """Names right of the panel, in the order of their lines' ends, as near to them as they can be."""
+    """Names right of the panel, in the order of their lines' ends, as near to them as they can be; long ones cut."""
     axes.autoscale_view()
     place = axes.transData + axes.transAxes.inverted()
     heights = {name: min(max(float(place.transform(end)[1]), 0.0), 1.0) for name, end in ends.items()}
@@ -142,7 +144,8 @@ def _name_ends(axes: "Axes", ends: dict[str, tuple[float, float]], colours: dict
         told[number] = min(told[number], told[number + 1] - gap)
     for name, height in zip(names, told):
         axes.annotate(
-            name, ends[name], (1.06, height), textcoords="axes fraction", va="center", color=colours[name], fontsize=7,
+            textwrap.shorten(name, WIDTH, placeholder=" ..."), ends[name], (1.06, height),
+            textcoords="axes fraction", va="center", color=colours[name], fontsize=7,
             arrowprops=thread | {"color": colours[name]}, annotation_clip=False,
         )  # fmt: skip
 
