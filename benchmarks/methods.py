@@ -54,7 +54,7 @@ def measure(method: str) -> dict[str, Any]:
     cluster: Any = experiment.stages["cluster"]
     original = opened(experiment)
     model = original.model()
-    walk = Walk(model)
+    walk = Walk(model, original)
     statistics: dict[str, Any] = {}
     if cluster.method.sees():
         windows = torch.from_numpy(cluster.windows(original.tokenizer, 0))
