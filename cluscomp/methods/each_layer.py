@@ -1,9 +1,10 @@
 """Methods that work layer by layer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
+from cluscomp import solve
 from cluscomp.errors import named
 from cluscomp.methods import Compressed
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:  # torch is not needed to check settings
 
     from cluscomp.forms.stored import Stored
     from cluscomp.solve.layer import Layer, Seen
+
+Known = TypeVar("Known")
 
 
 class EachLayer(ABC):
@@ -32,3 +35,19 @@ class EachLayer(ABC):
             with named([name]):
                 stored = self.stored(layer.weight_OI.float(), layer.seen, layer.generator)
             yield Compressed({name: stored}, {})
+
+
+def with_moments(
+    layers: "dict[str, Layer]", damping: float, known: "Callable[[Tensor], Known]"
+) -> "Iterator[tuple[str, Known]]":
+    """One layer after the other, with what is `known` of its inputs by their damped second moment (I, I).
+
+    Neighbours that read one input share it. What is shown of a layer is looked at when it is its turn.
+    """
+    last = None
+    for name in list(layers):
+        layer = layers[name]
+        if last is None or last[0] is not layer.seen:
+            with named([name]):
+                last = layer.seen, known(solve.along_outputs.damped(layer.show().matrix_II, damping))
+        yield name, last[1]

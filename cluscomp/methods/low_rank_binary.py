@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from cluscomp import solve
 from cluscomp.errors import named
 from cluscomp.methods import Compressed
+from cluscomp.methods.each_layer import with_moments
 from cluscomp.methods.on_grids import check_choice
 from cluscomp.settings import settings
 
@@ -56,14 +57,14 @@ class LowRankBinary:
 
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
         """Layer after layer; see `Method.compress`."""
-        names, methods = list(layers), [self] * len(layers)
+        methods = [self] * len(layers)
         shared = self.allocation == "fill" and self.bits is not None and len(layers) > 1
         if shared:
             methods = [
                 replace(self, **option.settings)
                 for option in solve.allocate.share_out([*self.offers(layers)], self.bits)  # type: ignore[arg-type]
             ]
-        for (name, inputs), method in zip(self._opened(layers, names), methods):
+        for (name, inputs), method in zip(with_moments(layers, self.damping, solve.signs.Inputs), methods):
             with named([name]):
                 stored = method._factored(layers[name], inputs, method.rounds, method.descents).stored()
             yield Compressed({name: stored}, {"bits": method.bits} if shared else {})
@@ -71,7 +72,7 @@ class LowRankBinary:
     def offers(self, layers: "dict[str, Layer]") -> "Iterator[Menu]":
         """By errors measured in a few rounds; see `methods.Offers`."""
         assert self.bits is not None
-        for name, inputs in self._opened(layers, list(layers)):
+        for name, inputs in with_moments(layers, self.damping, solve.signs.Inputs):
             weight_OI = layers[name].weight_OI.float()
             errors = []
             with named([name]):
@@ -87,14 +88,3 @@ class LowRankBinary:
         return solve.signs.factored(
             layer.weight_OI.float(), inputs, rank, rounds=rounds, descents=descents, generator=layer.generator
         )
-
-    def _opened(self, layers: "dict[str, Layer]", names: list[str]) -> "Iterator[tuple[str, Inputs]]":
-        """One layer after the other, with what is known of its inputs; neighbours that read one input share that."""
-        last = None
-        for name in names:
-            layer = layers[name]
-            if last is None or last[0] is not layer.seen:
-                with named([name]):
-                    moment_II = solve.along_outputs.damped(layer.show().matrix_II, self.damping)
-                    last = layer.seen, solve.signs.Inputs(moment_II)
-            yield name, last[1]

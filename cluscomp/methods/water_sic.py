@@ -9,6 +9,7 @@ from pydantic import Field
 from cluscomp import solve
 from cluscomp.errors import named
 from cluscomp.methods import Compressed
+from cluscomp.methods.each_layer import with_moments
 from cluscomp.settings import settings
 
 if TYPE_CHECKING:
@@ -50,38 +51,32 @@ class WaterSic:
 
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
         """Layer after layer; see `Method.compress`."""
-        names, methods = list(layers), [self] * len(layers)
+        methods = [self] * len(layers)
         if self.allocation == "fill" and len(layers) > 1:
             methods = [
                 replace(self, **option.settings)
                 for option in solve.allocate.share_out([*self.offers(layers)], self.bits)
             ]
-        for (name, opened), method in zip(self._opened(layers, names), methods):
+        for (name, opened), method in zip(self._opened(layers), methods):
             with named([name]):
                 stored = opened.stored(method.bits)
             yield Compressed({name: stored}, {"bits": method.bits} if self.allocation == "fill" else {})
 
     def offers(self, layers: "dict[str, Layer]") -> "Iterator[Menu]":
         """By errors measured on each weight, or on some of its outputs; see `methods.Offers`."""
-        for name, opened in self._opened(layers, list(layers)):
+        for name, opened in self._opened(layers):
             with named([name]):
                 errors = opened.errors(self.bits)
             yield solve.allocate.rates_menu(name, layers[name], errors, self.bits, self.floor)
 
-    def _opened(self, layers: "dict[str, Layer]", names: list[str]) -> "Iterator[tuple[str, WaterFilling]]":
-        """One layer after the other, made ready; neighbours that read one input share what is known of it."""
-        last = None
-        for name in names:
-            layer = layers[name]
-            if last is None or last[0] is not layer.seen:
-                with named([name]):
-                    moment_II = solve.along_outputs.damped(layer.show().matrix_II, self.damping)
-                    last = layer.seen, solve.water_filling.Curvature(moment_II)
+    def _opened(self, layers: "dict[str, Layer]") -> "Iterator[tuple[str, WaterFilling]]":
+        """One layer after the other, made ready."""
+        for name, curvature in with_moments(layers, self.damping, solve.water_filling.Curvature):
             yield (
                 name,
                 solve.water_filling.WaterFilling(
-                    layer.weight_OI.float(),
-                    last[1],
+                    layers[name].weight_OI.float(),
+                    curvature,
                     dependent=self.states > 1,
                     scaled_outputs=self.scaled_outputs,
                     refits=self.refits,

@@ -153,7 +153,7 @@ class BlockFinetune(FromText):
         for one in codebooks(outline.block):
             number, size, dim = one.codebooks.shape
             tried = self.moves * one.num_codes * number * size
-            work += Work(flops=2.0 * tried * dim, traffic=12.0 * tried + one.num_codes * (8.0 * dim + 16.0 * number))
+            work += Work(flops=2.0 * tried * dim, traffic=one.num_codes * (8.0 * dim + 16.0 * number))
         return work * steps
 
     def _check_weights(self, outline: "MetaModel") -> None:

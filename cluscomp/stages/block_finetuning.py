@@ -245,14 +245,16 @@ class Epochs:
 
 def batches(stage: BlockFinetune) -> list[slice]:
     """Rows of the windows that are learned from, batch after batch."""
-    ends = [*range(0, stage.samples, stage.batch_size), stage.samples]
-    return [slice(*pair) for pair in pairwise(ends)]
+    return _rows(0, stage.samples, stage.batch_size)
 
 
 def held_out(stage: BlockFinetune) -> list[slice]:
     """Rows of the windows that are held out, batch after batch."""
-    ends = [*range(stage.samples, stage.samples + stage.held_out, stage.batch_size), stage.samples + stage.held_out]
-    return [slice(*pair) for pair in pairwise(ends)]
+    return _rows(stage.samples, stage.samples + stage.held_out, stage.batch_size)
+
+
+def _rows(first: int, end: int, size: int) -> list[slice]:
+    return [slice(*pair) for pair in pairwise([*range(first, end, size), end])]
 
 
 def all_batches(stage: BlockFinetune) -> list[slice]:

@@ -45,11 +45,12 @@ def check_method(stage: Cluster, original: Original) -> None:
     """Try the stage's method on every block's shapes. Raises InputError, naming the layer, for what it cannot do."""
     outline = _outline(original)
     tried = _tried(stage.method, outline)
-    if stage.over_the_model and (not isinstance(stage.method, Offers) or stage.method.bits is None):
+    shares = isinstance(stage.method, Offers) and stage.method.bits is not None
+    if stage.over_the_model and not shares:
         raise InputError(
             "allocation.scope=model needs a method whose bits can be shared out (cluscomp, gptvq, aqlm) and bits="
         )
-    if stage.price == "loss" and (not isinstance(stage.method, Offers) or stage.method.bits is None):
+    if stage.price == "loss" and not shares:
         raise InputError(
             "cluster.price=loss needs a method that shares bits out among layers (cluscomp, cluscomp_paths, gptvq) and "
             "bits="
@@ -96,6 +97,7 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
     if len(tried) < outline.blocks:
         return None
     observing = streams = moments = 0.0
+    pricing: dict[str, float] = {}
     if stage.calibrated:
         inputs = {place.input: place.in_features for places in outline.places() for place in places.values()}
         streams = 2 * outline.stream(stage.samples, stage.length)
@@ -112,14 +114,11 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
             walks, looks = walks + len(inputs), looks + 1 - 1 / len(inputs)
         work += once.work * passes * (outline.blocks - 1) * walks
         work += counted * passes * outline.blocks * looks
-    pricing: dict[str, float] = {}
-    if stage.price == "loss":
-        inside, logits = outline.training(stage.batch_size, stage.length), outline.logits(1, stage.length)
-        passes = stage.samples / stage.batch_size
-        once = outline.forward(stage.batch_size, stage.length)
-        work += (once.work + inside.work) * (passes * outline.blocks) + logits.work * (3 * stage.samples)
-        inputs_of_all = (outline.blocks + 1) * outline.stream(stage.samples, stage.length)
-        pricing = {"inputs of all blocks": inputs_of_all, "inside one block": max(inside.peak, 3 * logits.peak)}
+        if stage.price == "loss":
+            inside, logits = outline.training(stage.batch_size, stage.length), outline.logits(1, stage.length)
+            work += (once.work + inside.work) * (passes * outline.blocks) + logits.work * (3 * stage.samples)
+            inputs_of_all = (outline.blocks + 1) * outline.stream(stage.samples, stage.length)
+            pricing = {"inputs of all blocks": inputs_of_all, "inside one block": max(inside.peak, 3 * logits.peak)}
     compared = max(24.0 * o * i for o, i in outline.dense.values())  # error and size of a layer in `compress_block`
     for block, found in zip(blocks(outline.model), tried):
         work += found.work

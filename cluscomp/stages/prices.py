@@ -39,7 +39,7 @@ def prices(walk: Walk, windows: list[Tensor], folder: Path) -> dict[str, float]:
         with torch.no_grad(), walk.block(index) as block:
             stream = [walk.apply(index, block, hidden_BTH) for hidden_BTH in stream]
         progress.step("forward")
-    length = windows[0].shape[1]
+    length, tokens = windows[0].shape[1], sum(ids_BT.numel() for ids_BT in windows)
     gradients = [_of_the_loss(walk, hidden_BTH, ids_BT) for hidden_BTH, ids_BT in zip(stream, windows)]
     found: dict[str, float] = {}
     for index in reversed(range(len(walk))):
@@ -53,7 +53,6 @@ def prices(walk: Walk, windows: list[Tensor], folder: Path) -> dict[str, float]:
                     (gradients[number],) = torch.autograd.grad(output_BTH, hidden_BTH, gradient_BTH)
             for handle in handles:
                 handle.remove()
-        tokens = sum(ids_BT.numel() for ids_BT in windows)
         found |= {f"{names[index]}.{name}": total / tokens for name, total in sums.items()}
         progress.step("backward")
     write_sealed(folder / FILE, {"prices": found})

@@ -3,11 +3,12 @@
 from typing import cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cluscomp.forms.codebook import CodebookWeight, sub_vectors
 from cluscomp.kernels.codes import code_bits, pack
+from cluscomp.solve.kmeans import nearest
 
 
 class MovingCodes(CodebookWeight):
@@ -70,6 +71,8 @@ class MovingCodes(CodebookWeight):
         Where that is stays as it is. Returns how many took another one.
         """
         count = int(share * self.num_codes)
+        if count == 0:
+            return 0
         chosen_C = self.shift.square().sum(1).topk(count).indices
         codes_MN, centroids_MKD = self.unpacked(), self.centroids(torch.float32)
         before_MC = codes_MN[:, chosen_C]
@@ -101,9 +104,3 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_OI):  # type: ignore[no-untyped-def]
         return grad_OI, sub_vectors(grad_OI.float(), ctx.vector_dim, ctx.axis), None
-
-
-def nearest(vectors_CD: Float[Tensor, "C D"], centroids_KD: Float[Tensor, "K D"]) -> Int[Tensor, " C"]:
-    """The number of the centroid (of K) nearest to each vector: (C, D) -> (C,) int32."""
-    near_CK = vectors_CD @ centroids_KD.T - centroids_KD.square().sum(1) / 2
-    return near_CK.argmax(1).to(torch.int32)

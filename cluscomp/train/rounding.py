@@ -97,6 +97,10 @@ class RoundedAnew(Stored):
         dense_OI = steps_OI * spread(scales_OG, self.in_features)
         return (dense_OI if self.stored.inputs is None else dense_OI * self.stored.inputs.float()).to(dtype)
 
+    def _in_steps(self, weight_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
+        """A dense weight (O, I) in steps of these grids."""
+        return weight_OI / spread(divisor(scales_OG), self.in_features) + spread(zeros_OG, self.in_features)
+
     def _steps(self, scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
         """The numbers (O, I) that the weights are rounded to."""
         return _rounded(self.unrounded(scales_OG, zeros_OG)).clamp(0, 2**self.stored.width - 1)
@@ -147,7 +151,7 @@ class LearnedRounding(RoundedAnew):
 
     def unrounded(self, scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
         """The dense weights (O, I) in steps of the grids, with their offsets."""
-        steps_OI = self._weight_OI / spread(divisor(scales_OG), self.in_features) + spread(zeros_OG, self.in_features)
+        steps_OI = self._in_steps(self._weight_OI, scales_OG, zeros_OG)
         return steps_OI if self.offset is None else steps_OI + self.offset.clamp(-0.5, 0.5)
 
 
@@ -192,9 +196,6 @@ class LearnedWeights(RoundedAnew):
     def unrounded(self, scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
         """The weights (O, I) in steps of the grids."""
         return self._in_steps(self.weight, scales_OG, zeros_OG)
-
-    def _in_steps(self, weight_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
-        return weight_OI / spread(divisor(scales_OG), self.in_features) + spread(zeros_OG, self.in_features)
 
 
 def _rounded(values: Tensor) -> Tensor:
