@@ -31,6 +31,17 @@ CONFIGURATIONS = {
         *("dtype=bfloat16", "method.vector_dim=4", "method.codebook_size=1024", "cluster.samples=8"),
         *("order=[cluster,block_finetune]", *SHORT),
     ],
+    "recover, finetune": [
+        *DATA_FREE,
+        "order=[cluster,recover,finetune]",
+        "recover=quick",
+        "recover.tokens=4096",
+        "finetune.length=256",
+        "finetune.examples=16",
+        "finetune.epochs=1",
+        "finetune.held_out=8",
+        "evaluate.after=[]",
+    ],
     "demo": ["experiment=demo"],
 }
 # Every method on two blocks of SmolLM2's shapes, with random weights, then one epoch of finetuning.

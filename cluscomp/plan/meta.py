@@ -24,6 +24,9 @@ from cluscomp.models.walk import Walk
 from cluscomp.plan.cost import Cost
 
 TOKENS_OF_A_TEXT = 340_000  # assumed of a text that is not on this machine: WikiText-2's test set
+# RAM that glibc keeps of what comes and goes in the training of a whole model: some three times as much as is alive at
+# once (250 MiB alive, 1,223 held of SmolLM2; benchmarks/recover_memory.py). Pieces of more than 32 MiB are given back.
+HOARDED, HOARDED_AT_MOST = 3.5, 2.0**30
 NOTHING = Work()
 # of all outlines of this process: stages, cells and checks ask for the same ones
 _passes: dict[Any, "Pass"] = {}
@@ -281,6 +284,9 @@ class MetaModel:
             "inside one block": inside.peak,
             "logits": 12.0 * logits,
         }
+        if self.device == "cpu":
+            passing = sum(device.values()) - kept - self.outside
+            device["kept back by malloc"] = min(HOARDED_AT_MOST, HOARDED * passing)
         batches = examples // batch_size
         once = self.forward(batch_size, length).work * self.blocks
         head = self.logits(batch_size, length).work

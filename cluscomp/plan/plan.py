@@ -1,6 +1,6 @@
 """The plan of a run: bits, bytes and what each stage will need, from the model's shapes alone, before any work."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +124,16 @@ def largest(parts: dict[str, float]) -> str:
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in first if size)
 
 
-def plan(experiment: Any, config: PreTrainedConfig, dtype: torch.dtype, device: str) -> Plan:
-    """Fold the stages of an experiment over the outline of its model. Raises InputError for what cannot be planned."""
+def plan(experiment: Any, config: PreTrainedConfig, dtype: torch.dtype, device: str, products: float = 1.0) -> Plan:
+    """Fold the stages of an experiment over the outline of its model. Raises InputError for what cannot be planned.
+
+    `products`: how many times as long as in float32 matrix products take in `dtype` here.
+    """
     if experiment.order:
         check_dense(config)
     machine: Machine = experiment.machine
     can = limits(machine, device, Path(experiment.cache).expanduser())
+    can = replace(can, rates=can.rates | {"flops": can.rates["flops"] / products})
     outline = MetaModel(config, dtype, device)
     costs: dict[str, Cost | None] = {}
     known = True  # whether the outline is that of the model

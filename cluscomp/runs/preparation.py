@@ -41,7 +41,7 @@ def foreseen(experiment: Experiment, cache: Path) -> Plan | None:
     Raises InputError if a stage does not fit, unless `force`.
     """
     device = device_of(experiment.device)
-    _warn_of_slow_products(experiment, device.type)
+    products = _slower_products(experiment, device.type)
     try:
         config = experiment.model.read_config(cache)
     except InputError as error:
@@ -50,7 +50,7 @@ def foreseen(experiment: Experiment, cache: Path) -> Plan | None:
     if not experiment.order and quantizer(config) not in (None, NAME):
         log.info("no plan: what layers of '%s' take is not known", quantizer(config))
         return None
-    found = plan(experiment, config, dtype_of(experiment), device.type)
+    found = plan(experiment, config, dtype_of(experiment), device.type, products)
     log.info("%s", found.table())
     if not experiment.force:
         found.refuse()
@@ -59,25 +59,31 @@ def foreseen(experiment: Experiment, cache: Path) -> Plan | None:
 
 def planned(experiment: Experiment) -> Plan:
     """The plan of a run for its machine; reads nothing but the model's config. Raises InputError without one."""
+    products = 1.0
     if experiment.machine.here:
         device, dtype = device_of(experiment.device).type, dtype_of(experiment)
-        _warn_of_slow_products(experiment, device)
+        products = _slower_products(experiment, device)
     else:
         device = "cuda" if experiment.device == "auto" else experiment.device
         dtype = torch.bfloat16 if experiment.dtype == "auto" else getattr(torch, experiment.dtype)
     config = experiment.model.read_config(Path(experiment.cache).expanduser())
-    return plan(experiment, config, dtype, device)
+    return plan(experiment, config, dtype, device, products)
 
 
-def _warn_of_slow_products(experiment: Experiment, device: str) -> None:
-    """Processors without instructions for 16-bit numbers compute in them all the same, but take hours for minutes."""
+def _slower_products(experiment: Experiment, device: str) -> float:
+    """How many times as long as in float32 this processor takes for products in the run's type.
+
+    Warns of a large factor: processors without instructions for 16-bit numbers compute in them all the same, but take
+    hours for minutes.
+    """
     if device != "cpu" or experiment.dtype in ("auto", "float32"):
-        return
-    dtype = dtype_of(experiment)
-    if (factor := slowdown(dtype)) > SLOW:
+        return 1.0
+    factor = slowdown(dtype_of(experiment))
+    if factor > SLOW:
         log.warning(
-            "dtype=%s: this processor takes about %.0f times as long as in float32, which plans do not know; "
+            "dtype=%s: this processor takes about %.0f times as long as in float32; "
             "dtype=float32 is faster here (its scores stand under a protocol of their own)",
             experiment.dtype,
             factor,
         )
+    return factor
