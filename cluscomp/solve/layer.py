@@ -1,6 +1,6 @@
 """A layer as methods see it: its weight, and what calibration text shows of its inputs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +95,12 @@ class Seen:
     def magnitude_I(self) -> Float[Tensor, " I"]:
         """Mean absolute value of each input, (I,). Raises ValueError as `matrix_II`, of "magnitude"."""
         return self._mean("magnitude")
+
+    def through(self, turn: Callable[[Tensor], Tensor]) -> "Seen":
+        """What the second moment, which must have been asked for, is of turned inputs: rows (T, I) -> (T, I)."""
+        found = Seen({"moment"})
+        found.tokens, found._parts["moment"].total = self.tokens, turn(turn(self._total("moment")).T)
+        return found
 
     @property
     def nbytes(self) -> int:

@@ -6,6 +6,7 @@ from pydantic import Field, InstanceOf, model_validator
 
 from cluscomp.data.overlap import Learned
 from cluscomp.methods import Method
+from cluscomp.methods.turned import Turned
 from cluscomp.settings import settings
 from cluscomp.stages.allocation import Allocation
 from cluscomp.stages.from_text import FromText
@@ -33,6 +34,9 @@ class Cluster(FromText):
 
     `price` is what counts where a method shares bits out among layers: "error", relative errors as the method weighs
     them, or "loss", these times what they cost the model's predictions on the same windows (stages/prices.py).
+
+    `rotation`: the sides of each weight that are turned by random signs and a Hadamard transform before the method sees
+    it, and turned back where the weight is used (methods/turned.py).
     """
 
     takes: ClassVar[Literal["original"]] = "original"
@@ -45,22 +49,29 @@ class Cluster(FromText):
     drift: float = Field(ge=0, le=1)
     drift_damping: float = Field(gt=0)
     price: Literal["error", "loss"]
+    rotation: Literal["none", "inputs", "outputs", "both"]
 
     @model_validator(mode="after")
     def _check_drift(self) -> Self:
         if self.drift and self.prefix == "original":
             raise ValueError(f"drift={self.drift} needs prefix=compressed: behind the original nothing drifts")
+        self.compressing.sees()
         return self
+
+    @property
+    def compressing(self) -> Method:
+        """The method, on rotated weights if that is asked for."""
+        return self.method if self.rotation == "none" else Turned(self.method, self.rotation)
 
     @property
     def calibrated(self) -> bool:
         """Whether the stage looks at calibration text."""
-        return bool(self.method.sees()) or self.drift > 0 or self.price == "loss"
+        return bool(self.compressing.sees()) or self.drift > 0 or self.price == "loss"
 
     @property
     def sees(self) -> frozenset[str]:
         """What is gathered of each layer's inputs."""
-        return self.method.sees() | ({"moment"} if self.drift else set())
+        return self.compressing.sees() | ({"moment"} if self.drift else set())
 
     @property
     def over_the_model(self) -> bool:
@@ -75,6 +86,7 @@ class Cluster(FromText):
         """The settings of calibration, if the method looks at no text."""
         idle = set() if self.drift else {"drift", "drift_damping"}
         idle |= {"price"} if self.price == "error" else set()
+        idle |= {"rotation"} if self.rotation == "none" else set()
         return idle if self.calibrated else {"data", "samples", "length", "batch_size", "prefix"} | idle
 
     def check(self, original: "Original") -> None:

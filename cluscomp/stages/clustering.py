@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 def check_method(stage: Cluster, original: Original) -> None:
     """Try the stage's method on every block's shapes. Raises InputError, naming the layer, for what it cannot do."""
     outline = _outline(original)
-    tried = _tried(stage.method, outline)
-    shares = isinstance(stage.method, Offers) and stage.method.bits is not None
+    tried = _tried(stage.compressing, outline)
+    shares = isinstance(stage.compressing, Offers) and stage.compressing.bits is not None
     if stage.over_the_model and not shares:
         raise InputError(
             "allocation.scope=model needs a method whose bits can be shared out (cluscomp, gptvq, aqlm) and bits="
@@ -93,7 +93,7 @@ def _check_grids(names: list[str], tried: list[Dry | None], origin: list[str]) -
 def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
     """What `run` will hold and do, and `outline` changed as `run` will change the model; see `Cluster.cost`."""
     work = Work(read=outline.all_numbers * outline.file_bytes)
-    tried = [one for one in _tried(stage.method, outline) if one is not None]
+    tried = [one for one in _tried(stage.compressing, outline) if one is not None]
     if len(tried) < outline.blocks:
         return None
     observing = streams = moments = 0.0
@@ -182,7 +182,7 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
             share = None if shares is None else shares.blocks[index]
             following = Following(stage.drift, stage.drift_damping, look) if stage.drift else None
             found = compress_block(
-                stage.method, block, name, job.seed, statistics, all_places[index], share, following, prices
+                stage.compressing, block, name, job.seed, statistics, all_places[index], share, following, prices
             )
             originals.clear()  # of the next block there will be as many
             error = relative_error(found["squares"])
@@ -215,7 +215,7 @@ def _shared_out(
     stage: Cluster, model: PreTrainedModel, job: Job, places: list[dict[str, Place]], prices: dict[str, float]
 ) -> Shares:
     """Go through the original and ask what the layers of each block may have; what is known survives a kill."""
-    method = stage.method
+    method = stage.compressing
     assert isinstance(method, Offers) and method.bits is not None  # check_method
     walk, names = Walk(model, job.original), block_names(model)
     menus, progress = Menus(job.folder, len(names)), Progress("cluster, menus", len(names))

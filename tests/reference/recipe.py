@@ -16,4 +16,5 @@ IDLE = {
     "drift": 0.0,
     "drift_damping": 0.1,
     "price": "error",
+    "rotation": "none",
 }

@@ -49,7 +49,13 @@ def stage(
     price: str = "error",
     **changed,
 ) -> Cluster:
-    settings = {"prefix": prefix, "drift": drift, "drift_damping": damping, "price": price} | CALIBRATION
+    settings = {
+        "prefix": prefix,
+        "drift": drift,
+        "drift_damping": damping,
+        "price": price,
+        "rotation": "none",
+    } | CALIBRATION
     return Cluster(method=method(**changed), allocation=Allocation(scope=scope), data=text, **settings)
 
 
@@ -227,9 +233,10 @@ def test_without_a_statistic_no_text_is_read_or_counted(tiny_folder, tmp_path):
         "drift",
         "drift_damping",
         "price",
+        "rotation",
     }
-    assert stage(nowhere).without_effect() == {"drift", "drift_damping", "price"}
-    assert stage(nowhere, "compressed", drift=0.1).without_effect() == {"price"}
+    assert stage(nowhere).without_effect() == {"drift", "drift_damping", "price", "rotation"}
+    assert stage(nowhere, "compressed", drift=0.1).without_effect() == {"price", "rotation"}
 
 
 @pytest.mark.parametrize("storage", ["float8", "int8"])
