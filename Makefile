@@ -29,10 +29,10 @@ check: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 
 docs: $(VENV)/ready
-	$(VENV)/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 tables: $(VENV)/ready
 	for name in $(RECORDS); do $(RUN) cluscomp table $$name && $(RUN) cluscomp plot $$name || exit 1; done
