@@ -1,6 +1,7 @@
 # make demo   set up, then compress a real language model and score it
 # make test   set up, then run all tests
-# make check  set up, then style, types, floors
+# make check  set up, then style, types, floors, documents
+# make docs   set up, then the documents as a site, in build/docs/
 # make tables     set up, then all tables and figures of the records in results/, and the README's
 # make notebooks  set up, then all notebooks as HTML, in analysis/html/
 # make bench  set up, then speed and memory beside other people's code
@@ -16,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # experiments with records
 RECORDS := $(filter-out bench,$(notdir $(patsubst %/,%,$(sort $(dir $(wildcard results/*/*.json))))))
 
-.PHONY: demo test check tables notebooks bench
+.PHONY: demo test check docs tables notebooks bench
 demo: $(VENV)/ready
 	$(RUN) cluscomp experiment=demo
 
@@ -28,11 +29,14 @@ check: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 tables: $(VENV)/ready
 	for name in $(RECORDS); do $(RUN) cluscomp table $$name && $(RUN) cluscomp plot $$name || exit 1; done
-	$(RUN) cluscomp table recovery into=README.md
-	$(RUN) cluscomp table methods into=README.md
+	$(RUN) cluscomp table frontier into=README.md
 
 # Those of experiments without records are left out; the last one is of all records.
 notebooks: $(VENV)/ready

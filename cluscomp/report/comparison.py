@@ -25,6 +25,7 @@ from cluscomp.report.tables import (
 )
 from cluscomp.store.records import EXTERNAL, ORIGINAL, Record, Score
 
+SUMMARY_ROWS = 8  # of the table at a glance, the original among them
 NEAR = 0.06  # bits per weight within which two sizes are called the same
 TOLERANCE = 0.02  # of the published number, within which ours is called the same
 FIVE = "zeroshot5"
@@ -87,6 +88,14 @@ def overview_table(records: list[Record], metric: str = "perplexity") -> pd.Data
     found = pd.concat([pd.DataFrame(first), found]).sort_values("model", kind="stable", ignore_index=True)
     found = found[[*alike, *(_named(*kind) for kind in kinds)]]
     return found if found["model"].nunique() > 1 else found.drop(columns="model")
+
+
+def summary_table(records: list[Record]) -> pd.DataFrame:
+    """The first rows of `overview_table`, on the texts by which methods are ranked. Empty where that is all of it."""
+    table = overview_table(records)
+    fair = ranked_columns(table)
+    short = table.drop(columns=[name for name in score_columns(table) if name not in fair]).head(SUMMARY_ROWS)
+    return pd.DataFrame() if short.shape == table.shape else short
 
 
 def _named(data: str, limit: str) -> str:

@@ -84,6 +84,11 @@ VIEWS = [
         LIKE, comparison.ranked_columns, ranks=True,
     ),
     View(
+        "summary", "The best at a glance", comparison.summary_table,
+        "On texts that no row learned from, the first rows of the table below.",
+        ("model", learned.TRAINING), comparison.ranked_columns, ranks=True,
+    ),
+    View(
         "overview", "Perplexity at each limit of bits", comparison.overview_table,
         "At or under the limit as stored, the best bold as above; of several seeds the mean.",
         ("model", learned.TRAINING), comparison.ranked_columns, ranks=True,

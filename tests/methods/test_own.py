@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,23 +15,8 @@ import cluscomp.checkpoint  # noqa: F401 (teaches transformers the format)
 from cluscomp.report.names import method_name
 from cluscomp.store.records import read
 
-METHOD = '''
-from cluscomp.methods.each_layer import EachLayer
-from cluscomp.settings import settings
-
-
-@settings
-class Sign(EachLayer):
-    """The sign of each weight, times the mean size of its output's weights."""
-
-    def sees(self):
-        return frozenset()
-
-    def stored(self, weight_OI, seen, generator):
-        from cluscomp.forms.uniform import UniformWeight
-
-        return UniformWeight.from_codes((weight_OI > 0).int(), 2 * weight_OI.abs().mean(1, keepdim=True), None, 1)
-'''
+# docs/extending.md, which shows it
+METHOD = re.search(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "extending.md").read_text(), re.S)[1]
 
 
 @pytest.fixture(scope="module")
