@@ -86,6 +86,10 @@ class MetaModel:
                 empty_layers(model, config.quantization_config["weights"], dtype)
             self.forward(1, 2)
 
+    def become(self, config: PreTrainedConfig) -> None:
+        """Be the outline of a model of this config from here on: what a dense stage that changes shapes leaves."""
+        vars(self).update(vars(MetaModel(config, self.dtype, self.device)))
+
     def train_norms(self, *, outside: bool = True) -> None:
         """Norms learn, too, without `outside` those of blocks alone; they end as 16 bits have it, of 32 as float16."""
         inside = tuple(f"{name}." for name in block_names(self.model))
