@@ -9,6 +9,7 @@ from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.models import dense
 from cluscomp.models.original import Original, block_names, blocks
+from cluscomp.plan.meta import MetaModel
 from cluscomp.report.learned import tokens
 from cluscomp.report.names import method_name
 from cluscomp.runs.preparation import planned
@@ -108,6 +109,9 @@ def test_what_stays_of_the_mlp_is_rows_of_the_original_in_the_dtype_of_its_file(
     opened(tiny_folder).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     for path in tiny_folder.glob("token*"):
         (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
+    outline = MetaModel(Original(tmp_path / "model", torch.float32, CPU).config, torch.float32, "cpu")
+    stage(text).cost(outline)
+    assert outline.size().model_bits_per_weight == 16
     _, left = cut(stage(text), tmp_path / "model", tmp_path / "work")
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").state_dict()
     after = AutoModelForCausalLM.from_pretrained(left, dtype="auto").state_dict()
