@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ class MetaModel:
         """Raises InputError for a model that cannot be compressed, and for one that another quantizer wrote."""
         if quantizer(config) not in (None, checkpoint.NAME):
             raise InputError(f"{config.name_or_path}: what layers of '{quantizer(config)}' take is not known")
-        self.config, self.dtype, self.device = config, dtype, device
+        self.config, self.dtype, self.device = deepcopy(config), dtype, device
         self._name = type(config).__name__, config.to_json_string(use_diff=False), dtype
         with made_of(config):
             of_file = getattr(config, "dtype", None) or torch.bfloat16  # before a model is made, which changes it
@@ -88,6 +89,10 @@ class MetaModel:
             if quantizer(config) is not None:
                 empty_layers(model, config.quantization_config["weights"], dtype)
             self.forward(1, 2)
+
+    def become(self, config: PreTrainedConfig) -> None:
+        """Be the outline of a model of this config from here on: what a dense stage that changes shapes leaves."""
+        vars(self).update(vars(MetaModel(config, self.dtype, self.device)))
 
     def train_norms(self, *, outside: bool = True) -> None:
         """Norms learn, too, without `outside` those of blocks alone; they end as 16 bits have it, of 32 as float16."""

@@ -11,7 +11,7 @@ from cluscomp.report.names import stages_until
 from cluscomp.store.records import EXTERNAL, ORIGINAL, Record, Score
 
 CALIBRATION, TRAINING = "calibration tokens", "training tokens"
-UNTRAINED = ("round", "cluster")  # stages that compress and train nothing
+UNTRAINED = ("round", "decompose", "cluster")  # stages that compress and train nothing
 Kind = tuple[str, int]  # what a model learned from, and the tokens that its compression looked at; 0 if not known
 
 
@@ -41,7 +41,7 @@ def tokens(record: Record, after: str) -> dict[str, float]:
         if stage not in UNTRAINED:  # block_finetune tells the tokens of one epoch, others those of all steps
             trained += found.get("tokens", math.nan) * (settings["epochs"] if stage == "block_finetune" else 1)
         elif "calibration" in found:
-            looked += settings["samples"] * settings["length"]
+            looked = max(looked, settings["samples"] * settings["length"])  # of one text and seed: the same windows
     return {CALIBRATION: looked, TRAINING: trained}
 
 

@@ -53,7 +53,8 @@ def method_name(record: Record, after: str) -> str:
 def _of_cluster(record: Record) -> dict[str, Any]:
     """What stage cluster's own settings make of a method: which inputs it saw, and how bits were shared out."""
     chosen = record.choices["cluster"]
-    scope = record.config["stages"]["cluster"].get("allocation", {}).get("scope", "block")
+    allocation = record.config["stages"]["cluster"].get("allocation", {})
+    scope = allocation.get("formula", allocation.get("scope", "block"))
     told = {key: chosen["differs"][key] for key in ("prefix", "drift", "price", "rotation") if key in chosen["differs"]}
     return {"cluster": chosen["yaml"], **told, "scope": scope}
 

@@ -5,9 +5,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from cluscomp.errors import named
+from cluscomp.solve import curves
 from cluscomp.solve.groups import Group
 from cluscomp.solve.layer import Layer
 from cluscomp.solve.shapes import Matrices, Shape, around, expected_bits, menu, weights_in
@@ -41,9 +42,29 @@ def share_out(menus: Sequence[Menu], bits: float) -> list[Option]:
     found by bisection over the prices at which a choice changes. What is left is spent on the best single changes.
     Never more damage than the first options together.
     """
-    first = [menu.options[0] for menu in menus]
     limit = bits * sum(menu.weights for menu in menus)
-    picked = _best_price([menu.options for menu in menus], first, limit)
+    first = [menu.options[0] for menu in menus]
+    return _filled(menus, _best_price([menu.options for menu in menus], first, limit), limit)
+
+
+def share_out_by_curves(menus: Sequence[Menu], bits: float, formula: Literal["opq", "marginal"]) -> list[Option]:
+    """As `share_out`, but what each menu spends follows from a formula for how its damage falls (solve/curves.py).
+
+    Of each menu it is the option of least damage within the bits that the formula gives it; then as there.
+    """
+    fit = {"opq": curves.of_first, "marginal": curves.fitted}[formula]
+    found = [fit(one.weights, [(option.bits / one.weights, option.damage) for option in one.options]) for one in menus]
+    picked = []
+    for offered, rate in zip(menus, curves.rates(found, bits)):
+        least = min(option.bits for option in offered.options)
+        within = [option for option in offered.options if option.bits <= max(rate * offered.weights, least)]
+        picked.append(min(within, key=lambda option: option.damage))
+    return _filled(menus, picked, bits * sum(menu.weights for menu in menus))
+
+
+def _filled(menus: Sequence[Menu], picked: list[Option], limit: float) -> list[Option]:
+    """What was picked within the limit, with the best single changes that still fit; the first options if better."""
+    first = [menu.options[0] for menu in menus]
     while True:
         left = limit - _total_bits(picked)
         gains = [

@@ -1,8 +1,14 @@
-"""Of what a limit of bits is the most: of each block, or of the whole model."""
+"""Of what a limit of bits is the most: of each block, or of the whole model; and by which rule they are shared out."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from cluscomp import solve
 from cluscomp.settings import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cluscomp.solve.allocate import Menu, Option
 
 
 @settings
@@ -15,3 +21,23 @@ class Allocation:
     """
 
     scope: Literal["block", "model"]
+
+    def share_out(self, menus: "Sequence[Menu]", bits: float) -> "list[Option]":
+        """An option of each menu, within `bits` a weight of all together; see `solve.allocate.share_out`."""
+        return solve.allocate.share_out(menus, bits)
+
+
+@settings
+class ByFormula(Allocation):
+    """Over the whole model, by a formula for how damage falls with bits in the place of a choice by the menus alone.
+
+    "opq": a quarter for each bit, from the damage at `bits` (OPQ); "marginal": an exponential fitted to each menu, and
+    equal worth of the next bit (Collaborative Compression). See solve/curves.py.
+    """
+
+    scope: Literal["model"]
+    formula: Literal["opq", "marginal"]
+
+    def share_out(self, menus: "Sequence[Menu]", bits: float) -> "list[Option]":
+        """As `Allocation.share_out`, never with more damage than if every menu had its first option."""
+        return solve.allocate.share_out_by_curves(menus, bits, self.formula)

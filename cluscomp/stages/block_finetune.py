@@ -11,7 +11,7 @@ from cluscomp.errors import InputError
 from cluscomp.kernels.work import Work
 from cluscomp.plan.cost import Cost, worst
 from cluscomp.settings import settings
-from cluscomp.stages.from_text import FromText
+from cluscomp.stages.from_text import HELD_OUT_SHARE, FromText
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from cluscomp.stages import Job
 
 ROUNDED = ("clipping", "rounding", "weights")  # what may be learned so that weights are rounded anew
-HELD_OUT_SHARE = 0.1  # of the calibration text's characters, from its end
 CHECKS = 4  # of the held-out loss while a block is trained, at even distances
 
 

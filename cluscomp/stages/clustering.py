@@ -233,7 +233,7 @@ def _shared_out(
                 except ValueError as error:
                     raise InputError(f"{names[index]}.{error}") from error
         progress.step("asked what its layers may have")
-    return menus.share_out(method.bits)
+    return menus.share_out(stage.allocation, method.bits)
 
 
 def _embedded(stage: Cluster, walk: Walk, job: Job) -> list[Tensor]:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from cluscomp.methods import Offers
-from cluscomp.solve.allocate import Menu, Option, share_out
+from cluscomp.solve.allocate import Menu, Option
 from cluscomp.solve.layer import Layer
+from cluscomp.stages.allocation import Allocation
 from cluscomp.store.records import read_sealed, write_sealed
 
 
@@ -33,10 +34,10 @@ class Menus:
         write_sealed(self._paths[index], {"menus": [asdict(menu) for menu in menus]})
         self._blocks[index] = menus
 
-    def share_out(self, bits: float) -> "Shares":
+    def share_out(self, allocation: Allocation, bits: float) -> "Shares":
         """An option for each menu of all blocks, in `bits` a weight of them all."""
         menus = [menu for block in self._blocks for menu in block or []]
-        picked = iter(share_out(menus, bits))
+        picked = iter(allocation.share_out(menus, bits))
         blocks = [[(menu.names, next(picked)) for menu in block or []] for block in self._blocks]
         return Shares(blocks, bits, sum(menu.weights for menu in menus))
 

@@ -8,7 +8,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -147,12 +147,14 @@ def train_whole(
     name: str,
     folder: Path,
     seed: int,
+    begin: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Minimise the objective with AdamW; `train` holds the examples of all steps in their order, `tokens` in all.
 
     Vectors (norms) are not decayed. The held-out loss is taken before and after, then of what is stored. If a loss is
     not finite, or the held-out loss ends no lower than it began, all goes back to the start and the learning rate is
-    halved, at most twice; then the start is kept. Returns losses, steps and what was decided.
+    halved, at most twice; then the start is kept. `begin` is called with the number of each step before it is made,
+    from 0. Returns losses, steps and what was decided.
     """
     steps = len(train) // settings.of_a_step
     device = model.device
@@ -162,7 +164,7 @@ def train_whole(
     while len(attempts) < ATTEMPTS and not (attempts and attempts[-1]["kept"]):
         lr = settings.lr / 2 ** len(attempts)
         place = folder / f"attempt-{len(attempts)}"
-        watch = _Watch(name, tokens / steps)
+        watch = _Watch(name, tokens / steps, begin)
         trained.start()
         losses = _fit(model, trained, objective, train, settings, watch, steps=steps, lr=lr, folder=place, seed=seed)
         reason, after = trained.finish(), math.nan
@@ -271,13 +273,18 @@ def _fit(
 class _Watch(TrainerCallback):
     """A line of progress now and then, an end to training that diverges, and the mark of whole checkpoints."""
 
-    def __init__(self, name: str, tokens_of_a_step: float) -> None:
-        self.name, self.tokens_of_a_step = name, tokens_of_a_step
+    def __init__(self, name: str, tokens_of_a_step: float, begin: Callable[[int], None] | None) -> None:
+        self.name, self.tokens_of_a_step, self.begin = name, tokens_of_a_step, begin
         self.begun, self.first = time.monotonic(), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Start the clock."""
         self.begun, self.first = time.monotonic(), state.global_step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Called before every step."""
+        if self.begin is not None:
+            self.begin(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Called after every step, and once at the end, then without a loss."""

@@ -134,6 +134,13 @@ def test_methods_are_called_what_papers_call_them_and_by_what_differs_from_their
     assert method_name(method_record("a", "gptq", 3.0, 1.0, 3.0), "tune") == "GPTQ + tune"
 
 
+def test_a_formula_by_which_bits_are_shared_out_is_told():
+    made = replace(record(), choices=chosen())
+    made.config["order"] = ["cluster"]
+    made.config["stages"]["cluster"]["allocation"] = {"scope": "model", "formula": "opq"}
+    assert method_name(made, "cluster") == "ClusComp- (scope=opq)"
+
+
 def test_every_yaml_of_a_method_has_a_name_that_no_other_has():
     files = (ROOT / "conf" / "method").glob("*.yaml")
     made = {path.stem: replace(record(), choices=chosen(path.stem)) for path in files}

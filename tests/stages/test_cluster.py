@@ -1,6 +1,7 @@
 """Stage cluster with a method that looks at the layers' inputs: what it is shown, and that nothing else decides."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from cluscomp.plan.meta import MetaModel
 from cluscomp.solve.drift import corrected
 from cluscomp.solve.layer import Seen
 from cluscomp.stages import Job
-from cluscomp.stages.allocation import Allocation
+from cluscomp.stages.allocation import Allocation, ByFormula
 from cluscomp.stages.cluster import Cluster
 from cluscomp.stages.clustering import chosen_table, compress_block, layer_seed
 from cluscomp.stages.observing import Following, observe, through
@@ -325,13 +326,21 @@ def test_a_stage_that_shares_and_lost_some_parts_ends_with_the_same_bits(tiny_fo
 
 @pytest.mark.parametrize("share", ["none", "block"])
 def test_bits_shared_out_over_the_model_are_no_more_and_do_less_damage(tiny_folder, text, tmp_path, share):
-    """Damage by the settings' own measure, after clustering in full; a block a hundred times as large costs no more."""
+    """Damage by the settings' own measure, after clustering in full; by the menus alone and by formulas."""
     original = Original(tiny_folder, torch.float32, CPU)
     target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "share": share, "allocation": "fill"}
     target |= {"assign": "nearest", "least_squares": 0, "descent": 0, "weighting": "none"}
-    bits, damages = {}, {}
-    for scope in ("block", "model"):
-        model, found = run(stage(text, scope=scope, **target), original, tmp_path / scope)
+    ways = {
+        "uniform": Allocation(scope="block"),
+        "block": Allocation(scope="block"),
+        "model": Allocation(scope="model"),
+    }
+    ways |= {formula: ByFormula(scope="model", formula=formula) for formula in ("opq", "marginal")}
+    bits, damages, told = {}, {}, {}
+    for scope, allocation in ways.items():
+        inside = {"allocation": "uniform"} if scope == "uniform" else {}
+        sharing = replace(stage(text, **target | inside), allocation=allocation)
+        model, found = run(sharing, original, tmp_path / scope)
         weights = sum(layer.out_features * layer.in_features for layer in compressed(model).values())
         bits[scope] = sum(sum(layer.stored.ledger().values()) for layer in compressed(model).values()) / weights
         damages[scope] = 0.0
@@ -341,9 +350,11 @@ def test_bits_shared_out_over_the_model_are_no_more_and_do_less_damage(tiny_fold
                 weight_OI = dense[name].weight
                 error = (layer.stored(torch.float32).detach() - weight_OI).square().sum() / weight_OI.square().mean()
                 damages[scope] += float(error)
-    told = found["shared_out"]
-    assert told["limit"] == 3.0 and told["spent"] == pytest.approx(bits["model"]) and told["left"] >= 0
-    assert bits["model"] <= 3.0 and damages["model"] < damages["block"]
+        told[scope] = found.get("shared_out")
+    for scope in ("model", "opq", "marginal"):
+        assert told[scope]["spent"] == pytest.approx(bits[scope]) and told[scope]["left"] >= 0
+        assert told[scope]["limit"] == 3.0 >= bits[scope] and damages[scope] < damages["uniform"]
+    assert damages["model"] < damages["block"]
 
 
 def test_prices_are_those_of_plain_transformers_and_autograd(family, text, tmp_path):

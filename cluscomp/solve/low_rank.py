@@ -1,0 +1,98 @@
+"""A weight as a product of two thin matrices, the best there are for it or for what its layer gives."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cluscomp.forms.low_rank import LowRank
+from cluscomp.forms.plain import PlainWeight
+from cluscomp.forms.stored import Stored
+from cluscomp.forms.uniform import UniformWeight, grids_for, in_16_bits, rounded_weight
+from cluscomp.kernels.counting import error_asked
+
+PLAIN = 16  # bits of a number that is on no grid
+
+
+@dataclass(frozen=True)
+class Directions:
+    """U (O, R) and V (R, I), whose product is a weight; what each of the R adds to the squared output, largest first.
+
+    The root of a singular value stands on both sides, so that neither factor's columns or rows are far apart in size.
+    """
+
+    left_OR: Float[Tensor, "O R"]
+    right_RI: Float[Tensor, "R I"]
+    energies_R: Float[Tensor, " R"]
+
+    def stored(self, rank: int, width: int, group: int) -> LowRank:
+        """The form of the first `rank` directions, in 16 bits or on grids; see `bits`.
+
+        Raises ValueError for numbers that do not fit 16 bits.
+        """
+        return LowRank(
+            _factor(self.left_OR[:, :rank].float(), width, group), _factor(self.right_RI[:rank].float(), width, group)
+        )
+
+    def lost(self, rank: int) -> float:
+        """What the squared output loses without the directions after `rank`, as a share of it."""
+        error_asked()
+        total = float(self.energies_R.sum())
+        return float(self.energies_R[rank:].sum()) / total if total else 0.0
+
+
+def directions(weight_OI: Float[Tensor, "O I"], moment_II: Float[Tensor, "I I"] | None) -> Directions:
+    """By the SVD of a weight, or with a positive definite second moment of its inputs H = L L^T by that of W L.
+
+    The latter's first directions lose the least of the outputs (SVD-LLM, arXiv 2403.07378). Raises ValueError for a
+    weight that is not finite or does not fit 16 bits.
+    """
+    in_16_bits(weight_OI)
+    weight_OI = weight_OI.double()
+    factor_II = None if moment_II is None else torch.linalg.cholesky(moment_II.double())
+    found = torch.linalg.svd(weight_OI if factor_II is None else weight_OI @ factor_II, full_matrices=False)
+    roots_R = found.S.sqrt()
+    right_RI = roots_R[:, None] * found.Vh
+    if factor_II is not None:
+        right_RI = torch.linalg.solve_triangular(factor_II, right_RI, upper=False, left=False)
+    return Directions(found.U * roots_R, right_RI, found.S.square())
+
+
+def bits(outputs: int, inputs: int, rank: int, width: int, group: int) -> int:
+    """Stored bits of both factors of a weight (O, I).
+
+    Numbers of 16 bits, or of `width` less on grids of about `group` numbers, each with a scale of 16 bits.
+    """
+    total = 0
+    for rows, columns in ((outputs, rank), (rank, inputs)):
+        sizes = {"out_features": rows, "in_features": columns}
+        if width == PLAIN:
+            parts = PlainWeight.bits(**sizes)
+        else:
+            grid = {"width": width, "groups": _groups(columns, group), "zeros": "none", "scaled_inputs": False}
+            parts = UniformWeight.bits(**sizes, **grid)  # type: ignore[arg-type]
+        total += sum(parts.values())
+    return total
+
+
+def within(limit: float, outputs: int, inputs: int, width: int, group: int) -> int:
+    """The largest rank whose factors take at most `limit` bits a weight (O, I). Raises ValueError if none does."""
+    rank = min(outputs, inputs)
+    while rank and bits(outputs, inputs, rank, width, group) > limit * outputs * inputs:
+        rank -= 1
+    if rank == 0:
+        least = bits(outputs, inputs, 1, width, group) / (outputs * inputs)
+        raise ValueError(f"bits={limit} is out of reach for {outputs} x {inputs}: rank 1 takes {least:.3f}")
+    return rank
+
+
+def _factor(weight_OI: Tensor, width: int, group: int) -> Stored:
+    if width == PLAIN:
+        return PlainWeight(in_16_bits(weight_OI))
+    scales_OG, zeros_OG = grids_for(weight_OI, width, _groups(weight_OI.shape[1], group), symmetric=True)
+    return rounded_weight(weight_OI, scales_OG, zeros_OG, width, symmetric=True)
+
+
+def _groups(columns: int, group: int) -> int:
+    return -(-columns // group)
