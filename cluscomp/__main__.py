@@ -9,6 +9,7 @@ from cluscomp.process import interrupt_once, loading
 with loading():
     from cluscomp.command import records
     from cluscomp.command.compose import compose_for, told_in_a_sentence
+    from cluscomp.command.export import exported
     from cluscomp.command.sweep import calibrate, run_one, show_plan, sweep
 
 
@@ -17,6 +18,7 @@ def main() -> None:
     interrupt_once()
     arguments = sys.argv[1:]
     plain = {"status": records.status, "collect": records.collected, "table": records.table, "plot": records.plot}
+    plain["export"] = exported
     command = arguments.pop(0) if arguments and arguments[0] in {"run", "plan", "verify", *plain} else "run"
     if arguments == ["--version"]:
         print(__version__)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cluscomp.errors import InputError
 from cluscomp.forms import adapters
-from cluscomp.forms.layers import build_all, check_values, empty_layers, place, put_in, specs
+from cluscomp.forms.layers import build_all, check_values, empty_layers, place, put_in, specs, take_out
 from cluscomp.forms.linear import BASE, MARK, compressed, storage_dtype, unique_tensors
 from cluscomp.forms.stored import Stored
 from cluscomp.store.files import file_hash, new_folder
@@ -103,6 +104,15 @@ class CompressedQuantizer(HfQuantizer):
         """What `save_pretrained` writes, in storage dtypes."""
         return stored_state(model), {}
 
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """What `model.dequantize(dtype)` does: ordinary linear layers in the place of the compressed ones, in place."""
+        dtype = dtype or model.dtype
+        for name in compressed(model):
+            take_out(model, name, dtype)
+        for parameter in model.parameters():  # buffers (of rotary embeddings) keep theirs
+            parameter.data = parameter.data.to(dtype)
+        return model
+
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the same format again."""
         return True
@@ -136,12 +146,27 @@ def _check_tensors(files: list[str], expected: dict[str, torch.Tensor]) -> None:
             )
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    card: str | None = None,
+) -> None:
     """Write model and tokenizer as a Hugging Face folder with hashes; the folder appears whole or not at all.
 
-    Tensors that are not compressed are stored in the narrowest 16-bit type that holds them exactly, and the config
-    keeps the dtype the model computes in: loading it back gives the same logits, bit by bit. Raises OSError if the
-    disk is full or the place cannot be written.
+    Tensors that are not compressed are stored in the narrowest 16-bit type that holds them exactly: loaded in the dtype
+    that the model computes in, it gives the same logits, bit by bit.
+
+    Args:
+        model: with compressed layers.
+        tokenizer: beside it.
+        folder: where to.
+        dtype: what config.json names, in which the model is loaded unless another is given: the original's. None: the
+            one that the model computes in.
+        card: text of README.md.
+
+    Raises OSError if the disk is full or the place cannot be written.
     """
     adapted = bool(adapters.parameters(model))
     config = CompressedConfig(specs(model), adapter=adapters.FOLDER if adapted else None)
@@ -154,6 +179,12 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         if free < needed:
             raise OSError(f"{folder}: the checkpoint needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f}")
         model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
+        if dtype is not None:
+            named = deepcopy(model.config)
+            named.dtype = dtype
+            named.save_pretrained(unfinished)
+        if card is not None:
+            (unfinished / "README.md").write_text(card, encoding="utf-8")
         tokenizer.save_pretrained(unfinished)
         if adapted:
             adapters.write(model, unfinished / adapters.FOLDER)
@@ -182,11 +213,14 @@ def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def load(folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
+def load(
+    folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> PreTrainedModel:
     """Load a compressed model and check it: file hashes, every tensor present and used, codes within their codebooks.
 
-    `dtype` null takes the one it was measured in. Raises InputError if anything is wrong.
+    `dtype` None takes the one that config.json names. Raises InputError if anything is wrong.
     """
+    folder = Path(folder).expanduser()
     verify(folder)
     kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:

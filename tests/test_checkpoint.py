@@ -115,6 +115,18 @@ def test_a_loaded_model_saves_to_the_same_bytes(tiny_saved, tmp_path):
     assert checkpoint.checkpoint_hash(tmp_path / "again") == checkpoint.checkpoint_hash(folder)
 
 
+def test_the_config_may_name_another_dtype_than_the_one_measured(tiny_saved, ids, tmp_path):
+    """That of the original: on a CPU a model in bfloat16 is measured in float32."""
+    model, folder = tiny_saved
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    checkpoint.save(model, tokenizer, tmp_path / "other", torch.bfloat16, "# A card, in any letters: é\n")
+    assert checkpoint.load(tmp_path / "other").dtype == torch.bfloat16 and model.dtype == torch.float32
+    assert torch.equal(logits(checkpoint.load(tmp_path / "other", torch.float32), ids), logits(model, ids))
+    assert checkpoint.checkpoint_hash(tmp_path / "other") == checkpoint.checkpoint_hash(folder)
+    assert (tmp_path / "other" / "README.md").read_text(encoding="utf-8") == "# A card, in any letters: é\n"
+    assert "README.md" in checkpoint.verify(tmp_path / "other")
+
+
 def test_generation_is_greedy_search_by_hand(tiny_saved, ids):
     model, folder = tiny_saved
     loaded = checkpoint.load(folder)

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -218,16 +218,17 @@ def _told(error: ValidationError, prefix: Place, raw: dict[str, Any], read: dict
     return "; ".join(sentences)
 
 
-def explain(error: BaseException) -> tuple[str, int]:
-    """One sentence for an exception, and the exit code."""
+def explain(error: BaseException, given: Sequence[str] | None = None) -> tuple[str, int]:
+    """One sentence for an exception, and the exit code; `given` are the overrides, by default the command line's."""
+    given = sys.argv[1:] if given is None else given
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; finished blocks are kept, the same command goes on from there", 130
     if isinstance(error, InputError):
         return str(error), 2
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _composition_problem(error), 2
+        return _composition_problem(error, given), 2
     if str(error).startswith("Config group override must be"):
-        empty = [item for item in sys.argv[1:] if (CONF / item.partition("=")[0]).is_dir()]
+        empty = [item for item in given if (CONF / item.partition("=")[0]).is_dir()]
         return f"{', '.join(empty)}: a group takes the name of a choice; the choices are in --help", 2
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
@@ -237,7 +238,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     return f"failed: {type(error).__name__}: {first_line}{why} (debug=true shows where)", 1
 
 
-def _composition_problem(error: BaseException) -> str:
+def _composition_problem(error: BaseException, given: Sequence[str]) -> str:
     """Hydra's complaint in a sentence, with the nearest key that exists."""
     text = str(error)
     if isinstance(error, OverrideParseException):
@@ -250,7 +251,7 @@ def _composition_problem(error: BaseException) -> str:
     if override:
         *parents, wrong = override[1].split(".")
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            choices = [item for item in sys.argv[1:] if re.fullmatch(r"[\w/]+=[\w/]+", item)]
+            choices = [item for item in given if re.fullmatch(r"[\w/]+=[\w/]+", item)]
             groups = [item for item in choices if (CONF / item.split("=")[0]).is_dir()]
             node = hydra.compose("config", overrides=groups)
         for parent in parents:

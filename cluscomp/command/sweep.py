@@ -27,26 +27,40 @@ if TYPE_CHECKING:
 
 def run_one(experiment: Experiment) -> float | None:
     """The score that a search looks at (`objective`), or None if it was not measured."""
-    from cluscomp.runs.run import run
-
+    outcome = run_cell(experiment, _given())
     if rank() > 0:
-        run(experiment)
         return None
-    folder, overrides = _cell(experiment)
-    with at_work(folder, overrides, explain) as records:
-        outcome = run(experiment, overrides)
-        records.append(outcome.path)
     show(outcome)
     return objective(outcome.record, experiment.objective)
 
 
-def _cell(experiment: Experiment) -> tuple[Path, list[str]]:
-    """The folder where this run tells of itself, and the overrides it was started with, but for places."""
+def run_cell(experiment: Experiment, given: list[str]) -> "Outcome":
+    """The finished run of an experiment, which tells of itself in its cell; `given` are the overrides that made it."""
+    from cluscomp.runs.run import run
+
+    if rank() > 0:
+        return run(experiment)
+    overrides = _without_places(given)
+    with at_work(_folder(experiment), overrides, explain) as records:
+        outcome = run(experiment, overrides)
+        records.append(outcome.path)
+    return outcome
+
+
+def _given() -> list[str]:
+    """The overrides of the command line, or of a sweep's cell, as they were typed."""
     said: Any = HydraConfig.get().overrides
-    given: Any = OmegaConf.to_container(said.task, resolve=False)  # as they were typed
-    overrides = [hide_override(item) for item in given if item.partition("=")[0] not in (*ASIDE, "trust")]
-    outputs = writable("outputs", experiment.outputs)
-    return folder_of(outputs, experiment.name, settings_of(experiment)), overrides
+    return list(OmegaConf.to_container(said.task, resolve=False))  # type: ignore[arg-type]
+
+
+def _without_places(given: list[str]) -> list[str]:
+    """Overrides as they are written down: without places on this machine, and with what is secret hidden."""
+    return [hide_override(item) for item in given if item.partition("=")[0] not in (*ASIDE, "trust")]
+
+
+def _folder(experiment: Experiment) -> Path:
+    """The folder where this run tells of itself."""
+    return folder_of(writable("outputs", experiment.outputs), experiment.name, settings_of(experiment))
 
 
 def sweep(arguments: list[str]) -> None:
@@ -61,9 +75,8 @@ def sweep(arguments: list[str]) -> None:
     def list_it(experiment: Experiment) -> None:
         if HydraConfig.get().runtime.choices["hydra/sweeper"] != "basic":
             raise InputError("a search is asked for on the command line: hydra/sweeper=NAME")
-        folder, overrides = _cell(experiment)
-        announce(folder, overrides)
-        folders.append(folder)
+        folders.append(_folder(experiment))
+        announce(folders[-1], _without_places(_given()))
 
     searching = any(re.match(r"\+*hydra/sweeper=(?!basic$)", item) for item in arguments)
     if not searching:
@@ -87,7 +100,7 @@ def _run_or_put_aside(experiment: Experiment, aside: set[Path]) -> float | None:
 
     With `retry` only cells that failed or were interrupted are run.
     """
-    folder, _ = _cell(experiment)
+    folder = _folder(experiment)
     if experiment.retry and read_cell(folder).state not in ("failed", "interrupted"):
         return None
     if HydraConfig.get().runtime.choices["hydra/launcher"] == "basic" and is_held(folder):
@@ -97,7 +110,7 @@ def _run_or_put_aside(experiment: Experiment, aside: set[Path]) -> float | None:
 
 
 def _run_what_was_put_aside(experiment: Experiment, aside: set[Path]) -> float | None:
-    return _run_one_of_many(experiment) if _cell(experiment)[0] in aside else None
+    return _run_one_of_many(experiment) if _folder(experiment) in aside else None
 
 
 def _run_one_of_many(experiment: Experiment) -> float | None:

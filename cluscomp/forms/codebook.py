@@ -136,7 +136,7 @@ class CodebookWeight(Single):
         return cls(
             torch.empty(codebooks, size, dtype=torch.uint8),
             torch.empty(codebooks, codebook_size, vector_dim, dtype=STORAGE[storage]),
-            torch.empty(codebooks) if scaled or storage in LARGEST else None,
+            torch.empty(codebooks, dtype=torch.float32) if scaled or storage in LARGEST else None,
             out_features=out_features,
             in_features=in_features,
             axis=axis,

@@ -75,6 +75,17 @@ def put_in(model: nn.Module, name: str, stored: Stored) -> None:
     model.set_submodule(name, CompressedLinear(stored, dense.bias, dense.weight.dtype))  # type: ignore[arg-type]
 
 
+def take_out(model: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Put a dense linear layer in the place of the compressed layer `name`, with the weight that it rebuilds."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, CompressedLinear)
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    with torch.no_grad():
+        dense.weight = nn.Parameter(layer.stored(dtype).contiguous(), requires_grad=False)
+    dense.bias = layer.bias  # type: ignore[assignment]
+    model.set_submodule(name, dense)
+
+
 def specs(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Kind and shapes of every stored weight of a model by layer name, as config.json holds them.
 

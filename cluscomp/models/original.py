@@ -49,6 +49,7 @@ class Original:
         self.folder, self.dtype, self.device = folder, dtype, device
         self.gives_tuples: bool | None = None  # whether its blocks do, known once a `Walk` was compared with it
         self.config, self.tokenizer = read_config(folder), read_tokenizer(folder)
+        self._said_dtype = self.config.dtype  # a model that is made of the config changes it
         self._check_config()
         check_tokens(folder, self.config, self.tokenizer)
         self._shards: dict[str, Path] = {}
@@ -122,6 +123,12 @@ class Original:
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 raise InputError(f"{self.folder / GENERATION}: {str(error).splitlines()[0]}") from error
         return model
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype that config.json names, or, if it names none, that of the first tensor in the files."""
+        said = self._said_dtype or self.file_dtype(next(iter(self._shards)))
+        return said if isinstance(said, torch.dtype) else getattr(torch, said)
 
     def size(self) -> dict[str, float]:
         """Bits per weight and bytes of the weights as they lie in the folder."""

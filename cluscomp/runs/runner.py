@@ -24,6 +24,7 @@ from cluscomp.models import dense
 from cluscomp.models.original import Original
 from cluscomp.process import peak_memory, rank, reset_peak_memory
 from cluscomp.runs.capsule import commit, versions
+from cluscomp.runs.card import card
 from cluscomp.runs.experiment import Experiment, key_settings
 from cluscomp.score.tasks import read_answers, write_answers
 from cluscomp.stages import Job
@@ -202,8 +203,9 @@ class Runner:
             dense.save(model, dense_blocks(job.folder, model), job.original, folder)
             written = Original(folder, self.original.dtype, self.original.device)
             return {"ledger": {"kept": 8 * checkpoint.tensor_bytes(folder)}} | written.size()
-        checkpoint.save(model, self.original.tokenizer, folder)
         counted = size_of(model)
+        text = card(self.experiment, name, counted)
+        checkpoint.save(model, self.original.tokenizer, folder, self.original.stored_dtype, text)
         check_file(counted, checkpoint.tensor_bytes(folder))
         return asdict(counted) | {"checkpoint_bytes": checkpoint.weight_bytes(folder)}
 

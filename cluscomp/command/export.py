@@ -1,0 +1,19 @@
+"""The command `export`."""
+
+from cluscomp.command.records import place
+from cluscomp.errors import InputError
+
+OPTIONS = {"format": "", "output": "", "dtype": "auto"}
+
+
+def exported(arguments: list[str]) -> None:
+    """Write a checkpoint in another library's format, and print what is lost."""
+    checkpoint, *rest = arguments or [""]
+    given = OPTIONS | dict(item.partition("=")[::2] for item in rest)
+    if not checkpoint or given.keys() != OPTIONS.keys() or not given["format"] or not given["output"]:
+        raise InputError("cluscomp export CHECKPOINT format=NAME output=FOLDER [dtype=auto]: CHECKPOINT is its folder")
+    from cluscomp.formats.export import export
+
+    for sentence in export(place(checkpoint), **given):
+        print(f"lost: {sentence}")
+    print(given["output"])

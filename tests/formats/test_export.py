@@ -1,0 +1,341 @@
+"""Checkpoints in other libraries' formats: read back by those libraries where they are installed, and by hand."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from reference.recipe import NO_DATA, PAPER, STORED
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cluscomp import checkpoint
+from cluscomp.errors import InputError
+from cluscomp.formats.export import FORMATS, export
+from cluscomp.forms import adapters
+from cluscomp.forms.linear import compressed
+from cluscomp.methods.awq import Awq
+from cluscomp.methods.cluscomp import ClusComp
+from cluscomp.methods.rtn import RoundToNearest
+from cluscomp.models.original import Original, block_names, blocks
+from cluscomp.stages.clustering import compress_block
+
+
+def codebooks(**other):
+    settings = {"bits": None, "vector_dim": 3, "codebook_size": 12, "iterations": 2} | PAPER | STORED | NO_DATA | other
+    return ClusComp(**settings)
+
+
+def grid(width, group, symmetric=False):
+    return RoundToNearest(bits=None, width=width, group=group, symmetric=symmetric)
+
+
+METHODS = {
+    "codebooks": codebooks(),
+    "one shape": codebooks(vector_dim=4, codebook_size=16, axis="in"),
+    "8 bits": codebooks(storage="int8"),
+    "shared": codebooks(share="block"),
+    "4 bits": grid(4, 32),
+    "4 bits symmetric": grid(4, 32, symmetric=True),
+    "3 bits a row": grid(3, None),
+    "2 bits symmetric": grid(2, 32, symmetric=True),
+    "8 bits symmetric": grid(8, 32, symmetric=True),
+    "groups of 20": grid(4, 20),
+    "6 bits": grid(6, 32),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(families):
+    """A small Llama whose sizes are multiples of 32, as kernels want them."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
+    return families("llama", **sizes, num_hidden_layers=2, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def made(folder, tmp_path_factory):
+    """The checkpoint of a method, made once. Read it only."""
+    found = {}
+
+    def make(name):
+        if name not in found:
+            original = Original(folder, torch.float32, torch.device("cpu"))
+            model = original.load_all()
+            for block_name, block in zip(block_names(model), blocks(model)):
+                compress_block(METHODS[name], block, block_name, seed=0, statistics={})
+            found[name] = tmp_path_factory.mktemp("checkpoints") / "model"
+            checkpoint.save(model, original.tokenizer, found[name])
+        return found[name]
+
+    return make
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model.eval()(ids).logits.float()
+
+
+def weights(folder, dtype):
+    """The weight that each layer of a checkpoint rebuilds."""
+    layers = compressed(checkpoint.load(folder, dtype))
+    return {name: layer.stored(dtype).detach() for name, layer in layers.items()}
+
+
+def by_hand(words_RW, bits, count):
+    """The numbers in rows of 32-bit words: (R, W) -> (R, count)."""
+    bytes_ = words_RW.contiguous().numpy().view(np.uint8)
+    stream = np.unpackbits(bytes_, axis=1, bitorder="little")[:, : count * bits]
+    return torch.from_numpy(stream.reshape(len(bytes_), count, bits) @ (1 << np.arange(bits)))
+
+
+def written(place):
+    config = json.loads((place / "config.json").read_text())
+    return load_file(place / "model.safetensors"), config, config["quantization_config"]
+
+
+@pytest.mark.parametrize("name", ["codebooks", "4 bits", "8 bits"])
+def test_dense_computes_what_the_checkpoint_does_bit_by_bit(made, tmp_path, ids, name):
+    model = checkpoint.load(made(name))
+    lost = export(made(name), format="dense", output=tmp_path / "dense", dtype="float32")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert dense.dtype == torch.float32 and not compressed(dense)
+    assert torch.equal(logits(dense, ids), logits(model, ids))
+    assert len(lost) == 1 and lost[0].startswith("size: ") and lost[0].endswith("become 32")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dense")
+    assert tokenizer("abc").input_ids == AutoTokenizer.from_pretrained(made(name))("abc").input_ids
+
+
+def test_dequantize_gives_the_same_in_memory_in_any_dtype(made, tmp_path, ids):
+    export(made("codebooks"), format="dense", output=tmp_path / "dense", dtype="bfloat16")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    model = checkpoint.load(made("codebooks"), torch.bfloat16).dequantize()
+    assert dense.dtype == model.dtype == torch.bfloat16 and not compressed(model)
+    assert torch.equal(logits(dense, ids), logits(model, ids))
+    expected = weights(made("codebooks"), torch.bfloat16)
+    assert all(torch.equal(dense.get_submodule(name).weight, weight) for name, weight in expected.items())
+    wide = checkpoint.load(made("codebooks")).dequantize(torch.float16)
+    assert {parameter.dtype for parameter in wide.parameters()} == {torch.float16}
+    wide.save_pretrained(tmp_path / "again")
+    assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["codebooks", "shared", "8 bits"])
+def test_vptq_holds_every_weight_bit_by_bit(made, tmp_path, name):
+    lost = export(made(name), format="vptq", output=tmp_path / "vptq")
+    tensors, config, quantization = written(tmp_path / "vptq")
+    assert config["dtype"] == "float16" and quantization["modules_to_not_convert"] == ["lm_head"]
+    expected = weights(made(name), torch.float16)
+    assert quantization["config_for_layers"].keys() == expected.keys()
+    for layer, weight_OI in expected.items():
+        said = quantization["config_for_layers"][layer]
+        outputs, inputs = weight_OI.shape
+        length, count = said["vector_lens"][1], said["num_centroids"][1]
+        assert (said["in_features"], said["out_features"], said["group_size"]) == (inputs, outputs, inputs)
+        bits = count.bit_length() - 1
+        assert count == 2**bits == 16
+        codes_GI = by_hand(tensors[f"{layer}.indices"][0], bits, inputs)
+        book_KD = tensors[f"{layer}.centroids.weight"].view(count, length)
+        assert torch.equal(book_KD[codes_GI].permute(0, 2, 1).reshape(-1, inputs)[:outputs], weight_OI), layer
+    assert any("rounded to float16" in sentence for sentence in lost) == (name in ("8 bits", "shared"))
+    assert any("copy of their own" in sentence for sentence in lost) == (name == "shared")
+
+
+def test_vptq_is_what_its_own_package_reads(made, tmp_path, ids):
+    pytest.importorskip("vptq")
+    from transformers import AutoConfig
+    from transformers.integrations.vptq import replace_with_vptq_linear
+    from transformers.utils.quantization_config import VptqConfig
+
+    export(made("codebooks"), format="vptq", output=tmp_path / "vptq")
+    tensors, _, quantization = written(tmp_path / "vptq")
+    config = AutoConfig.from_pretrained(tmp_path / "vptq")
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    said = VptqConfig(**{key: value for key, value in quantization.items() if key != "quant_method"})
+    replace_with_vptq_linear(model, said.modules_to_not_convert, said)
+    result = model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    assert not result.unexpected_keys and set(result.missing_keys) <= {"lm_head.weight"}
+    dense = checkpoint.load(made("codebooks"), torch.float16).dequantize()
+    assert torch.equal(logits(model, ids), logits(dense, ids))
+
+
+@pytest.mark.parametrize("name", ["4 bits", "4 bits symmetric", "3 bits a row", "2 bits symmetric"])
+def test_gptq_holds_every_weight(made, tmp_path, name):
+    export(made(name), format="gptq", output=tmp_path / "gptq")
+    tensors, _, said = written(tmp_path / "gptq")
+    less = 1 if said["checkpoint_format"] == "gptq" else 0
+    assert said["sym"] == bool(less) == ("symmetric" in name)
+    assert (said["bits"], said["group_size"]) == (int(name[0]), -1 if "row" in name else 32)
+    for layer, weight_OI in weights(made(name), torch.float16).items():
+        outputs, inputs = weight_OI.shape
+        part = {key: tensors[f"{layer}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")}
+        assert part["qweight"].shape == (inputs * said["bits"] // 32, outputs)
+        codes_IO = by_hand(part["qweight"].T, said["bits"], inputs).T
+        zeros_GO = by_hand(part["qzeros"], said["bits"], outputs) + less
+        of_I = part["g_idx"].long()
+        assert torch.equal(((codes_IO - zeros_GO[of_I]) * part["scales"][of_I].float()).half().T, weight_OI), layer
+
+
+@pytest.mark.parametrize("name", ["4 bits", "4 bits symmetric", "3 bits a row", "6 bits"])
+def test_compressed_tensors_holds_every_weight(made, tmp_path, ids, name):
+    export(made(name), format="compressed-tensors", output=tmp_path / "packed")
+    tensors, _, said = written(tmp_path / "packed")
+    of_layer = {layer: group["weights"] for group in said["config_groups"].values() for layer in group["targets"]}
+    for layer, weight_OI in weights(made(name), torch.float16).items():
+        bits = of_layer[layer]["num_bits"]
+        outputs, inputs = tensors[f"{layer}.weight_shape"].tolist()
+        codes_OI = by_hand(tensors[f"{layer}.weight_packed"], bits, inputs)
+        zeros = tensors.get(f"{layer}.weight_zero_point")
+        scales_OG = tensors[f"{layer}.weight_scale"]
+        zeros_OG = torch.full_like(scales_OG, 2 ** (bits - 1)) if zeros is None else by_hand(zeros.T, bits, outputs).T
+        each = inputs // scales_OG.shape[1]
+        steps_OI = codes_OI - zeros_OG.repeat_interleave(each, 1)
+        assert torch.equal((steps_OI * scales_OG.repeat_interleave(each, 1).float()).half(), weight_OI), layer
+    pytest.importorskip("compressed_tensors")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    dense = checkpoint.load(made(name), torch.float16).dequantize()
+    assert torch.equal(logits(model, ids), logits(dense, ids))
+
+
+def test_aqlm_holds_every_weight(made, tmp_path):
+    export(made("one shape"), format="aqlm", output=tmp_path / "aqlm")
+    tensors, _, said = written(tmp_path / "aqlm")
+    assert (said["num_codebooks"], said["nbits_per_codebook"], said["in_group_size"]) == (1, 4, 4)
+    assert said["linear_weights_not_to_quantize"] == ["lm_head.weight"]
+    for layer, weight_OI in weights(made("one shape"), torch.float16).items():
+        codes_OGM = tensors[f"{layer}.codes"].long() % 2 ** said["nbits_per_codebook"]
+        books_MKD = tensors[f"{layer}.codebooks"][:, :, 0]
+        made_OGD = sum(books_MKD[m][codes_OGM[..., m]] for m in range(len(books_MKD)))
+        assert torch.equal(made_OGD.flatten(1) * tensors[f"{layer}.scales"].view(-1, 1), weight_OI), layer
+
+
+TYPES = {  # of the file's matrices inside blocks
+    "4 bits symmetric": "Q4_0",
+    "2 bits symmetric": "Q4_0",
+    "4 bits": "Q8_0",  # where scale times zero is no number of 16 bits
+    "8 bits symmetric": "Q8_0",
+    "3 bits a row": "Q4_0",  # of q - zero none is beyond 7
+    "codebooks": "F32",
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_gguf_is_read_back_as_the_same_model(made, tmp_path, ids, name):
+    from gguf import GGUFReader
+
+    lost = export(made(name), format="gguf", output=tmp_path / "gguf", dtype="float32")
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
+    inside = {kind for tensor, kind in types.items() if tensor.startswith("blk.") and "norm" not in tensor}
+    assert TYPES[name] in inside and inside <= {TYPES[name], "Q4_1", "Q4_0"}
+    assert bool(lost) == (name == "codebooks")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32)
+    dense = checkpoint.load(made(name), torch.float32).dequantize()
+    for layer, weight_OI in weights(made(name), torch.float32).items():
+        assert torch.equal(model.get_submodule(layer).weight, weight_OI), layer
+    assert torch.equal(logits(model, ids), logits(dense, ids))
+
+
+def test_gguf_holds_a_real_tokenizer(shared, tmp_path):
+    original = Original(shared / "models" / "stories260K", torch.float32, torch.device("cpu"))
+    model = original.load_all()
+    for name, block in zip(block_names(model), blocks(model)):
+        compress_block(METHODS["codebooks"], block, name, seed=0, statistics={})
+    checkpoint.save(model, original.tokenizer, tmp_path / "model")
+    export(tmp_path / "model", format="gguf", output=tmp_path / "gguf", dtype="float16")
+    again = AutoTokenizer.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf")
+    text = "Once upon a time, there was a little girl named Lily."
+    assert again(text).input_ids == original.tokenizer(text).input_ids
+    assert again.decode(again(text).input_ids, skip_special_tokens=True) == text
+
+
+REFUSED = {
+    "grids for vptq": ("4 bits", "vptq", ["q_proj", "format=vptq", "uniform", "dense"]),
+    "the other axis for vptq": ("one shape", "vptq", ["q_proj", "along the outputs"]),
+    "codebooks for gptq": ("codebooks", "gptq", ["q_proj", "format=gptq", "codebook"]),
+    "six bits for gptq": ("6 bits", "gptq", ["q_proj", "2, 3, 4 or 8 bits"]),
+    "unequal groups for gptq": ("groups of 20", "gptq", ["down_proj", "group"]),
+    "codebooks for compressed-tensors": ("codebooks", "compressed-tensors", ["q_proj", "codebook"]),
+    "the other axis for aqlm": ("codebooks", "aqlm", ["q_proj", "along the inputs"]),
+}
+
+
+@pytest.mark.parametrize(("name", "format_", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_a_format_cannot_hold_is_refused_by_name(made, tmp_path, name, format_, words):
+    with pytest.raises(InputError) as refusal:
+        export(made(name), format=format_, output=tmp_path / "out")
+    assert all(word in str(refusal.value) for word in words), refusal.value
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scales_of_inputs_and_adapters_are_refused(folder, made, tmp_path):
+    original = Original(folder, torch.float32, torch.device("cpu"))
+    model = original.load_all()
+    from layers import statistic_of
+
+    for name, block in zip(block_names(model), blocks(model)):
+        inputs = {key: statistic_of(torch.randn(8, part.in_features)) for key, part in block.named_modules()
+                  if isinstance(part, torch.nn.Linear)}  # fmt: skip
+        compress_block(
+            Awq(bits=None, width=4, group=32, symmetric=False, steps=2, clip=0), block, name, seed=0, statistics=inputs
+        )
+    checkpoint.save(model, original.tokenizer, tmp_path / "awq")
+    with pytest.raises(InputError, match="q_proj: format=gptq"):
+        export(tmp_path / "awq", format="gptq", output=tmp_path / "out")
+    pytest.importorskip("peft")
+    adapted = checkpoint.load(made("4 bits"))
+    adapters.add(adapted, rank=2, alpha=4.0, seed=0)
+    checkpoint.save(adapted, original.tokenizer, tmp_path / "adapted")
+    with pytest.raises(InputError, match="LoRA adapters"):
+        export(tmp_path / "adapted", format="dense", output=tmp_path / "out")
+
+
+def test_architectures_without_a_place_in_gguf_are_refused(families, tmp_path):
+    for name, words in (("opt", "not opt"), ("mistral", "windows of attention")):
+        original = Original(families(name), torch.float32, torch.device("cpu"))
+        model = original.load_all()
+        for block_name, block in zip(block_names(model), blocks(model)):
+            compress_block(METHODS["codebooks"], block, block_name, seed=0, statistics={})
+        checkpoint.save(model, original.tokenizer, tmp_path / name)
+        with pytest.raises(InputError, match=words):
+            export(tmp_path / name, format="gguf", output=tmp_path / "out")
+
+
+def test_nothing_is_overwritten_and_wrong_words_cost_a_sentence(made, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for place in ("full", "file"):
+        with pytest.raises(InputError, match=f"output=.*{place}: there is something already"):
+            export(made("codebooks"), format="dense", output=tmp_path / place)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    with pytest.raises(InputError, match="format=awq: there is no such format; allowed here: dense, gguf, vptq"):
+        export(made("codebooks"), format="awq", output=tmp_path / "out")
+    with pytest.raises(InputError, match="dtype=bfloat16: allowed for format=vptq: float16"):
+        export(made("codebooks"), format="vptq", output=tmp_path / "out", dtype="bfloat16")
+    with pytest.raises(InputError, match="no readable"):
+        export(tmp_path / "full", format="dense", output=tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    export(made("codebooks"), format="vptq", output=str(tmp_path / "empty"))
+    assert (tmp_path / "empty" / "config.json").is_file()
+
+
+def test_the_command_writes_a_folder_and_says_what_is_lost(made, tmp_path, monkeypatch, capsys):
+    from cluscomp.__main__ import main
+
+    words = ["cluscomp", "export", str(made("codebooks")), "format=dense", f"output={tmp_path / 'dense'}"]
+    monkeypatch.setattr(sys, "argv", [*words])
+    main()
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("lost: size: ") and out[-1] == str(tmp_path / "dense")
+    assert (tmp_path / "dense" / "model.safetensors").is_file()
+    for wrong in (words[:2], words[:3], [*words, "speed=1"]):
+        monkeypatch.setattr(sys, "argv", wrong)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2 and "cluscomp export CHECKPOINT format=NAME" in capsys.readouterr().err
+
+
+def test_every_format_is_tried_here():
+    assert FORMATS.keys() == {"dense", "gguf", "vptq", "gptq", "compressed-tensors", "aqlm"}
