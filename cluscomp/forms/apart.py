@@ -38,8 +38,8 @@ def take_apart(model: nn.Module) -> dict[str, Part]:
     """Change a model of transformers in place; returns, for each weight of a new layer by name, where it was.
 
     Known are transposed layers (Conv1D), experts that follow transformers' interface for them (two stacks, with or
-    without a gate), those of JetMoE and of Llama 4. Layers that choose experts become `KeptLinear`. Other models stay
-    as they are.
+    without a gate), those of JetMoE, LongCat-Flash and Llama 4. Layers that choose experts become
+    `KeptLinear`. Other models stay as they are.
     """
     parts: dict[str, Part] = {}
     for name, module in list(model.named_modules()):
@@ -53,8 +53,8 @@ def take_apart(model: nn.Module) -> dict[str, Part]:
             module.forward = MethodType(forward, module)
             _keep_routers(model.get_submodule(name.rpartition(".")[0]), module)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "router" in name:
-            module.__class__ = KeptLinear
+        if "router" in name:
+            _keep(module)
         elif type(module).__name__ == "JetMoeTopKGating":
             module.forward = MethodType(_jetmoe_choice, module)
     return parts
@@ -109,13 +109,18 @@ def _unstack(name: str, module: nn.Module) -> dict[str, Part]:
     return parts
 
 
+def _keep(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        module.__class__ = KeptLinear
+
+
 def _keep_routers(parent: nn.Module, experts: nn.Module) -> None:
     """Layers beside the experts that give a number for each of them, or one for all, are not compressed."""
     count = max(len(stack) for stack in experts.children() if isinstance(stack, nn.ModuleList))
     inside = set(experts.modules())
     for module in parent.modules():
         if isinstance(module, nn.Linear) and module not in inside and module.out_features in (1, count):
-            module.__class__ = KeptLinear
+            _keep(module)
 
 
 def _forward_of(module: nn.Module, *, apart: bool = False) -> Callable[..., Tensor] | None:
@@ -130,6 +135,8 @@ def _forward_of(module: nn.Module, *, apart: bool = False) -> Callable[..., Tens
         return _jetmoe
     if kind == "Llama4TextExperts" and stacked("down_proj"):
         return _llama4
+    if kind == "LongcatFlashExperts" and stacked("down_proj"):
+        return _longcat
     known = hasattr(module, "has_gate") and stacked("gate_up_proj" if module.has_gate else "up_proj")
     return _experts if known and stacked("down_proj") else None
 
@@ -147,6 +154,18 @@ def _experts(self: Any, hidden_TH: Tensor, chosen_TK: Tensor, weights_TK: Tensor
             x = x + self.down_proj_bias[expert]
         if self.has_post_expert_norm:
             x = self.post_expert_norm(x)
+        mixed_TH.index_add_(0, tokens, (x * weights_TK[tokens, places, None]).to(mixed_TH.dtype))
+    return mixed_TH
+
+
+def _longcat(self: Any, hidden_TH: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """LongCat-Flash's: the last ones hand on what they get."""
+    mixed_TH = torch.zeros_like(hidden_TH)
+    for expert, tokens, places in _routed(chosen_TK, self.total_experts):
+        x = hidden_TH[tokens]
+        if expert < self.num_routed_experts:
+            gate, up = self.gate_up_proj[expert](x).chunk(2, dim=-1)
+            x = self.down_proj[expert](self.act_fn(gate) * up)
         mixed_TH.index_add_(0, tokens, (x * weights_TK[tokens, places, None]).to(mixed_TH.dtype))
     return mixed_TH
 

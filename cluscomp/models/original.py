@@ -36,6 +36,7 @@ from cluscomp.store.files import file_hash
 
 log = logging.getLogger(__name__)
 LINEAR = (CompressedLinear, nn.Linear)
+OTHERS = re.compile("vision|visual|image|audio|speech")  # in names of a model's parts that are not for text
 GENERATION = "generation_config.json"
 DTYPES = {  # by their names in safetensors
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -246,23 +247,24 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def block_names(model: PreTrainedModel) -> list[str]:
-    """Names of the decoder blocks: the module list that is as long as the config's number of layers.
+    """Names of the decoder blocks: the module list that is as long as the config's number of layers, or the longest.
 
-    Lists inside such a list do not count, nor those outside of what transformers calls the decoder, if it has one.
-    Where none is so long, or several are, it is the one with the most numbers. Raises InputError if there is none.
+    Lists inside such a list do not count, nor those outside of what transformers calls the decoder, nor those of images
+    and sound. Of several the first one is taken. Raises InputError if there is none.
     """
     count = model.config.get_text_config().num_hidden_layers
-    found: dict[str, int] = {}
-    lists = {name: one for name, one in model.named_modules() if isinstance(one, nn.ModuleList)}
+    lists = {
+        name: one for name, one in model.named_modules() if isinstance(one, nn.ModuleList) and not OTHERS.search(name)
+    }
     decoder = {id(one) for one in model.get_decoder().modules()}
-    of_decoder = {name: one for name, one in lists.items() if id(one) in decoder}
-    for name, one in (of_decoder or lists).items():
-        if not name.startswith(tuple(f"{other}." for other in found)):
-            found |= {name: numbers} if (numbers := sum(p.numel() for p in one.parameters())) else {}
+    found: dict[str, int] = {}
+    for name, one in ({name: one for name, one in lists.items() if id(one) in decoder} or lists).items():
+        if not name.startswith(tuple(f"{other}." for other in found)) and next(one.parameters(), None) is not None:
+            found[name] = len(one)
     if not found:
         raise InputError(f"{type(model).__name__}: has no list of blocks, so there is nothing to compress")
-    best = max(found, key=lambda name: (len(lists[name]) == count, found[name]))
-    return [f"{best}.{index}" for index in range(len(lists[best]))]
+    best = max(found, key=lambda name: (found[name] == count, found[name]))
+    return [f"{best}.{index}" for index in range(found[best])]
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:

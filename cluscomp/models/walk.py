@@ -139,15 +139,18 @@ class Walk:
         output is what enters the next, and norm and head make of the last what the model does. Without numbers (on the
         meta device, or where they are NaN) it only finds out what blocks give. Raises InputError where it is not so.
         """
-        half = ids_1T.shape[1] // 2
+        half, names = ids_1T.shape[1] // 2, block_names(self.model)
         ids_BT = torch.cat([ids_1T, torch.cat([ids_1T[:, :half], ids_1T.flip(1)[:, half:]], 1)])
         logits_BTV, calls, last_BTH = self._own(ids_BT)
         if logits_BTV is None:
             return
         if _far(logits_BTV[0, :half], logits_BTV[1, :half]):  # what comes later has a say
             raise no_causal_model(type(self.model).__name__)
+        for name, first, second in zip(names, *(self._capture(one_1T)[1] for one_1T in ids_BT.split(1))):
+            if not _same(first, second):
+                raise self._not_walkable(f"the arguments of {name} depend on the tokens")
         hidden_BTH, found = self._capture(ids_BT)
-        for name, (_, own), arguments in zip(block_names(self.model), calls, found):
+        for name, (_, own), arguments in zip(names, calls, found):
             if not _same(own, arguments):
                 raise self._not_walkable(f"{name} gets other arguments than with the blocks before it skipped")
         if not torch.equal(hidden_BTH, calls[0][0]):
@@ -196,6 +199,8 @@ class Walk:
         try:
             with here:
                 logits_BTV: Tensor = self.model(ids_BT, use_cache=False).logits
+            if len(left) < len(names):
+                raise self._not_walkable(f"{len(left)} of {len(names)} were called")
             return None if bool(logits_BTV.isnan().any()) else logits_BTV, calls, left[-1]
         except _Captured:
             return None, calls, left[-1]

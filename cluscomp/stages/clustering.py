@@ -176,9 +176,11 @@ def compress_block(
                 chosen[", ".join(compressed.stored)] = compressed.chosen
             give_memory_back()
             if following is not None and layers and not read & {layer.input for layer in layers.values()}:
-                first = next(iter(layers.values())).input
-                after = [layer for layer, one in layers.items() if one.input == first]
-                after = next((stack for stack in stacks(block).values() if after[0] in stack), after)
+                first, number = next((layer, one.input) for layer, one in layers.items())
+                after = [layer for layer, one in layers.items() if one.input == number]
+                after = next((stack for stack in stacks(block).values() if first in stack), after)
+                if not compressed.stored.keys().isdisjoint(after):
+                    continue  # experts of one stack: nothing enters them that is not as it was
                 again = _layers(block, name, seed, following.again(layers=after)[1], places, following, prices)
                 layers |= {layer: again[layer] for layer in after}
     except ValueError as error:
