@@ -5,6 +5,7 @@
 # make tables     set up, then all tables and figures of the records in results/, and the README's
 # make notebooks  set up, then all notebooks as HTML, in analysis/html/
 # make bench  set up, then speed and memory beside other people's code
+# make families   set up, then every causal family of transformers, tiny, through a run: docs/models.md
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # experiments with records
 RECORDS := $(filter-out bench,$(notdir $(patsubst %/,%,$(sort $(dir $(wildcard results/*/*.json))))))
 
-.PHONY: demo test check docs tables notebooks bench
+.PHONY: demo test check docs tables notebooks bench families
 demo: $(VENV)/ready
 	$(RUN) cluscomp experiment=demo
 
@@ -53,6 +54,9 @@ bench: $(VENV)/ready
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/methods.py
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/plan.py --calibrate
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/sweep.py
+
+families: $(VENV)/ready
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/families.py
 
 # torch first, from constraints.txt: anything that needs torch would otherwise bring another build of it
 $(VENV)/ready: pyproject.toml constraints.txt

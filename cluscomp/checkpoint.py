@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cluscomp.errors import InputError
 from cluscomp.forms import adapters
+from cluscomp.forms.apart import take_apart
 from cluscomp.forms.layers import build_all, check_values, empty_layers, place, put_in, specs, take_out
 from cluscomp.forms.linear import BASE, MARK, compressed, storage_dtype, unique_tensors
 from cluscomp.forms.stored import Stored
@@ -84,6 +85,7 @@ class CompressedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
+        take_apart(model)
         shared = empty_layers(model, self.quantization_config.weights, torch.get_default_dtype())
         model.all_tied_weights_keys |= shared  # transformers reads them once and ties them
         self.folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
@@ -112,6 +114,10 @@ class CompressedQuantizer(HfQuantizer):
         for parameter in model.parameters():  # buffers (of rotary embeddings) keep theirs
             parameter.data = parameter.data.to(dtype)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:  # noqa: ARG002
+        """None: the file has the names of the model in memory."""
+        return []
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the same format again."""
@@ -173,6 +179,7 @@ def save(
     model.config.quantization_config = config
     model.hf_quantizer = CompressedQuantizer(config)  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]
+    model._weight_conversions = []  # type: ignore[assignment]  # the file has the names of the model in memory
     with new_folder(folder) as unfinished:
         needed = sum(tensor.numel() * storage_dtype(tensor).itemsize for tensor in unique_tensors(model).values())
         free = shutil.disk_usage(unfinished).free

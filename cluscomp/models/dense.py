@@ -34,7 +34,10 @@ def save(model: PreTrainedModel, blocks: Iterable[dict[str, Tensor]], original: 
     names = block_names(model)
     inside = tuple(f"{name}." for name in names)
     outside = {name: tensor for name, tensor in unique_tensors(model).items() if not name.startswith(inside)}
-    parts = ({f"{name}.{key}": tensor for key, tensor in block.items()} for name, block in zip(names, blocks))
+    parts = (
+        original.as_in_transformers({f"{name}.{key}": tensor for key, tensor in block.items()})
+        for name, block in zip(names, blocks)
+    )
     places: dict[str, str] = {}
     dtypes: set[torch.dtype] = set()
     size = 0

@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import Parameter
 from transformers import (
@@ -25,8 +25,10 @@ from transformers import (
 )
 
 from cluscomp.errors import InputError
+from cluscomp.forms.apart import KeptLinear, Part, take_apart, together
 from cluscomp.forms.layers import place
 from cluscomp.forms.linear import CompressedLinear
+from cluscomp.models.names import Files, Source
 from cluscomp.models.sources import read_config, weight_files
 from cluscomp.models.untrusted import check_dtypes, check_tokens, made_of
 from cluscomp.process import give_memory_back
@@ -34,6 +36,7 @@ from cluscomp.store.files import file_hash
 
 log = logging.getLogger(__name__)
 LINEAR = (CompressedLinear, nn.Linear)
+OTHERS = re.compile("vision|visual|image|audio|speech")  # in names of a model's parts that are not for text
 GENERATION = "generation_config.json"
 DTYPES = {  # by their names in safetensors
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -47,22 +50,12 @@ class Original:
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         """Read config, tokenizer and the list of tensors. Raises InputError if one of them cannot be used."""
         self.folder, self.dtype, self.device = folder, dtype, device
-        self.gives_tuples: bool | None = None  # whether its blocks do, known once a `Walk` was compared with it
+        self.gives: int | None = None  # how many things its blocks do in a tuple, 0: no tuple; known once it was walked
         self.config, self.tokenizer = read_config(folder), read_tokenizer(folder)
         self._said_dtype = self.config.dtype  # a model that is made of the config changes it
         self._check_config()
         check_tokens(folder, self.config, self.tokenizer)
-        self._shards: dict[str, Path] = {}
-        for path in weight_files(folder):
-            try:
-                with safe_open(path, "pt") as shard:
-                    names = list(shard.keys())
-            except SafetensorError as error:
-                raise InputError(f"{path}: truncated, or not a safetensors file ({error})") from error
-            twice = next((name for name in names if name in self._shards), None)
-            if twice is not None:
-                raise InputError(f"{path}: {twice} is also in {self._shards[twice].name}; leave one of the files there")
-            self._shards |= dict.fromkeys(names, path)
+        self._files = Files(folder)
         self._check_ties()
 
     def _check_config(self) -> None:
@@ -75,19 +68,36 @@ class Original:
         """
         if not getattr(self.config.get_text_config(), "tie_word_embeddings", False):
             return
-        for name, source in self._tied().items():
-            if name in self._shards and source in self._shards and not self._equal(name, source):
+        for name, source in self._outline.all_tied_weights_keys.items():
+            ones = [self._sources[one].tensors[0][0] for one in (name, source) if one in self._sources]
+            if len(set(ones)) == 2 and not self._equal(name, source):
                 log.warning("%s: tied to %s by config.json, but with numbers of its own, which count", name, source)
                 self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = False
-                if name in self._tied():
+                del self._outline, self._sources
+                if name in self._outline.all_tied_weights_keys:
                     raise InputError(
                         f"{self.folder}: {name} is tied to {source}, but the file has other numbers for it"
                     )
 
-    def _tied(self) -> dict[str, str]:
-        with torch.device("meta"):
+    @cached_property
+    def _outline(self) -> PreTrainedModel:
+        """The model as transformers makes it, without numbers."""
+        with made_of(self.config), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(self.config))
-        return dict(model.all_tied_weights_keys)
+        return model
+
+    @cached_property
+    def _sources(self) -> dict[str, Source]:
+        return self._files.sources(self._outline)
+
+    @cached_property
+    def _parts(self) -> dict[str, Part]:
+        return take_apart(deepcopy(self._outline))
+
+    @cached_property
+    def _wide(self) -> list[str]:
+        """Parts of names whose tensors transformers keeps in float32 where the model is in 16 bits."""
+        return list(self._outline._get_dtype_plan(self.dtype)) if self.dtype.itemsize == 2 else []
 
     def _equal(self, *names: str) -> bool:
         first, second = (tensor for name in names for _, tensor in self.tensors([name]))
@@ -100,18 +110,21 @@ class Original:
         """
         with made_of(self.config), init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
-        check_supported(model)
-        prefixes = tuple(f"{name}." for name in block_names(model))
         names = list(model.state_dict())
-        tied = set(model.all_tied_weights_keys)
-        missing = [name for name in names if name not in self._shards and name not in tied]
+        self._sources = self._files.sources(model)
+        missing = [name for name in names if name not in self._sources and name not in model.all_tied_weights_keys]
         if missing:
             raise InputError(
-                f"{self.folder}: no tensor {missing[0]} ({len(missing)} of {len(names)} missing). If the file's names "
-                "differ from transformers', load and save the model once with transformers and give that folder"
+                f"{self.folder}: no tensor {missing[0]} ({len(missing)} of {len(names)} missing), under that name or "
+                "another that transformers knows; the files are not whole, or not those of config.json's model"
             )
-        check_dtypes(self._kinds(), DTYPES, {name for name, _ in model.named_parameters()}, self.folder)
-        self._fill(model, [name for name in names if not name.startswith(prefixes) and name in self._shards])
+        found = [self._sources[key] for key, _ in model.named_parameters() if key in self._sources]
+        needed = {name for source in found for name, _ in source.tensors}
+        self._parts = take_apart(model)
+        check_supported(model)
+        prefixes = tuple(f"{name}." for name in block_names(model))
+        check_dtypes({name: kind for name, (kind, _) in self._files.heads.items()}, DTYPES, needed, self.folder)
+        self._fill(model, [name for name in model.state_dict() if not name.startswith(prefixes) and self._has(name)])
         model.tie_weights()
         model.requires_grad_(False)
         for module in model.modules():
@@ -133,18 +146,15 @@ class Original:
     def size(self) -> dict[str, float]:
         """Bits per weight and bytes of the weights as they lie in the folder."""
         bits, weights = 0, 0
-        for path in sorted(set(self._shards.values())):
-            with safe_open(path, "pt") as shard:
-                for name in shard.keys():  # noqa: SIM118
-                    part = shard.get_slice(name)
-                    numbers = math.prod(part.get_shape())
-                    bits, weights = bits + numbers * 8 * DTYPES[part.get_dtype()].itemsize, weights + numbers
+        for kind, shape in self._files.heads.values():
+            numbers = math.prod(shape)
+            bits, weights = bits + numbers * 8 * DTYPES[kind].itemsize, weights + numbers
         per_weight = bits / weights
         return {
             "paper_bits_per_weight": per_weight,
             "linear_bits_per_weight": per_weight,
             "model_bits_per_weight": per_weight,
-            "checkpoint_bytes": sum(path.stat().st_size for path in set(self._shards.values())),
+            "checkpoint_bytes": sum(path.stat().st_size for path in self._files.paths),
         }
 
     def external(self) -> dict[str, Any] | None:
@@ -172,7 +182,7 @@ class Original:
     def load_block(self, model: PreTrainedModel, index: int) -> None:
         """Read the parameters of block `index` into the model."""
         prefix = f"{block_names(model)[index]}."
-        self._fill(model, [name for name in model.state_dict() if name.startswith(prefix)])
+        self._fill(model, [f"{prefix}{key}" for key in blocks(model)[index].state_dict()])
 
     def load_all(self) -> PreTrainedModel:
         """The whole dense model in memory."""
@@ -182,27 +192,38 @@ class Original:
         return model
 
     def tensors(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors of the file, by their names there, as the model computes with them."""
-        for path in sorted({self._shards[name] for name in names}):
-            with safe_open(path, "pt") as shard:
-                for name in (name for name in names if self._shards[name] == path):
-                    tensor = shard.get_tensor(name)
-                    dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-                    # a copy, or a norm that stays would keep all that was read of the file in memory
-                    yield name, tensor.to(self.device, dtype, copy=True)
-
-    def _kinds(self) -> dict[str, str]:
-        """The types of all tensors, as the files name them."""
-        found: dict[str, str] = {}
-        for path in sorted(set(self._shards.values())):
-            with safe_open(path, "pt") as shard:
-                found |= {name: shard.get_slice(name).get_dtype() for name in shard.keys()}  # noqa: SIM118
-        return found
+        """Tensors of the model by their names in it, as it computes with them."""
+        wanted: dict[int, list[str]] = {}
+        found: dict[int, Source] = {}
+        for name in names:
+            source = self._source(name)
+            found[id(source)] = source
+            wanted.setdefault(id(source), []).append(name)
+        for source, made in self._files.read(found.values(), lambda: self._outline):
+            for name in wanted[id(source)]:
+                part = self._parts.get(name)
+                tensor = made[name] if part is None else part.of(made[part.name])
+                dtype = tensor.dtype
+                if tensor.is_floating_point():
+                    dtype = torch.float32 if any(key in name for key in self._wide) else self.dtype
+                # a copy, or a norm that stays would keep all that was read of the file in memory
+                yield name, tensor.to(self.device, dtype, copy=True).contiguous()
 
     def file_dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor in the file."""
-        with safe_open(self._shards[name], "pt") as shard:
-            return DTYPES[shard.get_slice(name).get_dtype()]
+        """The dtype in the file of a tensor of the model."""
+        return DTYPES[self._files.heads[self._source(name).tensors[0][0]][0]]
+
+    def as_in_transformers(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors of the model, by name, as transformers' own model has them."""
+        return together(tensors, self._parts)
+
+    def _has(self, name: str) -> bool:
+        part = self._parts.get(name)
+        return (name if part is None else part.name) in self._sources
+
+    def _source(self, name: str) -> Source:
+        part = self._parts.get(name)
+        return self._sources[name if part is None else part.name]
 
     def _fill(self, model: nn.Module, names: list[str]) -> None:
         for name, tensor in self.tensors(names):
@@ -233,20 +254,24 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def block_names(model: PreTrainedModel) -> list[str]:
-    """Names of the decoder blocks: the module list that is as long as the config's number of layers.
+    """Names of the decoder blocks: the module list that is as long as the config's number of layers, or the longest.
 
-    Raises InputError if there is none, or more than one.
+    Lists inside such a list do not count, nor those outside of what transformers calls the decoder, nor those of images
+    and sound. Of several the first one is taken. Raises InputError if there is none.
     """
     count = model.config.get_text_config().num_hidden_layers
-    found = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and next(module.parameters(), None) is not None
-    ]
-    if len(found) != 1:
-        listed = ", ".join(found) or "none"
-        raise InputError(f"{type(model).__name__}: need one list of {count} blocks, found {listed}")
-    return [f"{found[0]}.{index}" for index in range(count)]
+    lists = {
+        name: one for name, one in model.named_modules() if isinstance(one, nn.ModuleList) and not OTHERS.search(name)
+    }
+    decoder = {id(one) for one in model.get_decoder().modules()}
+    found: dict[str, int] = {}
+    for name, one in ({name: one for name, one in lists.items() if id(one) in decoder} or lists).items():
+        if not name.startswith(tuple(f"{other}." for other in found)) and next(one.parameters(), None) is not None:
+            found[name] = len(one)
+    if not found:
+        raise InputError(f"{type(model).__name__}: has no list of blocks, so there is nothing to compress")
+    best = max(found, key=lambda name: (found[name] == count, found[name]))
+    return [f"{best}.{index}" for index in range(found[best])]
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -255,28 +280,43 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The dense linear layers inside a block, by their name in the block."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    """The dense linear layers inside a block that are compressed, by their name in the block."""
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, KeptLinear) and _plain(type(module))  # type: ignore[arg-type]
+    }
+
+
+@cache
+def _plain(kind: type[nn.Linear]) -> bool:
+    """Whether a class of linear layers computes x W^T + b."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    layer = kind.__new__(kind)
+    nn.Linear.__init__(layer, 3, 2)
+    x_TI = torch.ones(4, 3)
+    try:
+        return torch.allclose(layer(x_TI), nn.functional.linear(x_TI, layer.weight, layer.bias))
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
 
 
 def norms(model: nn.Module) -> dict[str, Parameter]:
-    """The parameters of norms, by name: vectors that belong to no linear layer."""
-    linear = {id(vector) for part in model.modules() if isinstance(part, LINEAR) for vector in part.parameters()}
-    return {name: vector for name, vector in model.named_parameters() if vector.ndim == 1 and id(vector) not in linear}
+    """The parameters of norms, by name: vectors that belong to no linear layer, and to nothing else with a matrix."""
+    other = {
+        id(vector)
+        for part in model.modules()
+        if isinstance(part, LINEAR) or any(one.ndim > 1 for one in part.parameters(recurse=False))
+        for vector in part.parameters()
+    }
+    return {name: vector for name, vector in model.named_parameters() if vector.ndim == 1 and id(vector) not in other}
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raise InputError, by name, for a matrix inside a block that is not an `nn.Linear` (GPT-2's Conv1D, experts)."""
-    for block_name, block in zip(block_names(model), blocks(model)):
-        layers = linears(block)
-        for name, parameter in block.named_parameters():
-            layer, _, _ = name.rpartition(".")
-            if parameter.ndim >= 2 and layer not in layers:
-                kind = type(block.get_submodule(layer)).__name__
-                raise InputError(
-                    f"{block_name}.{name}: a {'x'.join(map(str, parameter.shape))} parameter of {kind}; "
-                    "only nn.Linear layers can be compressed, so this model is not supported"
-                )
+    """Raise InputError for a model without a linear layer in its blocks."""
+    if not any(linears(block) for block in blocks(model)):
+        raise InputError(f"{type(model).__name__}: has no linear layer in its blocks, so there is nothing to compress")
 
 
 def fingerprint(folder: Path) -> str:

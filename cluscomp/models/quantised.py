@@ -23,6 +23,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
+from cluscomp.forms.apart import take_apart
 from cluscomp.forms.layers import size_of
 from cluscomp.forms.linear import unique_tensors
 from cluscomp.models.gguf_file import COUNTED, matrices_in
@@ -257,6 +258,7 @@ def dense_outline(config: PreTrainedConfig) -> PreTrainedModel:
     """The dense model of a config, on the meta device."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    take_apart(model)
     model.tie_weights()
     return model
 

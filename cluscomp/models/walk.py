@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Walk:
     def __init__(self, model: PreTrainedModel, original: Original | None = None) -> None:
         self.model, self.blocks, self._original = model, blocks(model), original
         self._arguments: dict[torch.Size, list[Arguments]] = {}
-        self._gives_tuples = None if original is None else original.gives_tuples  # None: not compared yet
+        self._gives = None if original is None else original.gives  # None: not compared yet
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +72,7 @@ class Walk:
         Raises InputError for a model whose blocks get arguments made from the tokens, or more than one stream, or that
         does something else between its blocks.
         """
-        if self._gives_tuples is None:
+        if self._gives is None:
             self._compare(ids_BT[:1, :CHECKED_TOKENS])
         hidden_BTH, arguments = self._capture(ids_BT)
         known = self._arguments.setdefault(ids_BT.shape, arguments)
@@ -107,7 +108,8 @@ class Walk:
     ) -> tuple[Float[Tensor, "B T H"], dict[str, Tensor]]:
         """`apply`, and what enters the named layers of the block: (B, T, H) and (..., I) by name.
 
-        Layers with one input (query, key, value) get the same tensor.
+        Layers with one input (query, key, value) get the same tensor. Layers that nothing enters, experts that no
+        token is sent to, say, are not among them.
         """
         entering: dict[str, Tensor] = {}
 
@@ -124,8 +126,8 @@ class Walk:
     def logits(self, hidden_BTH: Float[Tensor, "B T H"], ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T vocabulary"]:
         """What the model makes of the last block's output (B, T, H), by its final norm and head: (B, T, vocabulary)."""
 
-        def replace(_module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> Tensor | tuple[Tensor]:
-            return (hidden_BTH,) if self._gives_tuples else hidden_BTH
+        def replace(_module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> Any:
+            return _given(hidden_BTH, self._gives)
 
         with self._skipped_blocks(lambda index: replace if index == len(self.blocks) - 1 else None):
             return self.model(ids_BT, use_cache=False).logits  # type: ignore[no-any-return]
@@ -135,18 +137,20 @@ class Walk:
 
         It is what a walk relies on: the arguments found with all blocks skipped are those that each block gets, its
         output is what enters the next, and norm and head make of the last what the model does. Without numbers (on the
-        meta device, or where they are NaN) it only finds out whether blocks give tuples. Raises InputError where it is
-        not so.
+        meta device, or where they are NaN) it only finds out what blocks give. Raises InputError where it is not so.
         """
-        half = ids_1T.shape[1] // 2
+        half, names = ids_1T.shape[1] // 2, block_names(self.model)
         ids_BT = torch.cat([ids_1T, torch.cat([ids_1T[:, :half], ids_1T.flip(1)[:, half:]], 1)])
         logits_BTV, calls, last_BTH = self._own(ids_BT)
         if logits_BTV is None:
             return
         if _far(logits_BTV[0, :half], logits_BTV[1, :half]):  # what comes later has a say
             raise no_causal_model(type(self.model).__name__)
+        for name, first, second in zip(names, *(self._capture(one_1T)[1] for one_1T in ids_BT.split(1))):
+            if not _same(first, second):
+                raise self._not_walkable(f"the arguments of {name} depend on the tokens")
         hidden_BTH, found = self._capture(ids_BT)
-        for name, (_, own), arguments in zip(block_names(self.model), calls, found):
+        for name, (_, own), arguments in zip(names, calls, found):
             if not _same(own, arguments):
                 raise self._not_walkable(f"{name} gets other arguments than with the blocks before it skipped")
         if not torch.equal(hidden_BTH, calls[0][0]):
@@ -155,7 +159,7 @@ class Walk:
         if _far(walked_BTV, logits_BTV):
             raise self._not_walkable("its logits are then others")
         if self._original is not None:
-            self._original.gives_tuples = self._gives_tuples
+            self._original.gives = self._gives
 
     def _own(self, ids_BT: Tensor) -> tuple[Tensor | None, list[tuple[Tensor, Arguments]], Tensor]:
         """The model's own forward pass: logits, what each block is called with, and what the last one gives.
@@ -179,11 +183,15 @@ class Walk:
             calls.append((entering.clone(), arguments))
             here.enter_context(self.block(index))
 
-        def leave(_block: nn.Module, _args: Any, output: Any) -> None:
-            self._gives_tuples = isinstance(output, tuple)
+        def leave(block: nn.Module, _args: Any, output: Any) -> None:
+            self._gives = len(output) if isinstance(output, tuple) else 0
             left.append(_hidden(output).clone())
             if left[-1].is_meta or not bool(left[-1].isfinite().all()):
                 raise _Captured
+            entering, arguments = calls[-1]
+            again_BTH = _hidden(block.forward(entering, *arguments.args, **arguments.kwargs))
+            if _far(again_BTH, left[-1]):
+                raise self._not_walkable(f"{names[len(calls) - 1]} gives something else when it is run again")
             here.close()
 
         handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in self.blocks]
@@ -191,6 +199,8 @@ class Walk:
         try:
             with here:
                 logits_BTV: Tensor = self.model(ids_BT, use_cache=False).logits
+            if len(left) < len(names):
+                raise self._not_walkable(f"{len(left)} of {len(names)} were called")
             return None if bool(logits_BTV.isnan().any()) else logits_BTV, calls, left[-1]
         except _Captured:
             return None, calls, left[-1]
@@ -225,7 +235,7 @@ class Walk:
         handles = []
         try:
             for index, block in enumerate(self.blocks):
-                block.forward = _in_a_tuple if self._gives_tuples else _identity
+                block.forward = partial(_skipped, self._gives)
                 if hook := hook_of(index):
                     handles.append(block.register_forward_hook(hook, with_kwargs=True))
             yield
@@ -245,8 +255,14 @@ def not_finite(place: str, dtype: torch.dtype) -> InputError:
     )
 
 
-def _identity(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-    return hidden_states
+def _skipped(gives: int | None, *args: Any, **kwargs: Any) -> Any:
+    """What a block that hands on its input gives."""
+    return _given(_split(args, kwargs)[0], gives)
+
+
+def _given(hidden_BTH: Tensor, gives: int | None) -> Any:
+    """Hidden states as a block gives them: alone, or first in a tuple of so many, of which the others are None."""
+    return (hidden_BTH, *[None] * (gives - 1)) if gives else hidden_BTH
 
 
 def _far(found: Tensor, expected: Tensor) -> bool:
@@ -263,10 +279,6 @@ def _check_finite(name: str, block: nn.Module, hidden_BTH: Tensor) -> None:
             if not bool(parameter.float().isfinite().all()):
                 raise InputError(f"{name}.{key}: NaN or infinity among its numbers; the model is damaged")
         raise not_finite(name, hidden_BTH.dtype)
-
-
-def _in_a_tuple(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor]:
-    return (hidden_states,)
 
 
 def _hidden(output: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """A model's outline: its shapes without its weights, walked to learn what a stage will hold and do."""
 
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
+from cluscomp.forms.apart import take_apart
 from cluscomp.forms.layers import Size, empty_layers, size_of
 from cluscomp.forms.linear import compressed, unique_tensors
 from cluscomp.forms.stored import Stored, described
@@ -70,6 +72,7 @@ class MetaModel:
             with torch.device("meta"):
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
             self.file_bytes = of_file.itemsize  # of a number in the original's file
+        take_apart(model)
         check_supported(model)
         model.tie_weights()
         model.requires_grad_(False)
@@ -158,7 +161,7 @@ class MetaModel:
         return float(self.checkpoint_bytes()) if self.device == "cpu" else 0.0
 
     def places(self) -> list[dict[str, Place]]:
-        """The dense linear layers of each block, by name."""
+        """The dense linear layers of each block that its forward pass runs, by name: those that are compressed."""
         key = *self._name, "places", tuple(compressed(self.model))
         if key not in _places:
             _places[key] = self._observed()
@@ -172,8 +175,24 @@ class MetaModel:
             _, entering = walk.observe(index, block, hidden_BTH, list(layers))
             numbers: dict[int, int] = {}
             inputs = {name: numbers.setdefault(id(x), len(numbers)) for name, x in entering.items()}
-            found.append({name: Place(one.out_features, one.in_features, inputs[name]) for name, one in layers.items()})
+            called = {name: layers[name] for name in layers if name in inputs}
+            found.append({name: Place(one.out_features, one.in_features, inputs[name]) for name, one in called.items()})
         return found
+
+    def kept(self) -> list[str]:
+        """Names of the matrices and larger tensors inside the blocks that stay as they are (routers, convolutions).
+
+        With * for numbers: one name for all blocks.
+        """
+        names = block_names(self.model)
+        compressed = tuple(f"{name}.{layer}." for name, places in zip(names, self.places()) for layer in places)
+        inside = tuple(f"{name}." for name in names)
+        found = {
+            re.sub(r"\.\d+(?=\.|$)", ".*", name)
+            for name, parameter in self.model.named_parameters()
+            if parameter.ndim > 1 and name.startswith(inside) and not name.startswith(compressed)
+        }
+        return sorted(found)
 
     def codebook_numbers(self, module: nn.Module) -> int:
         """Numbers in the trainable parts of the stored weights of a module, shared ones once."""
@@ -317,14 +336,14 @@ class _Attention(TorchFunctionMode):
 
 
 class _Fused(torch.autograd.Function):
-    """(B, heads, T, d), twice (B, key heads, T, d) -> (B, heads, T, d), keeping these and the logarithm of a sum."""
+    """(B, heads, T, d), (B, key heads, T, d), (B, key heads, T, e) -> (B, heads, T, e), keeping these and logsumexp."""
 
     @staticmethod
     def forward(ctx, count, query, key, value):  # type: ignore[no-untyped-def]
-        output = torch.empty_like(query)
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
         logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, logsumexp)
-        ctx.count, ctx.flops = count, 4.0 * query.numel() * key.shape[-2]
+        ctx.count, ctx.flops = count, 2.0 * (query.numel() + output.numel()) * key.shape[-2]
         count.work += Work(flops=ctx.flops, calls=1)
         return output
 

@@ -19,6 +19,10 @@ class Sum:
         """What is added for some tokens (T, I)."""
         raise NotImplementedError
 
+    def unknown(self, size: int) -> Tensor:
+        """What it is for a token whose inputs nobody has seen: all alike, none going with another."""
+        return torch.ones(size)
+
     def add(self, x_TI: Float[Tensor, "T I"]) -> None:
         """Take in the inputs (T, I) of some more tokens."""
         new = self.of(x_TI)
@@ -31,6 +35,10 @@ class SecondMoment(Sum):
     def of(self, x_TI: Float[Tensor, "T I"]) -> Tensor:
         """(T, I) -> (I, I)."""
         return x_TI.T @ x_TI
+
+    def unknown(self, size: int) -> Tensor:
+        """The identity, (I, I)."""
+        return torch.eye(size)
 
 
 class Squares(Sum):
@@ -66,6 +74,7 @@ class Seen:
 
     def __init__(self, names: Iterable[str]) -> None:
         self.tokens = 0
+        self.own = 0  # tokens that were really seen; `filled` adds others
         self.drift: Drift | None = None
         self._parts = {name: STATISTICS[name]() for name in sorted(names)}
 
@@ -75,9 +84,37 @@ class Seen:
         for part in self._parts.values():
             part.add(x_TI)
         self.tokens += len(x_TI)
+        self.own += len(x_TI)
         if original is not None:
             self.drift = self.drift or Drift()
             self.drift.add(x_TI, _rows(original))
+
+    def filled(self, others: "Seen", least: int, size: int, device: torch.device) -> "Seen":
+        """As if at least so many tokens had been seen: what lacks is the mean of what `others` saw.
+
+        Where no token at all was seen it is what is assumed without data, for `size` inputs.
+        """
+        found = Seen(self._parts)
+        found.own = self.own
+        if self.tokens == 0:
+            found.tokens = 1
+            for part in found._parts.values():
+                part.total = part.unknown(size).to(device)
+        elif (lacking := least - self.tokens) > 0:
+            found.tokens = least
+            for name, part in found._parts.items():
+                part.total = self._total(name) + others._total(name) * (lacking / others.tokens)
+        else:
+            return self
+        return found
+
+    def together(self, other: "Seen") -> "Seen":
+        """What both saw."""
+        found = Seen(self._parts)
+        found.tokens = self.tokens + other.tokens
+        for name, part in found._parts.items():
+            part.total = self._total(name) + other._total(name)
+        return found
 
     @property
     def matrix_II(self) -> Float[Tensor, "I I"]:

@@ -91,7 +91,7 @@ class Cluster(FromText):
 
     def check(self, original: "Original") -> None:
         """Try the method on every block's shapes, and cut windows. Raises InputError that names the layer."""
-        from cluscomp.stages.clustering import check_method
+        from cluscomp.stages.foreseeing import check_method
 
         check_method(self, original)
         if self.calibrated:
@@ -99,7 +99,7 @@ class Cluster(FromText):
 
     def cost(self, outline: "MetaModel") -> "Cost | None":
         """One dense block, statistics and streams; on a GPU the finished blocks are in RAM. See `Stage.cost`."""
-        from cluscomp.stages.clustering import cost
+        from cluscomp.stages.foreseeing import cost
 
         return cost(self, outline)
 

@@ -1,9 +1,8 @@
-"""What stage cluster does: the method tried on shapes, statistics of layers' inputs, block after block compressed."""
+"""What stage cluster does: statistics of layers' inputs, block after block compressed."""
 
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -15,17 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cluscomp.errors import InputError
+from cluscomp.forms.apart import stacks
 from cluscomp.forms.layers import put_in
-from cluscomp.kernels.counting import Count
-from cluscomp.kernels.work import Work
 from cluscomp.methods import Compressed, Method, Offers
-from cluscomp.models.original import Original, block_names, blocks, linears
-from cluscomp.models.sources import quantised_types
+from cluscomp.models.original import block_names, linears
 from cluscomp.models.walk import Walk
-from cluscomp.plan import dry
-from cluscomp.plan.cost import Cost, worst
-from cluscomp.plan.dry import Dry
-from cluscomp.plan.meta import MetaModel, Place
+from cluscomp.plan.meta import Place
 from cluscomp.process import Progress, give_memory_back
 from cluscomp.solve.allocate import Option
 from cluscomp.solve.distribution import of_codes, of_entries
@@ -35,131 +29,20 @@ from cluscomp.stages import Job
 from cluscomp.stages import prices as price
 from cluscomp.stages.blockwise import Blockwise, relative_error
 from cluscomp.stages.cluster import Cluster
+from cluscomp.stages.foreseeing import outline_of
 from cluscomp.stages.menus import Menus, Shares
 from cluscomp.stages.observing import Following, observe, through
 
 log = logging.getLogger(__name__)
 
 
-def check_method(stage: Cluster, original: Original) -> None:
-    """Try the stage's method on every block's shapes. Raises InputError, naming the layer, for what it cannot do."""
-    outline = _outline(original)
-    tried = _tried(stage.compressing, outline)
-    shares = isinstance(stage.compressing, Offers) and stage.compressing.bits is not None
-    if stage.over_the_model and not shares:
-        raise InputError(
-            "allocation.scope=model needs a method whose bits can be shared out (cluscomp, gptvq, aqlm) and bits="
-        )
-    if stage.price == "loss" and not shares:
-        raise InputError(
-            "cluster.price=loss needs a method that shares bits out among layers (cluscomp, cluscomp_paths, gptvq) and "
-            "bits="
-        )
-    _check_grids(block_names(outline.model), tried, quantised_types(original.folder))
-
-
-def _outline(original: Original) -> MetaModel:
-    return MetaModel(deepcopy(original.config), original.dtype, original.device.type)
-
-
-def _tried(method: Method, outline: MetaModel) -> list[Dry | None]:
-    """What the method will do to each block. Raises InputError, naming the layer, for what it cannot do."""
-    found = []
-    for name, places in zip(block_names(outline.model), outline.places()):
-        try:
-            found.append(dry.compress(method, places, outline.dtype))
-        except ValueError as error:
-            raise InputError(f"{name}.{error}") from error
-    return found
-
-
-def _check_grids(names: list[str], tried: list[Dry | None], origin: list[str]) -> None:
-    """Raise InputError for 4 bits in groups of 32 or a divisor if the original comes from such a file (GGUF's Q4).
-
-    Its weights lie on that grid, so next to nothing would be lost, and the score say nothing about the method.
-    """
-    if not any(kind.startswith("Q4") for kind in origin):
-        return
-    for name, block in zip(names, tried):
-        for layer, stored in block.stored.items() if block is not None else ():
-            if stored.lies_on(width=4, group=32):
-                raise InputError(
-                    f"{name}.{layer}: 4 bits in {stored.groups} groups of its {stored.in_features} inputs "
-                    f"would be void: the original comes from a file of 4 bits in groups of 32 "
-                    f"({', '.join(origin)}), and lies on that grid. Take other bits, or method.group=64"
-                )
-
-
-def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
-    """What `run` will hold and do, and `outline` changed as `run` will change the model; see `Cluster.cost`."""
-    work = Work(read=outline.all_numbers * outline.file_bytes)
-    tried = [one for one in _tried(stage.compressing, outline) if one is not None]
-    if len(tried) < outline.blocks:
-        return None
-    observing = streams = moments = 0.0
-    pricing: dict[str, float] = {}
-    if stage.calibrated:
-        inputs = {place.input: place.in_features for places in outline.places() for place in places.values()}
-        streams = 2 * outline.stream(stage.samples, stage.length)
-        once = outline.forward(stage.batch_size, stage.length)
-        counted, moments, adding = _counting(stage, inputs, outline.dtype)
-        captured = stage.batch_size * stage.length * sum(inputs.values()) * outline.dtype.itemsize
-        observing = once.peak + captured + adding
-        passes = stage.samples / stage.batch_size
-        walks = 1 + (stage.prefix == "compressed") + stage.over_the_model
-        looks = 1.0 + stage.over_the_model
-        if stage.drift:  # the original beside, and a look at each input of the block
-            # what was kept of the block before is not free at once (seen with 32 windows)
-            streams = 2 * streams + 2 * captured * passes
-            walks, looks = walks + len(inputs), looks + 1 - 1 / len(inputs)
-        work += once.work * passes * (outline.blocks - 1) * walks
-        work += counted * passes * outline.blocks * looks
-        if stage.price == "loss":
-            inside, logits = outline.training(stage.batch_size, stage.length), outline.logits(1, stage.length)
-            work += (once.work + inside.work) * (passes * outline.blocks) + logits.work * (3 * stage.samples)
-            inputs_of_all = (outline.blocks + 1) * outline.stream(stage.samples, stage.length)
-            pricing = {"inputs of all blocks": inputs_of_all, "inside one block": max(inside.peak, 3 * logits.peak)}
-    compared = max(24.0 * o * i for o, i in outline.dense.values())  # error and size of a layer in `compress_block`
-    for block, found in zip(blocks(outline.model), tried):
-        work += found.work
-        outline.exact &= found.exact and not stage.over_the_model and stage.price == "error"
-        for layer, stored in found.forms().items():
-            put_in(block, layer, stored)
-    here = outline.device == "cpu"
-    finished = {"codes and codebooks": outline.stored}
-    always = {"embedding, head": outline.outside} | (finished if here else {})
-    working = {"a dense block": outline.dense_block, "streams": streams, "second moments": moments}
-    device = worst(
-        always | {"a dense block": outline.dense_block} | pricing,
-        always | working | {"activations": observing},
-        always | working | {"clustering one matrix": max(compared, *(found.peak for found in tried))},
-        always | {"writing the checkpoint": outline.writing},
-    )
-    relief = "fewer cluster.samples, or method=cluscomp_data_free" if stage.calibrated else ""
-    return Cost(device, {} if here else finished, work, relief)
-
-
-def _counting(stage: Cluster, inputs: dict[int, int], dtype: torch.dtype) -> tuple[Work, float, float]:
-    """Work of one batch for the statistics of a block, the bytes they are kept in, and those beside at most."""
-    work, kept, most = Work(), 0.0, 0.0
-    for size in inputs.values():
-        seen = Seen(stage.sees)
-        one_1I, all_TI = (
-            torch.empty(tokens, size, dtype=dtype, device="meta") for tokens in (1, stage.batch_size * stage.length)
-        )
-        seen.add(one_1I, one_1I if stage.drift else None)
-        with Count() as count:
-            seen.add(all_TI, all_TI if stage.drift else None)
-        work, kept, most = work + count.work, kept + seen.nbytes, max(most, count.peak)
-    return work, kept, most
-
-
 def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
     """Compress the model block after block; returns and raises as `Cluster.run` says."""
-    squares: dict[str, list[float]] = {}  # by layer: squared error, squared size
-    chosen: dict[str, dict[str, Any]] = {}  # by the layers of a block that go together
-    distributed: dict[str, dict[str, float]] = {}  # by layer
-    all_places = _outline(job.original).places()
+    outline = outline_of(job.original)
+    all_places = outline.places()
+    if stays := outline.kept():
+        log.info("stay in 16 bits inside the blocks: %s", ", ".join(stays))
+    by_block: dict[str, dict[str, Any]] = {}
     prices = _priced(stage, model, job) if stage.price == "loss" else {}
     shares = _shared_out(stage, model, job, all_places, prices) if stage.over_the_model else None
     work, walk, names = Blockwise("cluster", job.folder, model), Walk(model, job.original), block_names(model)
@@ -175,34 +58,49 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
             undrifted, originals = through(walk, index, undrifted, keep=not finished)
         look = partial(observe, stage.sees, walk, index, entering, originals=originals)
         if index <= last and (not finished or stage.prefix == "original"):
-            stream, statistics = look(layers=[] if finished else [*linears(block)])
+            stream, statistics = look(layers=[] if finished else [*all_places[index]])
         if finished:
             found = work.put_back(index)
         else:
             share = None if shares is None else shares.blocks[index]
             following = Following(stage.drift, stage.drift_damping, look) if stage.drift else None
+            experts = stacks(block).items() if statistics else ()
+            tokens = {stack: [statistics[layer].own for layer in layers] for stack, layers in experts}
             found = compress_block(
                 stage.compressing, block, name, job.seed, statistics, all_places[index], share, following, prices
             )
+            found |= {"experts": tokens} if tokens else {}
             originals.clear()  # of the next block there will be as many
             error = relative_error(found["squares"])
             work.finish(index, found, f"relative error {error:.4f}", relative_error=error)
         if index < last and stage.prefix == "compressed":
             stream, _ = look(layers=[])
         block.to("cpu")  # what is finished leaves the GPU
-        squares |= {f"{name}.{layer}": numbers for layer, numbers in found["squares"].items()}
-        chosen |= {f"{name}.{layers}": values for layers, values in found["chosen"].items()}
-        distributed |= {f"{name}.{layer}": values for layer, values in found.get("distributed", {}).items()}
-    by_layer = {layer: error / size if size else 0.0 for layer, (error, size) in squares.items()}
-    numbers = {"relative_error": relative_error(squares), "relative_error_by_layer": by_layer}
-    numbers["distribution_by_layer"] = distributed
+        by_block[name] = found
+    numbers = _reported(by_block)
     if shares is not None:
         numbers["shared_out"] = shares.report()
     numbers["method"] = type(stage.method).__module__.rpartition(".")[2]
-    if chosen:
+    if chosen := _of_all(by_block, "chosen"):
         log.info("%s", chosen_table(chosen, names))
         numbers["chosen"] = chosen
     return numbers | ({"calibration": stage.data.text("calibration").describe()} if stage.calibrated else {})
+
+
+def _reported(by_block: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Errors, distributions and tokens of experts of the whole model, from what was found in each block."""
+    squares = _of_all(by_block, "squares")
+    by_layer = {layer: error / size if size else 0.0 for layer, (error, size) in squares.items()}
+    numbers = {"relative_error": relative_error(squares), "relative_error_by_layer": by_layer}
+    numbers["distribution_by_layer"] = _of_all(by_block, "distributed")
+    tokens = _of_all(by_block, "experts")
+    return numbers | ({"tokens_by_expert": tokens} if tokens else {})
+
+
+def _of_all(by_block: dict[str, dict[str, Any]], key: str) -> dict[str, Any]:
+    return {
+        f"{name}.{layers}": values for name, found in by_block.items() for layers, values in found.get(key, {}).items()
+    }
 
 
 def _priced(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, float]:
@@ -224,7 +122,7 @@ def _shared_out(
         with job.original.block(model, index) as block:
             statistics: dict[str, Seen] = {}
             if stage.calibrated:
-                asked = [] if menus.has(index) else [*linears(block)]
+                asked = [] if menus.has(index) else [*places[index]]
                 stream, statistics = observe(method.sees(), walk, index, stream, layers=asked)
             if not menus.has(index):
                 layers = _layers(block, names[index], job.seed, statistics, places[index], prices=prices)
@@ -278,8 +176,11 @@ def compress_block(
                 chosen[", ".join(compressed.stored)] = compressed.chosen
             give_memory_back()
             if following is not None and layers and not read & {layer.input for layer in layers.values()}:
-                first = next(iter(layers.values())).input
-                after = [layer for layer, one in layers.items() if one.input == first]
+                first, number = next((layer, one.input) for layer, one in layers.items())
+                after = [layer for layer, one in layers.items() if one.input == number]
+                after = next((stack for stack in stacks(block).values() if first in stack), after)
+                if not compressed.stored.keys().isdisjoint(after):
+                    continue  # experts of one stack: nothing enters them that is not as it was
                 again = _layers(block, name, seed, following.again(layers=after)[1], places, following, prices)
                 layers |= {layer: again[layer] for layer in after}
     except ValueError as error:
@@ -300,6 +201,8 @@ def _layers(
     layers = {}
     corrections: dict[int, Tensor] = {}  # by the statistics' identity
     for number, (layer, dense) in enumerate(linears(block).items()):
+        if places is not None and layer not in places:
+            continue
         if not bool(dense.weight.isfinite().all()):
             raise InputError(f"{name}.{layer}: NaN or infinity among its weights; the model is damaged")
         generator = torch.Generator().manual_seed(layer_seed(seed, f"{name}.{layer}"))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cluscomp.forms.apart import stacks
 from cluscomp.models.original import block_names, linears
 from cluscomp.models.walk import Walk
 from cluscomp.process import Progress
@@ -46,7 +47,11 @@ def prices(walk: Walk, windows: list[Tensor], folder: Path) -> dict[str, float]:
         with walk.block(index) as block:
             layers = linears(block)
             sums = dict.fromkeys(layers, 0.0)
-            handles = [one.register_forward_hook(_noting(sums, name, length)) for name, one in layers.items()]
+            experts = {layer for stack in stacks(block).values() for layer in stack}
+            handles = [
+                one.register_forward_hook(_noting(sums, name, None if name in experts else length))
+                for name, one in layers.items()
+            ]
             for number, (hidden_BTH, gradient_BTH) in enumerate(zip(entering.pop(), gradients)):
                 with torch.enable_grad():
                     output_BTH = walk.apply(index, block, hidden_BTH.requires_grad_())
@@ -71,18 +76,19 @@ def _of_the_loss(walk: Walk, hidden_BTH: Tensor, ids_BT: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def _noting(sums: dict[str, float], name: str, length: int) -> Callable[..., None]:
+def _noting(sums: dict[str, float], name: str, length: int | None) -> Callable[..., None]:
     """A hook that adds |g|^2 |z|^2 / O of all tokens but the first to the layer's sum, once its gradient is known.
 
-    `length`: tokens of a window; some models have those of all windows in a row where a layer is.
+    `length`: tokens of a window; some models have those of all windows in a row where a layer is. None: tokens of any
+    windows in any order, as experts see them, of which all count.
     """
 
     def forward(_layer: Any, _args: Any, output: Tensor) -> None:
         sizes = output.detach().float().square().sum(-1)
 
         def backward(gradient: Tensor) -> None:
-            both_BT = (gradient.float().square().mean(-1) * sizes).view(-1, length)
-            sums[name] += float(both_BT[:, 1:].sum())
+            both = gradient.float().square().mean(-1) * sizes
+            sums[name] += float(both.sum() if length is None else both.view(-1, length)[:, 1:].sum())
 
         output.register_hook(backward)
 

@@ -175,7 +175,7 @@ def test_an_original_is_compared_once_and_holds_one_block(families, ids):
     model, read = original.model(), []
     model.transformer.h[0].register_forward_hook(lambda *_: read.append(next(model.transformer.h[1].parameters())))
     Walk(model, original).embed(ids)
-    assert [one.is_meta for one in read[:1]] == [True] and original.gives_tuples
+    assert [one.is_meta for one in read[:1]] == [True] and original.gives
     runs = len(read)
     Walk(model, original).embed(ids)
     assert len(read) == runs + 1  # the capture alone

@@ -1,0 +1,133 @@
+"""What stage cluster will do, from shapes alone: what it refuses, and what it costs."""
+
+from copy import deepcopy
+
+import torch
+
+from cluscomp.errors import InputError
+from cluscomp.forms.layers import put_in
+from cluscomp.kernels.counting import Count
+from cluscomp.kernels.work import Work
+from cluscomp.methods import Method, Offers
+from cluscomp.models.original import Original, block_names, blocks
+from cluscomp.models.sources import quantised_types
+from cluscomp.plan import dry
+from cluscomp.plan.cost import Cost, worst
+from cluscomp.plan.dry import Dry
+from cluscomp.plan.meta import MetaModel
+from cluscomp.solve.layer import Seen
+from cluscomp.stages.cluster import Cluster
+
+
+def check_method(stage: Cluster, original: Original) -> None:
+    """Try the stage's method on every block's shapes. Raises InputError, naming the layer, for what it cannot do."""
+    outline = outline_of(original)
+    tried = _tried(stage.compressing, outline)
+    shares = isinstance(stage.compressing, Offers) and stage.compressing.bits is not None
+    if stage.over_the_model and not shares:
+        raise InputError(
+            "allocation.scope=model needs a method whose bits can be shared out (cluscomp, gptvq, aqlm) and bits="
+        )
+    if stage.price == "loss" and not shares:
+        raise InputError(
+            "cluster.price=loss needs a method that shares bits out among layers (cluscomp, cluscomp_paths, gptvq) and "
+            "bits="
+        )
+    _check_grids(block_names(outline.model), tried, quantised_types(original.folder))
+
+
+def outline_of(original: Original) -> MetaModel:
+    """The model without its numbers."""
+    return MetaModel(deepcopy(original.config), original.dtype, original.device.type)
+
+
+def _tried(method: Method, outline: MetaModel) -> list[Dry | None]:
+    """What the method will do to each block. Raises InputError, naming the layer, for what it cannot do."""
+    found = []
+    for name, places in zip(block_names(outline.model), outline.places()):
+        try:
+            found.append(dry.compress(method, places, outline.dtype))
+        except ValueError as error:
+            raise InputError(f"{name}.{error}") from error
+    return found
+
+
+def _check_grids(names: list[str], tried: list[Dry | None], origin: list[str]) -> None:
+    """Raise InputError for 4 bits in groups of 32 or a divisor if the original comes from such a file (GGUF's Q4).
+
+    Its weights lie on that grid, so next to nothing would be lost, and the score say nothing about the method.
+    """
+    if not any(kind.startswith("Q4") for kind in origin):
+        return
+    for name, block in zip(names, tried):
+        for layer, stored in block.stored.items() if block is not None else ():
+            if stored.lies_on(width=4, group=32):
+                raise InputError(
+                    f"{name}.{layer}: 4 bits in {stored.groups} groups of its {stored.in_features} inputs "
+                    f"would be void: the original comes from a file of 4 bits in groups of 32 "
+                    f"({', '.join(origin)}), and lies on that grid. Take other bits, or method.group=64"
+                )
+
+
+def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
+    """What `run` will hold and do, and `outline` changed as `run` will change the model; see `Cluster.cost`."""
+    work = Work(read=outline.all_numbers * outline.file_bytes)
+    tried = [one for one in _tried(stage.compressing, outline) if one is not None]
+    if len(tried) < outline.blocks:
+        return None
+    observing = streams = moments = 0.0
+    pricing: dict[str, float] = {}
+    if stage.calibrated:
+        inputs = {place.input: place.in_features for places in outline.places() for place in places.values()}
+        streams = 2 * outline.stream(stage.samples, stage.length)
+        once = outline.forward(stage.batch_size, stage.length)
+        counted, moments, adding = _counting(stage, inputs, outline.dtype)
+        captured = stage.batch_size * stage.length * sum(inputs.values()) * outline.dtype.itemsize
+        observing = once.peak + captured + adding
+        passes = stage.samples / stage.batch_size
+        walks = 1 + (stage.prefix == "compressed") + stage.over_the_model
+        looks = 1.0 + stage.over_the_model
+        if stage.drift:  # the original beside, and a look at each input of the block
+            # what was kept of the block before is not free at once (seen with 32 windows)
+            streams = 2 * streams + 2 * captured * passes
+            walks, looks = walks + len(inputs), looks + 1 - 1 / len(inputs)
+        work += once.work * passes * (outline.blocks - 1) * walks
+        work += counted * passes * outline.blocks * looks
+        if stage.price == "loss":
+            inside, logits = outline.training(stage.batch_size, stage.length), outline.logits(1, stage.length)
+            work += (once.work + inside.work) * (passes * outline.blocks) + logits.work * (3 * stage.samples)
+            inputs_of_all = (outline.blocks + 1) * outline.stream(stage.samples, stage.length)
+            pricing = {"inputs of all blocks": inputs_of_all, "inside one block": max(inside.peak, 3 * logits.peak)}
+    compared = max(24.0 * o * i for o, i in outline.dense.values())  # error and size of a layer in `compress_block`
+    for block, found in zip(blocks(outline.model), tried):
+        work += found.work
+        outline.exact &= found.exact and not stage.over_the_model and stage.price == "error"
+        for layer, stored in found.forms().items():
+            put_in(block, layer, stored)
+    here = outline.device == "cpu"
+    finished = {"codes and codebooks": outline.stored}
+    always = {"embedding, head": outline.outside} | (finished if here else {})
+    working = {"a dense block": outline.dense_block, "streams": streams, "second moments": moments}
+    device = worst(
+        always | {"a dense block": outline.dense_block} | pricing,
+        always | working | {"activations": observing},
+        always | working | {"clustering one matrix": max(compared, *(found.peak for found in tried))},
+        always | {"writing the checkpoint": outline.writing},
+    )
+    relief = "fewer cluster.samples, or method=cluscomp_data_free" if stage.calibrated else ""
+    return Cost(device, {} if here else finished, work, relief)
+
+
+def _counting(stage: Cluster, inputs: dict[int, int], dtype: torch.dtype) -> tuple[Work, float, float]:
+    """Work of one batch for the statistics of a block, the bytes they are kept in, and those beside at most."""
+    work, kept, most = Work(), 0.0, 0.0
+    for size in inputs.values():
+        seen = Seen(stage.sees)
+        one_1I, all_TI = (
+            torch.empty(tokens, size, dtype=dtype, device="meta") for tokens in (1, stage.batch_size * stage.length)
+        )
+        seen.add(one_1I, one_1I if stage.drift else None)
+        with Count() as count:
+            seen.add(all_TI, all_TI if stage.drift else None)
+        work, kept, most = work + count.work, kept + seen.nbytes, max(most, count.peak)
+    return work, kept, most
