@@ -217,8 +217,8 @@ def test_a_stored_weight_comes_back_from_its_spec_and_tensors(method):
 
 
 def test_gradients_reach_every_parameter(method):
-    stored = compress(method, gaussian(32, 48)).float()
-    stored.requires_grad_(True)
+    stored = compress(method, gaussian(32, 48))
+    stored.to_masters()
     stored(torch.float32).square().sum().backward()
     parameters = dict(stored.named_parameters())
     assert parameters
