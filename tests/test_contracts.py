@@ -24,6 +24,7 @@ from pipelines import composed
 from cluscomp.command.compose import CONF
 from cluscomp.forms.layers import KINDS
 from cluscomp.forms.low_rank import LowRank
+from cluscomp.forms.signs import SignWeight
 from cluscomp.plan import dry
 from cluscomp.plan.meta import Place
 
@@ -252,7 +253,8 @@ def test_training_moves_masters_and_can_be_taken_back(method):
     with torch.no_grad():
         for part in parameters:
             part.mul_(1.25)
-    moved_OI = 1.25 ** (3 if isinstance(stored, LowRank) else 1) * dense_OI  # three scales of signs multiply each other
+    together = {LowRank: 3, SignWeight: 2}.get(type(stored), 1)  # scales of signs multiply each other
+    moved_OI = 1.25**together * dense_OI
     torch.testing.assert_close(stored(torch.float32).detach(), moved_OI)
     stored.to_storage()
     assert stored.spec() == compress(method, gaussian(32, 48)).spec()

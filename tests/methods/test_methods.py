@@ -53,7 +53,8 @@ def test_each_stage_trains_what_is_stored_and_spends_no_bit(run):
 def test_the_plan_counts_what_is_stored_within_the_limit(run):
     outcome, exact = run
     size, predicted = outcome.record.stages["cluster"]["size"], outcome.record.machine["predicted"]["size"]
-    assert 3 < size["linear_bits_per_weight"] <= 4
+    least = 1 if outcome.record.choices["method"]["yaml"] == "onebit" else 3  # whose bits follow from the shapes
+    assert least < size["linear_bits_per_weight"] <= 4
     if exact:
         assert predicted["linear_bits_per_weight"] == size["linear_bits_per_weight"]
 
