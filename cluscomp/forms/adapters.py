@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -25,6 +26,21 @@ def add(model: nn.Module, *, rank: int, alpha: float, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _inject(model, {"r": rank, "lora_alpha": alpha, "target_modules": names})
+
+
+def start_from(model: nn.Module, name: str, dense_OI: Float[Tensor, "O I"]) -> None:
+    """Let the adapter of layer `name` begin with what is stored below it leaves out of a dense weight (O, I).
+
+    Of that error it takes the part of its rank that is nearest, both factors of one size (LoftQ, arXiv 2310.08659).
+    """
+    layer: Any = model.get_submodule(name)
+    error_OI = dense_OI.float() - layer.base_layer.stored(torch.float32)
+    left_OM, sizes_M, right_MI = torch.linalg.svd(error_OI, full_matrices=False)
+    (down,), (up,), (scale,) = layer.lora_A.values(), layer.lora_B.values(), layer.scaling.values()
+    kept = min(down.weight.shape[0], len(sizes_M))
+    roots_R = (sizes_M[:kept] / scale).sqrt()
+    down.weight.data[:kept] = roots_R[:, None] * right_MI[:kept]
+    up.weight.data[:, :kept] = left_OM[:, :kept] * roots_R
 
 
 def parameters(model: nn.Module) -> dict[str, Parameter]:

@@ -13,6 +13,7 @@ from cluscomp.forms.lattice import LatticeWeight
 from cluscomp.forms.linear import BASE, MARK, CompressedLinear, compressed, storage_dtype, unique_tensors
 from cluscomp.forms.low_rank import LowRank
 from cluscomp.forms.masked import Masked
+from cluscomp.forms.normal_float import NormalFloatWeight
 from cluscomp.forms.plain import PlainWeight
 from cluscomp.forms.rotated import Rotated
 from cluscomp.forms.signs import SignWeight
@@ -24,8 +25,8 @@ from cluscomp.forms.uniform import UniformWeight
 
 SHARES = "shares"  # in the entry of a layer in config.json: the layer that stores its trainable tensors
 FORMS: tuple[type[Stored], ...] = (
-    CodebookWeight, UniformWeight, TableWeight, EntropyWeight, PlainWeight, TrellisWeight, LatticeWeight,
-    SignWeight, LowRank, Masked, Rotated, Sum,
+    CodebookWeight, UniformWeight, TableWeight, NormalFloatWeight, EntropyWeight, PlainWeight, TrellisWeight,
+    LatticeWeight, SignWeight, LowRank, Masked, Rotated, Sum,
 )  # fmt: skip
 KINDS.update({form.kind: form for form in FORMS})
 

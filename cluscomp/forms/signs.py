@@ -20,6 +20,7 @@ class SignWeight(Single):
 
     kind = "signs"
     trained = "scales"
+    learns = frozenset({"values", "weights"})
     codes: Tensor
     scales: nn.Parameter
 
@@ -105,12 +106,18 @@ class SignWeight(Single):
 
     def forward(self, dtype: torch.dtype, inputs: slice | None = None) -> Float[Tensor, "O I"]:  # noqa: ARG002
         """The dense weight (O, I) in `dtype`, made in float32; `inputs` is all of them (see `tiles`)."""
-        dense_OI, scales = self.signs(torch.float32), self.scales.float()
-        if self.scaled_outputs:
-            dense_OI = dense_OI * scales[: self.out_features, None]
-        if self.scaled_inputs:
-            dense_OI = dense_OI * scales[-self.in_features :]
-        return dense_OI.to(dtype)
+        return self.scaled(self.signs(torch.float32), self.scales.float()).to(dtype)
+
+    def scaled(self, signs_OI: Float[Tensor, "O I"], scales_S: Float[Tensor, " S"]) -> Float[Tensor, "O I"]:
+        """Signs (O, I) times scales (S,), which are in the order that they are stored in."""
+        outputs_O, inputs_I = self.split(scales_S)
+        dense_OI = signs_OI if outputs_O is None else signs_OI * outputs_O[:, None]
+        return dense_OI if inputs_I is None else dense_OI * inputs_I
+
+    def split(self, scales_S: Float[Tensor, " S"]) -> tuple[Float[Tensor, " O"] | None, Float[Tensor, " I"] | None]:
+        """Of such scales (S,) those of outputs (O,) and of inputs (I,), where there are any."""
+        outputs_O = scales_S[: self.out_features] if self.scaled_outputs else None
+        return outputs_O, scales_S[-self.in_features :] if self.scaled_inputs else None
 
     def rounded(self, values: Tensor) -> dict[str, Tensor]:
         """The scales in 16 bits. Raises ValueError if one is not finite or does not fit."""

@@ -84,25 +84,26 @@ def widest(
     bits: float | None,
     width: int | None,
     group: int | None,
+    least: int = 1,
 ) -> Grid:
     """What numbers of some width in some groups take, `sized`, where they are the best at or under `bits`.
 
     By hand at most `group` inputs of an output go together (null: all). With `bits` the width is the largest that
-    leaves room for one group an output (more values beat smaller groups), then there are as many groups as fit. Raises
-    ValueError if nothing fits.
+    leaves room for one group an output (more values beat smaller groups), then there are as many groups as fit; no
+    width is below `least`. Raises ValueError if nothing fits.
     """
     if bits is None:
         assert width is not None  # check_choice
         return sized(width, 1 if group is None else -(-in_features // group))
     limit = bits * out_features * in_features
-    for tried in range(MAX_WIDTH, 0, -1):
+    for tried in range(MAX_WIDTH, least - 1, -1):
         groups = bisect_right(range(1, in_features + 1), limit, key=lambda groups: sized(tried, groups).bits)
         if groups:
             return sized(tried, groups)
-    least = sized(1, 1).bits / (out_features * in_features)
+    found = sized(least, 1).bits / (out_features * in_features)
     raise ValueError(
         f"bits={bits} is out of reach for a {out_features} x {in_features} matrix: "
-        f"the least is {least:.3f}, with method.width=1 and one group a row"
+        f"the least is {found:.3f}, with method.width={least} and one group a row"
     )
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cluscomp.solve import lattice as lattice
     from cluscomp.solve import on_grids as on_grids
     from cluscomp.solve import shapes as shapes
+    from cluscomp.solve import signs as signs
     from cluscomp.solve import trellis as trellis
     from cluscomp.solve import turned as turned
     from cluscomp.solve import water_filling as water_filling

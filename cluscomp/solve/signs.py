@@ -16,12 +16,13 @@ from torch import Tensor
 
 from cluscomp.forms.low_rank import LowRank
 from cluscomp.forms.signs import SignWeight
-from cluscomp.forms.uniform import MOST
+from cluscomp.forms.uniform import MOST, divisor
 from cluscomp.kernels.counting import alike, error_asked, times
 from cluscomp.solve.along_outputs import output_error
 
 PENALTY = (0.1, 1.0)  # at first and at last, in mean diagonals of what the least squares solve (0.03 or 2 leave more)
 TINY = 1e-20
+LEAST_SIZE = 1e-3  # of an input beside the others, where its weights count by it
 TOGETHER = 128  # ranks whose signs descend together; of fewer a few more turn
 BATCH = 64  # columns whose changes are gathered before they reach the rest
 
@@ -114,9 +115,7 @@ def factored(
 
     Raises ValueError for weights that are not finite or fit no 16-bit float.
     """
-    largest = weight_OI.abs().max()
-    if not bool(largest <= MOST):
-        raise ValueError(f"a weight of size {float(largest):.3g} does not fit a 16-bit float")
+    _check(weight_OI)
     found = refitted(weight_OI, inputs.moment_II, split(weight_OI, inputs, rank, rounds, generator))
     for _ in alike(range(descents), weight_OI):
         found = refitted(weight_OI, inputs.moment_II, flipped(weight_OI, inputs.moment_II, found))
@@ -174,17 +173,39 @@ def split(
 class Nearest:
     """The signs of a matrix (A, B), and scales of rows (A,) and columns (B,) near to its numbers' sizes."""
 
-    def __init__(self, numbers_AB: Float[Tensor, "A B"]) -> None:
+    def __init__(self, numbers_AB: Float[Tensor, "A B"], rounds: int = 2) -> None:
         sizes_AB = numbers_AB.abs()
         self.signs = torch.where(numbers_AB < 0, -1.0, 1.0)
         self.columns = sizes_AB.mean(0)
-        for _ in range(2):
+        for _ in range(rounds):
             self.rows = sizes_AB @ self.columns / self.columns.square().sum().clamp(min=TINY)
             self.columns = self.rows @ sizes_AB / self.rows.square().sum().clamp(min=TINY)
 
     def dense(self) -> Float[Tensor, "A B"]:
         """Signs times scales, (A, B)."""
         return self.signs * self.rows[:, None] * self.columns
+
+
+def sign_value(weight_OI: Float[Tensor, "O I"], importance_I: Float[Tensor, " I"], rounds: int) -> SignWeight:
+    """The signs of a float32 weight (O, I), and values of outputs and inputs whose products are near to its sizes.
+
+    A non-negative factorisation of |W| of rank 1 by alternating least squares (OneBit's SVID, arXiv 2402.11295, section
+    3.2), in which a weight counts by the importance (I,) of its input. Raises ValueError as `factored`.
+    """
+    _check(weight_OI)
+    sizes_I = (importance_I / divisor(importance_I.mean())).sqrt().clamp(min=LEAST_SIZE)
+    near = Nearest(weight_OI * sizes_I, rounds)
+    inputs_I = near.columns / sizes_I
+    ratio = (near.rows.square().mean() / divisor(inputs_I.square().mean())).sqrt()
+    ratio = torch.where(ratio > 0, ratio, 1.0).sqrt()  # both of one size, as their product allows
+    return SignWeight.from_signs(near.signs, near.rows / ratio, inputs_I * ratio)
+
+
+def _check(weight_OI: Tensor) -> None:
+    """Raise ValueError for weights that are not finite or fit no 16-bit float."""
+    largest = weight_OI.abs().max()
+    if not bool(largest <= MOST):
+        raise ValueError(f"a weight of size {float(largest):.3g} does not fit a 16-bit float")
 
 
 def _singular(wide_OI: Tensor, inputs: Inputs, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,8 @@ class BlockFinetune(FromText):
     "means": codebooks by plain gradient descent, each centroid by the mean of its weights' gradients (iPQ). On uniform
     grids weights may be rounded anew, from the dense ones: "clipping" learns how far each grid spans (OmniQuant),
     "rounding" also which way each weight is rounded, by the gradient's sign (AutoRound), "weights" the dense weights
-    themselves, at the rate `weights_lr`, with scales and zeros at `lr` (EfficientQAT). `order` "fixed" takes the
+    themselves, at the rate `weights_lr`, with scales and zeros at `lr` (EfficientQAT); so do the weights behind signs
+    (OneBit), in units of what is stored for a sign. `order` "fixed" takes the
     windows as they come (the paper code), "shuffled" anew in each epoch. `clip` bounds the norm of the gradient;
     `warmup` is the share of steps in which the learning rate rises. `streams` says where the hidden states are, and
     changes no result. The original block is that of the model before all stages, also after a dense stage, which the
@@ -160,6 +161,7 @@ class BlockFinetune(FromText):
         kind = (
             "on uniform grids, such as method=rtn" if self.learns in ROUNDED else "with codebooks, such as method=ipq"
         )
+        kind += ", or of signs, method=onebit" if self.learns == "weights" else ""
         for name, stored in outline.forms().items():
             if self.learns not in stored.learns:
                 raise InputError(

@@ -23,7 +23,7 @@ from cluscomp.stages.blockwise import Blockwise
 from cluscomp.store.records import read_sealed, write_sealed
 from cluscomp.train.masters import Group, State, Trained, by_mean, by_sign, fit, moving, rounding
 from cluscomp.train.moving import MovingCodes
-from cluscomp.train.rounding import LearnedWeights
+from cluscomp.train.rounding import LearnedSigns, LearnedWeights
 from cluscomp.train.streams import Streams
 
 log = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def finetune_block(
 
 def own_rates(stage: BlockFinetune, block: nn.Module, share: float) -> list[Group]:
     """What of a block learns at another rate than `lr`, each rate times `share`."""
-    weights = [one.weight for one in block.modules() if isinstance(one, LearnedWeights)]
+    weights = [one.weight for one in block.modules() if isinstance(one, LearnedWeights | LearnedSigns)]
     found = [Group(weights, stage.weights_lr * share)] if weights else []
     for one in block.modules():
         if isinstance(one, MovingCodes):

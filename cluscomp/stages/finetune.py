@@ -102,7 +102,8 @@ class Finetune(_Task):
     """Finetuning of a compressed model; codes never change.
 
     trainable: "codebooks" (the paper; with `norms` the weights of norms, too), or "lora": adapters of `rank` over all
-    compressed layers, scaled by `alpha`/`rank`, stored beside the model in 16 bits.
+    compressed layers, scaled by `alpha`/`rank`, stored beside the model in 16 bits. `start`: adapters begin at "zero",
+    or "loftq", with what is nearest to the error of the compressed weights (LoftQ's first round; what is below stays).
     """
 
     takes: ClassVar[Literal["compressed"]] = "compressed"
@@ -111,10 +112,12 @@ class Finetune(_Task):
     norms: bool
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0)
+    start: Literal["zero", "loftq"]
 
     def without_effect(self) -> set[str]:
         """How often the state is written; and without adapters, their settings."""
-        return super().without_effect() | (set() if self.trainable == "lora" else {"rank", "alpha"})
+        idle = super().without_effect() | ({"start"} if self.start == "zero" else set())
+        return idle | (set() if self.trainable == "lora" else {"rank", "alpha", "start"})
 
     def cost(self, outline: "MetaModel") -> "Cost":
         """See `Stage.cost`; adapters' activations are left out."""
@@ -132,7 +135,10 @@ class Finetune(_Task):
         if self.trainable == "codebooks":
             trained = with_codebooks(model, norms_too=self.norms)
         else:
-            trained = with_adapters(model, norms_too=self.norms, rank=self.rank, alpha=self.alpha, seed=job.seed)
+            dense = job.original if self.start == "loftq" else None
+            trained = with_adapters(
+                model, norms_too=self.norms, rank=self.rank, alpha=self.alpha, dense=dense, seed=job.seed
+            )
         return self._train(model, job, trained)
 
 

@@ -12,9 +12,10 @@ from torch.nn.utils import parametrize
 
 from cluscomp.forms.codebook import CodebookWeight
 from cluscomp.forms.linear import compressed
+from cluscomp.forms.signs import SignWeight
 from cluscomp.forms.uniform import UniformWeight
 from cluscomp.train.moving import MovingCodes
-from cluscomp.train.rounding import LearnedRounding, LearnedWeights, RoundedAnew
+from cluscomp.train.rounding import LearnedRounding, LearnedSigns, LearnedWeights, RoundedAnew
 
 Batch = TypeVar("Batch")
 Schedule = Literal["constant", "linear", "cosine"]
@@ -150,19 +151,21 @@ def by_mean(model: nn.Module) -> Callable[[Tensor], None]:
 def rounding(
     block: nn.Module, dense: dict[str, Tensor], learns: Literal["clipping", "rounding", "weights"]
 ) -> Iterator[None]:
-    """Let the uniform weights of a block be rounded anew from the `dense` ones (by layer)."""
+    """Let the weights of a block, uniform or of signs, be rounded anew from the `dense` ones (by layer)."""
     layers = compressed(block)
     for name, layer in layers.items():
-        stored = cast(UniformWeight, layer.stored)
-        if learns == "weights":
-            layer.stored = LearnedWeights(dense[name], stored)
+        stored = layer.stored
+        if isinstance(stored, SignWeight):
+            layer.stored = LearnedSigns(dense[name], stored)
+        elif learns == "weights":
+            layer.stored = LearnedWeights(dense[name], cast(UniformWeight, stored))
         else:
-            layer.stored = LearnedRounding(dense[name], stored, offsets=learns == "rounding")
+            layer.stored = LearnedRounding(dense[name], cast(UniformWeight, stored), offsets=learns == "rounding")
     try:
         yield
     finally:
         for layer in layers.values():
-            layer.stored = cast(RoundedAnew, layer.stored).stored
+            layer.stored = cast(RoundedAnew[Any], layer.stored).stored
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from cluscomp.data.instructions import Tokens
 from cluscomp.forms import adapters
 from cluscomp.forms.layers import size_of
+from cluscomp.forms.linear import compressed
 from cluscomp.models.original import Original, blocks, norms
 from cluscomp.train.masters import Trained
 from cluscomp.train.steps import Steps
@@ -20,10 +21,18 @@ def with_codebooks(model: PreTrainedModel, *, norms_too: bool) -> Trained:
     return Trained(model, codebooks=True, others=norms(model) if norms_too else {})
 
 
-def with_adapters(model: PreTrainedModel, *, norms_too: bool, rank: int, alpha: float, seed: int) -> Trained:
-    """New adapters of `rank` over all compressed layers learn, scaled by `alpha`/`rank`, and norms where asked for."""
+def with_adapters(
+    model: PreTrainedModel, *, norms_too: bool, rank: int, alpha: float, dense: Original | None, seed: int
+) -> Trained:
+    """New adapters of `rank` over all compressed layers learn, scaled by `alpha`/`rank`, and norms where asked for.
+
+    With `dense`, which the layers were made of, they begin with what is left out of its weights, one read at a time.
+    """
     others = norms(model) if norms_too else {}
+    layers = {f"{name}.weight": name for name in compressed(model)}
     adapters.add(model, rank=rank, alpha=alpha, seed=seed)
+    for full, weight_OI in () if dense is None else dense.tensors(list(layers)):
+        adapters.start_from(model, layers[full], weight_OI)
     return Trained(model, codebooks=False, others=others | adapters.parameters(model))
 
 

@@ -18,9 +18,10 @@ from cluscomp.errors import InputError
 from cluscomp.forms import adapters
 from cluscomp.forms.layers import size_of
 from cluscomp.forms.linear import compressed
+from cluscomp.forms.normal_float import NormalFloatWeight
 from cluscomp.models.original import Original
 from cluscomp.runs.run import Outcome
-from cluscomp.train.on_answers import Answers
+from cluscomp.train.on_answers import Answers, with_adapters
 from cluscomp.train.whole import IGNORED
 
 CHAT = (
@@ -72,6 +73,12 @@ def tuned(ground) -> Outcome:
 def adapted(ground) -> Outcome:
     """LoRA trained on the task."""
     return pipeline(ground, "finetune=lora", "finetune.rank=4")
+
+
+@pytest.fixture(scope="module")
+def tiny(ground) -> Original:
+    """What was compressed and finetuned."""
+    return Original(built(ground).model.folder(ground / "cache"), torch.float32, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +335,33 @@ def test_adapters_begin_at_exactly_the_models_logits(tuned, ids):
         if "lora_B" in name:
             parameter.data.fill_(0.1)
     assert not torch.equal(model(ids).logits, before)
+
+
+def test_adapters_can_begin_with_what_compression_left_out(tuned, tiny):
+    """LoftQ: of each layer the error that its rank can take, the best there is; of a full rank all of it."""
+    for rank in (4, 64):
+        model = checkpoint.load(next(tuned.checkpoint.parents[1].glob("cluster-*/checkpoint")))
+        before = {name: layer.stored(torch.float32) for name, layer in compressed(model).items()}
+        with_adapters(model, norms_too=False, rank=rank, alpha=6.0, dense=tiny, seed=0)
+        for full, dense_OI in tiny.tensors([f"{name}.weight" for name in before]):
+            layer = model.get_submodule(name := full.removesuffix(".weight"))
+            found_OI = before[name] + layer.get_delta_weight("default")
+            tail = torch.linalg.svdvals(dense_OI - before[name])[rank:].square().sum()
+            torch.testing.assert_close((dense_OI - found_OI).square().sum(), tail, rtol=1e-3, atol=1e-6)
+            sizes = [matrix.square().sum() for matrix in (layer.lora_A.default.weight, layer.lora_B.default.weight)]
+            if rank == 4:  # 64 is more than some layers have, and what is left over begins at zero
+                torch.testing.assert_close(*sizes, rtol=1e-3, atol=1e-6)
+
+
+def test_qlora_is_lora_over_nf4(ground, adapted):
+    given = [one for one in overrides(ground) if not one.startswith("method.")]
+    lora = ["method=nf4", "finetune=lora", "finetune.rank=4", "finetune.start=loftq"]
+    outcome = pipelines.pipeline(*given, *lora)
+    assert found(outcome)["held_out_after"] < 0.8 * found(outcome)["held_out_before"]
+    assert found(outcome)["trained_parameters"] == found(adapted)["trained_parameters"]
+    assert {type(layer.stored) for layer in compressed(checkpoint.load(outcome.checkpoint)).values()} == {
+        NormalFloatWeight
+    }
 
 
 def test_the_original_is_finetuned_whole_to_compare_with(ground, tmp_path):

@@ -1,5 +1,7 @@
 """Grids, rounding and weights that learn: against their definitions, and by the blocks' losses on a tiny model."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -15,12 +17,13 @@ from cluscomp.forms.uniform import UniformWeight
 from cluscomp.methods.awq import Awq
 from cluscomp.methods.gptq import Gptq
 from cluscomp.methods.hqq import Hqq
+from cluscomp.methods.onebit import OneBit
 from cluscomp.methods.rtn import RoundToNearest
 from cluscomp.models.original import Original
 from cluscomp.plan.meta import MetaModel
 from cluscomp.stages import Job
 from cluscomp.stages.cluster import Cluster
-from cluscomp.train.rounding import LearnedRounding, LearnedWeights
+from cluscomp.train.rounding import LearnedRounding, LearnedSigns, LearnedWeights
 
 SHAPE = {"bits": None, "width": 2, "group": 8}
 METHODS = {
@@ -169,6 +172,58 @@ def test_weights_scales_and_zeros_learn_and_lower_the_outputs_error(name):
     assert best < 0.95 * first
     learned.to_storage()
     assert learned.stored.ledger() == stored.ledger()
+
+
+def test_signs_begin_as_they_are_stored_and_learn_with_the_gradient_of_the_authors():
+    weight_OI, x_TI = correlated(6, 20, 3)
+    method = OneBit(bits=None, weighting="none", rounds=10)
+    stored = made_by(method, weight_OI, None, torch.Generator()).requires_grad_(False)
+    dense_OI = stored(torch.float32)
+    learned = LearnedSigns(-weight_OI, stored)  # of which no sign is the stored one
+    learned.to_masters()
+    assert torch.equal(learned(torch.float32), dense_OI) and bool((learned.weight.abs() == 1e-3).all())
+    learned = LearnedSigns(weight_OI, stored)
+    learned.to_masters()
+    assert torch.equal(learned(torch.float32), dense_OI)
+    torch.testing.assert_close(
+        learned.weight * dense_OI.abs(), weight_OI.clamp(-4 * dense_OI.abs(), 4 * dense_OI.abs())
+    )
+    wanted_OI = torch.randn(weight_OI.shape, generator=torch.Generator().manual_seed(1))
+    (found_OI,) = torch.autograd.grad((learned(torch.float32) * wanted_OI).sum(), [learned.weight])
+    torch.testing.assert_close(found_OI, wanted_OI * dense_OI.abs() * (1.001 - learned.weight.tanh() ** 2))
+
+    def loss():
+        return (x_TI @ (learned(torch.float32) - weight_OI).T).square().mean()
+
+    first = best = float(loss().detach())
+    optimizer = torch.optim.Adam([{"params": [learned.weight], "lr": 3e-2}, {"params": [learned.scales], "lr": 1e-3}])
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        best = min(best, float(loss().detach()))
+    assert best < 0.8 * first
+    learned.to_storage()
+    assert learned.stored.spec() == stored.spec() and not torch.equal(learned.stored.codes, stored.codes)
+    torch.testing.assert_close(learned(torch.float32), learned.dense(), rtol=2e-3, atol=1e-5)
+    learned.restore({})
+    assert learned.stored is stored and torch.equal(learned(torch.float32), dense_OI)
+
+
+def test_signs_and_values_of_blocks_come_nearer_to_the_original(families, text, tmp_path):
+    original = Original(families("llama", num_hidden_layers=1), torch.float32, CPU)
+    model = original.model()
+    Cluster(method=OneBit(bits=None, weighting="none", rounds=10), **IDLE).run(model, Job(tmp_path, 0, original))
+    before, shapes, after = tensors(model), specs(model), {}
+    for learns, changes in {"values": {"scales"}, "weights": {"codes", "scales"}}.items():
+        (tmp_path / learns).mkdir()
+        learning, job = deepcopy(model), Job(tmp_path / learns, 0, original)
+        given = {"lr": 1e-3, "weights_lr": 1e-2, "epochs": 10, "schedule": "cosine"}
+        (numbers,) = stage(text, **given, learns=learns).run(learning, job)["blocks"]
+        after[learns], now = numbers["after"], learning.state_dict()
+        assert specs(learning) == shapes and numbers["after"] < numbers["before"]
+        assert {name.rpartition(".")[2] for name in before if not torch.equal(before[name], now[name])} == changes
+    assert after["weights"] < 0.9 * after["values"]
 
 
 @pytest.fixture(scope="module")
