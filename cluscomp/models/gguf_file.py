@@ -3,6 +3,7 @@
 Its type names are llama.cpp's: IQ2_XXS, Q4_K, ... A file of one such name (IQ2_M) mixes several of them.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -107,23 +108,28 @@ def matrices_in(found: dict[str, Any], layers: list[str]) -> dict[str, dict[str,
 
 @contextmanager
 def opened_once(path: Path) -> Iterator[None]:
-    """In it all readers of the file are one.
+    """In it all readers of the file are one, also in another such `with` block, and so are all maps of names.
 
     A reader walks through the whole vocabulary, which takes seconds, and transformers opens one for the config, one for
-    the tokenizer and one for the weights.
+    the tokenizer and one for the weights; it makes the map of tensors' names anew for every module of the model.
+    Raises InputError for a damaged file.
     """
     import gguf
 
-    plain, opened = gguf.GGUFReader, gguf.GGUFReader(path)
+    plain, map_of = gguf.GGUFReader, gguf.get_tensor_name_map
+    with read_as_gguf(path):
+        opened = gguf.GGUFReader(path)
 
     def reader(place: Any, *more: Any) -> Any:
         return opened if Path(place).resolve() == path.resolve() else plain(place, *more)
 
     gguf.GGUFReader = reader  # type: ignore[assignment, misc]
+    gguf.get_tensor_name_map = functools.cache(map_of)
     try:
         yield
     finally:
         gguf.GGUFReader = plain  # type: ignore[misc]
+        gguf.get_tensor_name_map = map_of
 
 
 def convert(path: Path, folder: Path, dtype: str) -> None:

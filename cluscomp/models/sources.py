@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from cluscomp.errors import InputError
-from cluscomp.models.gguf_file import COUNTED, convert, outline, types_in
+from cluscomp.models.gguf_file import COUNTED, convert, opened_once, outline, types_in
 from cluscomp.models.untrusted import check_counts, check_folder, check_gguf, read_as_gguf
 from cluscomp.settings import settings
 from cluscomp.store.files import file_hash, new_folder
@@ -140,11 +140,12 @@ class GgufModel:
         if to_score and (self.of is not None or _quantised(path, file_hash(path))):
             return _counted(path, target.with_name(f"{target.name}-counted"))
         if not (target / "gguf.json").is_file():
-            quantised = _quantised(path, file_hash(path))
-            log.info("converting %s into %s", path.name, target)
-            with new_folder(target) as unfinished:
-                convert(path, unfinished, "bfloat16")
-                (unfinished / "gguf.json").write_text(json.dumps({"quantised": quantised}) + "\n")
+            with opened_once(path):
+                quantised = types_in(path)
+                log.info("converting %s into %s", path.name, target)
+                with new_folder(target) as unfinished:
+                    convert(path, unfinished, "bfloat16")
+                    (unfinished / "gguf.json").write_text(json.dumps({"quantised": quantised}) + "\n")
         quantised = quantised_types(target)
         if quantised:
             log.warning(
@@ -313,12 +314,13 @@ def quantised_types(folder: Path) -> list[str]:
 def _counted(path: Path, target: Path) -> Path:
     """The folder with the exact numbers of a GGUF file and, beside them, what it stores of each tensor."""
     if not (target / COUNTED).is_file():
-        with read_as_gguf(path):
-            found = outline(path)
-        log.info("converting %s into %s", path.name, target)
-        with new_folder(target) as unfinished:
-            convert(path, unfinished, "float32")
-            (unfinished / COUNTED).write_text(json.dumps(found) + "\n")
+        with opened_once(path):
+            with read_as_gguf(path):
+                found = outline(path)
+            log.info("converting %s into %s", path.name, target)
+            with new_folder(target) as unfinished:
+                convert(path, unfinished, "float32")
+                (unfinished / COUNTED).write_text(json.dumps(found) + "\n")
     return target
 
 

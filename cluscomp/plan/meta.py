@@ -169,15 +169,19 @@ class MetaModel:
 
     def _observed(self) -> list[dict[str, Place]]:
         walk, _, hidden_BTH = self._embedded(1, 2)
-        found = []
+        found: dict[str, dict[str, Place]] = {}  # by what blocks are made of: those that are alike are walked once
+        made = [_made_of(block) for block in walk.blocks]
         for index, block in enumerate(walk.blocks):
+            if made[index] in found:
+                continue
             layers = linears(block)
             _, entering = walk.observe(index, block, hidden_BTH, list(layers))
             numbers: dict[int, int] = {}
             inputs = {name: numbers.setdefault(id(x), len(numbers)) for name, x in entering.items()}
             called = {name: layers[name] for name in layers if name in inputs}
-            found.append({name: Place(one.out_features, one.in_features, inputs[name]) for name, one in called.items()})
-        return found
+            places = {name: Place(one.out_features, one.in_features, inputs[name]) for name, one in called.items()}
+            found[made[index]] = places
+        return [found[one] for one in made]
 
     def kept(self) -> list[str]:
         """Names of the matrices and larger tensors inside the blocks that stay as they are (routers, convolutions).
@@ -319,6 +323,16 @@ class MetaModel:
         work += (once + head) * (2 * held_out / batch_size) + before
         work += Work(read=float(self.checkpoint_bytes()))
         return Cost(device, {}, work, "a smaller batch_size with more accumulation, or a smaller length")
+
+
+def _made_of(block: nn.Module) -> str:
+    """The parts of a block with all their plain values (sizes, kinds of attention) but its number."""
+
+    def plain(part: nn.Module) -> dict[str, Any]:
+        values = vars(part).items()
+        return {key: one for key, one in values if isinstance(one, int | float | str) and key != "layer_idx"}
+
+    return repr([(name, type(part), plain(part)) for name, part in block.named_modules()])
 
 
 class _Attention(TorchFunctionMode):

@@ -3,6 +3,7 @@
 And what is written or shown of names that others chose is harmless to a terminal (`printable`).
 """
 
+import functools
 import json
 import logging
 import os
@@ -72,10 +73,15 @@ def printable(text: str) -> str:
 def hide(text: str) -> str:
     """The text without what came from the environment, values of secret variables, and what looks like a token."""
     text = _Read.lines.sub(lambda found: _Read.instead[found[0]], text)
-    for name, value in os.environ.items():
-        if NAMES.search(name) and len(value) >= SHORTEST:
+    for name in filter(_is_secret, os.environ):
+        if len(value := os.environ[name]) >= SHORTEST:
             text = text.replace(value, HIDDEN)
     return SHAPES.sub(HIDDEN, text)
+
+
+@functools.cache  # a run asks of the same variables for each of some hundred texts
+def _is_secret(name: str) -> bool:
+    return NAMES.search(name) is not None
 
 
 def hide_override(item: str) -> str:

