@@ -12,6 +12,7 @@ from cluscomp.errors import named
 from cluscomp.methods import Compressed, Method
 
 if TYPE_CHECKING:  # torch is not needed to check settings
+    from cluscomp.forms.stored import Stored
     from cluscomp.solve.layer import Layer, Seen
 
 Side = Literal["inputs", "outputs", "both"]
@@ -51,7 +52,7 @@ class Turned:
         inputs, outputs = self.side != "outputs", self.side != "inputs"
         numbers = min(layer.weight_OI.numel() for layer in layers.values())
         for found in _within(self.method, SEED_BITS / numbers, [*layers]).compress(_Turned(layers, inputs, outputs)):
-            stored = {}
+            stored: dict[str, Stored] = {}
             for name, inner in found.stored.items():
                 seed = torch.tensor([layers[name].seed], device=layers[name].weight_OI.device)
                 stored[name] = Rotated(inner, seed, inputs=inputs, outputs=outputs)

@@ -140,7 +140,7 @@ class Original:
     @property
     def stored_dtype(self) -> torch.dtype:
         """The dtype that config.json names, or, if it names none, that of the first tensor in the files."""
-        said = self._said_dtype or self.file_dtype(next(iter(self._shards)))
+        said = self._said_dtype or DTYPES[next(iter(self._files.heads.values()))[0]]
         return said if isinstance(said, torch.dtype) else getattr(torch, said)
 
     def size(self) -> dict[str, float]:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cluscomp import checkpoint
@@ -24,6 +23,7 @@ from cluscomp.kernels.work import Work
 from cluscomp.models.original import block_names, blocks, check_supported, linears, norms, quantizer
 from cluscomp.models.untrusted import made_of
 from cluscomp.models.walk import Walk
+from cluscomp.plan.attention import FusedAttention
 from cluscomp.plan.cost import Cost
 
 TOKENS_OF_A_TEXT = 340_000  # assumed of a text that is not on this machine: WikiText-2's test set
@@ -255,7 +255,7 @@ class MetaModel:
         target_BTH = torch.empty_like(hidden_BTH)
         with ExitStack() as stack:
             count = stack.enter_context(Count())
-            stack.enter_context(_Attention(count))
+            stack.enter_context(FusedAttention(count))
             stack.enter_context(torch.set_grad_enabled(train))
             output_BTH = walk.apply(index, block, hidden_BTH)
             if train:
@@ -333,35 +333,3 @@ def _made_of(block: nn.Module) -> str:
         return {key: one for key, one in values if isinstance(one, int | float | str) and key != "layer_idx"}
 
     return repr([(name, type(part), plain(part)) for name, part in block.named_modules()])
-
-
-class _Attention(TorchFunctionMode):
-    """Attention as the fused kernels do it; the meta device would take the plain one, with its matrix of all pairs."""
-
-    def __init__(self, count: Count) -> None:
-        super().__init__()
-        self.count = count
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            return _Fused.apply(self.count, *args[:3])
-        return function(*args, **kwargs)
-
-
-class _Fused(torch.autograd.Function):
-    """(B, heads, T, d), (B, key heads, T, d), (B, key heads, T, e) -> (B, heads, T, e), keeping these and logsumexp."""
-
-    @staticmethod
-    def forward(ctx, count, query, key, value):  # type: ignore[no-untyped-def]
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
-        logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, logsumexp)
-        ctx.count, ctx.flops = count, 2.0 * (query.numel() + output.numel()) * key.shape[-2]
-        count.work += Work(flops=ctx.flops, calls=1)
-        return output
-
-    @staticmethod
-    def backward(ctx, _grad):  # type: ignore[no-untyped-def]
-        ctx.count.work += Work(flops=2.5 * ctx.flops, calls=1)
-        return None, *(torch.empty_like(saved) for saved in ctx.saved_tensors[:3])
