@@ -44,7 +44,7 @@ class Turned:
         return frozenset({"moment"})
 
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
-        """See `Method.compress`."""
+        """The form of each turned layer, as a `Rotated` one; see `Method.compress`."""
         import torch
 
         from cluscomp.forms.rotated import SEED_BITS, Rotated
