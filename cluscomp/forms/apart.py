@@ -53,10 +53,10 @@ def take_apart(model: nn.Module) -> dict[str, Part]:
             module.forward = MethodType(forward, module)
             _keep_routers(model.get_submodule(name.rpartition(".")[0]), module)
     for name, module in model.named_modules():
-        if "router" in name:
-            _keep(module)
-        elif type(module).__name__ == "JetMoeTopKGating":
+        if type(module).__name__ == "JetMoeTopKGating":
             module.forward = MethodType(_jetmoe_choice, module)
+        elif "router" in name:
+            _keep(module)
     return parts
 
 

@@ -50,7 +50,7 @@ class Original:
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         """Read config, tokenizer and the list of tensors. Raises InputError if one of them cannot be used."""
         self.folder, self.dtype, self.device = folder, dtype, device
-        self.gives: int | None = None  # how many things its blocks do in a tuple, 0: no tuple; known once it was walked
+        self.manner: Any = None  # how its blocks are called, known once a `Walk` was compared with it
         self.config, self.tokenizer = read_config(folder), read_tokenizer(folder)
         self._said_dtype = self.config.dtype  # a model that is made of the config changes it
         self._check_config()

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from cluscomp.errors import InputError
+from cluscomp.models.arguments import Arguments, Carried, carry, differing, same, split
 from cluscomp.models.original import Original, block_names, blocks
 from cluscomp.models.sources import no_causal_model
 from cluscomp.process import give_memory_back
@@ -25,27 +26,32 @@ class _Captured(Exception):
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """What one block is called with besides the hidden states: masks, position embeddings, ..."""
+class Manner:
+    """How a model's blocks are called: they give a tuple of so many things (0: none), the first the hidden states.
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    Arguments at the places `carried` (a position or a name) are made of the tokens.
+    """
+
+    gives: int
+    carried: frozenset[int | str] = frozenset()
 
 
 class Walk:
     """The forward pass of a model, cut at its blocks.
 
     Every block gets its own captured arguments: models whose blocks differ (sliding windows, two rotary bases) are
-    silently wrong with block 0's. The arguments may depend on the shape of a window but not on its tokens, which is
-    checked; windows must have one length and no padding. With `original` the blocks' weights are read from its file,
-    one block at a time; without, they are in the model. Before the first window the walk is compared with the model's
-    own forward pass, that of an original once.
+    silently wrong with block 0's. Arguments that are made of the tokens of a window travel behind the hidden states,
+    which are the first `width` numbers then; all others depend on its shape alone, which is checked. Windows must have
+    one length and no padding. With `original` the blocks' weights are read from its file, one block at a time; without,
+    they are in the model. Before the first window the walk is compared with the model's own forward pass, that of an
+    original once.
     """
 
     def __init__(self, model: PreTrainedModel, original: Original | None = None) -> None:
         self.model, self.blocks, self._original = model, blocks(model), original
         self._arguments: dict[torch.Size, list[Arguments]] = {}
-        self._gives = None if original is None else original.gives  # None: not compared yet
+        self._manner: Manner | None = None if original is None else original.manner  # None: not compared yet
+        self.width: int | None = None  # numbers of a hidden state, where others travel behind it
 
     @property
     def device(self) -> torch.device:
@@ -72,12 +78,15 @@ class Walk:
         Raises InputError for a model whose blocks get arguments made from the tokens, or more than one stream, or that
         does something else between its blocks.
         """
-        if self._gives is None:
+        if self._manner is None:
             self._compare(ids_BT[:1, :CHECKED_TOKENS])
         hidden_BTH, arguments = self._capture(ids_BT)
+        if self._manner is not None and self._manner.carried:
+            self.width = hidden_BTH.shape[2]
+            hidden_BTH, arguments = carry(hidden_BTH, arguments, self._manner.carried)
         known = self._arguments.setdefault(ids_BT.shape, arguments)
         for name, first, second in zip(block_names(self.model), known, arguments):
-            if not _same(first, second):
+            if not same(first, second):
                 raise InputError(f"{name}: its arguments depend on the tokens, so blocks cannot be walked one by one")
         return hidden_BTH
 
@@ -86,7 +95,12 @@ class Walk:
     ) -> Float[Tensor, "B T H"]:
         """Run `block` as block `index`: (B, T, H) -> (B, T, H); windows of this shape were embedded before."""
         arguments = self._arguments[hidden_BTH.shape[:2]][index]
-        return _hidden(block(hidden_BTH, *arguments.args, **arguments.kwargs))
+        if self.width is None:
+            return _hidden(block(hidden_BTH, *arguments.args, **arguments.kwargs))
+        carried = {place: one.of(hidden_BTH) for place, one in arguments.places().items() if isinstance(one, Carried)}
+        arguments = arguments.changed(carried)
+        output = _hidden(block(hidden_BTH[..., : self.width], *arguments.args, **arguments.kwargs))
+        return torch.cat([output, hidden_BTH[..., self.width :]], -1)
 
     @torch.no_grad()
     def through(self, batches: list[Tensor], label: str) -> list[Tensor]:
@@ -127,7 +141,7 @@ class Walk:
         """What the model makes of the last block's output (B, T, H), by its final norm and head: (B, T, vocabulary)."""
 
         def replace(_module: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> Any:
-            return _given(hidden_BTH, self._gives)
+            return _given(hidden_BTH[..., : self.width], self._manner)
 
         with self._skipped_blocks(lambda index: replace if index == len(self.blocks) - 1 else None):
             return self.model(ids_BT, use_cache=False).logits  # type: ignore[no-any-return]
@@ -146,20 +160,25 @@ class Walk:
             return
         if _far(logits_BTV[0, :half], logits_BTV[1, :half]):  # what comes later has a say
             raise no_causal_model(type(self.model).__name__)
-        for name, first, second in zip(names, *(self._capture(one_1T)[1] for one_1T in ids_BT.split(1))):
-            if not _same(first, second):
-                raise self._not_walkable(f"the arguments of {name} depend on the tokens")
+        (one_1TH, first), (_, second) = (self._capture(one_1T) for one_1T in ids_BT.split(1))
+        of_tokens = frozenset[int | str]().union(*map(differing, first, second))
+        try:
+            carry(one_1TH, first, of_tokens)
+        except ValueError as error:
+            raise self._not_walkable(f"{error} is made of the tokens, and is not like the hidden states") from error
         hidden_BTH, found = self._capture(ids_BT)
         for name, (_, own), arguments in zip(names, calls, found):
-            if not _same(own, arguments):
+            if not same(own, arguments):
                 raise self._not_walkable(f"{name} gets other arguments than with the blocks before it skipped")
         if not torch.equal(hidden_BTH, calls[0][0]):
             raise self._not_walkable("other hidden states enter the first block when blocks are skipped")
         walked_BTV = self.logits(last_BTH, ids_BT)
         if _far(walked_BTV, logits_BTV):
             raise self._not_walkable("its logits are then others")
+        assert self._manner is not None  # _own
+        self._manner = Manner(self._manner.gives, of_tokens)
         if self._original is not None:
-            self._original.gives = self._gives
+            self._original.manner = self._manner
 
     def _own(self, ids_BT: Tensor) -> tuple[Tensor | None, list[tuple[Tensor, Arguments]], Tensor]:
         """The model's own forward pass: logits, what each block is called with, and what the last one gives.
@@ -173,7 +192,7 @@ class Walk:
 
         def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
             index = len(calls)
-            entering, arguments = _split(args, kwargs)
+            entering, arguments = split(args, kwargs)
             if entering.ndim != 3:
                 raise self._not_walkable(f"{names[0]} gets hidden states of shape {tuple(entering.shape)}")
             if index == len(names) or block is not self.blocks[index]:
@@ -184,7 +203,7 @@ class Walk:
             here.enter_context(self.block(index))
 
         def leave(block: nn.Module, _args: Any, output: Any) -> None:
-            self._gives = len(output) if isinstance(output, tuple) else 0
+            self._manner = Manner(len(output) if isinstance(output, tuple | list) else 0)
             left.append(_hidden(output).clone())
             if left[-1].is_meta or not bool(left[-1].isfinite().all()):
                 raise _Captured
@@ -216,7 +235,7 @@ class Walk:
         entering: list[Tensor] = []
 
         def note(_module: nn.Module, args: Any, kwargs: Any, _output: Any) -> None:
-            hidden, others = _split(args, kwargs)
+            hidden, others = split(args, kwargs)
             entering.append(hidden)
             arguments.append(others)
             if len(arguments) == len(self.blocks):
@@ -235,7 +254,7 @@ class Walk:
         handles = []
         try:
             for index, block in enumerate(self.blocks):
-                block.forward = partial(_skipped, self._gives)
+                block.forward = partial(_skipped, self._manner)
                 if hook := hook_of(index):
                     handles.append(block.register_forward_hook(hook, with_kwargs=True))
             yield
@@ -255,14 +274,14 @@ def not_finite(place: str, dtype: torch.dtype) -> InputError:
     )
 
 
-def _skipped(gives: int | None, *args: Any, **kwargs: Any) -> Any:
+def _skipped(manner: Manner | None, *args: Any, **kwargs: Any) -> Any:
     """What a block that hands on its input gives."""
-    return _given(_split(args, kwargs)[0], gives)
+    return _given(split(args, kwargs)[0], manner)
 
 
-def _given(hidden_BTH: Tensor, gives: int | None) -> Any:
+def _given(hidden_BTH: Tensor, manner: Manner | None) -> Any:
     """Hidden states as a block gives them: alone, or first in a tuple of so many, of which the others are None."""
-    return (hidden_BTH, *[None] * (gives - 1)) if gives else hidden_BTH
+    return (hidden_BTH, *[None] * (manner.gives - 1)) if manner and manner.gives else hidden_BTH
 
 
 def _far(found: Tensor, expected: Tensor) -> bool:
@@ -283,26 +302,4 @@ def _check_finite(name: str, block: nn.Module, hidden_BTH: Tensor) -> None:
 
 def _hidden(output: Any) -> Tensor:
     """The hidden states in what a block gives."""
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
-    """What a block is called with: the hidden states, and all else."""
-    kwargs = dict(kwargs)
-    hidden = args[0] if args else kwargs.pop("hidden_states")
-    return hidden, Arguments(tuple(args[1:]), kwargs)
-
-
-def _same(first: Any, second: Any) -> bool:
-    """Whether two blocks' arguments are equal, tensors by value, or by shape where they have none."""
-    if isinstance(first, Tensor):
-        if first is second or not isinstance(second, Tensor):
-            return first is second
-        return first.shape == second.shape if first.is_meta else torch.equal(first, second)
-    if isinstance(first, Arguments):
-        return isinstance(second, Arguments) and _same(first.args, second.args) and _same(first.kwargs, second.kwargs)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
-    if isinstance(first, tuple | list):
-        return len(first) == len(second) and all(_same(one, two) for one, two in zip(first, second))
-    return bool(first == second)
+    return output[0] if isinstance(output, tuple | list) else output  # type: ignore[no-any-return]

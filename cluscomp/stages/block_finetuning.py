@@ -101,7 +101,7 @@ def finetune_block(
     change_gradient = {"rounding": lambda: by_sign, "means": lambda: by_mean(block)}.get(stage.learns, lambda: None)()
     trained = Trained(block, codebooks=True, others=norms(block) if stage.norms else {})
     squares = [
-        float(target_TH[stage.skip :].float().square().mean())
+        float(target_TH[stage.skip :, : walk.width].float().square().mean())
         for target in targets_WTH
         for target_TH in target[: stage.samples]
     ]
@@ -110,8 +110,8 @@ def finetune_block(
     device = walk.device
 
     def errors(output_BTH: Tensor, rows: Any) -> Tensor:
-        ends = [target[rows, stage.skip :].to(device).float() for target in targets_WTH]
-        found_BTH = output_BTH[:, stage.skip :].float()
+        ends = [target[rows, stage.skip :, : walk.width].to(device).float() for target in targets_WTH]
+        found_BTH = output_BTH[:, stage.skip :, : walk.width].float()
         return torch.stack([F.mse_loss(found_BTH, end_BTH) for end_BTH in ends]).sum()
 
     @torch.no_grad()

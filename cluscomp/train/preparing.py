@@ -53,10 +53,10 @@ class Clusters:
 
     def means(self, name: str, weight_OI: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
         """The weight (O, I) with the mean of its cluster for each sub-vector; so each has the mean gradient of its."""
-        codes_N, points_ND = self._codes[name], sub_vectors(weight_OI, self.vector_dim, "out")
+        codes_N, points_ND = self._codes[name], sub_vectors(weight_OI.float(), self.vector_dim, "out")
         sums_KD = points_ND.new_zeros(self.codebook_size, self.vector_dim).index_add(0, codes_N, points_ND)
         counts_K = codes_N.bincount(minlength=self.codebook_size).clamp(min=1)
-        return self.weight((sums_KD / counts_K[:, None])[codes_N], weight_OI)
+        return self.weight((sums_KD / counts_K[:, None])[codes_N], weight_OI).to(weight_OI.dtype)
 
     def weight(self, points_ND: Float[Tensor, "N D"], like_OI: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
         """Sub-vectors (N, D) as a weight of the shape of another (O, I)."""

@@ -96,14 +96,27 @@ def test_blocks_with_arguments_made_from_the_tokens_are_refused(families, ids):
 
 @torch.no_grad()
 def test_arguments_that_change_with_the_tokens_are_found(tiny_folder, ids):
-    """A Llama whose rotary embedding is scaled by what it is given: the embedded tokens."""
+    """A Llama whose rotary embedding is scaled by what it is given, the embedded tokens: they are in a tuple."""
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
     model.model.rotary_emb.register_forward_hook(lambda _, args, output: (output[0] * args[0].mean(), output[1]))
+    with pytest.raises(InputError, match=r"argument position_embeddings is made of the tokens"):
+        Walk(model).embed(ids)
+
+
+@torch.no_grad()
+def test_arguments_that_are_made_of_the_tokens_travel_with_the_hidden_states(families, ids):
+    """Gemma 4 gives each block an embedding of the tokens of its own."""
+    folder = families(
+        "gemma4_text", hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        global_head_dim=8, vocab_size_per_layer_input=257, hidden_size_per_layer_input=8, num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=5,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     walk = Walk(model)
-    walk.embed(ids)
-    walk.embed(ids)
-    with pytest.raises(InputError, match=r"model\.layers\.0: its arguments depend on the tokens"):
-        walk.embed(ids.flip(1) // 2)
+    for windows in (ids, ids.flip(1), ids[:1]):
+        [last] = walk.through([windows], "text")
+        assert last.shape[2] == 32 + 3 * 8 and walk.width == 32
+        assert torch.allclose(walk.logits(last, windows), model(windows, use_cache=False).logits, atol=1e-5)
 
 
 def test_training_reaches_the_stored_parameters_through_apply(tiny_folder, ids):
@@ -175,7 +188,7 @@ def test_an_original_is_compared_once_and_holds_one_block(families, ids):
     model, read = original.model(), []
     model.transformer.h[0].register_forward_hook(lambda *_: read.append(next(model.transformer.h[1].parameters())))
     Walk(model, original).embed(ids)
-    assert [one.is_meta for one in read[:1]] == [True] and original.gives
+    assert [one.is_meta for one in read[:1]] == [True] and original.manner.gives == 2
     runs = len(read)
     Walk(model, original).embed(ids)
     assert len(read) == runs + 1  # the capture alone

@@ -153,6 +153,15 @@ def test_a_run_that_goes_on_ends_with_the_same_bits_and_rules_differ(tiny_folder
     assert any(not torch.equal(weight, plain[name]) for name, weight in whole.items())
 
 
+def test_in_bfloat16_masters_learn_and_16_bits_are_left(tiny_folder, text, tmp_path):
+    original = Original(tiny_folder, torch.bfloat16, CPU)
+    before = original.load_all().state_dict()
+    for rule in ("cram", "quant_noise"):
+        after, found = run(stage(text, rule=rule, tokens=2 * 4 * 12), original, tmp_path / rule)
+        assert found["kept"] and {weight.dtype for weight in after.values()} == {torch.bfloat16}
+        assert sum(not torch.equal(weight, before[name]) for name, weight in after.items()) == 3 * 7
+
+
 def test_the_prepared_model_is_compressed_next_and_planned(ground, tmp_path):
     arguments = [
         "model=tiny", "data=text", f"data.file={ground / 'text.txt'}", f"cache={ground / 'cache'}", "method=rtn",
