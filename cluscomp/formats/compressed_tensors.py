@@ -1,7 +1,8 @@
 """compressed-tensors: whole numbers on uniform grids, its "pack-quantized", as vLLM and transformers load them.
 
 Of each layer `weight_packed` (O, words) int32, numbers packed along the inputs; `weight_scale` (O, G); `weight_shape`;
-and with zeros `weight_zero_point` (words, G), packed along the outputs. Layers may differ in width and groups.
+and with zeros `weight_zero_point` (words, G), packed along the outputs. Layers may differ in width and groups. Zeros
+are loaded by transformers 5.23 with compressed-tensors 0.20 only under CompressedTensorsConfig(dequantize=True).
 """
 
 from pathlib import Path

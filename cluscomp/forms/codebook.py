@@ -16,6 +16,7 @@ from cluscomp.kernels.codes import code_bits, pack, packed_bytes, unpack
 from cluscomp.kernels.loading import runs_triton
 
 Axis = Literal["out", "in"]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FEW_TOKENS = 8  # up to so many a product is made straight from the codes
 TILE = 2**21  # entries of a large weight that are rebuilt at a time
 Storage = Literal["float16", "float8", "int8"]  # of codebooks; the paper's are 16-bit floats (section 3.2)
@@ -246,11 +247,13 @@ class CodebookWeight(Single):
         return rows.view(lines, self.out_features, -1).transpose(0, 1).flatten(1)[:, : self.in_features]
 
     def product(self, x_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B O"] | None:
-        """x W^T of a few tokens without building W: (B, I) -> (B, O); None where rebuilding W is the faster way."""
+        """x W^T of a few tokens without building W: (B, I) -> (B, O); None where rebuilding W is the faster way.
+
+        On the CPU centroids and sums are exact or float32 whatever dtype x has, and y is rounded to it.
+        """
         size = self.codebooks.shape[1]
-        on_cpu = x_BI.device.type == "cpu" and x_BI.dtype == torch.float32
-        on_gpu = runs_triton(x_BI) and x_BI.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if not (on_cpu or (on_gpu and self.axis == "out")) or len(x_BI) > FEW_TOKENS:
+        served = x_BI.device.type == "cpu" or (runs_triton(x_BI) and self.axis == "out")
+        if not served or x_BI.dtype not in FLOATS or len(x_BI) > FEW_TOKENS:
             return None
         books = zip(self.codebooks if self.scales is None else self.centroids(torch.float32), self.codes)
         if self.axis == "out":
@@ -260,7 +263,7 @@ class CodebookWeight(Single):
         if code_bits(size) != 8 or len(x_BI) > 1:
             return None
         tables = (multiply_by_tables(x_BI[0], codes, book, self.out_features) for book, codes in books)
-        return cast(Tensor, sum(tables))[None]
+        return cast(Tensor, sum(tables))[None].to(x_BI.dtype)
 
     def ledger(self) -> dict[str, int]:
         """Stored bits; codebooks that another weight stores do not count."""

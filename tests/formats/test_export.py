@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference.recipe import NO_DATA, PAPER, STORED
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
@@ -141,24 +141,19 @@ def test_vptq_holds_every_weight_bit_by_bit(made, tmp_path, name):
     assert any("copy of their own" in sentence for sentence in lost) == (name == "shared")
 
 
-def test_vptq_is_what_its_own_package_reads(made, tmp_path, ids):
-    pytest.importorskip("vptq")
-    from transformers import AutoConfig
-    from transformers.integrations.vptq import replace_with_vptq_linear
-    from transformers.utils.quantization_config import VptqConfig
-
+def test_vptq_is_what_its_own_package_reads(made, tmp_path):
+    vptq = pytest.importorskip("vptq")
     export(made("codebooks"), format="vptq", output=tmp_path / "vptq")
     tensors, _, quantization = written(tmp_path / "vptq")
-    config = AutoConfig.from_pretrained(tmp_path / "vptq")
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
-    said = VptqConfig(**{key: value for key, value in quantization.items() if key != "quant_method"})
-    replace_with_vptq_linear(model, said.modules_to_not_convert, said)
-    result = model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
-    assert not result.unexpected_keys and set(result.missing_keys) <= {"lm_head.weight"}
-    dense = checkpoint.load(made("codebooks"), torch.float16).dequantize()
-    assert torch.equal(logits(model, ids), logits(dense, ids))
+    for name, weight_OI in weights(made("codebooks"), torch.float16).items():
+        layer = vptq.VQuantLinear(
+            **quantization["config_for_layers"][name], enable_proxy_error=False, dtype=torch.float16
+        )
+        parts = {key.removeprefix(f"{name}."): part for key, part in tensors.items() if key.startswith(f"{name}.")}
+        layer.load_state_dict(parts)
+        x = torch.eye(weight_OI.shape[1], dtype=torch.float16)
+        with torch.no_grad():
+            assert torch.equal(layer(x).T, weight_OI), name
 
 
 @pytest.mark.parametrize("name", ["4 bits", "4 bits symmetric", "3 bits a row", "2 bits symmetric"])
@@ -179,7 +174,7 @@ def test_gptq_holds_every_weight(made, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["4 bits", "4 bits symmetric", "3 bits a row", "6 bits"])
-def test_compressed_tensors_holds_every_weight(made, tmp_path, ids, name):
+def test_compressed_tensors_holds_every_weight(made, tmp_path, name):
     export(made(name), format="compressed-tensors", output=tmp_path / "packed")
     tensors, _, said = written(tmp_path / "packed")
     of_layer = {layer: group["weights"] for group in said["config_groups"].values() for layer in group["targets"]}
@@ -193,8 +188,15 @@ def test_compressed_tensors_holds_every_weight(made, tmp_path, ids, name):
         each = inputs // scales_OG.shape[1]
         steps_OI = codes_OI - zeros_OG.repeat_interleave(each, 1)
         assert torch.equal((steps_OI * scales_OG.repeat_interleave(each, 1).float()).half(), weight_OI), layer
+
+
+@pytest.mark.parametrize("name", ["4 bits", "3 bits a row", "4 bits symmetric"])
+def test_transformers_loads_compressed_tensors(made, tmp_path, ids, name):
     pytest.importorskip("compressed_tensors")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    export(made(name), format="compressed-tensors", output=tmp_path / "packed")
+    as_dense = CompressedTensorsConfig(dequantize=True)  # only so it loads zeros, which it does not pack itself
+    more = {} if "symmetric" in name else {"quantization_config": as_dense}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", **more)
     dense = checkpoint.load(made(name), torch.float16).dequantize()
     assert torch.equal(logits(model, ids), logits(dense, ids))
 
@@ -209,6 +211,16 @@ def test_aqlm_holds_every_weight(made, tmp_path):
         books_MKD = tensors[f"{layer}.codebooks"][:, :, 0]
         made_OGD = sum(books_MKD[m][codes_OGM[..., m]] for m in range(len(books_MKD)))
         assert torch.equal(made_OGD.flatten(1) * tensors[f"{layer}.scales"].view(-1, 1), weight_OI), layer
+
+
+def test_aqlm_is_what_its_own_package_reads(made, tmp_path):
+    utils = pytest.importorskip("aqlm.utils")
+    export(made("one shape"), format="aqlm", output=tmp_path / "aqlm")
+    tensors, _, said = written(tmp_path / "aqlm")
+    for layer, weight_OI in weights(made("one shape"), torch.float16).items():
+        codes_OGM = utils.unpack_int_data(tensors[f"{layer}.codes"], said["nbits_per_codebook"])
+        books, scales = tensors[f"{layer}.codebooks"].float(), tensors[f"{layer}.scales"].float()
+        assert torch.equal(utils._dequantize_weight(codes_OGM, books, scales).half(), weight_OI), layer
 
 
 TYPES = {  # of the file's matrices inside blocks

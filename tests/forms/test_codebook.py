@@ -274,6 +274,12 @@ def test_few_tokens_take_a_short_cut_to_the_same_product(axis, codebook_size, to
     torch.testing.assert_close(layer(x), expected)
     short = (stored.product(x) is not None, (tokens <= 8 and axis == "out") or (tokens == 1 and codebook_size == 200))
     assert short[0] == short[1]
+    for dtype in (torch.bfloat16, torch.float16):  # of exact centroids, summed in float32 and then rounded
+        narrow = stored.product(x.to(dtype))
+        assert (narrow is not None) == short[0]
+        if narrow is not None:
+            assert narrow.dtype == dtype and torch.equal(narrow, stored.product(x.to(dtype).float()).to(dtype))
+    assert stored.product(x.double()) is None
 
 
 # weights that share codebooks

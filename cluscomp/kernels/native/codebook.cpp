@@ -61,7 +61,7 @@ static const T* lengthened(const T* table, int K, int D) {
 void multiply(const Codes& codes, const float* table_KD, const uint16_t* halves_KD, int D, int64_t B, int64_t I, int64_t O,
               const float* x_BI, float* y_BO, const CodebookTiles& tile, const Workers& workers) {
   const int64_t G = (O + D - 1) / D, rows = 8;
-  const bool fours = D == 4 && B == 1 && O % 4 == 0;
+  const bool fours = D == 4 && B == 1 && O % 4 == 0, eights = D <= 8 && B == 1 && !fours;
   const bool in_place = fours && codes.bits == 16 && reinterpret_cast<uintptr_t>(codes.packed) % 2 == 0;
   const std::vector<float> table = fours ? std::vector<float>() : padded(table_KD, codes.K, D);
   if (in_place && halves_KD) halves_KD = lengthened(halves_KD, codes.K, D);
@@ -69,11 +69,12 @@ void multiply(const Codes& codes, const float* table_KD, const uint16_t* halves_
   std::fill_n(y_BO, B * O, 0.f);
   // A task owns some outputs, few enough for their sums to stay in the nearest cache, and goes through all inputs in
   // order: the same sums however they are shared out.
-  const int64_t wide = std::clamp<int64_t>((G + workers.threads - 1) / workers.threads, 64, 1024);
+  const int64_t wide = std::clamp<int64_t>((G + workers.threads - 1) / workers.threads, 64, eights ? 512 : 1024);
   workers.run((G + wide - 1) / wide, [&](int64_t task, int) {
     const int64_t g = task * wide, n = std::min(wide, G - g), first = g * D, outputs = std::min(n * D, O - first);
     std::vector<uint16_t> some_codes(in_place ? 0 : rows * n);
-    std::vector<float> some(fours ? 0 : rows * n * D + 16);
+    std::vector<float> some(fours || eights ? 0 : rows * n * D + 16);
+    std::vector<float> sums(eights ? n * 8 : 0);  // of each sub-vector, with room for eight
     for (int64_t i = 0; i < I; i += rows) {
       const int64_t now = std::min(rows, I - i), stride = in_place ? G : n;
       const uint16_t* code = some_codes.data();
@@ -83,11 +84,14 @@ void multiply(const Codes& codes, const float* table_KD, const uint16_t* halves_
         tile.add_halves(x_BI + i, now, code, stride, n, halves_KD, y_BO + first);
       } else if (fours) {
         tile.add_fours(x_BI + i, now, code, stride, n, table_KD, y_BO + first);
+      } else if (eights) {
+        tile.add_eights(x_BI + i, now, code, stride, n, table.data(), D, sums.data());
       } else {
         tile.expand(code, now * n, table.data(), D, some.data());
         for (int64_t b = 0; b < B; b++) tile.add_rows(x_BI + b * I + i, now, some.data(), n * D, y_BO + b * O + first, outputs);
       }
     }
+    for (int64_t o = 0; eights && o < outputs; o++) y_BO[first + o] = sums[o / D * 8 + o % D];
   });
 }
 

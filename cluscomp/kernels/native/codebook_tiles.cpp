@@ -8,21 +8,21 @@
 
 namespace CLUSCOMP_ISA {
 
-#if defined(__AVX512VBMI__)
-// Sixteen codes at a time out of 64 bytes: bytes to lanes, each shifted to its own start.
+#if defined(__AVX512BW__)
+// Sixteen codes at a time out of 64 bytes: two neighbouring words to each lane, shifted to the code's own start.
 INLINE int64_t read_sixteens(const uint8_t* packed, int64_t bytes, int bits, int64_t begin, int64_t n, int last, uint16_t* out) {
   const int skip = int(begin * bits & 7);
-  alignas(64) uint8_t from[64];
+  alignas(64) uint16_t from[32];
   alignas(64) int32_t shift[16];
   for (int j = 0; j < 16; j++) {
-    for (int i = 0; i < 4; i++) from[4 * j + i] = uint8_t(((skip + j * bits) >> 3) + i);
-    shift[j] = (skip + j * bits) & 7;
+    for (int i = 0; i < 2; i++) from[2 * j + i] = uint16_t(((skip + j * bits) >> 4) + i);
+    shift[j] = (skip + j * bits) & 15;
   }
   const __m512i order = _mm512_load_si512(from), shifts = _mm512_load_si512(shift);
   const __m512i mask = _mm512_set1_epi32((1 << bits) - 1), most = _mm512_set1_epi32(last);
   int64_t i = 0;
   for (int64_t byte = begin * bits >> 3; i + 16 <= n && byte + 64 <= bytes; i += 16, byte += 2 * bits) {
-    const __m512i window = _mm512_srlv_epi32(_mm512_permutexvar_epi8(order, _mm512_loadu_si512(packed + byte)), shifts);
+    const __m512i window = _mm512_srlv_epi32(_mm512_permutexvar_epi16(order, _mm512_loadu_si512(packed + byte)), shifts);
     const __m512i code = _mm512_min_epi32(_mm512_and_si512(window, mask), most);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtepi32_epi16(code));
   }
@@ -161,6 +161,35 @@ void add_halves(const float* a, int64_t rows, const uint16_t* code, int64_t stri
 #else
 constexpr auto add_halves = nullptr;
 #endif
+
+typedef float v8 __attribute__((vector_size(32)));
+INLINE v8 fma(float a, v8 b, v8 c) {
+#if defined(__AVX2__)
+  return (v8)_mm256_fmadd_ps(_mm256_set1_ps(a), (__m256)b, (__m256)c);
+#else
+  for (int d = 0; d < 8; d++) c[d] = fma(a, b[d], c[d]);
+  return c;
+#endif
+}
+
+template <int ROWS>
+INLINE void add_some_eights(const float* a, const uint16_t* code, int64_t stride, int64_t n, const float* table, int D, float* y) {
+  for (int64_t g = 0; g < n; g++) {
+    v8 sum, entry;
+    memcpy(&sum, y + 8 * g, 32);
+    for (int r = 0; r < ROWS; r++) {
+      memcpy(&entry, table + int64_t(code[r * stride + g]) * D, 32);
+      sum = fma(a[r], entry, sum);
+    }
+    memcpy(y + 8 * g, &sum, 32);
+  }
+}
+
+void add_eights(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const float* table, int D, float* y) {
+  int64_t r = 0;
+  for (; r + 8 <= rows; r += 8) add_some_eights<8>(a + r, code + r * stride, stride, n, table, D, y);
+  for (; r < rows; r++) add_some_eights<1>(a + r, code + r * stride, stride, n, table, D, y);
+}
 
 void expand(const uint16_t* code, int64_t n, const float* table, int D, float* out) {
   switch (D) {
@@ -301,7 +330,7 @@ void look_up(const uint8_t* code, int64_t stride, int64_t n, int64_t G, const ui
 #endif
 
 extern const CodebookTiles codebook_table;
-const CodebookTiles codebook_table = {NAME(CLUSCOMP_ISA), read, expand, add_rows, add_fours, add_halves, scatter,
+const CodebookTiles codebook_table = {NAME(CLUSCOMP_ISA), read, expand, add_rows, add_fours, add_halves, add_eights, scatter,
                                       tabulate, look_up};
 
 }  // namespace CLUSCOMP_ISA
