@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from cluscomp import solve
 from cluscomp.errors import named
 from cluscomp.methods import Compressed, Method
 
 if TYPE_CHECKING:  # torch is not needed to check settings
-    from cluscomp.forms.stored import Stored
-    from cluscomp.solve.layer import Layer, Seen
+    from cluscomp.solve.layer import Layer
 
 Side = Literal["inputs", "outputs", "both"]
 
@@ -45,18 +45,9 @@ class Turned:
 
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
         """The form of each turned layer, as a `Rotated` one; see `Method.compress`."""
-        import torch
-
-        from cluscomp.forms.rotated import SEED_BITS, Rotated
-
-        inputs, outputs = self.side != "outputs", self.side != "inputs"
-        numbers = min(layer.weight_OI.numel() for layer in layers.values())
-        for found in _within(self.method, SEED_BITS / numbers, [*layers]).compress(_Turned(layers, inputs, outputs)):
-            stored: dict[str, Stored] = {}
-            for name, inner in found.stored.items():
-                seed = torch.tensor([layers[name].seed], device=layers[name].weight_OI.device)
-                stored[name] = Rotated(inner, seed, inputs=inputs, outputs=outputs)
-            yield Compressed(stored, found.chosen)
+        turned = solve.turned.Layers(layers, inputs=self.side != "outputs", outputs=self.side != "inputs")
+        for found in _within(self.method, turned.seed_bits, [*layers]).compress(turned):
+            yield Compressed({name: turned.stored(name, inner) for name, inner in found.stored.items()}, found.chosen)
 
 
 def _within(method: Any, bits: float, names: list[str]) -> Any:
@@ -65,33 +56,3 @@ def _within(method: Any, bits: float, names: list[str]) -> Any:
         return method
     with named(names):
         return replace(method, bits=method.bits - bits)
-
-
-class _Turned(dict[str, "Layer"]):
-    """Layers that are turned when they are read: those of one input share what is shown of it."""
-
-    def __init__(self, layers: "dict[str, Layer]", inputs: bool, outputs: bool) -> None:
-        super().__init__(dict.fromkeys(layers))  # type: ignore[arg-type]
-        self.layers, self.sides = layers, {"inputs": inputs, "outputs": outputs}
-        self.shown: tuple[Seen | None, Seen | None] = (None, None)  # the last one, as it was and turned
-
-    def __getitem__(self, name: str) -> "Layer":
-        import torch
-
-        from cluscomp.forms.rotated import rotated, signs_of_inputs, turned
-
-        layer = self.layers[name]
-        seed = torch.tensor([layer.seed], device=layer.weight_OI.device)
-        seen = layer.seen
-        if seen is not None and self.sides["inputs"]:
-            if self.shown[0] is not seen:
-                signs_I = signs_of_inputs(seed, layer.weight_OI.shape[1])
-                self.shown = seen, seen.through(lambda x_TI: turned(x_TI, signs_I))
-            seen = self.shown[1]
-        return replace(layer, weight_OI=rotated(layer.weight_OI.float(), seed, **self.sides), seen=seen)
-
-    def items(self) -> Iterator[tuple[str, "Layer"]]:  # type: ignore[override]
-        return ((name, self[name]) for name in self)
-
-    def values(self) -> Iterator["Layer"]:  # type: ignore[override]
-        return (self[name] for name in self)
