@@ -86,15 +86,23 @@ _CELLS: dict[str, bytes] = {}  # composed settings of this process' cells, pickl
 _FILES: dict[str, bytes] = {}  # what this process' files of settings say, pickled likewise
 
 
+def _keep(kept: dict[str, bytes], key: str, value: Any) -> None:
+    with suppress(pickle.PicklingError, AttributeError, TypeError):  # in a launcher's job, which has one cell
+        kept[key] = pickle.dumps(value)
+
+
 class Once(ConfigRepository):
     """Reads each file once in a process, which composes its settings at least twice (`compose.written`)."""
 
     def load_config(self, config_path: str) -> ConfigResult | None:
         """What the first of the folders searched that has such a file says there."""
         key = repr(([source.path for source in self.sources], config_path))
-        if key not in _FILES:
-            _FILES[key] = pickle.dumps(super().load_config(config_path))
-        found: ConfigResult | None = pickle.loads(_FILES[key])
+        found: ConfigResult | None
+        if key in _FILES:
+            found = pickle.loads(_FILES[key])
+            return found
+        found = super().load_config(config_path)
+        _keep(_FILES, key, found)
         return found
 
 
@@ -124,8 +132,7 @@ class Careful(ConfigLoaderImpl):
             OmegaConf.copy_cache(from_config=master_config, to_config=config)
             return config
         config = super().load_sweep_config(master_config, sweep_overrides)
-        with suppress(pickle.PicklingError, AttributeError, TypeError):  # in a launcher's job, which has one cell
-            _CELLS[key] = pickle.dumps(config)
+        _keep(_CELLS, key, config)
         return config
 
     def _process_config_searchpath(self, config_name: str | None, parsed_overrides: Any, repo: Any) -> None:

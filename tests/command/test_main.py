@@ -4,6 +4,7 @@ What does not depend on start-up runs within this process, which has torch loade
 """
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forks import until
 from safetensors.torch import load_file, save_file
 
 import cluscomp
@@ -42,20 +44,13 @@ def place(tmp_path, cache, monkeypatch) -> Path:
     return tmp_path
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    """`cluscomp ARGUMENTS` in a process of its own."""
-    command = [sys.executable, "-m", "cluscomp", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.fixture
 def process(place):
     """Run `cluscomp ARGUMENTS` in a process of its own; what it left."""
 
     def run(*arguments: str) -> SimpleNamespace:
-        running = start(*arguments)
-        out, err = running.communicate()
-        return SimpleNamespace(code=running.returncode, out=out, err=err)
+        done = subprocess.run([sys.executable, "-m", "cluscomp", *arguments], capture_output=True, text=True)
+        return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
     return run
 
@@ -331,21 +326,18 @@ def test_a_cell_that_fails_does_not_stop_the_others_and_all_are_listed(cli, plac
     assert "NAME" in the_sentence(cli("status")) and "there are: sizes" in the_sentence(cli("status", "siezs"))
 
 
-def test_ctrl_c_ends_in_a_sentence_and_leaves_no_checkpoint(place):
+def test_ctrl_c_ends_in_a_sentence_and_leaves_no_checkpoint(place, cache, forks):
     """Interrupted within block_finetune's first block, the clustering stays whole and the rest is absent."""
-    running = start(
-        *TINY, "order=[cluster,block_finetune]", "block_finetune=quick", "block_finetune.length=32",
-        "block_finetune.epochs=100000", "evaluate.after=[block_finetune]",
+    pid = forks.start(
+        place / "told", *TINY, "order=[cluster,block_finetune]", "block_finetune=quick", "block_finetune.length=32",
+        "block_finetune.epochs=100000", "evaluate.after=[block_finetune]", errors=place / "errors", folder=place,
+        variables={"CLUSCOMP_CACHE": str(cache)},
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(place.glob("outputs/cluster-*/metrics.json")) or not list(place.glob("outputs/block_*")):
-        assert running.poll() is None and time.monotonic() < deadline, running.communicate()
-        time.sleep(0.05)
+    until(lambda: all(map(list, map(place.glob, ("outputs/cluster-*/metrics.json", "outputs/block_finetune-*/lock")))))
     time.sleep(1)
-    running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
-    done = SimpleNamespace(code=running.returncode, err=err)
-    assert the_sentence(done, 130).startswith("cluscomp: interrupted") and out == ""
+    os.kill(pid, signal.SIGINT)
+    done = SimpleNamespace(code=forks.wait(pid), err=(place / "errors").read_text())
+    assert the_sentence(done, 130).startswith("cluscomp: interrupted") and (place / "told").read_text() == ""
     assert list(place.glob("outputs/cluster-*/checkpoint"))
     assert not list(place.glob("outputs/block_finetune-*/checkpoint"))
     assert not list(place.rglob(".*"))  # nor a half-written file under any other name

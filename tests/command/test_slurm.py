@@ -27,11 +27,15 @@ def slurm_answers() -> bool:
     return shutil.which("sinfo") is not None and subprocess.run(["sinfo"], capture_output=True).returncode == 0
 
 
-def command(outputs: Path, *more: str) -> list[str]:
+def arguments(outputs: Path, *more: str) -> list[str]:
     text = outputs.parent / "text.txt"
     text.write_text("\n\n".join(f"Paragraph {i} says that foxes jumped {7 * i} times." for i in range(60)))
     places = [f"data.file={text}", f"outputs={outputs}", f"cache={outputs.parent / 'cache'}"]
-    return [sys.executable, "-m", "cluscomp", "-m", *WORK, *places, *more]
+    return ["-m", *WORK, *places, *more]
+
+
+def command(outputs: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "cluscomp", *arguments(outputs, *more)]
 
 
 def found(outputs: Path) -> dict[str, str]:
@@ -41,14 +45,11 @@ def found(outputs: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_cells_may_be_processes_of_this_machine(tmp_path):
+def test_cells_may_be_processes_of_this_machine(forks, tmp_path):
+    """Their own are started anew, as submitit does."""
     outputs = tmp_path / "outputs"
-    done = subprocess.run(
-        command(outputs, "method.iterations=2", "seed=0,1", "hydra/launcher=slurm_local"),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    small = ["model.config.num_hidden_layers=1", "method.iterations=2"]
+    done = forks.run(*arguments(outputs, *small, "seed=0,1", "hydra/launcher=slurm_local"), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(found(outputs)) == 2 and done.stdout.count("finished") == 2
 

@@ -63,8 +63,20 @@ def stages_done(outputs: Path) -> int:
     return len(list(outputs.glob("*/metrics.json")))
 
 
+@pytest.fixture(scope="module")
+def undisturbed(forks, arguments, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The outputs of two processes that nobody killed, and what they told."""
+    place = tmp_path_factory.mktemp("undisturbed")
+    outputs, logs = place / "outputs", [place / "first", place / "second"]
+    workers = [forks.start(log, *arguments(outputs)) for log in logs]
+    assert [forks.wait(worker) for worker in workers] == [0, 0], [log.read_text() for log in logs]
+    return outputs, [log.read_text() for log in logs]
+
+
 @pytest.mark.slow
-def test_two_processes_killed_again_and_again_finish_the_sweep_and_do_nothing_twice(forks, arguments, tmp_path):
+def test_two_processes_killed_again_and_again_finish_the_sweep_and_do_nothing_twice(
+    forks, arguments, undisturbed, tmp_path
+):
     outputs, rng = tmp_path / "outputs", random.Random(0)
     logs = [tmp_path / f"log-{number}" for number in range(2)]
     start = lambda number: forks.start(logs[number], *arguments(outputs))  # noqa: E731
@@ -93,17 +105,13 @@ def test_two_processes_killed_again_and_again_finish_the_sweep_and_do_nothing_tw
     for name, folders in {"cluster": CLUSTERINGS, "block_finetune": COUNT}.items():
         done = told.count(f"{name}  block {BLOCKS}/{BLOCKS}")
         assert folders <= done <= folders + kills  # a kill can come between the last block and the end of the stage
-    quiet = tmp_path / "quiet"
-    assert forks.wait(forks.start(tmp_path / "log", *arguments(quiet))) == 0
-    assert len(results(quiet)) == COUNT and results(outputs) == results(quiet)
+    assert len(results(outputs)) == COUNT and results(outputs) == results(undisturbed[0])
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_cells_of_a_sweep(forks, arguments, tmp_path):
+def test_two_processes_share_the_cells_of_a_sweep(undisturbed):
     """Each finishes some, though both go through all of them in the same order."""
-    outputs, logs = tmp_path / "outputs", [tmp_path / "first", tmp_path / "second"]
-    workers = [forks.start(log, *arguments(outputs)) for log in logs]
-    assert [forks.wait(worker) for worker in workers] == [0, 0], [log.read_text() for log in logs]
-    told = [log.read_text().count(f"block_finetune  block {BLOCKS}/{BLOCKS}") for log in logs]
+    outputs, logs = undisturbed
+    told = [log.count(f"block_finetune  block {BLOCKS}/{BLOCKS}") for log in logs]
     assert sum(told) == COUNT and min(told) >= 1
     assert not list(outputs.rglob("lock"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pipelines import composed, pipeline
+from pipelines import composed
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -11,6 +11,7 @@ from cluscomp.command.compose import CONF
 from cluscomp.forms.linear import compressed
 from cluscomp.plan import dry
 from cluscomp.plan.meta import Place
+from cluscomp.runs.run import run as execute
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if "_global_" not in path.read_text())
 STAGES = ["cluster", "block_finetune", "recover", "finetune"]
@@ -19,8 +20,8 @@ SMALL = [
     "evaluate.context=32", "evaluate.limit=4",
     f"order=[{','.join(STAGES)}]", "cluster.samples=4", "cluster.length=32", "block_finetune=quick",
     "block_finetune.samples=4", "block_finetune.length=32", "block_finetune.lr=1e-3", "block_finetune.norms=false",
-    "recover.tokens=1024", "recover.length=32", "recover.batch_size=4", "recover.accumulation=1",
-    "recover.held_out=4", "recover.lr=1e-3", "instructions=text", "finetune.length=32", "finetune.examples=32",
+    "recover.tokens=512", "recover.length=32", "recover.batch_size=4", "recover.accumulation=1",
+    "recover.held_out=4", "recover.lr=1e-3", "instructions=text", "finetune.length=32", "finetune.examples=16",
     "finetune.epochs=1", "finetune.held_out=4", "finetune.batch_size=4", "finetune.accumulation=1",
     "finetune.lr=1e-3",
 ]  # fmt: skip
@@ -30,10 +31,10 @@ SMALL = [
 def run(request, ground):
     """A run of all stages with the method, and whether its plan was sure of the stored form."""
     places = [f"data.file={ground / 'text.txt'}", f"cache={ground / 'cache'}", f"outputs={ground / request.param}"]
-    outcome = pipeline(*SMALL, *places, f"method={request.param}")
-    method = composed(*SMALL, *places, f"method={request.param}").stages["cluster"].method
+    experiment = composed(*SMALL, *places, f"method={request.param}")
     places = {"one": Place(48, 32, 0), "other": Place(32, 32, 0)}  # a method may share bits out among layers
-    return outcome, dry.compress(method, places, torch.float32).exact
+    exact = dry.compress(experiment.stages["cluster"].method, places, torch.float32).exact
+    return execute(experiment), exact
 
 
 def test_each_stage_trains_what_is_stored_and_spends_no_bit(run):
