@@ -6,6 +6,7 @@ from pydantic import Field, InstanceOf, model_validator
 
 from cluscomp.data.overlap import Learned
 from cluscomp.methods import Method
+from cluscomp.methods.beside import Beside
 from cluscomp.settings import settings
 from cluscomp.stages.allocation import Allocation
 from cluscomp.stages.from_text import FromText
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 class Cluster(FromText):
     """Compress block after block. Embeddings, head, norms and biases stay as they are.
 
+    `beside` is what stands beside the method's codes: a mask, an adapter of low rank, or (as usual) nothing.
+
     A method that asks for a statistic of the layers' inputs gets it from `samples` windows of `length` tokens of the
     calibration text, as the blocks before leave them: those of the original or the `prefix` that is already compressed.
     Without such a method nothing is read but the model, and these settings mean nothing.
@@ -39,6 +42,7 @@ class Cluster(FromText):
     gives: ClassVar[Literal["compressed"]] = "compressed"
     distributed: ClassVar[bool] = False
     method: InstanceOf[Method]
+    beside: InstanceOf[Beside]
     allocation: InstanceOf[Allocation]
     batch_size: int = Field(ge=1)
     prefix: Literal["original", "compressed"]
@@ -53,14 +57,19 @@ class Cluster(FromText):
         return self
 
     @property
+    def whole(self) -> Method:
+        """The method, with what stands beside its codes."""
+        return self.beside.around(self.method)
+
+    @property
     def calibrated(self) -> bool:
         """Whether the stage looks at calibration text."""
-        return bool(self.method.sees()) or self.drift > 0 or self.price == "loss"
+        return bool(self.whole.sees()) or self.drift > 0 or self.price == "loss"
 
     @property
     def sees(self) -> frozenset[str]:
         """What is gathered of each layer's inputs."""
-        return self.method.sees() | ({"moment"} if self.drift else set())
+        return self.whole.sees() | ({"moment"} if self.drift else set())
 
     @property
     def over_the_model(self) -> bool:
@@ -75,6 +84,7 @@ class Cluster(FromText):
         """The settings of calibration, if the method looks at no text."""
         idle = set() if self.drift else {"drift", "drift_damping"}
         idle |= {"price"} if self.price == "error" else set()
+        idle |= {"beside"} if self.whole is self.method else set()
         return idle if self.calibrated else {"data", "samples", "length", "batch_size", "prefix"} | idle
 
     def check(self, original: "Original") -> None:

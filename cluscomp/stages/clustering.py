@@ -44,16 +44,18 @@ log = logging.getLogger(__name__)
 def check_method(stage: Cluster, original: Original) -> None:
     """Try the stage's method on every block's shapes. Raises InputError, naming the layer, for what it cannot do."""
     outline = _outline(original)
-    tried = _tried(stage.method, outline)
-    shares = isinstance(stage.method, Offers) and stage.method.bits is not None
+    method = stage.whole
+    tried = _tried(method, outline)
+    shares = isinstance(method, Offers) and method.bits is not None
     if stage.over_the_model and not shares:
         raise InputError(
-            "allocation.scope=model needs a method whose bits can be shared out (cluscomp, gptvq, aqlm) and bits="
+            "allocation.scope=model needs a method whose bits can be shared out (cluscomp, gptvq, aqlm), nothing "
+            "beside it, and bits="
         )
     if stage.price == "loss" and not shares:
         raise InputError(
-            "cluster.price=loss needs a method that shares bits out among layers (cluscomp, cluscomp_paths, gptvq) and "
-            "bits="
+            "cluster.price=loss needs a method that shares bits out among layers (cluscomp, cluscomp_paths, gptvq), "
+            "nothing beside it, and bits="
         )
     _check_grids(block_names(outline.model), tried, quantised_types(original.folder))
 
@@ -93,7 +95,7 @@ def _check_grids(names: list[str], tried: list[Dry | None], origin: list[str]) -
 def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
     """What `run` will hold and do, and `outline` changed as `run` will change the model; see `Cluster.cost`."""
     work = Work(read=outline.all_numbers * outline.file_bytes)
-    tried = [one for one in _tried(stage.method, outline) if one is not None]
+    tried = [one for one in _tried(stage.whole, outline) if one is not None]
     if len(tried) < outline.blocks:
         return None
     observing = streams = moments = 0.0
@@ -182,7 +184,7 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
             share = None if shares is None else shares.blocks[index]
             following = Following(stage.drift, stage.drift_damping, look) if stage.drift else None
             found = compress_block(
-                stage.method, block, name, job.seed, statistics, all_places[index], share, following, prices
+                stage.whole, block, name, job.seed, statistics, all_places[index], share, following, prices
             )
             originals.clear()  # of the next block there will be as many
             error = relative_error(found["squares"])
@@ -215,7 +217,7 @@ def _shared_out(
     stage: Cluster, model: PreTrainedModel, job: Job, places: list[dict[str, Place]], prices: dict[str, float]
 ) -> Shares:
     """Go through the original and ask what the layers of each block may have; what is known survives a kill."""
-    method = stage.method
+    method = stage.whole
     assert isinstance(method, Offers) and method.bits is not None  # check_method
     walk, names = Walk(model, job.original), block_names(model)
     menus, progress = Menus(job.folder, len(names)), Progress("cluster, menus", len(names))

@@ -13,6 +13,7 @@ from cluscomp.plan import dry
 from cluscomp.plan.meta import Place
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if "_global_" not in path.read_text())
+METHODS.append("slim")  # what stands beside codes goes through all stages, too
 STAGES = ["cluster", "block_finetune", "recover", "finetune"]
 SMALL = [
     "model=tiny", "model.config.num_hidden_layers=1", "data=text", "bits=4", "evaluate.after=[]",
@@ -31,7 +32,7 @@ def run(request, ground):
     """A run of all stages with the method, and whether its plan was sure of the stored form."""
     places = [f"data.file={ground / 'text.txt'}", f"cache={ground / 'cache'}", f"outputs={ground / request.param}"]
     outcome = pipeline(*SMALL, *places, f"method={request.param}")
-    method = composed(*SMALL, *places, f"method={request.param}").stages["cluster"].method
+    method = composed(*SMALL, *places, f"method={request.param}").stages["cluster"].whole
     places = {"one": Place(48, 32, 0), "other": Place(32, 32, 0)}  # a method may share bits out among layers
     return outcome, dry.compress(method, places, torch.float32).exact
 

@@ -50,6 +50,7 @@ def stage(
     **changed,
 ) -> Cluster:
     settings = {"prefix": prefix, "drift": drift, "drift_damping": damping, "price": price} | CALIBRATION
+    settings["beside"] = IDLE["beside"]
     return Cluster(method=method(**changed), allocation=Allocation(scope=scope), data=text, **settings)
 
 
