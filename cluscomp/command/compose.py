@@ -29,7 +29,7 @@ from cluscomp.store.secrets import Discreet, hide, printable
 HERE = Path(__file__).parents[1]
 CONF = next(folder for folder in (HERE / "conf", HERE.parent / "conf") if folder.is_dir())
 # used by settings, not by the run itself
-SHARED = ("method", "allocation", "data", "instructions", "tasks", "bits", "data_root", "debug", "trust")
+SHARED = ("method", "beside", "allocation", "data", "instructions", "tasks", "bits", "data_root", "debug", "trust")
 
 
 @contextmanager

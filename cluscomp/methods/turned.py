@@ -6,7 +6,7 @@ transform of the inputs, the outputs or both spread outliers evenly.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cluscomp import solve
 from cluscomp.errors import named
@@ -27,6 +27,12 @@ class Turned:
 
     method: Method
     side: Side
+    bits: float | None
+
+    @classmethod
+    def around(cls, method: Method, side: Side) -> "Turned":
+        """The method on turned weights, in its own limit of bits."""
+        return cls(method, side, getattr(method, "bits", None))
 
     def sees(self) -> frozenset[str]:
         """What the method asks for; of turned inputs that follows from their second moment alone.
@@ -46,13 +52,12 @@ class Turned:
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
         """The form of each turned layer, as a `Rotated` one; see `Method.compress`."""
         turned = solve.turned.Layers(layers, inputs=self.side != "outputs", outputs=self.side != "inputs")
-        for found in _within(self.method, turned.seed_bits, [*layers]).compress(turned):
+        for found in self._within(turned.seed_bits, [*layers]).compress(turned):
             yield Compressed({name: turned.stored(name, inner) for name, inner in found.stored.items()}, found.chosen)
 
-
-def _within(method: Any, bits: float, names: list[str]) -> Any:
-    """The method with this much less a weight. Raises ValueError if that is less than it can."""
-    if getattr(method, "bits", None) is None:
-        return method
-    with named(names):
-        return replace(method, bits=method.bits - bits)
+    def _within(self, seed_bits: float, names: list[str]) -> Method:
+        """The method at what the seed leaves it of the limit. Raises ValueError if that is less than it can."""
+        if self.bits is None:
+            return self.method
+        with named(names):
+            return replace(self.method, bits=self.bits - seed_bits)  # type: ignore[type-var]

@@ -8,6 +8,7 @@ STAGES = ["cluster", "block_finetune", "recover"]
 _CLUSCOMP = ("ClusComp-", "ClusComp", "ClusComp+")
 _NAMES = {name: name.upper() for name in ("rtn", "gptq", "awq", "hqq", "gptvq", "aqlm", "qtip", "vptq")}
 _NAMES |= {"squeezellm": "SqueezeLLM", "ipq": "iPQ", "water_sic": "WaterSIC", "quip_sharp": "QuIP#"}
+_NAMES |= {"nf4": "NF4", "normal_float": "NormalFloat", "onebit": "OneBit", "slim": "SLiM", "slim_quant": "SLiM-Quant"}
 # What papers call a method, by its yaml, after the first of STAGES, the first two and all three; and of which kind
 SPELLED: dict[str, tuple[tuple[str, ...], str]] = {
     "cluscomp": (_CLUSCOMP, ""),
@@ -19,7 +20,11 @@ SPELLED: dict[str, tuple[tuple[str, ...], str]] = {
     "omniquant": (("RTN", "OmniQuant"), ""),
 } | {name: ((spelled,), "") for name, spelled in _NAMES.items()}
 # what a method's yaml chooses of stage cluster: told where it is otherwise
-CHOSEN = {"cluscomp_best": {"cluster": "by_loss", "scope": "model"}}
+USUAL = {"cluster": "default", "scope": "block", "beside": "none"}
+CHOSEN = {
+    "cluscomp_best": USUAL | {"cluster": "by_loss", "scope": "model"},
+    "slim": USUAL | {"beside": "slim"},
+}
 COLUMN = {"bits", "vector_dim", "codebook_size", "width", "group"}  # what a table tells in a column: the limit
 
 
@@ -42,7 +47,7 @@ def method_name(record: Record, after: str) -> str:
     names, kind = SPELLED.get(chosen["yaml"], ((chosen["yaml"],), ""))
     length = max(count for count in range(1, len(names) + 1) if order[:count] == STAGES[:count])
     differs = {key: value for key, value in chosen["differs"].items() if key not in COLUMN}
-    usual = CHOSEN.get(chosen["yaml"], {"cluster": "default", "scope": "block"})
+    usual = CHOSEN.get(chosen["yaml"], USUAL)
     differs |= {key: value for key, value in _of_cluster(record).items() if value != usual.get(key)}
     differs |= {"codes": "moving"} if any(_moves(record, stage) for stage in order[:length]) else {}
     told = ", ".join([*filter(None, [kind]), *_told(differs)])
@@ -51,11 +56,13 @@ def method_name(record: Record, after: str) -> str:
 
 
 def _of_cluster(record: Record) -> dict[str, Any]:
-    """What stage cluster's own settings make of a method: which inputs it saw, and how bits were shared out."""
+    """What stage cluster's settings make of a method: inputs that it saw, what stands beside it, bits shared out."""
     chosen = record.choices["cluster"]
     allocation = record.config["stages"]["cluster"].get("allocation", {})
     scope = allocation.get("formula", allocation.get("scope", "block"))
     told = {key: chosen["differs"][key] for key in ("prefix", "drift", "price", "rotation") if key in chosen["differs"]}
+    beside = record.choices.get("beside", {"yaml": "none", "differs": {}})
+    told |= {"beside": beside["yaml"], **{f"beside.{key}": value for key, value in beside["differs"].items()}}
     return {"cluster": chosen["yaml"], **told, "scope": scope}
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cluscomp.solve import allocate as allocate
     from cluscomp.solve import along_inputs as along_inputs
     from cluscomp.solve import along_outputs as along_outputs
+    from cluscomp.solve import beside as beside
     from cluscomp.solve import groups as groups
     from cluscomp.solve import in_turn as in_turn
     from cluscomp.solve import kmeans as kmeans

@@ -11,8 +11,10 @@ from cluscomp.forms.uniform import (
     grid_for,
     grids_for,
     in_16_bits,
+    middle,
     nearest,
     of_groups,
+    rounded_weight,
     spread,
 )
 from cluscomp.kernels.counting import alike, numbers
@@ -197,3 +199,29 @@ def with_fitted_zeros(
             beta *= kappa
     codes_OI = nearest(weight_OI, scale_OI, spread(best, inputs), width)
     return UniformWeight.from_codes(codes_OI, scales_OG, best, width)
+
+
+def clipped_by_histogram(weight_OI: Float[Tensor, "O I"], width: int, bins: int) -> UniformWeight:
+    """Numbers on one symmetric grid, clipped where a histogram expects the least squared error (SLiM-Quant).
+
+    Weight (O, I) in float32; the histogram spans its weights in `bins` bins. Ten clips up to the largest weight are
+    tried, then twenty between the neighbours of the best (arXiv 2410.09615, section 3.1). Raises ValueError for weights
+    that are not finite or too large for a 16-bit scale.
+    """
+    size, levels = in_16_bits(weight_OI.abs().max()[None]).float(), 2**width - 1
+    step = 2 * size / bins
+    places_N = ((weight_OI + size) / divisor(step)).long().clamp(0, bins - 1).flatten()
+    ones_N = torch.ones_like(places_N, dtype=torch.float64)
+    counts_B = ones_N.new_zeros(bins).index_add(0, places_N, ones_N)
+    centres_B = (torch.arange(bins, device=weight_OI.device) + 0.5) * step - size
+
+    def best(clips_C: Tensor) -> Tensor:
+        scales_C1 = in_16_bits(2 * clips_C / levels).float()[:, None]
+        errors_CB = _error(centres_B, scales_C1, torch.full_like(scales_C1, middle(width)), width)
+        return clips_C.gather(0, (errors_CB.square() * counts_B).sum(1).argmin(0, keepdim=True))
+
+    tenths_C = torch.arange(1, 11, device=weight_OI.device) / 10
+    clip = best(size * tenths_C)
+    clip = best(clip + size * torch.linspace(-0.1, 0.1, 21, device=weight_OI.device).clamp(min=-0.09))
+    scales_O1 = in_16_bits(2 * clip / levels).float().expand(len(weight_OI), 1)
+    return rounded_weight(weight_OI, scales_O1, torch.full_like(scales_O1, middle(width)), width, symmetric=True)

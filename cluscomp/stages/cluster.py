@@ -6,6 +6,7 @@ from pydantic import Field, InstanceOf, model_validator
 
 from cluscomp.data.overlap import Learned
 from cluscomp.methods import Method
+from cluscomp.methods.beside import Beside
 from cluscomp.methods.turned import Turned
 from cluscomp.settings import settings
 from cluscomp.stages.allocation import Allocation
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 @settings
 class Cluster(FromText):
     """Compress block after block. Embeddings, head, norms and biases stay as they are.
+
+    `beside` is what stands beside the method's codes: a mask, an adapter of low rank, or (as usual) nothing.
 
     A method that asks for a statistic of the layers' inputs gets it from `samples` windows of `length` tokens of the
     calibration text, as the blocks before leave them: those of the original or the `prefix` that is already compressed.
@@ -43,6 +46,7 @@ class Cluster(FromText):
     gives: ClassVar[Literal["compressed"]] = "compressed"
     distributed: ClassVar[bool] = False
     method: InstanceOf[Method]
+    beside: InstanceOf[Beside]
     allocation: InstanceOf[Allocation]
     batch_size: int = Field(ge=1)
     prefix: Literal["original", "compressed"]
@@ -55,23 +59,24 @@ class Cluster(FromText):
     def _check_drift(self) -> Self:
         if self.drift and self.prefix == "original":
             raise ValueError(f"drift={self.drift} needs prefix=compressed: behind the original nothing drifts")
-        self.compressing.sees()
+        self.whole.sees()
         return self
 
     @property
-    def compressing(self) -> Method:
-        """The method, on rotated weights if that is asked for."""
-        return self.method if self.rotation == "none" else Turned(self.method, self.rotation)
+    def whole(self) -> Method:
+        """The method, on rotated weights if that is asked for, with what stands beside its codes."""
+        turned = self.method if self.rotation == "none" else Turned.around(self.method, self.rotation)
+        return self.beside.around(turned)
 
     @property
     def calibrated(self) -> bool:
         """Whether the stage looks at calibration text."""
-        return bool(self.compressing.sees()) or self.drift > 0 or self.price == "loss"
+        return bool(self.whole.sees()) or self.drift > 0 or self.price == "loss"
 
     @property
     def sees(self) -> frozenset[str]:
         """What is gathered of each layer's inputs."""
-        return self.compressing.sees() | ({"moment"} if self.drift else set())
+        return self.whole.sees() | ({"moment"} if self.drift else set())
 
     @property
     def over_the_model(self) -> bool:
@@ -87,6 +92,7 @@ class Cluster(FromText):
         idle = set() if self.drift else {"drift", "drift_damping"}
         idle |= {"price"} if self.price == "error" else set()
         idle |= {"rotation"} if self.rotation == "none" else set()
+        idle |= {"beside"} if self.beside.around(self.method) is self.method else set()
         return idle if self.calibrated else {"data", "samples", "length", "batch_size", "prefix"} | idle
 
     def check(self, original: "Original") -> None:

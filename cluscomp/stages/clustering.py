@@ -67,7 +67,7 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
             experts = stacks(block).items() if statistics else ()
             tokens = {stack: [statistics[layer].own for layer in layers] for stack, layers in experts}
             found = compress_block(
-                stage.compressing, block, name, job.seed, statistics, all_places[index], share, following, prices
+                stage.whole, block, name, job.seed, statistics, all_places[index], share, following, prices
             )
             found |= {"experts": tokens} if tokens else {}
             originals.clear()  # of the next block there will be as many
@@ -113,7 +113,7 @@ def _shared_out(
     stage: Cluster, model: PreTrainedModel, job: Job, places: list[dict[str, Place]], prices: dict[str, float]
 ) -> Shares:
     """Go through the original and ask what the layers of each block may have; what is known survives a kill."""
-    method = stage.compressing
+    method = stage.whole
     assert isinstance(method, Offers) and method.bits is not None  # check_method
     walk, names = Walk(model, job.original), block_names(model)
     menus, progress = Menus(job.folder, len(names)), Progress("cluster, menus", len(names))

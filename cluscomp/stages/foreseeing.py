@@ -22,16 +22,17 @@ from cluscomp.stages.cluster import Cluster
 def check_method(stage: Cluster, original: Original) -> None:
     """Try the stage's method on every block's shapes. Raises InputError, naming the layer, for what it cannot do."""
     outline = outline_of(original)
-    tried = _tried(stage.compressing, outline)
-    shares = isinstance(stage.compressing, Offers) and stage.compressing.bits is not None
+    tried = _tried(stage.whole, outline)
+    shares = isinstance(stage.whole, Offers) and stage.whole.bits is not None
     if stage.over_the_model and not shares:
         raise InputError(
-            "allocation.scope=model needs a method whose bits can be shared out (cluscomp, gptvq, aqlm) and bits="
+            "allocation.scope=model needs a method whose bits can be shared out (cluscomp, gptvq, aqlm), "
+            "nothing beside it, and bits="
         )
     if stage.price == "loss" and not shares:
         raise InputError(
-            "cluster.price=loss needs a method that shares bits out among layers (cluscomp, cluscomp_paths, gptvq) and "
-            "bits="
+            "cluster.price=loss needs a method that shares bits out among layers (cluscomp, cluscomp_paths, gptvq), "
+            "nothing beside it, and bits="
         )
     _check_grids(block_names(outline.model), tried, quantised_types(original.folder))
 
@@ -72,7 +73,7 @@ def _check_grids(names: list[str], tried: list[Dry | None], origin: list[str]) -
 def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
     """What `run` will hold and do, and `outline` changed as `run` will change the model; see `Cluster.cost`."""
     work = Work(read=outline.all_numbers * outline.file_bytes)
-    tried = [one for one in _tried(stage.compressing, outline) if one is not None]
+    tried = [one for one in _tried(stage.whole, outline) if one is not None]
     if len(tried) < outline.blocks:
         return None
     observing = streams = moments = 0.0

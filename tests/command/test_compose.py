@@ -53,14 +53,16 @@ def test_a_record_of_schema_1_is_converted_to_what_a_run_writes(given):
         return {key: without_classes(part) for key, part in value.items() if key != "class"}
 
     config = config_of(experiment)
-    del config["stages"]["cluster"]["allocation"]  # which records of schema 1 do not have
+    for later in ("allocation", "beside"):  # which records of schema 1 do not have
+        del config["stages"]["cluster"][later]
     old = {"schema": 1, "run": {}, "config": without_classes(config), "scores": []}
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         found = converted(json.loads(json.dumps(old)))
     assert list(found) == ["schema", "run", "config", "choices", "scores"] and found["schema"] == 2
     assert found["config"] == config
     same = {"method", *experiment.order}
-    found["choices"]["cluster"]["differs"].pop("allocation", None)
+    for later in ("allocation", "beside"):
+        found["choices"]["cluster"]["differs"].pop(later, None)
     assert {name: found["choices"][name] for name in same} == {name: experiment.choices[name] for name in same}
 
 

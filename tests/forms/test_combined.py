@@ -32,18 +32,19 @@ def test_a_product_of_a_column_and_a_row():
 
 def test_a_mask_leaves_zeros_and_takes_a_bit_a_weight():
     kept_OI = torch.tensor([[True, True, False], [False, True, True]])
-    form = Masked.keeping(LowRank(COLUMN, ROW), kept_OI)
-    assert form(torch.float32).tolist() == [[3.0, 0.0, 0.0], [0.0, 0.0, -2.0]]
+    form = Masked.keeping(LowRank(COLUMN, plain([3.0, -1.0])), kept_OI)
+    assert form(torch.float32).tolist() == [[3.0, -1.0, 0.0], [0.0, 6.0, -2.0]]
     assert form.mask.tolist() == [0b110011]
-    assert form.ledger() == {"masks": 6, "padding": 2, "numbers": 80} and form.paper_bits() == 86
+    assert form.ledger() == {"masks": 6, "padding": 2, "numbers": 64} and form.paper_bits() == 70
 
 
-def test_what_is_masked_gets_no_gradient():
-    inner = plain([1.0, 2.0], [3.0, 4.0])
+def test_what_is_kept_gets_the_gradient_of_its_place():
+    inner = plain([1.0], [2.0])
     form = Masked.keeping(inner, torch.tensor([[True, False], [False, True]]))
+    assert form(torch.float32).tolist() == [[1.0, 0.0], [0.0, 2.0]]
     form.to_masters()
-    form(torch.float32).sum().backward()
-    assert inner.numbers.grad.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    (form(torch.float32) * torch.tensor([[5.0, 6.0], [7.0, 8.0]])).sum().backward()
+    assert inner.numbers.grad.tolist() == [[5.0], [8.0]]
 
 
 def test_a_sum_of_codes_and_what_they_leave_out():

@@ -21,9 +21,11 @@ from cluscomp.forms import adapters
 from cluscomp.forms.entropy import EntropyWeight
 from cluscomp.forms.layers import KINDS, build_all, check_file, check_values, put_in, size_of, specs
 from cluscomp.forms.linear import compressed
+from cluscomp.forms.masked import Masked
 from cluscomp.forms.rotated import Rotated
 from cluscomp.forms.stored import build, described, nested, shapes
 from cluscomp.forms.sum import Sum
+from cluscomp.kernels.codes import pack
 from cluscomp.kernels.dependent import round_on_paths
 from cluscomp.kernels.entropy import write
 from cluscomp.models.original import Original, blocks, linears
@@ -91,6 +93,7 @@ ARGUMENTS = {  # what forms ask for: values for a weight (O, I), to be tried in 
     "dependent": lambda o, i: [False, True],
     "left": lambda o, i: [plain(o, 3), uniform(o, 4), signs(o, 5)],
     "right": lambda o, i: [plain(3, i), plain(4, i), signs(5, i, scaled_outputs=False)],
+    "masked.inner": lambda o, i: [codebook(o, -(-i // 2)), uniform(o, -(-i // 2)), low_rank(o, -(-i // 2))],
     "inner": lambda o, i: [codebook(o, i), uniform(o, i), low_rank(o, i)],
     "inputs": lambda o, i: [True, False, True],
     "outputs": lambda o, i: [True, True, False],
@@ -152,6 +155,9 @@ def filled(spec, seed=0):
             limits = torch.iinfo(tensor.dtype)
             tensor.copy_(torch.randint(limits.min, limits.max, tensor.shape, dtype=tensor.dtype, generator=generator))
     for part in form.modules():
+        if isinstance(part, Masked):  # which keeps as many inputs of each output
+            kept_OI = torch.rand(part.out_features, part.in_features, generator=generator).argsort(1)
+            part.mask.copy_(pack((kept_OI < part.inner.in_features).flatten().int(), 1))
         if isinstance(part, EntropyWeight):  # not any bytes are a stream
             of = some_levels if part.dependent else some_numbers
             part.stream.copy_(write(of(part.out_features, part.in_features), dependent=part.dependent))

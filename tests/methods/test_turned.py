@@ -17,7 +17,7 @@ SIDES = {"inputs": (True, False), "outputs": (False, True), "both": (True, True)
 
 
 def compressing(method, side, *more):
-    return composed(f"method={method}", "bits=3", f"cluster.rotation={side}", *more).stages["cluster"].compressing
+    return composed(f"method={method}", "bits=3", f"cluster.rotation={side}", *more).stages["cluster"].whole
 
 
 def made(method, weights, x_TI, seed=7):

@@ -123,6 +123,13 @@ def test_models_of_different_tokenizers_stand_in_one_table():
             chosen("cluscomp_best", floor=0.2) | {"cluster": {"yaml": "by_loss", "differs": {"drift": 0.5}}},
             "ClusComp- (best, floor=0.2, drift=0.5, scope=block) + recover",
         ),
+        (["cluster"], "cluster", chosen("slim") | {"beside": {"yaml": "slim", "differs": {}}}, "SLiM"),
+        (
+            ["cluster"],
+            "cluster",
+            chosen() | {"beside": {"yaml": "none", "differs": {"rank": 16}}},
+            "ClusComp- (beside.rank=16)",
+        ),
         (["cluster", "tune"], "tune", chosen("signs", power=2), "signs (power=2) + tune"),
         (["cluster"], "original", chosen(), "original"),
     ],

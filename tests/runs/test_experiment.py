@@ -78,7 +78,7 @@ FIELDS = [
     )
     if settings is not None
     for field in fields(settings)
-    if part is not None or field.name not in ("method", "allocation")
+    if part is not None or field.name not in ("method", "allocation", "beside")
 ]
 
 

@@ -57,6 +57,7 @@ def stage(
         "price": price,
         "rotation": "none",
     } | CALIBRATION
+    settings["beside"] = IDLE["beside"]
     return Cluster(method=method(**changed), allocation=Allocation(scope=scope), data=text, **settings)
 
 
