@@ -27,8 +27,10 @@ class Decompose(FromText):
     tokens of the calibration text, as the original's blocks see them. Nothing is trained.
 
     Blocks are all cut to one width, as the configs of transformers have one, and pairs are chosen for the whole model,
-    as it has one list of frequencies: so an ordinary dense model results, in the dtype of the original's file. Unlike
-    MoDeGPT: no block importance, and value and output are solved for together also where heads share a key head.
+    as it has one list of frequencies: so an ordinary dense model results, in the dtype of the original's file. Heads
+    differ in which pairs they need, so `heads` below 1 loses far more than MoDeGPT's choice for each key head, which
+    transformers could not load. Unlike there, too: no block importance, and value and output are solved for together
+    also where heads share a key head.
     """
 
     takes: ClassVar[Literal["original"]] = "original"
