@@ -255,15 +255,15 @@ class CodebookWeight(Single):
         served = x_BI.device.type == "cpu" or (runs_triton(x_BI) and self.axis == "out")
         if not served or x_BI.dtype not in FLOATS or len(x_BI) > FEW_TOKENS:
             return None
-        books = zip(self.codebooks if self.scales is None else self.centroids(torch.float32), self.codes)
-        if self.axis == "out":
-            bits = code_bits(size)
-            parts = (multiply(x_BI, codes, bits, book, self.out_features) for book, codes in books)
-            return cast(Tensor, sum(parts)).to(x_BI.dtype)
-        if code_bits(size) != 8 or len(x_BI) > 1:
+        bits = code_bits(size)
+        if self.axis == "in" and (bits != 8 or len(x_BI) > 1):
             return None
-        tables = (multiply_by_tables(x_BI[0], codes, book, self.out_features) for book, codes in books)
-        return cast(Tensor, sum(tables))[None].to(x_BI.dtype)
+        books, outputs = self.codebooks if self.scales is None else self.centroids(torch.float32), self.out_features
+        if self.axis == "out":
+            parts = [multiply(x_BI, codes, bits, book, outputs) for book, codes in zip(books, self.codes)]
+        else:
+            parts = [multiply_by_tables(x_BI[0], codes, book, outputs)[None] for book, codes in zip(books, self.codes)]
+        return reduce(add, parts).to(x_BI.dtype)
 
     def ledger(self) -> dict[str, int]:
         """Stored bits; codebooks that another weight stores do not count."""

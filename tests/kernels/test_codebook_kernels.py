@@ -1,5 +1,7 @@
 """The codebook layer's inner loops against their plain torch versions."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,6 +57,8 @@ def test_multiply_is_the_matrix_product(I, O, K, D, B):
         rtol=1e-4,
         atol=1e-4,
     )
+    as_halves, as_floats = (codebook.multiply(x_BI, packed, bits, table, O) for table in (half_KD, half_KD.float()))
+    assert native is None or torch.equal(as_halves, as_floats)
 
 
 @pytest.mark.parametrize(
@@ -85,16 +89,19 @@ def test_gradient_is_the_sum_over_all_places(I, O, K, D):
 @pytest.mark.skipif(native is None, reason="needs the compiled kernels")
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512vbmi"])
 def test_every_instruction_set_agrees(isa):
-    for I, O, K, D in LAYERS:
+    for (I, O, K, D), B in itertools.product(LAYERS, (1, 2)):
         codes, centroids_KD, bits, packed = layer(I, O, K, D)
-        x_BI, y_BO, grad_KD = torch.randn(2, I), torch.empty(2, O), torch.empty(K, D)
+        half_KD = centroids_KD.half()
+        x_BI, y_BO, grad_KD = torch.randn(B, I), torch.empty(B, O), torch.empty(K, D)
         try:
-            native.multiply(packed, bits, centroids_KD, None, x_BI, y_BO, 1, isa)
+            native.multiply(packed, bits, half_KD.float(), None, x_BI, y_BO, 1, isa)
         except ValueError as error:
             pytest.skip(str(error))
-        assert torch.allclose(
-            y_BO, codebook.multiply_reference(x_BI, packed, bits, centroids_KD, O), rtol=1e-4, atol=1e-4
-        )
+        assert torch.allclose(y_BO, codebook.multiply_reference(x_BI, packed, bits, half_KD, O), rtol=1e-4, atol=1e-4)
+        if isa != "base" and native.takes_halves(D, B):
+            again_BO = torch.empty(B, O)
+            native.multiply(packed, bits, None, half_KD.view(torch.uint16), x_BI, again_BO, 1, isa)
+            assert torch.equal(again_BO, y_BO)
         grad_IO = torch.randn(I, O)
         native.gradient(packed, bits, grad_IO, grad_KD, 1, isa)
         assert torch.allclose(grad_KD, codebook.gradient_reference(grad_IO, packed, bits, K, D), rtol=1e-4, atol=1e-4)

@@ -262,7 +262,7 @@ static void py_multiply(Packed packed, int bits, std::optional<FloatRows> centro
   require(int64_t(y_BO.shape(0)) == B, "sizes differ");
   const Codes codes = layer_codes(packed, bits, K, D, I, O);
   const CodebookTiles& tile = codebook_tiles_of(isa);
-  require(!halves || takes_halves(D, B, O, tile), "halves are not taken for these sizes");
+  require(!halves || takes_halves(D, B, tile), "halves are not taken for these sizes");
   const Workers workers = interruptible(threads);
   const float* table = centroids ? centroids->data() : nullptr;
   const uint16_t* half = halves ? halves->data() : nullptr;
@@ -370,7 +370,7 @@ NB_MODULE(_native, m) {
   m.def("pack", py_pack, nb::arg("codes"), nb::arg("bits"), nb::arg("packed"));
   m.def("unpack", py_unpack, nb::arg("packed"), nb::arg("bits"), nb::arg("codes"));
   m.def("decode", py_decode, nb::arg("packed"), nb::arg("bits"), nb::arg("centroids"), nb::arg("weight"), nb::arg("threads"), nb::arg("isa") = "");
-  m.def("takes_halves", [](int64_t D, int64_t B, int64_t O) { return takes_halves(D, B, O, codebook_tiles()); });
+  m.def("takes_halves", [](int64_t D, int64_t B) { return takes_halves(D, B, codebook_tiles()); });
   m.def("multiply", py_multiply, nb::arg("packed"), nb::arg("bits"), nb::arg("centroids").none(), nb::arg("halves").none(), nb::arg("x"),
         nb::arg("y"), nb::arg("threads"), nb::arg("isa") = "");
   m.def("multiply_by_tables", py_multiply_by_tables, nb::arg("packed"), nb::arg("centroids"), nb::arg("x"), nb::arg("y"),

@@ -19,11 +19,12 @@ void pack(const int32_t* codes, int64_t n, int bits, uint8_t* packed) {
   }
 }
 
-bool takes_halves(int64_t D, int64_t B, int64_t O, const CodebookTiles& tile) { return D == 4 && B == 1 && O % 4 == 0 && tile.add_halves; }
+bool takes_halves(int64_t D, int64_t B, const CodebookTiles& tile) { return D <= 8 && B == 1 && tile.add_halves; }
 
-// The table with the slack that tile.expand needs.
-static std::vector<float> padded(const float* table_KD, int K, int D) {
-  std::vector<float> t(int64_t(K) * D + 16, 0);
+// The table with the slack that tile.expand and tile.add_eights need.
+template <typename T>
+static std::vector<T> padded(const T* table_KD, int K, int D) {
+  std::vector<T> t(int64_t(K) * D + 16, 0);
   std::copy_n(table_KD, int64_t(K) * D, t.begin());
   return t;
 }
@@ -63,7 +64,8 @@ void multiply(const Codes& codes, const float* table_KD, const uint16_t* halves_
   const int64_t G = (O + D - 1) / D, rows = 8;
   const bool fours = D == 4 && B == 1 && O % 4 == 0, eights = D <= 8 && B == 1 && !fours;
   const bool in_place = fours && codes.bits == 16 && reinterpret_cast<uintptr_t>(codes.packed) % 2 == 0;
-  const std::vector<float> table = fours ? std::vector<float>() : padded(table_KD, codes.K, D);
+  const std::vector<float> table = fours || halves_KD ? std::vector<float>() : padded(table_KD, codes.K, D);
+  const std::vector<uint16_t> halves = eights && halves_KD ? padded(halves_KD, codes.K, D) : std::vector<uint16_t>();
   if (in_place && halves_KD) halves_KD = lengthened(halves_KD, codes.K, D);
   else if (in_place) table_KD = lengthened(table_KD, codes.K, D);
   std::fill_n(y_BO, B * O, 0.f);
@@ -80,7 +82,9 @@ void multiply(const Codes& codes, const float* table_KD, const uint16_t* halves_
       const uint16_t* code = some_codes.data();
       if (in_place) code = reinterpret_cast<const uint16_t*>(codes.packed) + i * G + g;
       for (int64_t r = 0; r < now && !in_place; r++) codes.read(tile, (i + r) * G + g, n, &some_codes[r * n]);
-      if (halves_KD) {
+      if (eights && halves_KD) {
+        tile.add_eight_halves(x_BI + i, now, code, stride, n, halves.data(), D, sums.data());
+      } else if (halves_KD) {
         tile.add_halves(x_BI + i, now, code, stride, n, halves_KD, y_BO + first);
       } else if (fours) {
         tile.add_fours(x_BI + i, now, code, stride, n, table_KD, y_BO + first);

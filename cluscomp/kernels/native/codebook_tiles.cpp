@@ -172,24 +172,41 @@ INLINE v8 fma(float a, v8 b, v8 c) {
 #endif
 }
 
-template <int ROWS>
-INLINE void add_some_eights(const float* a, const uint16_t* code, int64_t stride, int64_t n, const float* table, int D, float* y) {
+INLINE v8 eight(const float* entry) {
+  v8 e;
+  memcpy(&e, entry, 32);
+  return e;
+}
+#if defined(__AVX2__)
+INLINE v8 eight(const uint16_t* entry) { return (v8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entry))); }
+#endif
+
+template <int ROWS, typename T>
+INLINE void add_some_eights(const float* a, const uint16_t* code, int64_t stride, int64_t n, const T* table, int D, float* y) {
   for (int64_t g = 0; g < n; g++) {
-    v8 sum, entry;
-    memcpy(&sum, y + 8 * g, 32);
-    for (int r = 0; r < ROWS; r++) {
-      memcpy(&entry, table + int64_t(code[r * stride + g]) * D, 32);
-      sum = fma(a[r], entry, sum);
-    }
+    v8 sum = eight(y + 8 * g);
+    for (int r = 0; r < ROWS; r++) sum = fma(a[r], eight(table + int64_t(code[r * stride + g]) * D), sum);
     memcpy(y + 8 * g, &sum, 32);
   }
 }
-
-void add_eights(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const float* table, int D, float* y) {
+template <typename T>
+INLINE void add_all_eights(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const T* table, int D,
+                           float* y) {
   int64_t r = 0;
   for (; r + 8 <= rows; r += 8) add_some_eights<8>(a + r, code + r * stride, stride, n, table, D, y);
   for (; r < rows; r++) add_some_eights<1>(a + r, code + r * stride, stride, n, table, D, y);
 }
+void add_eights(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const float* table, int D, float* y) {
+  add_all_eights(a, rows, code, stride, n, table, D, y);
+}
+#if defined(__AVX2__)
+void add_eight_halves(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const uint16_t* table, int D,
+                      float* y) {
+  add_all_eights(a, rows, code, stride, n, table, D, y);
+}
+#else
+constexpr auto add_eight_halves = nullptr;
+#endif
 
 void expand(const uint16_t* code, int64_t n, const float* table, int D, float* out) {
   switch (D) {
@@ -330,7 +347,7 @@ void look_up(const uint8_t* code, int64_t stride, int64_t n, int64_t G, const ui
 #endif
 
 extern const CodebookTiles codebook_table;
-const CodebookTiles codebook_table = {NAME(CLUSCOMP_ISA), read, expand, add_rows, add_fours, add_halves, add_eights, scatter,
+const CodebookTiles codebook_table = {NAME(CLUSCOMP_ISA), read, expand, add_rows, add_fours, add_halves, add_eights, add_eight_halves, scatter,
                                       tabulate, look_up};
 
 }  // namespace CLUSCOMP_ISA

@@ -18,9 +18,12 @@ struct CodebookTiles {
   void (*add_halves)(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const uint16_t* table,
                      float* y);
   // y[8 g + d] += a[0] * table[D * code[g] + d] + a[1] * table[D * code[stride + g] + d] + ... of D up to 8; all eight of
-  // each are written, and eight floats read from every entry: the table needs that slack.
+  // each are written, and eight numbers read from every entry: the table needs that slack. And the same from a table of
+  // float16 bits (null where there is no add_halves).
   void (*add_eights)(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const float* table, int D,
                      float* y);
+  void (*add_eight_halves)(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const uint16_t* table,
+                           int D, float* y);
   // sum[code[g] * D + d] += x[g * D + d] for n codes.
   void (*scatter)(const uint16_t* code, int64_t n, const float* x, int D, float* sum);
   // The products of each of G rows of x_GD with 256 centroids (by_axis: D rows of 256), as `look_up` wants them: 1024
