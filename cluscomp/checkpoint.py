@@ -27,7 +27,7 @@ from cluscomp.errors import InputError
 from cluscomp.forms import adapters
 from cluscomp.forms.layers import build_all, check_values, empty_layers, place, put_in, specs
 from cluscomp.forms.linear import BASE, MARK, compressed, storage_dtype, unique_tensors
-from cluscomp.forms.stored import Stored
+from cluscomp.forms.stored import Stored, as_stored
 from cluscomp.store.files import file_hash, new_folder
 from cluscomp.store.records import content_key
 from cluscomp.store.tensors import read_tensors, write_tensors
@@ -97,11 +97,18 @@ class CompressedQuantizer(HfQuantizer):
         if self.quantization_config.adapter is not None and self.folder is not None:
             adapters.read(model, self.folder / self.quantization_config.adapter)
         check_values(model)
+        for layer in compressed(model).values():
+            layer.stored.requires_grad_(False)  # 16-bit numbers would not survive an optimizer: see `unfreeze`
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """What `save_pretrained` writes, in storage dtypes."""
-        return stored_state(model), {}
+        """What `save_pretrained` writes, as it is stored. Raises ValueError if a trained number does not fit."""
+        state = stored_state(model)
+        for full, layer in compressed(model).items():
+            name = full.removesuffix(BASE)
+            rounded = {f"{name}.stored.{key}": tensor for key, tensor in as_stored(layer.stored).items()}
+            state |= {key: rounded[key] for key in rounded.keys() & state.keys()}  # shared ones are another layer's
+        return state, {}
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the same format again."""
@@ -112,10 +119,7 @@ class CompressedQuantizer(HfQuantizer):
         """Gradients reach the codebooks."""
         return True
 
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Trainer may train the codebooks without adapters."""
-        return True
+    is_qat_trainable = False  # without adapters, to Trainer; `unfreeze` sets it
 
 
 def _check_tensors(files: list[str], expected: dict[str, torch.Tensor]) -> None:
@@ -134,6 +138,19 @@ def _check_tensors(files: list[str], expected: dict[str, torch.Tensor]) -> None:
             raise InputError(
                 f"{files[0]}: {name} is {found[name]}, but {said} by config.json; the checkpoint is damaged"
             )
+
+
+def unfreeze(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Let what a loaded model's stored weights train learn, as float32 masters, and nothing else; returns them.
+
+    For any optimizer or transformers' Trainer. Codebooks (or scales) load frozen, in 16 bits or 8, where a step would
+    be lost or not finite. `save_pretrained` rounds the masters to what is stored, and loads as before.
+    """
+    model.requires_grad_(False)
+    for layer in compressed(model).values():
+        layer.stored.to_masters()
+    model.hf_quantizer.is_qat_trainable = True  # type: ignore[union-attr]
+    return list({id(part): part for part in model.parameters() if part.requires_grad}.values())
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -182,12 +199,17 @@ def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def load(folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
+def load(folder: Path | str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PreTrainedModel:
     """Load a compressed model and check it: file hashes, every tensor present and used, codes within their codebooks.
 
-    `dtype` null takes the one it was measured in. Raises InputError if anything is wrong.
+    `dtype` null takes the one it was measured in. A folder that `save_pretrained` wrote has no hashes, which is told.
+    Raises InputError if anything is wrong.
     """
-    verify(folder)
+    folder = Path(folder)
+    if not (folder / MANIFEST).exists() and _is_ours(folder):
+        log.warning("%s: no %s, as save_pretrained leaves it; its files are not compared with hashes", folder, MANIFEST)
+    else:
+        verify(folder)
     kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -203,6 +225,15 @@ def load(folder: Path, dtype: torch.dtype | None = None, device: torch.device | 
     if not isinstance(getattr(model.config, "quantization_config", None), CompressedConfig):
         raise InputError(f"{folder}: this is no model of cluscomp")
     return model if device is None else model.to(device)  # type: ignore[no-any-return]
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    said = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(said, dict) and said.get("quant_method") == NAME
 
 
 @dataclass(frozen=True)

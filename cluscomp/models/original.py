@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from accelerate import init_empty_weights
@@ -33,7 +33,6 @@ from cluscomp.process import give_memory_back
 from cluscomp.store.files import file_hash
 
 log = logging.getLogger(__name__)
-LINEAR = (CompressedLinear, nn.Linear)
 GENERATION = "generation_config.json"
 DTYPES = {  # by their names in safetensors
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -249,12 +248,17 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
     """The dense linear layers inside a block, by their name in the block."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    return {name: module for name, module in block.named_modules() if is_dense(module)}
+
+
+def is_dense(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is a linear layer that is not compressed."""
+    return isinstance(module, nn.Linear) and not isinstance(module, CompressedLinear)
 
 
 def norms(model: nn.Module) -> dict[str, Parameter]:
     """The parameters of norms, by name: vectors that belong to no linear layer."""
-    linear = {id(vector) for part in model.modules() if isinstance(part, LINEAR) for vector in part.parameters()}
+    linear = {id(vector) for part in model.modules() if isinstance(part, nn.Linear) for vector in part.parameters()}
     return {name: vector for name, vector in model.named_parameters() if vector.ndim == 1 and id(vector) not in linear}
 
 
