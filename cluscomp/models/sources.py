@@ -38,6 +38,15 @@ class HubModel:
     revision: str | None
     config: dict[str, Any] | None
 
+    def __post_init__(self) -> None:
+        """Raises InputError for a path where nothing is, unless a plan knows the `config`: before torch is loaded."""
+        if self.config is None and self._is_path and not Path(self.id).expanduser().is_dir():
+            raise InputError(f"model.id={self.id}: there is no such folder")
+
+    @property
+    def _is_path(self) -> bool:
+        return self.id.startswith((".", "/", "~")) or self.id.count("/") > 1
+
     def read_config(self, cache: Path) -> "PreTrainedConfig":
         """The model's config, from its folder, the hub's local cache or the yaml's `config`; downloads nothing.
 
@@ -71,7 +80,7 @@ class HubModel:
         local = Path(self.id).expanduser()
         if local.is_dir():
             found = local
-        elif self.id.startswith((".", "/", "~")) or self.id.count("/") > 1:
+        elif self._is_path:
             raise InputError(f"model.id={self.id}: there is no such folder")
         else:
             found = self._download()

@@ -73,9 +73,19 @@ def rendered(
     )
 
 
-def for_terminal(table: pd.DataFrame) -> str:
-    """A table as it is printed, in Markdown's form, whatever names are in it."""
-    return str(_on_one_line(table).astype(str).to_markdown(index=False, disable_numparse=True))
+def for_terminal(table: pd.DataFrame, width: int | None = None) -> str:
+    """A table as it is printed, in Markdown's form, whatever names are in it.
+
+    One that is wider than `width` letters has its columns narrowed: heads and cells go on in further lines.
+    """
+    cells = _on_one_line(table).astype(str)
+    text = str(cells.to_markdown(index=False, disable_numparse=True))
+    for column in (40, 30, 24, 18, 14, 11, 9):
+        if width is None or len(text.partition("\n")[0]) <= width:
+            break
+        at_most: dict[str, Any] = {"maxcolwidths": column, "maxheadercolwidths": column, "tablefmt": "simple"}
+        text = str(cells.to_markdown(index=False, disable_numparse=True, **at_most))
+    return text
 
 
 def as_text(value: str) -> str:

@@ -26,7 +26,7 @@ from cluscomp.plan import dry
 from cluscomp.plan.cost import Cost, worst
 from cluscomp.plan.dry import Dry
 from cluscomp.plan.meta import MetaModel, Place
-from cluscomp.process import Progress, give_memory_back
+from cluscomp.process import Progress, give_memory_back, told
 from cluscomp.solve.allocate import Option
 from cluscomp.solve.distribution import of_codes, of_entries
 from cluscomp.solve.drift import corrected
@@ -263,7 +263,7 @@ def compress_block(
     layers = _layers(block, name, seed, statistics, places, following, prices)
     squares, distributed, chosen = {}, {}, {}
     try:
-        for compressed in _compressed(method, layers, share):
+        for compressed in told(_compressed(method, layers, share), len(layers), name, "layer"):
             read = {layers[layer].input for layer in compressed.stored}
             for layer, stored in compressed.stored.items():
                 put_in(block, layer, stored)
