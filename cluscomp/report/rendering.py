@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
+from tabulate import tabulate
 
 from cluscomp.store.secrets import printable
 
@@ -80,11 +81,11 @@ def for_terminal(table: pd.DataFrame, width: int | None = None) -> str:
     """
     cells = _on_one_line(table).astype(str)
     text = str(cells.to_markdown(index=False, disable_numparse=True))
-    for column in (40, 30, 24, 18, 14, 11, 9):
-        if width is None or len(text.partition("\n")[0]) <= width:
+    for column in (40, 30, 24, 18, 14, 11, 9, 7, 5):
+        if width is None or max(map(len, text.splitlines())) <= width:
             break
-        at_most: dict[str, Any] = {"maxcolwidths": column, "maxheadercolwidths": column, "tablefmt": "simple"}
-        text = str(cells.to_markdown(index=False, disable_numparse=True, **at_most))
+        rows = [list(cells.columns), ["---"] * cells.shape[1], *cells.to_numpy().tolist()]  # a head would have margins
+        text = tabulate(rows, tablefmt="plain", maxcolwidths=column, break_long_words=False, disable_numparse=True)
     return text
 
 

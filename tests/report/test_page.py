@@ -558,10 +558,11 @@ def test_a_recipe_of_random_starts_stands_with_three_seeds_or_not_at_all():
 def test_a_table_for_a_narrow_terminal_folds_its_columns():
     row = {
         "after": "block_finetune", "bits per weight, linears": "2.998", "bits per weight, model": "5.738",
-        "weights, MB": "96.6", "data": "pydoc (in-domain, 0.1% seen)", "perplexity": "18.22", "of the original's": "1.15x",
+        "weights, MB": "96.6", "data": "pydoc (in-domain, 0.1% seen)", "perplexity": "18.22",
+        "of the original's": "1.15x",
     }  # fmt: skip
     table = pd.DataFrame([row, row])
     whole, narrow = for_terminal(table), for_terminal(table, 80)
     assert max(map(len, whole.splitlines())) > 120 and for_terminal(table, 200) == whole
     assert max(map(len, narrow.splitlines())) <= 80
-    assert all(word in narrow.split() for text in [*row, *row.values()] for word in text.split())
+    assert all(word in narrow for text in [*row, *row.values()] for word in re.findall(r"[\w.%']+", text))
