@@ -15,6 +15,7 @@ from cluscomp.store.secrets import printable
 Format = Literal["md", "latex", "html", "csv"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 SUFFIX = {"md": "md", "latex": "tex", "html": "html", "csv": "csv"}
+FITTED = "\\resizebox{\\ifdim\\width>\\textwidth\\textwidth\\else\\width\\fi}{!}{%\n"  # no wider than the page's text
 MISSING = "–"
 DIGITS = {
     r"bits$|bits in": 3,
@@ -69,9 +70,9 @@ def rendered(
         )
     columns = "".join(side[0] for side in numeric)
     style = style.format(escape="latex").format_index(escape="latex", axis=1)
-    return "% \\usepackage{booktabs}\n" + style.to_latex(
-        hrules=True, convert_css=True, column_format=columns, position_float="centering"
-    )
+    text = style.to_latex(hrules=True, convert_css=True, column_format=columns, position_float="centering")
+    text = text.replace("\\begin{tabular}", FITTED + "\\begin{tabular}").replace("\\end{tabular}", "\\end{tabular}}")
+    return "% \\usepackage{booktabs,graphicx}\n" + text
 
 
 def for_terminal(table: pd.DataFrame, width: int | None = None) -> str:

@@ -133,7 +133,8 @@ def names_of(cells: dict[Path, Cell]) -> dict[Path, str]:
 def collect(cells: dict[Path, Cell], into: Path) -> list[Path]:
     """Copy the records of all cells into a folder, as KEY.json.
 
-    Raises InputError, and copies nothing, unless every cell is finished and was run from a clean commit.
+    Raises InputError, and copies nothing, unless every cell is finished and was run from a clean commit, or by an
+    installed package, which is of no commit: its record names the version.
     """
     undone = [cell for cell in cells.values() if cell.state != "finished"]
     if undone:
@@ -141,7 +142,7 @@ def collect(cells: dict[Path, Cell], into: Path) -> list[Path]:
         raise InputError(f"{len(undone)} of {len(cells)} cells are not finished ({first}): run the sweep again")
     found = [read((folder / cell.record).resolve()) for folder, cell in cells.items()]
     for record in found:
-        if record.run["dirty"] or record.run["commit"] is None:
+        if record.run["dirty"]:
             raise InputError(
                 f"{record.run['name']} was run from a tree with changes that are in no commit "
                 f"({record.run['commit']}): commit, and run it again with new outputs"
