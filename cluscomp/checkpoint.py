@@ -12,7 +12,6 @@ import json
 import logging
 import shutil
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from cluscomp.errors import InputError
 from cluscomp.forms import adapters
 from cluscomp.forms.apart import take_apart
-from cluscomp.forms.layers import build_all, check_values, empty_layers, place, put_in, specs, take_out
+from cluscomp.forms.layers import check_values, empty_layers, specs, take_out
 from cluscomp.forms.linear import BASE, MARK, compressed, storage_dtype, unique_tensors
-from cluscomp.forms.stored import Stored
+from cluscomp.forms.stored import as_stored
 from cluscomp.store.files import file_hash, new_folder
 from cluscomp.store.records import content_key
-from cluscomp.store.tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 NAME = "cluscomp"  # the quantizer's, in config.json
@@ -100,11 +98,18 @@ class CompressedQuantizer(HfQuantizer):
         if self.quantization_config.adapter is not None and self.folder is not None:
             adapters.read(model, self.folder / self.quantization_config.adapter)
         check_values(model)
+        for layer in compressed(model).values():
+            layer.stored.requires_grad_(False)  # 16-bit numbers would not survive an optimizer: see `unfreeze`
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """What `save_pretrained` writes, in storage dtypes."""
-        return stored_state(model), {}
+        """What `save_pretrained` writes, as it is stored. Raises ValueError if a trained number does not fit."""
+        state = stored_state(model)
+        for full, layer in compressed(model).items():
+            name = full.removesuffix(BASE)
+            rounded = {f"{name}.stored.{key}": tensor for key, tensor in as_stored(layer.stored).items()}
+            state |= {key: rounded[key] for key in rounded.keys() & state.keys()}  # shared ones are another layer's
+        return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """What `model.dequantize(dtype)` does: ordinary linear layers in the place of the compressed ones, in place."""
@@ -128,10 +133,7 @@ class CompressedQuantizer(HfQuantizer):
         """Gradients reach the codebooks."""
         return True
 
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Trainer may train the codebooks without adapters."""
-        return True
+    is_qat_trainable = False  # without adapters, to Trainer; `unfreeze` sets it
 
 
 def _check_tensors(files: list[str], expected: dict[str, torch.Tensor]) -> None:
@@ -150,6 +152,19 @@ def _check_tensors(files: list[str], expected: dict[str, torch.Tensor]) -> None:
             raise InputError(
                 f"{files[0]}: {name} is {found[name]}, but {said} by config.json; the checkpoint is damaged"
             )
+
+
+def unfreeze(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Let what a loaded model's stored weights train learn, as float32 masters, and nothing else; returns them.
+
+    For any optimizer or transformers' Trainer. Codebooks (or scales) load frozen, in 16 bits or 8, where a step would
+    be lost or not finite. `save_pretrained` rounds the masters to what is stored, and loads as before.
+    """
+    model.requires_grad_(False)
+    for layer in compressed(model).values():
+        layer.stored.to_masters()
+    model.hf_quantizer.is_qat_trainable = True  # type: ignore[union-attr]
+    return list({id(part): part for part in model.parameters() if part.requires_grad}.values())
 
 
 def save(
@@ -225,10 +240,14 @@ def load(
 ) -> PreTrainedModel:
     """Load a compressed model and check it: file hashes, every tensor present and used, codes within their codebooks.
 
-    `dtype` None takes the one that config.json names. Raises InputError if anything is wrong.
+    `dtype` None: the one that config.json names. A folder that `save_pretrained` wrote has no hashes, which is told.
+    Raises InputError if anything is wrong.
     """
     folder = Path(folder).expanduser()
-    verify(folder)
+    if not (folder / MANIFEST).exists() and _is_ours(folder):
+        log.warning("%s: no %s, as save_pretrained leaves it; its files are not compared with hashes", folder, MANIFEST)
+    else:
+        verify(folder)
     kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -246,43 +265,13 @@ def load(
     return model if device is None else model.to(device)  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True)
-class Part:
-    """What `save_part` wrote of a block: its compressed layers, its other tensors, and plain numbers."""
-
-    layers: dict[str, Stored]
-    others: dict[str, torch.Tensor]
-    numbers: dict[str, Any]
-
-
-def save_part(path: Path, block: nn.Module, numbers: dict[str, Any]) -> None:
-    """Write one block, and plain numbers beside it: what survives a killed stage."""
-    write_tensors(path, stored_state(block), {"specs": specs(block), "numbers": numbers})
-
-
-def read_part(path: Path) -> Part | None:
-    """The block and the numbers of `save_part`, or None if there is no whole file."""
-    found = read_tensors(path)
-    if found is None:
-        return None
-    tensors, notes = found
-    layers, shared = build_all(notes["specs"])
-    for name, stored in layers.items():
-        keys = {key: f"{name}.stored.{key}" for key in stored.state_dict()}
-        stored.load_state_dict({key: tensors[shared.get(full, full)] for key, full in keys.items()})
-    inside = tuple(f"{name}." for name in layers)
-    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(inside)}
-    return Part(layers, others, notes["numbers"])
-
-
-def put_part(block: nn.Module, part: Part) -> None:
-    """Make a block what it was when `save_part` wrote it; biases of its linear layers are those it has."""
-    tensors = dict(block.named_parameters()) | dict(block.named_buffers())
-    device = next(iter(tensors.values())).device
-    for name, stored in part.layers.items():
-        put_in(block, name, stored.to(device))
-    for name, tensor in part.others.items():
-        place(block, name, tensor.to(device, tensors[name].dtype))
+def _is_ours(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    said = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(said, dict) and said.get("quant_method") == NAME
 
 
 def verify(folder: Path) -> dict[str, str]:

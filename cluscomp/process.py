@@ -10,11 +10,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 log = logging.getLogger("cluscomp")
+Thing = TypeVar("Thing")
+SILENCE = 60.0  # seconds after which a log gets a sign of life
 BURST = 3.0  # seconds within which Ctrl-C pressed again is the same Ctrl-C
 
 
@@ -131,11 +135,33 @@ class Progress:
         seconds, peak = now - self.last, peak_memory()
         numbers |= {"seconds": seconds, "peak_ram": peak}
         log.info(
-            "%s  block %*d/%d  %s  %5.1f s  %.2f GiB  %d:%02d left",
+            "%s  block %*d/%d  %s  %5.1f s  %.2f GiB  %s",
             self.stage, len(str(self.total)), self.done, self.total, text, seconds, peak / 2**30,
-            *divmod(round(left), 60), extra=for_tracker(f"{self.stage} blocks", numbers, self.done),
+            time_left(left), extra=for_tracker(f"{self.stage} blocks", numbers, self.done),
         )  # fmt: skip
         self.last = now
+
+
+def told(things: Iterable[Thing], total: int, label: str, unit: str) -> Iterator[Thing]:
+    """The things one by one, with a bar on a terminal that is gone at the end; elsewhere a line for each SILENCE.
+
+    Both say how many are done and how long the others will take.
+    """
+    if sys.stderr.isatty():
+        yield from tqdm(things, label, total, leave=False, unit=unit)
+        return
+    start = last = time.monotonic()
+    for number, thing in enumerate(things):
+        if (now := time.monotonic()) - last >= SILENCE:
+            left = (now - start) / number * (total - number) if number else math.nan
+            log.info("%s  %s %d/%d  %s", label, unit, number, total, time_left(left))
+            last = now
+        yield thing
+
+
+def time_left(seconds: float) -> str:
+    """Seconds as `minutes:seconds left`; nothing for a time that is not known."""
+    return "" if math.isnan(seconds) else "{}:{:02d} left".format(*divmod(round(seconds), 60))
 
 
 def peak_memory() -> int:

@@ -21,6 +21,7 @@ from cluscomp.forms.linear import CompressedLinear, compressed
 from cluscomp.methods.cluscomp import ClusComp
 from cluscomp.models.original import Original, block_names, blocks
 from cluscomp.stages.clustering import compress_block
+from cluscomp.stages.parts import put_part, read_part, save_part
 from cluscomp.store.files import file_hash
 
 
@@ -212,7 +213,7 @@ def test_an_altered_byte_is_refused(copy):
         checkpoint.load(copy)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", checkpoint.MANIFEST])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_missing_file_is_refused(copy, name):
     (copy / name).unlink()
     with pytest.raises(InputError, match=name.replace(".", r"\.")):
@@ -364,19 +365,19 @@ def test_a_place_that_cannot_be_written_is_an_os_error(tiny_saved, tmp_path):
 
 def test_a_part_gives_its_layers_back_and_a_damaged_one_nothing(tiny_saved, tiny_folder, ids, tmp_path):
     model, path = tiny_saved[0], tmp_path / "block.safetensors"
-    assert checkpoint.read_part(path) is None
-    checkpoint.save_part(path, blocks(model)[1], {"loss": 0.5})
-    part = checkpoint.read_part(path)
+    assert read_part(path) is None
+    save_part(path, blocks(model)[1], {"loss": 0.5})
+    part = read_part(path)
     assert part.numbers == {"loss": 0.5}
     block = blocks(Original(tiny_folder, torch.float32, torch.device("cpu")).load_all())[1]
-    checkpoint.put_part(block, part)
+    put_part(block, part)
     for name, layer in compressed(blocks(model)[1]).items():
         assert isinstance(block.get_submodule(name), CompressedLinear)
         assert torch.equal(block.get_submodule(name).stored(torch.float32), layer.stored(torch.float32))
     raw = path.read_bytes()
     for damage in (b"", raw[:7], raw[:-5]):
         path.write_bytes(damage)
-        assert checkpoint.read_part(path) is None
+        assert read_part(path) is None
 
 
 def test_gradients_reach_the_codebooks_of_a_loaded_model(tiny_saved, ids):
@@ -433,10 +434,10 @@ def test_gradients_of_a_loaded_model_meet_in_the_shared_codebook(shared, ids):
 def test_a_part_with_a_shared_codebook_holds_it_once(tiny_folder, tmp_path):
     model, _ = compress(tiny_folder, share="block")
     path = tmp_path / "block.safetensors"
-    checkpoint.save_part(path, blocks(model)[1], {})
+    save_part(path, blocks(model)[1], {})
     assert sum(name.endswith(".codebooks") for name in load_file(path)) == 1
     block = blocks(Original(tiny_folder, torch.float32, torch.device("cpu")).load_all())[1]
-    checkpoint.put_part(block, checkpoint.read_part(path))
+    put_part(block, read_part(path))
     assert len({id(layer.stored.codebooks) for layer in compressed(block).values()}) == 1
     for name, layer in compressed(blocks(model)[1]).items():
         assert torch.equal(block.get_submodule(name).stored(torch.float32), layer.stored(torch.float32))
@@ -465,7 +466,7 @@ def test_a_checkpoint_is_as_readable_as_the_users_umask_says(tiny_saved, tmp_pat
     try:
         tokenizer = AutoTokenizer.from_pretrained(tiny_saved[1])
         checkpoint.save(tiny_saved[0], tokenizer, tmp_path / "made" / "checkpoint")
-        checkpoint.save_part(tmp_path / "part.safetensors", blocks(tiny_saved[0])[0], {})
+        save_part(tmp_path / "part.safetensors", blocks(tiny_saved[0])[0], {})
     finally:
         os.umask(before)
     places = [*(tmp_path / "made").rglob("*"), tmp_path / "made", tmp_path / "part.safetensors"]

@@ -1,7 +1,11 @@
 """A process that is interrupted while it starts or cleans up, and one whose modules cannot be read."""
 
+import logging
 import subprocess
 import sys
+import time
+
+from cluscomp import process
 
 STARTING = """
 import os, signal
@@ -58,3 +62,15 @@ def test_a_missing_module_is_named_with_the_folders_that_cannot_be_read(tmp_path
     code, out, told = left(MISSING, str(tmp_path / "site-packages"))
     assert code == 1 and out == "" and told.count("\n") == 1
     assert "no_such_module" in told and "may not read" in told and str(tmp_path / "site-packages") in told
+
+
+def test_a_log_gets_a_sign_of_life_with_the_time_left(monkeypatch, caplog):
+    """Each thing takes 50 seconds here; a line comes when a minute has passed."""
+    clock = iter(range(0, 1000, 50))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with caplog.at_level(logging.INFO):
+        assert list(process.told("abcde", 5, "steps", "step")) == list("abcde")
+    assert [record.getMessage() for record in caplog.records] == [
+        "steps  step 1/5  6:40 left", "steps  step 3/5  2:13 left"
+    ]  # fmt: skip
+    assert process.time_left(float("nan")) == "" and process.time_left(61.2) == "1:01 left"

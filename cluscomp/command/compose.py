@@ -26,6 +26,7 @@ from cluscomp.process import rank, unreadable
 from cluscomp.runs.experiment import Experiment, put
 from cluscomp.store.secrets import Discreet, hide, printable
 
+EXTRAS = {"optuna": "search", "submitit_local": "cluster", "submitit_slurm": "cluster"}  # by Hydra's own choices
 HERE = Path(__file__).parents[1]
 CONF = next(folder for folder in (HERE / "conf", HERE.parent / "conf") if folder.is_dir())
 # used by settings, not by the run itself
@@ -42,6 +43,10 @@ def told_in_a_sentence() -> Iterator[None]:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read our output has had enough (`| head`); nothing more is to be said there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (Exception, KeyboardInterrupt) as error:
         if "debug=true" in map(str.lower, sys.argv):
             raise
@@ -262,13 +267,18 @@ def _composition_problem(error: BaseException, given: Sequence[str]) -> str:
         hint = f"did you mean {'.'.join([*parents, near[0]])}? " if near else ""
         return f"{override[1]}: there is no such setting; {hint}allowed here: {', '.join(keys) or 'nothing'}"
     option = re.search(
-        r"Could not find '([\w/]+)/(\w+)'\s+Available options in '[\w/]+':\s+(.*?)\s+Config search", text, re.S
+        r"Could not find '([^']+)'\s+Available options in '([\w/]+)':\s+(.*?)\s+Config search", text, re.S
     )
     if option:
-        names = option[3].split()
-        near = difflib.get_close_matches(option[2], names, 1)
+        group, names = option[2], option[3].split()
+        given_name = option[1].removeprefix(f"{group}/")
+        near = difflib.get_close_matches(given_name, names, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        return f"{option[1]}={option[2]}: there is no such choice; {hint}allowed here: {', '.join(names)}"
+        if group == "model" and "/" in given_name:
+            hint = f"a model of the hub or a folder is given as model=hub model.id={given_name}; "
+        elif given_name in EXTRAS:
+            hint = f"it comes with pip install 'cluscomp[{EXTRAS[given_name]}]'; "
+        return f"{group}={given_name}: there is no such choice; {hint}allowed here: {', '.join(names)}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines).replace("\t", " ")
 

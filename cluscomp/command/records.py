@@ -1,4 +1,4 @@
-"""The commands on sweeps and records that are there: status, collect, table, plot, verify."""
+"""The commands on what is there: status, collect, table, plot, verify, list; and lm-eval's own, with our models."""
 
 import re
 import sys
@@ -9,8 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cluscomp.command import trust
-from cluscomp.command.compose import composed, quiet_libraries
+from cluscomp.command.compose import CONF, composed, quiet_libraries
 from cluscomp.command.sweep import show_cells, show_table
+from cluscomp.command.usage import choices
 from cluscomp.errors import InputError
 from cluscomp.runs.cells import collect, read_cells
 from cluscomp.runs.experiment import PLACES, config_of
@@ -105,13 +106,31 @@ def _records(results: Path, name: str) -> list[Record]:
     return read_folder(results / name)
 
 
+def choices_told(arguments: list[str]) -> None:
+    """Print the groups of settings and their choices, or the choices of one group."""
+    print(choices(CONF, *arguments[:1]))
+
+
+def lm_eval(arguments: list[str]) -> None:  # noqa: ARG001 (it reads sys.argv)
+    """Hand on to lm-eval's own command, which then knows our checkpoints. Raises InputError if it is not installed."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        from cluscomp.score import harness  # noqa: F401 (which registers them)
+    except ImportError as error:
+        raise InputError("cluscomp lm_eval needs the package: pip install 'cluscomp[tasks]'") from error
+    cli_evaluate()
+
+
 def parsed(command: str, arguments: list[str], options: dict[str, str]) -> tuple[str, dict[str, str]]:
     """A name and what is given after it as key=value, or as it is by default. Raises InputError for anything else."""
     name, *rest = arguments or [""]
     given = dict(item.partition("=")[::2] for item in rest)
     if not re.fullmatch(NAME, name) or not given.keys() <= options.keys():
         usage = " ".join(f"[{key}={value}]" for key, value in options.items())
-        raise InputError(f"cluscomp {command} NAME {usage}: NAME is the `name` of an experiment")
+        raise InputError(
+            f"cluscomp {command} NAME {usage}: NAME is the `name` of an experiment (cluscomp {command} --help)"
+        )
     return name, options | given
 
 

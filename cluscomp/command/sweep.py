@@ -1,7 +1,12 @@
 """Runs and sweeps from the command line: one cell or many, plans, and what came out."""
 
+import logging
+import math
 import re
+import shutil
 import sys
+import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +17,8 @@ from omegaconf import OmegaConf
 from cluscomp.command.compose import compose_for, explain
 from cluscomp.errors import InputError
 from cluscomp.plan.machine import write_calibration
-from cluscomp.process import rank
-from cluscomp.runs.cells import Cell, announce, at_work, folder_of, read_cell, status_table
+from cluscomp.process import rank, time_left
+from cluscomp.runs.cells import Cell, announce, at_work, folder_of, names_of, read_cell, status_table
 from cluscomp.runs.experiment import ASIDE, Experiment, settings_of
 from cluscomp.store.files import is_held, writable
 from cluscomp.store.records import objective
@@ -23,6 +28,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from cluscomp.runs.run import Outcome
+
+
+log = logging.getLogger("cluscomp")
 
 
 def run_one(experiment: Experiment) -> float | None:
@@ -84,7 +92,8 @@ def sweep(arguments: list[str]) -> None:
         compose_for(list_it)
         sys.argv[1:] = arguments
     try:
-        compose_for(_run_one_of_many if searching else partial(_run_or_put_aside, aside=aside))
+        started = Started(names_of({folder: read_cell(folder) for folder in folders}), time.monotonic())
+        compose_for(_run_one_of_many if searching else partial(_run_or_put_aside, aside=aside, started=started))
         if aside:
             compose_for(partial(_run_what_was_put_aside, aside=aside))
     except Exception as error:  # of a launcher, say of a job that its scheduler ended
@@ -95,7 +104,21 @@ def sweep(arguments: list[str]) -> None:
         show_cells({folder: read_cell(folder) for folder in folders})
 
 
-def _run_or_put_aside(experiment: Experiment, aside: set[Path]) -> float | None:
+@dataclass(frozen=True)
+class Started:
+    """The names of a sweep's cells by their folder, in the order in which they run, and when the first began."""
+
+    cells: dict[Path, str]
+    at: float
+
+    def tell(self, folder: Path) -> None:
+        """Say which cell begins, and how long this one and the others will take if they are like those before."""
+        done = list(self.cells).index(folder)
+        left = (time.monotonic() - self.at) / done * (len(self.cells) - done) if done else math.nan
+        log.info("%s", f"cell {done + 1} of {len(self.cells)}  {self.cells[folder]}  {time_left(left)}".rstrip())
+
+
+def _run_or_put_aside(experiment: Experiment, aside: set[Path], started: Started) -> float | None:
     """Run a cell, unless another process is at work at it. (A job, which has one cell alone, waits for that one.)
 
     With `retry` only cells that failed or were interrupted are run.
@@ -103,9 +126,11 @@ def _run_or_put_aside(experiment: Experiment, aside: set[Path]) -> float | None:
     folder = _folder(experiment)
     if experiment.retry and read_cell(folder).state not in ("failed", "interrupted"):
         return None
-    if HydraConfig.get().runtime.choices["hydra/launcher"] == "basic" and is_held(folder):
-        aside.add(folder)
-        return None
+    if HydraConfig.get().runtime.choices["hydra/launcher"] == "basic":  # which works at one cell after the other
+        if is_held(folder):
+            aside.add(folder)
+            return None
+        started.tell(folder)
     return _run_one_of_many(experiment)
 
 
@@ -157,10 +182,11 @@ def show(outcome: "Outcome") -> None:
 
 
 def show_table(table: "pd.DataFrame") -> None:
-    """Print a table, whatever names are in it."""
+    """Print a table, whatever names are in it; on a terminal within its width."""
     from cluscomp.report.rendering import for_terminal
 
-    print(f"\n{for_terminal(table)}\n")
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(f"\n{for_terminal(table, width)}\n")
 
 
 def show_cells(cells: dict[Path, Cell]) -> None:

@@ -26,6 +26,7 @@ from cluscomp.errors import InputError
 OWN = ("cluscomp",)
 # Hydra's plugins, and the samplers that its Optuna plugin takes
 OF_HYDRA = (*OWN, "hydra._internal.core_plugins", "hydra.experimental", "hydra_plugins", "optuna.samplers")
+PLUGINS = {"hydra_plugins.hydra_ray_launcher": "ray", "hydra_plugins.hydra_submitit_launcher": "cluster"}  # our extras
 LOGGERS = ("logging.StreamHandler", "logging.NullHandler", "logging.Formatter")  # which open no file and no connection
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 LOGGING = ("job_logging", "hydra_logging")
@@ -177,7 +178,9 @@ def _class(target: Any, place: str, modules: Sequence[str]) -> type:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"{place}._target_ = {target}: {error}") from error
+        extra = next((extra for plugin, extra in PLUGINS.items() if module.startswith(plugin)), None)
+        hint = "" if extra is None else f"; it comes with pip install 'cluscomp[{extra}]'"
+        raise InputError(f"{place}._target_ = {target}: {error}{hint}") from error
     if not isinstance(found, type) or not _is_of(f"{found.__module__}.{found.__name__}", modules):
         raise InputError(f"{place}._target_ = {target}: not a class of {', '.join(modules)}")
     return found

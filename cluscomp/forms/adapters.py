@@ -1,6 +1,5 @@
 """LoRA adapters on compressed layers, by the PEFT library and in its files; what is stored below them never changes."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from cluscomp.errors import InputError
-from cluscomp.forms.linear import MARK, CompressedLinear, compressed, storage_dtype
+from cluscomp.forms.linear import MARK, compressed, storage_dtype
 
 FOLDER = "adapter"  # inside a checkpoint
 WEIGHTS = "adapter_model.safetensors"
@@ -79,14 +78,9 @@ def read(model: nn.Module, folder: Path) -> None:
 def _inject(model: nn.Module, values: dict[str, Any]) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora import Linear
     except ImportError as error:
         raise _missing() from error
-    config = LoraConfig(**values, task_type="CAUSAL_LM")
-    config._register_custom_module({CompressedLinear: Linear})  # PEFT's layer adds to whatever the one below gives
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Unsupported layer type")  # PEFT asks the layer for its sizes and finds them
-        inject_adapter_in_model(config, model)
+    inject_adapter_in_model(LoraConfig(**values, task_type="CAUSAL_LM"), model)
     model.requires_grad_(False)
 
 

@@ -1,6 +1,6 @@
 """Stored forms by their names in config.json: put into models and described; the ledger of bits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ def take_out(model: nn.Module, name: str, dtype: torch.dtype) -> None:
     dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     with torch.no_grad():
         dense.weight = nn.Parameter(layer.stored(dtype).contiguous(), requires_grad=False)
-    dense.bias = layer.bias  # type: ignore[assignment]
+    dense.bias = layer.bias
     model.set_submodule(name, dense)
 
 
@@ -169,6 +169,17 @@ def size_of(model: nn.Module, kept_bits: int | None = None) -> Size:
         return Size(per_weight, per_weight, per_weight, per_weight, ledger)
     in_memory = linear_bits + 8 * sum(layer.stored.decoded_bytes() for layer in layers.values())
     return Size(paper_bits / weights, linear_bits / weights, in_memory / weights, per_weight, ledger)
+
+
+def in_file(size: Size, tensor_bytes: int) -> Size:
+    """The size of a model whose file takes these bytes: what other code wrote wider than needed counts as it lies.
+
+    That can only be what is not compressed; of what is, the types were compared when it was read.
+    """
+    claimed = sum(size.ledger.values())
+    ledger = size.ledger | {"kept": size.ledger["kept"] + 8 * tensor_bytes - claimed}
+    per_weight = size.model_bits_per_weight * 8 * tensor_bytes / claimed
+    return replace(size, ledger=ledger, model_bits_per_weight=per_weight)
 
 
 def check_file(size: Size, tensor_bytes: int) -> None:

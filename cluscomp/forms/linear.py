@@ -66,24 +66,25 @@ class _RebuiltLinear(torch.autograd.Function):
         return grad_x, grad_bias, None, *(next(grads) if p.requires_grad else None for p in parameters)
 
 
-class CompressedLinear(nn.Module):
+class CompressedLinear(nn.Linear):
     """A linear layer whose weight is stored compressed; one class for all methods and model families.
 
     The dense weight lives only during a forward or backward pass. `weight` is an empty tensor of zero bytes: it gives
     code that asks for `layer.weight.dtype` its answer, and it makes a loader that does not know this layer stop at a
-    shape mismatch instead of filling in random weights.
+    shape mismatch instead of filling in random weights. As an `nn.Linear` it takes PEFT's adapters like any other.
     """
 
     weight: Tensor
 
     def __init__(self, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not nn.Linear's, which would make a dense weight
         self.in_features, self.out_features = stored.in_features, stored.out_features
         self.stored = stored
         device = next(stored.parameters()).device
         self.register_buffer("weight", torch.empty(0, dtype=dtype, device=device))
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # tracing around compiled kernels takes long
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         """x W^T + b with the weight rebuilt in x's dtype: (..., I) -> (..., O)."""
         if not torch.is_grad_enabled():

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import cache
 from typing import Annotated, Any, ClassVar
 
@@ -240,6 +241,20 @@ def build(spec: dict[str, Any]) -> Stored:
 @cache
 def _strict(form: type[Stored]) -> Callable[..., Stored]:
     return validate_call(config=ConfigDict(strict=True))(form.empty)
+
+
+def as_stored(form: Stored) -> dict[str, Tensor]:
+    """The tensors of a form as they are stored if some are masters now, or were cast; of any other form none.
+
+    The form stays as it is. Raises ValueError if a trained number is not finite or does not fit.
+    """
+    with torch.device("meta"):
+        kinds = {name: tensor.dtype for name, tensor in build(described(form)).state_dict().items()}
+    if all(tensor.dtype == kinds[name] for name, tensor in form.state_dict().items()):
+        return {}
+    copy = deepcopy(form)
+    copy.to_storage()
+    return copy.state_dict()
 
 
 def shapes(spec: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from cluscomp.errors import InputError
-from cluscomp.models.sources import weight_files
+from cluscomp.models.files import weight_files
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from accelerate import init_empty_weights
@@ -28,14 +28,14 @@ from cluscomp.errors import InputError
 from cluscomp.forms.apart import KeptLinear, Part, take_apart, together
 from cluscomp.forms.layers import place
 from cluscomp.forms.linear import CompressedLinear
+from cluscomp.models.files import weight_files
 from cluscomp.models.names import Files, Source
-from cluscomp.models.sources import read_config, weight_files
+from cluscomp.models.sources import read_config
 from cluscomp.models.untrusted import check_dtypes, check_tokens, made_of
 from cluscomp.process import give_memory_back
 from cluscomp.store.files import file_hash
 
 log = logging.getLogger(__name__)
-LINEAR = (CompressedLinear, nn.Linear)
 OTHERS = re.compile("vision|visual|image|audio|speech")  # in names of a model's parts that are not for text
 GENERATION = "generation_config.json"
 DTYPES = {  # by their names in safetensors
@@ -281,11 +281,13 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
     """The dense linear layers inside a block that are compressed, by their name in the block."""
-    return {
-        name: module
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, KeptLinear) and _plain(type(module))  # type: ignore[arg-type]
-    }
+    return {name: module for name, module in block.named_modules() if is_dense(module)}
+
+
+def is_dense(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is a linear layer that can be compressed and is not."""
+    other = (CompressedLinear, KeptLinear)
+    return isinstance(module, nn.Linear) and not isinstance(module, other) and _plain(type(module))  # type: ignore[arg-type]
 
 
 @cache
@@ -307,7 +309,7 @@ def norms(model: nn.Module) -> dict[str, Parameter]:
     other = {
         id(vector)
         for part in model.modules()
-        if isinstance(part, LINEAR) or any(one.ndim > 1 for one in part.parameters(recurse=False))
+        if isinstance(part, nn.Linear) or any(one.ndim > 1 for one in part.parameters(recurse=False))
         for vector in part.parameters()
     }
     return {name: vector for name, vector in model.named_parameters() if vector.ndim == 1 and id(vector) not in other}

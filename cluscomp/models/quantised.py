@@ -24,11 +24,12 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms.apart import take_apart
-from cluscomp.forms.layers import size_of
+from cluscomp.forms.layers import in_file, size_of
 from cluscomp.forms.linear import unique_tensors
+from cluscomp.models.files import weight_files
 from cluscomp.models.gguf_file import COUNTED, matrices_in
 from cluscomp.models.original import Original, block_names, blocks, linears, quantizer
-from cluscomp.models.sources import read_config, weight_files
+from cluscomp.models.sources import read_config
 from cluscomp.settings import settings
 
 STATED = "stored_bits.json"
@@ -185,7 +186,8 @@ class Quantised(Original):
     def size(self) -> dict[str, Any]:
         """Bits per weight and bytes of the weights, ours by the ledger, others by the tensors of their files."""
         if quantizer(self.config) == checkpoint.NAME:
-            return asdict(size_of(self.model())) | {"checkpoint_bytes": checkpoint.weight_bytes(self.folder)}
+            size = in_file(size_of(self.model()), checkpoint.tensor_bytes(self.folder))
+            return asdict(size) | {"checkpoint_bytes": checkpoint.weight_bytes(self.folder)}
         return self._counted() | {"checkpoint_bytes": sum(path.stat().st_size for path in weight_files(self.folder))}
 
     @cached_property

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from cluscomp.errors import InputError
+from cluscomp.models.files import weight_files
 from cluscomp.models.gguf_file import COUNTED, convert, opened_once, outline, types_in
 from cluscomp.models.untrusted import check_counts, check_folder, check_gguf, read_as_gguf
 from cluscomp.settings import settings
@@ -37,6 +38,15 @@ class HubModel:
     id: str
     revision: str | None
     config: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a path where nothing is, unless a plan knows the `config`: before torch is loaded."""
+        if self.config is None and self._is_path and not Path(self.id).expanduser().is_dir():
+            raise InputError(f"model.id={self.id}: there is no such folder")
+
+    @property
+    def _is_path(self) -> bool:
+        return self.id.startswith((".", "/", "~")) or self.id.count("/") > 1
 
     def read_config(self, cache: Path) -> "PreTrainedConfig":
         """The model's config, from its folder, the hub's local cache or the yaml's `config`; downloads nothing.
@@ -71,7 +81,7 @@ class HubModel:
         local = Path(self.id).expanduser()
         if local.is_dir():
             found = local
-        elif self.id.startswith((".", "/", "~")) or self.id.count("/") > 1:
+        elif self._is_path:
             raise InputError(f"model.id={self.id}: there is no such folder")
         else:
             found = self._download()
@@ -228,32 +238,6 @@ class TinyModel:
             raise InputError(f"model.architecture={self.architecture}: not with this model.config: {reason}") from error
         model.save_pretrained(folder)
         fast.save_pretrained(folder)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a model's folder that are the model's, as transformers finds them; others may lie beside.
-
-    They are `model.safetensors`, or without it those that its index names; without both all there are. Raises
-    InputError for an index that cannot be read, or one that names a file that is not there.
-    """
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [folder / name for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: not an index of safetensors ({type(error).__name__}: {error})") from error
-    for name, file in zip(names, files):
-        if Path(name).name != name:
-            raise InputError(f"{index}: names {name}, which is no file of this folder")
-        if not file.is_file():
-            raise InputError(
-                f"{file}: missing, though {index.name} names it; a download or copy stopped early, repeat it"
-            )
-    return files
 
 
 def read_config(folder: Path) -> "PreTrainedConfig":

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from cluscomp.errors import InputError
 from cluscomp.models.arguments import Arguments, Carried, carry, differing, same, split
 from cluscomp.models.original import Original, block_names, blocks
 from cluscomp.models.sources import no_causal_model
-from cluscomp.process import give_memory_back
+from cluscomp.process import give_memory_back, told
 
 CHECKED_TOKENS = 32  # of the window on which a walk is compared with the model
 
@@ -109,7 +108,7 @@ class Walk:
         Raises InputError that names the first block whose output is not finite.
         """
         hidden = [self.embed(ids_BT) for ids_BT in batches]
-        for index in tqdm(range(len(self)), desc=label, unit="block", leave=False, disable=None):
+        for index in told(range(len(self)), len(self), label, "block"):
             with self.block(index) as block:
                 for number, hidden_BTH in enumerate(hidden):
                     hidden[number] = self.apply(index, block, hidden_BTH)

@@ -156,13 +156,19 @@ def _domain(learned_from: pd.Series) -> str:
 
 
 def _logarithmic(axis: "Axis", ends: tuple[float, float]) -> None:
-    """Plain numbers on a logarithmic axis; where `ends` are less than two decades apart also 2 and 5 of a decade."""
-    from matplotlib.ticker import FuncFormatter
+    """Plain numbers on a logarithmic axis, at least three of them whatever its `ends` are.
 
-    narrow = ends[1] / ends[0] < 100
+    Within a decade they are those of a linear axis, within three 1, 2 and 5 of each, above that the decades.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    span = ends[1] / ends[0]
+    if span < 10:
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
+    elif span < 1000:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    named = FuncFormatter(lambda value, _: f"{value:g}" if narrow and f"{value:e}"[0] in "25" else "")
-    axis.set_minor_formatter(named)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def layers(table: pd.DataFrame, column: str = "relative error") -> "Figure":

@@ -8,12 +8,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
+from tabulate import tabulate
 
 from cluscomp.store.secrets import printable
 
 Format = Literal["md", "latex", "html", "csv"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 SUFFIX = {"md": "md", "latex": "tex", "html": "html", "csv": "csv"}
+FITTED = "\\resizebox{\\ifdim\\width>\\textwidth\\textwidth\\else\\width\\fi}{!}{%\n"  # no wider than the page's text
 MISSING = "–"
 DIGITS = {
     r"bits$|bits in": 3,
@@ -68,14 +70,24 @@ def rendered(
         )
     columns = "".join(side[0] for side in numeric)
     style = style.format(escape="latex").format_index(escape="latex", axis=1)
-    return "% \\usepackage{booktabs}\n" + style.to_latex(
-        hrules=True, convert_css=True, column_format=columns, position_float="centering"
-    )
+    text = style.to_latex(hrules=True, convert_css=True, column_format=columns, position_float="centering")
+    text = text.replace("\\begin{tabular}", FITTED + "\\begin{tabular}").replace("\\end{tabular}", "\\end{tabular}}")
+    return "% \\usepackage{booktabs,graphicx}\n" + text
 
 
-def for_terminal(table: pd.DataFrame) -> str:
-    """A table as it is printed, in Markdown's form, whatever names are in it."""
-    return str(_on_one_line(table).astype(str).to_markdown(index=False, disable_numparse=True))
+def for_terminal(table: pd.DataFrame, width: int | None = None) -> str:
+    """A table as it is printed, in Markdown's form, whatever names are in it.
+
+    One that is wider than `width` letters has its columns narrowed: heads and cells go on in further lines.
+    """
+    cells = _on_one_line(table).astype(str)
+    text = str(cells.to_markdown(index=False, disable_numparse=True))
+    for column in (40, 30, 24, 18, 14, 11, 9, 7, 5):
+        if width is None or max(map(len, text.splitlines())) <= width:
+            break
+        rows = [list(cells.columns), ["---"] * cells.shape[1], *cells.to_numpy().tolist()]  # a head would have margins
+        text = tabulate(rows, tablefmt="plain", maxcolwidths=column, break_long_words=False, disable_numparse=True)
+    return text
 
 
 def as_text(value: str) -> str:

@@ -27,10 +27,14 @@ def versions() -> dict[str, str]:
 
 @functools.cache  # what counts is the code that this process began with
 def commit() -> tuple[str | None, bool | None]:
-    """Commit of the source tree and whether it differs from it; None where there is no git checkout."""
+    """Commit of the source tree and whether it differs from it; None where there is no git checkout of this code.
+
+    A package that is installed somewhere in another project's checkout is no part of that one's commits.
+    """
     if shutil.which("git") is None:
         return None, None
     try:
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
         return _git("rev-parse", "HEAD").strip(), bool(_git("status", "--porcelain"))
     except subprocess.CalledProcessError:
         return None, None

@@ -101,27 +101,40 @@ def read_cells(outputs: Path, name: str) -> dict[Path, Cell]:
 
 
 def status_table(cells: dict[Path, Cell]) -> "pd.DataFrame":
-    """One row for each cell: overrides that are not common to all, state, and where it stands or why it failed."""
+    """One row for each cell: overrides that are not common to all, state, and where it stands or why it failed.
+
+    Of a finished one the perplexities after its last stage.
+    """
     import pandas as pd
 
-    common = set.intersection(*(set(cell.overrides) for cell in cells.values())) if len(cells) > 1 else set()
+    names = names_of(cells)
     return pd.DataFrame(
         [
             {
-                "cell": " ".join(item for item in cell.overrides if item not in common) or "(no overrides)",
+                "cell": names[folder],
                 "state": cell.state,
                 "since": cell.since,
-                "where it stands": cell.problem or _last_line(folder),
+                "where it stands": cell.problem or _scores(folder, cell) or _last_line(folder),
             }
             for folder, cell in sorted(cells.items(), key=lambda one: one[1].overrides)
         ]
     )
 
 
+def names_of(cells: dict[Path, Cell]) -> dict[Path, str]:
+    """For each cell the overrides that are not common to all."""
+    common = set.intersection(*(set(cell.overrides) for cell in cells.values())) if len(cells) > 1 else set()
+    return {
+        folder: " ".join(item for item in cell.overrides if item not in common) or "(no overrides)"
+        for folder, cell in cells.items()
+    }
+
+
 def collect(cells: dict[Path, Cell], into: Path) -> list[Path]:
     """Copy the records of all cells into a folder, as KEY.json.
 
-    Raises InputError, and copies nothing, unless every cell is finished and was run from a clean commit.
+    Raises InputError, and copies nothing, unless every cell is finished and was run from a clean commit, or by an
+    installed package, which is of no commit: its record names the version.
     """
     undone = [cell for cell in cells.values() if cell.state != "finished"]
     if undone:
@@ -129,7 +142,7 @@ def collect(cells: dict[Path, Cell], into: Path) -> list[Path]:
         raise InputError(f"{len(undone)} of {len(cells)} cells are not finished ({first}): run the sweep again")
     found = [read((folder / cell.record).resolve()) for folder, cell in cells.items()]
     for record in found:
-        if record.run["dirty"] or record.run["commit"] is None:
+        if record.run["dirty"]:
             raise InputError(
                 f"{record.run['name']} was run from a tree with changes that are in no commit "
                 f"({record.run['commit']}): commit, and run it again with new outputs"
@@ -151,6 +164,14 @@ def _is_finished(folder: Path) -> bool:
 def _write(folder: Path, cell: Cell) -> None:
     with new_file(folder / FILE) as unfinished:
         unfinished.write_text(json.dumps(asdict(cell), indent=1) + "\n")
+
+
+def _scores(folder: Path, cell: Cell) -> str:
+    """The perplexities of a finished cell after the last stage that was measured; nothing if there are none."""
+    if cell.state != "finished" or not (folder / cell.record).is_file():
+        return ""
+    found = [score for score in read((folder / cell.record).resolve()).scores if score.metric == "perplexity"]
+    return ", ".join(f"perplexity {one.value:.2f} {one.dataset}" for one in found if one.after == found[-1].after)
 
 
 def _last_line(folder: Path) -> str:

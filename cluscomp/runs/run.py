@@ -81,7 +81,7 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
         _log_into(run_folder)
         seal(run_folder, list(overrides), {"settings": config, "device": str(device), "read": root, **runner.read()})
     tracker = experiment.tracker if first else NoTracker()
-    session = Forgiving(tracker, f"{experiment.name}-{runner.key}", config, run_folder)
+    session = Forgiving(tracker, f"{experiment.name}-{runner.key}", config | _chosen(experiment), run_folder)
     try:
         with session.listening():
             metrics = _fold(experiment, runner, session)
@@ -152,6 +152,12 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     """The plain numbers of a stage's metrics, for the tracker."""
     flat = {"seconds": metrics["seconds"], "peak_ram": metrics["peak_ram"]} | metrics["found"] | metrics["size"]
     return {key: value for key, value in flat.items() if isinstance(value, int | float)}
+
+
+def _chosen(experiment: Experiment) -> dict[str, Any]:
+    """What a tracker groups and filters runs by: the choice of each group, and the commit."""
+    choices = hide_all(without_places(experiment.choices))
+    return {"choices": {group: one["yaml"] for group, one in choices.items()}, "commit": commit()[0]}
 
 
 def _is_gguf(experiment: Experiment) -> bool:

@@ -6,6 +6,7 @@ Decides nothing. What a stage says of a block or a step goes through its progres
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from cluscomp.errors import InputError
 from cluscomp.settings import settings
 
 log = logging.getLogger("cluscomp")
+MODES = ("auto", "online", "offline", "disabled")
+TAGS = ("method", "model", "data")  # groups whose choices W&B has as tags
 
 
 class Session(Protocol):
@@ -63,7 +66,7 @@ class Forgiving:
     def log(self, stage: str, numbers: dict[str, Any], step: int | None = None) -> None:
         """A stage ended with these numbers, or so far it came."""
         with self._warned():
-            self.session.log(stage, numbers, step)
+            self.session.log(stage.replace(" ", "_"), numbers, step)
 
     def end(self, summary: dict[str, Any] | None) -> None:
         """The run ended."""
@@ -116,7 +119,9 @@ class WandbTracker:
     """Weights & Biases. "offline" needs no key and no network; `wandb sync` uploads later. "auto" is online with a key.
 
     The server is waited for at most `timeout` seconds, at the beginning and at the end. Online a run that goes on after
-    it was killed goes on there, too. W&B does not learn the command line, which its own metadata would hold.
+    it was killed goes on there, too. W&B does not learn the command line, which its own metadata would hold. Its own
+    variables win over these settings: WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE (disabled, too), WANDB_RUN_GROUP (else
+    the sweep's name), WANDB_JOB_TYPE (else the last stage), WANDB_TAGS (else the choices of method, model and data).
     """
 
     project: str
@@ -130,12 +135,20 @@ class WandbTracker:
             import wandb
         except ImportError as error:
             raise InputError("tracker=wandb needs the package: pip install 'cluscomp[wandb]'") from error
-        mode = self.mode if self.mode != "auto" else "online" if _has_key() else "offline"
+        said = {key.removeprefix("WANDB_").lower(): value for key, value in os.environ.items() if value}
+        mode: Any = said.get("mode", self.mode)
+        if mode not in MODES:
+            raise InputError(f"WANDB_MODE={mode} in the environment: {', '.join(MODES)}")
+        if mode == "auto":
+            mode = "online" if _has_key() else "offline"
+        choices = config.get("choices", {})
         quiet = wandb.Settings(
             init_timeout=self.timeout, finish_timeout=self.timeout, silent=True, disable_git=True, x_disable_meta=True
         )
         run = wandb.init(
-            project=self.project, entity=self.entity, mode=mode, name=name, id=name, group=config.get("name"),
+            project=said.get("project", self.project), entity=said.get("entity", self.entity), mode=mode, name=name,
+            id=name, group=said.get("run_group", config.get("name")), job_type=said.get("job_type", _last(config)),
+            tags=said["tags"].split(",") if "tags" in said else [choices[one] for one in TAGS if one in choices],
             config=config, dir=str(folder), resume="allow" if mode == "online" else None, settings=quiet,
         )  # fmt: skip
         log.info("W&B  %s, %s%s", mode, folder / "wandb", "; `wandb sync` uploads it" if mode == "offline" else "")
@@ -145,10 +158,15 @@ class WandbTracker:
 class _WandbSession:
     def __init__(self, run: Any) -> None:
         self.run = run
+        self.stepping: set[str] = set()
 
     def log(self, stage: str, numbers: dict[str, Any], step: int | None = None) -> None:
-        """One line of the run's history, each number named STAGE/NUMBER."""
-        numbers = numbers if step is None else numbers | {"step": step}
+        """One line of the run's history, each number named STAGE/NUMBER; what has steps is drawn over them."""
+        if step is not None:
+            numbers = numbers | {"step": step}
+            if stage not in self.stepping:
+                self.stepping.add(stage)
+                self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         self.run.log({f"{stage}/{key}": value for key, value in numbers.items()})
 
     def end(self, summary: dict[str, Any] | None) -> None:
@@ -156,6 +174,11 @@ class _WandbSession:
         if summary is not None:
             self.run.summary.update(summary)
         self.run.finish(exit_code=int(summary is None))
+
+
+def _last(config: dict[str, Any]) -> str:
+    """What a run is for: its last stage, or evaluate where nothing is made."""
+    return str((config.get("order") or ["evaluate"])[-1])
 
 
 def _has_key() -> bool:

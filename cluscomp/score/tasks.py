@@ -126,7 +126,7 @@ class Tasks:
         for name in self.names:
             try:
                 with copies_told():
-                    made = manager._load_spec(name)
+                    made = manager.load([name])
             except InputError:
                 raise
             except Exception as error:  # whatever a task's own code and datasets make of rows that are not there
@@ -136,7 +136,8 @@ class Tasks:
                     f"tasks.names: the rows of '{name}' cannot be read ({reason}); {place}. Without network give "
                     "data_root=FOLDER, a mirror laid out like the hub"
                 ) from error
-            loaded += made if isinstance(made, list) else [made]
+            group = made["groups"].get(name)  # else a task, or all of a tag
+            loaded += made["tasks"].values() if group is None else [group]
         return loaded
 
 

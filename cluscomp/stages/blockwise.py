@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cluscomp import checkpoint
+from cluscomp.checkpoint import stored_state
 from cluscomp.errors import InputError
 from cluscomp.models.original import block_names, blocks, linears
 from cluscomp.process import Progress, give_memory_back
 from cluscomp.stages import Job
+from cluscomp.stages.parts import put_part, read_part, save_part
 
 
 class Blockwise:
@@ -30,7 +31,7 @@ class Blockwise:
         self.folder, self.blocks = folder, blocks(model)
         self.numbers: dict[int, dict[str, Any]] = {}
         for index in range(len(self.blocks)):
-            part = checkpoint.read_part(part_of(folder, index))
+            part = read_part(part_of(folder, index))
             if part is not None:
                 self.numbers[index] = part.numbers
         self._progress = Progress(stage, len(self.blocks))
@@ -62,14 +63,14 @@ class Blockwise:
 
     def put_back(self, index: int) -> dict[str, Any]:
         """Make a finished block what it was when it was finished; returns its numbers."""
-        part = checkpoint.read_part(part_of(self.folder, index))
+        part = read_part(part_of(self.folder, index))
         assert part is not None, f"{part_of(self.folder, index)} was whole when the stage began"
-        checkpoint.put_part(self.blocks[index], part)
+        put_part(self.blocks[index], part)
         return part.numbers
 
     def finish(self, index: int, numbers: dict[str, Any], line: str, **for_tracker: float) -> None:
         """Keep a block, and plain numbers with it, and log a line of what was measured."""
-        checkpoint.save_part(part_of(self.folder, index), self.blocks[index], numbers)
+        save_part(part_of(self.folder, index), self.blocks[index], numbers)
         self.numbers[index] = numbers
         self._progress.step(line, **for_tracker)
 
@@ -83,11 +84,11 @@ def dense_blocks(folder: Path, model: PreTrainedModel) -> Iterator[dict[str, Ten
     """The tensors of each block by their name in it: of the model, or, of a block that is not in memory, as kept."""
     for index, block in enumerate(blocks(model)):
         if next(block.parameters()).is_meta:
-            part = checkpoint.read_part(part_of(folder, index))
+            part = read_part(part_of(folder, index))
             assert part is not None, f"{part_of(folder, index)} was whole when the stage ended"
             yield part.others
         else:
-            yield checkpoint.stored_state(block)
+            yield stored_state(block)
 
 
 def change_weights(

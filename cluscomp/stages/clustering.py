@@ -20,7 +20,7 @@ from cluscomp.methods import Compressed, Method, Offers
 from cluscomp.models.original import block_names, linears
 from cluscomp.models.walk import Walk
 from cluscomp.plan.meta import Place
-from cluscomp.process import Progress, give_memory_back
+from cluscomp.process import Progress, give_memory_back, told
 from cluscomp.solve.allocate import Option
 from cluscomp.solve.distribution import of_codes, of_entries
 from cluscomp.solve.drift import corrected
@@ -161,7 +161,7 @@ def compress_block(
     layers = _layers(block, name, seed, statistics, places, following, prices)
     squares, distributed, chosen = {}, {}, {}
     try:
-        for compressed in _compressed(method, layers, share):
+        for compressed in told(_compressed(method, layers, share), len(layers), name, "layer"):
             read = {layers[layer].input for layer in compressed.stored}
             for layer, stored in compressed.stored.items():
                 put_in(block, layer, stored)

@@ -14,6 +14,7 @@ from cluscomp.forms.codebook import CodebookWeight
 from cluscomp.forms.linear import compressed
 from cluscomp.forms.signs import SignWeight
 from cluscomp.forms.uniform import UniformWeight
+from cluscomp.process import told
 from cluscomp.train.moving import MovingCodes
 from cluscomp.train.rounding import LearnedRounding, LearnedSigns, LearnedWeights, RoundedAnew
 
@@ -233,7 +234,7 @@ def fit(
     if change_gradient is not None:
         optimizer = torch.optim.SGD(parameters, lr=lr)
     scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=half)
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(told(batches, len(batches), "steps of this block", "step")):
         for group, full in zip(optimizer.param_groups, [lr, *(one.lr for one in groups)]):
             group["lr"] = full * rate(schedule, step, len(batches), warmup)
         optimizer.zero_grad(set_to_none=True)

@@ -109,6 +109,18 @@ SETTINGS = {
     "wrong option of a group": (["bits=3", "model=gpt9"], ["model", "gpt9", "llama2_7b", "tiny"]),
     "wrong experiment": (["experiment=demon"], ["experiment", "demon", "mean demo", "paper"]),
     "no group": (["bits=3", "block_finetune=null"], ["block_finetune"]),
+    "a model of the hub for a choice": (
+        ["bits=3", "model=meta-llama/Llama-2-7b-hf"],
+        ["model=hub model.id=meta-llama/Llama-2-7b-hf"],
+    ),
+    "a word that is no command": (["tabel", "x"], ["tabel", "did you mean table?", "key=value"]),
+    "help of what is no command": (["help", "plott"], ["plott", "did you mean plot?"]),
+    "choices of no group": (["list", "methods"], ["list methods", "method, model"]),
+    "a sweeper that is not installed": (["-m", "bits=3", "hydra/sweeper=optuna"], ["pip install 'cluscomp[search]'"]),
+    "a model folder that is not there": (
+        ["bits=3", "model=hub", "model.id=/no/model"],
+        ["model.id=/no/model", "no such"],
+    ),
     "a list for a group": (["bits=3", "machine=[-1,-1]"], ["machine=[-1,-1]", "name of a choice"]),
     "a dictionary for a group": (["bits=3", "data={a:1}"], ["data={a:1}", "name of a choice"]),
     "a word for a group": (["bits=3", "model=tiny", "evaluate.texts=pydoc"], ["evaluate.texts", "pydoc"]),
@@ -171,6 +183,22 @@ def test_help_teaches(cli, arguments):
     for part in ("Examples", "cluscomp experiment=demo", "Groups", "model: ", "smollm2_135m", "Results", "record.json"):
         assert part in done.out, part
     assert "$CONFIG" not in done.out and "${hydra" not in done.out
+
+
+def test_each_command_has_its_help_and_each_group_its_choices(cli):
+    for command in ("plan", "status", "collect", "table", "plot", "verify", "list", "help"):
+        for arguments in ([command, "--help"], ["help", command]):
+            done = cli(*arguments)
+            assert done.code == 0 and done.out.startswith(f"Usage:  cluscomp {command} "), arguments
+    assert cli("help").out == cli("--help").out
+    assert "\nmethod: aqlm, " in cli("list").out
+    assert re.search(r"^rtn +Round to nearest", cli("list", "method").out, re.M)
+
+
+def test_a_reader_that_has_had_enough_is_no_failure(place):
+    command = f"set -o pipefail; {sys.executable} -m cluscomp --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("cluscomp: compress") and done.stdout.count("\n") == 1 and done.stderr == ""
 
 
 def test_version(cli):
@@ -290,8 +318,19 @@ def test_a_run_may_measure_nothing(cli):
 
 
 def test_a_sweep_leaves_a_record_each_and_measures_the_original_once(cli, place):
-    done = cli("-m", *TINY, "method.codebook_size=8,16")
+    done = cli(*TINY, "-m", "method.codebook_size=8,16")  # -m anywhere
     assert done.code == 0
+    assert "cell 1 of 2  method.codebook_size=8\n" in done.err
+    assert re.search(r"cell 2 of 2  method\.codebook_size=16  \d+:\d\d left\n", done.err)
+    rows = [line for line in done.out.splitlines() if "| finished" in line]
+    records = [json.loads(path.read_text()) for path in place.glob("outputs/run-*/record.json")]
+    for size in (8, 16):
+        (score,) = [
+            score["value"] for record in records for score in record["scores"]
+            if score["after"] == "cluster" and score["metric"] == "perplexity"
+            and record["config"]["stages"]["cluster"]["method"]["codebook_size"] == size
+        ]  # fmt: skip
+        assert any(f"codebook_size={size} " in row and f"{score:.2f}" in row for row in rows), done.out
     assert len(list(place.glob("outputs/run-*/record.json"))) == 2
     assert len(list(place.glob("outputs/evaluate-*"))) == 3
     assert {path.name for path in place.iterdir()} == {"text.txt", "outputs"}

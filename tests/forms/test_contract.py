@@ -30,6 +30,7 @@ from cluscomp.kernels.dependent import round_on_paths
 from cluscomp.kernels.entropy import write
 from cluscomp.models.original import Original, blocks, linears
 from cluscomp.plan.meta import MetaModel
+from cluscomp.stages.parts import put_part, read_part, save_part
 from cluscomp.train.masters import Trained, fit
 
 CPU = torch.device("cpu")
@@ -314,10 +315,10 @@ def test_a_checkpoint_gives_the_same_logits(written, ids):
 @torch.no_grad()
 def test_a_part_of_a_stage_comes_back(spec_of, tiny_folder, tmp_path):
     model, _ = model_of(tiny_folder, spec_of)
-    checkpoint.save_part(tmp_path / "part", blocks(model)[0], {"n": 1})
-    part = checkpoint.read_part(tmp_path / "part")
+    save_part(tmp_path / "part", blocks(model)[0], {"n": 1})
+    part = read_part(tmp_path / "part")
     fresh = Original(tiny_folder, torch.float32, CPU).load_all()
-    checkpoint.put_part(blocks(fresh)[0], part)
+    put_part(blocks(fresh)[0], part)
     for (_, ours), (_, theirs) in zip(compressed(blocks(fresh)[0]).items(), compressed(blocks(model)[0]).items()):
         assert same(theirs.stored.state_dict(), ours.stored)
 

@@ -397,6 +397,8 @@ def test_latex_is_booktabs():
     text = rendered(TABLE, "latex", title="50% of_it")
     assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule")) and r"50\% of\_it" in text
     assert r"100\% \& <c>" in text
+    fitted = r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%"  # within the text's width
+    assert text.index(fitted) < text.index(r"\begin{tabular}") and text.count(r"\end{tabular}}") == 1
 
 
 def test_csv_is_read_again_with_all_digits(tmp_path):
@@ -567,3 +569,34 @@ def test_a_recipe_of_random_starts_stands_with_three_seeds_or_not_at_all():
     assert kept == three and not left_out
     text = page.page("methods", [*found], "md")["tables.md"]
     assert f"| {name} " not in text and f"Left out, for K-means from random points needs 3 seeds: {name}" in text
+
+
+def test_a_table_for_a_narrow_terminal_folds_its_columns():
+    row = {
+        "after": "block_finetune", "bits per weight, linears": "2.998", "bits per weight, model": "5.738",
+        "weights, MB": "96.6", "data": "pydoc (in-domain, 0.1% seen)", "perplexity": "18.22",
+        "of the original's": "1.15x",
+    }  # fmt: skip
+    table = pd.DataFrame([row, row])
+    whole, narrow = for_terminal(table), for_terminal(table, 80)
+    assert max(map(len, whole.splitlines())) > 120 and for_terminal(table, 200) == whole
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert all(word in narrow for text in [*row, *row.values()] for word in re.findall(r"[\w.%']+", text))
+
+
+@pytest.mark.parametrize(
+    "ends", [(5.6, 6.9), (640, 812), (22, 30), (9.5, 11), (30, 200), (9, 95), (0.02, 0.3), (3, 900), (8, 2e4), (1, 1e5)]
+)
+def test_a_logarithmic_axis_has_numbers_on_every_range(ends):
+    figure = plots.Picture()
+    axes = figure.subplots()
+    axes.set_yscale("log")
+    axes.set_ylim(*ends)
+    plots._logarithmic(axes.yaxis, ends)
+    figure.canvas.draw()
+    labels = [
+        label.get_text() for label in axes.get_yticklabels(which="both")
+        if label.get_text() and ends[0] <= label.get_position()[1] <= ends[1]
+    ]  # fmt: skip
+    assert 3 <= len(labels) <= 12 and len({*labels}) == len(labels)
+    assert [float(label) for label in labels] == sorted(float(label) for label in labels)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,3 +112,23 @@ def test_what_is_secret_is_told_by_names_by_the_environment_and_by_shape(monkeyp
     assert [hide_override(item) for item in ("recover.tokens=65536", "bits=3")] == ["recover.tokens=65536", "bits=3"]
     values = {"token": "xyz", "recover": {"tokens": 5, "texts": ["a-long-value"]}, "none": None}
     assert hide_all(values) == {"token": HIDDEN, "recover": {"tokens": 5, "texts": [HIDDEN]}, "none": None}
+
+
+def test_an_installed_package_takes_no_commit_of_the_project_it_is_installed_in(tmp_path):
+    place = tmp_path / "project" / ".venv"
+    shutil.copytree(ROOT / "cluscomp", place / "cluscomp", ignore=shutil.ignore_patterns("__pycache__", "native"))
+    project = place.parent
+    (project / ".gitignore").write_text(".venv/\n")
+    git(project, "init", "-q")
+    git(project, "add", "-A")
+    git(project, "commit", "-qm", "another project")
+    script = f"""
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
+sys.path.insert(0, {str(place)!r})
+from cluscomp.runs import capsule
+assert capsule.__file__.startswith({str(place)!r})
+print(capsule.commit(), repr(capsule.changes()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=project, capture_output=True, text=True, check=True)
+    assert done.stdout == "(None, None) ''\n"

@@ -98,6 +98,8 @@ def test_only_whole_sweeps_from_clean_commits_are_collected(tmp_path):
     paths = collect(read_cells(tmp_path, "bits"), tmp_path / "results" / "bits")
     assert sorted(path.name for path in paths) == ["run-1.json", "run-2.json"]
     assert [read(path).run["key"] for path in paths] == [path.stem for path in paths]
+    finish(tmp_path, "bits", 2, commit=None, dirty=None)  # as a wheel leaves it
+    assert len(collect(read_cells(tmp_path, "bits"), tmp_path / "wheel")) == 2
     finish(tmp_path, "bits", 2, dirty=True)
     with pytest.raises(InputError, match="changes that are in no commit"):
         collect(read_cells(tmp_path, "bits"), tmp_path / "again")

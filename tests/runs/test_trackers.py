@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cluscomp.errors import InputError
 from cluscomp.process import Progress, peak_memory, reset_peak_memory
 from cluscomp.runs.trackers import NoTracker, WandbTracker
 from cluscomp.store.records import read
@@ -22,7 +23,8 @@ from cluscomp.runs.trackers import WandbTracker
 tracker = WandbTracker(project="tests", entity=None, mode="offline", timeout=30.0)
 session = tracker.begin("run-1", {"seed": 3, "method": {"bits": 2.5}}, Path(sys.argv[1]))
 session.log("cluster", {"relative_error": 0.25, "seconds": 1.5})
-session.log("evaluate cluster", {"perplexity": 12.5})
+session.log("evaluate_cluster", {"perplexity": 12.5})
+session.log("cluster_blocks", {"relative_error": 0.5}, 1)
 session.end({"cluster/perplexity": 12.5, "linear_bits_per_weight": 2.5})
 """
 
@@ -51,7 +53,34 @@ def test_wandb_offline_holds_config_stages_and_summary(forks, tmp_path):
     assert summary["cluster/perplexity"] == 12.5 and summary["linear_bits_per_weight"] == 2.5
     assert "2.5" in json.dumps(found["config"]) and "seed" in json.dumps(found["config"])
     history = inspect(forks, tmp_path)
-    assert "cluster/relative_error" in history and "evaluate cluster/perplexity" in history
+    assert "cluster/relative_error" in history and "evaluate_cluster/perplexity" in history
+
+
+def test_wandbs_own_variables_win_and_the_rest_is_as_its_users_expect(tmp_path, monkeypatch):
+    """What is handed to W&B, which is switched off here."""
+    wandb = pytest.importorskip("wandb")
+    handed = []
+    monkeypatch.setattr(wandb, "init", lambda init=wandb.init, **more: handed.append(more) or init(**more))
+    tracker = WandbTracker(project="tests", entity=None, mode="offline", timeout=30.0)
+    choices = {"method": "gptq", "model": "tiny", "data": "pydoc", "tracker": "wandb"}
+    config = {"name": "sweep", "order": ["cluster", "recover"], "choices": choices}
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    session = tracker.begin("run-1", config, tmp_path)
+    session.log("cluster_blocks", {"relative_error": 0.5}, 1)
+    session.end({})
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "night")
+    monkeypatch.setenv("WANDB_TAGS", "a,b")
+    tracker.begin("run-1", config | {"order": []}, tmp_path).end({})
+    first, second = handed
+    assert first["mode"] == second["mode"] == "disabled" and not list(tmp_path.glob("wandb/*run*"))
+    assert (first["project"], first["group"], first["job_type"]) == ("tests", "sweep", "recover")
+    assert first["tags"] == ["gptq", "tiny", "pydoc"] and first["id"] == first["name"] == "run-1"
+    assert (second["project"], second["group"], second["job_type"]) == ("mine", "night", "evaluate")
+    assert second["tags"] == ["a", "b"]
+    monkeypatch.setenv("WANDB_MODE", "maybe")
+    with pytest.raises(InputError, match="WANDB_MODE=maybe"):
+        tracker.begin("run-1", config, tmp_path)
 
 
 def test_a_run_that_fails_is_not_marked_as_finished(forks, tmp_path):
@@ -89,21 +118,26 @@ def test_what_wandb_holds_of_a_sweep_equals_its_records(forks, tmp_path):
         lines = [json.loads(line) for line in inspect(forks, folder).splitlines()]
         (run,) = [line["run"] for line in lines if line["type"] == "run"]
         config = {key: value for key, value in run["config"]["update"].items() if key != "_wandb"}
-        assert config == record.config and run["run_id"] == run["display_name"] == record.run["name"]
+        chosen = {group: one["yaml"] for group, one in record.choices.items()}
+        assert (
+            config == record.config | {"choices": chosen, "commit": record.run["commit"]}
+            and run["run_id"] == run["display_name"] == record.run["name"]
+        )
         items = [line["history"]["item"] for line in lines if line["type"] == "history"]
         history = [{key: value for key, value in item.items() if key[0] != "_"} for item in items]
-        blocks = [row for row in history if "cluster blocks/step" in row]
+        blocks = [row for row in history if "cluster_blocks/step" in row]
         errors = list(record.stages["cluster"]["found"]["relative_error_by_layer"].values())
-        assert [row["cluster blocks/step"] for row in blocks] == [1, 2, 3]
-        assert min(errors) < blocks[0]["cluster blocks/relative_error"] < max(errors)
-        losses = [row["block_finetune blocks/after"] for row in history if "block_finetune blocks/after" in row]
+        assert [row["cluster_blocks/step"] for row in blocks] == [1, 2, 3]
+        assert min(errors) < blocks[0]["cluster_blocks/relative_error"] < max(errors)
+        losses = [row["block_finetune_blocks/after"] for row in history if "block_finetune_blocks/after" in row]
         assert losses == [found["after"] for found in record.stages["block_finetune"]["found"]["blocks"]]
-        history = [row for row in history if not any(" blocks/" in key or " epochs/" in key for key in row)]
+        history = [row for row in history if not any("_blocks/" in key or "_epochs/" in key for key in row)]
         expected = []
         for step, seconds in record.run["seconds"].items():  # in the order of the run
             if step.startswith("evaluate "):
                 rows = [row for row in record.scores if f"evaluate {row.after}" == step]
-                expected.append({f"{step}/{row.dataset}/{row.metric}": row.value for row in rows})
+                name = step.replace(" ", "_")
+                expected.append({f"{name}/{row.dataset}/{row.metric}": row.value for row in rows})
             else:
                 stage = record.stages[step]
                 numbers = stage["found"] | stage["size"] | {"seconds": seconds}
@@ -178,11 +212,11 @@ def test_what_tensorboard_shows_equals_the_record(forks, tmp_path):
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("outputs/run-*/record.json")
     record, events = read(path), reading.EventAccumulator(str(path.parent / "tensorboard")).Reload()
-    losses = [(point.step, point.value) for point in events.Scalars("block_finetune blocks/after")]
+    losses = [(point.step, point.value) for point in events.Scalars("block_finetune_blocks/after")]
     found = record.stages["block_finetune"]["found"]["blocks"]
     assert losses == [(i, pytest.approx(block["after"])) for i, block in enumerate(found, 1)]
     for row in record.scores:
-        (point,) = events.Scalars(f"evaluate {row.after}/{row.dataset}/{row.metric}")
+        (point,) = events.Scalars(f"evaluate_{row.after}/{row.dataset}/{row.metric}")
         assert point.value == pytest.approx(row.value)
 
 

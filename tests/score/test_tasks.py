@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from pipelines import pipeline
+from test_checkpoint import compress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cluscomp import checkpoint
 from cluscomp.command.sweep import show
 from cluscomp.errors import InputError
-from cluscomp.score.tasks import Tasks, flipped, read_answers, write_answers
+from cluscomp.score.tasks import Tasks, _manager, flipped, read_answers, write_answers
 from cluscomp.store.records import read
 
 pytest.importorskip("lm_eval")
@@ -80,6 +82,27 @@ def test_a_task_scores_what_its_likelihoods_say(mirror, tiny_folder):
     assert found.value == pytest.approx(sum(right) / 12)
     (part,), few = tasks(mirror, limit=5, mean="all").ask(model, tokenizer)[0][:1], tasks(mirror, limit=5)
     assert part.n == 5 and part.hash != found.hash and few.describe() != settings.describe()
+
+
+def test_lm_evals_own_command_knows_a_checkpoint_and_scores_what_evaluate_does(mirror, tiny_folder, tmp_path):
+    from lm_eval import simple_evaluate
+
+    from cluscomp.score import harness
+
+    checkpoint.save(*compress(tiny_folder), tmp_path / "made")
+    settings = tasks(mirror)
+    model, tokenizer = checkpoint.load(tmp_path / "made"), AutoTokenizer.from_pretrained(tiny_folder)
+    (found,), answers = settings.ask(model, tokenizer)
+    arguments = f"pretrained={tmp_path / 'made'},dtype=float32"
+    manager = _manager(settings)
+    results = simple_evaluate(
+        harness.checkpoint.NAME, arguments, tasks=settings._load(manager), task_manager=manager, device="cpu"
+    )
+    assert results["results"]["colours"]["acc,none"] == found.value
+    theirs = [row["filtered_resps"] for row in results["samples"]["colours"]]
+    assert theirs == [row["filtered_resps"] for row in answers]
+    with pytest.raises(InputError, match="dtype=float99"):
+        harness.Checkpoint(str(tmp_path / "made"), dtype="float99")
 
 
 def test_rows_count_by_what_they_say_not_by_where_they_lie(mirror, tmp_path):

@@ -5,7 +5,6 @@ import torch
 from pipelines import composed, pipeline
 from transformers import AutoModelForCausalLM
 
-from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.models import dense
 from cluscomp.models.original import Original, block_names, blocks
@@ -16,6 +15,7 @@ from cluscomp.runs.preparation import planned
 from cluscomp.stages import Job
 from cluscomp.stages.blockwise import dense_blocks
 from cluscomp.stages.decompose import Decompose
+from cluscomp.stages.parts import read_part
 
 CPU = torch.device("cpu")
 HEADS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}  # along which dimension of the weight they lie
@@ -94,14 +94,14 @@ def test_a_stage_that_lost_some_blocks_ends_with_the_same_bits(tiny_folder, text
     first = original.model()
     found = decompose.run(first, Job(tmp_path, 0, original))
     assert all(parameter.is_meta for block in blocks(first) for parameter in block.parameters())
-    written = [{name: part.clone() for name, part in checkpoint.read_part(path).others.items()} for path in parts]
+    written = [{name: part.clone() for name, part in read_part(path).others.items()} for path in parts]
     parts[1].unlink()
     assert decompose.run(original.model(), Job(tmp_path, 0, original)) == found
     (tmp_path / "pairs.json").unlink()
     parts[0].unlink()
     assert decompose.run(original.model(), Job(tmp_path, 0, original)) == found
     for path, before in zip(parts, written):
-        after = checkpoint.read_part(path).others
+        after = read_part(path).others
         assert all(torch.equal(after[name], before[name]) for name in before) and after.keys() == before.keys()
 
 

@@ -20,6 +20,7 @@ from cluscomp.report.names import method_name
 from cluscomp.runs.preparation import planned
 from cluscomp.stages import Job
 from cluscomp.stages.block_finetuning import compressed_weights
+from cluscomp.stages.parts import read_part
 from cluscomp.stages.round import Round
 
 WIDTH, GROUP = 4, 24  # of 64 inputs: three groups of 22, 21 and 21
@@ -202,7 +203,7 @@ def test_blocks_leave_memory_and_a_stage_that_lost_some_ends_with_the_same_bits(
     first = original.model()
     found = stage.run(first, Job(tmp_path, 0, original))
     assert all(parameter.is_meta for block in blocks(first) for parameter in block.parameters())
-    written = [{name: part.clone() for name, part in checkpoint.read_part(path).others.items()} for path in parts]
+    written = [{name: part.clone() for name, part in read_part(path).others.items()} for path in parts]
     parts[0].unlink()
     content = bytearray(parts[2].read_bytes())
     content[-1] ^= 1
@@ -210,7 +211,7 @@ def test_blocks_leave_memory_and_a_stage_that_lost_some_ends_with_the_same_bits(
     assert stage.run(original.model(), Job(tmp_path, 0, original)) == found
     assert "is damaged" in caplog.text
     for part, before in zip(parts, written):
-        after = checkpoint.read_part(part).others
+        after = read_part(part).others
         assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 

@@ -1,0 +1,64 @@
+"""What the commands are called and take: help of each, the choices there are, and the nearest to what was mistyped."""
+
+import difflib
+from pathlib import Path
+
+from cluscomp.errors import InputError
+
+COMMANDS = {
+    "run": "[key=value ...]\n\nRun the stages in order and score the model; `cluscomp --help` shows all settings. The "
+    "word run may be left out.",
+    "plan": "[--calibrate] [key=value ...]\n\nBits, bytes, memory and time of a run, from shapes alone; nothing is "
+    "downloaded. --calibrate measures this machine first, for this and later plans.",
+    "status": "NAME [outputs=outputs]\n\nWhat the cells of the sweep NAME do (name=NAME in the command of the sweep).",
+    "collect": "NAME [outputs=outputs] [publish=results]\n\nCopy the records of a finished sweep of a clean commit to "
+    "results/NAME, where table and plot look for them.",
+    "table": "NAME [format=md] [published=false] [results=results] [into=FILE]\n\nThe records in results/NAME as "
+    "tables, written beside them. format: md, latex, html or csv. published=true puts published numbers beside them. "
+    "into=FILE also puts one into a Markdown document, between <!-- cluscomp table NAME ... --> and <!-- end -->.",
+    "plot": "NAME [results=results]\n\nThe records in results/NAME as figures, written beside them as PDF and PNG.",
+    "verify": "RECORD [outputs=outputs] [full=false] [key=value ...]\n\nMeasure the models of a record's file again "
+    "and compare; full=true makes them anew, too. Exit code 1 if a score is different.",
+    "export": "CHECKPOINT format=NAME output=FOLDER [dtype=auto]\n\nWrite a checkpoint in another library's format: "
+    "dense, gguf, vptq, gptq, compressed-tensors or aqlm; says what is lost. FOLDER must be new or empty.",
+    "lm_eval": "ARGUMENTS\n\nlm-evaluation-harness' own command, which then knows our checkpoints as --model cluscomp "
+    "--model_args pretrained=FOLDER.",
+    "list": "[GROUP]\n\nThe groups of settings and their choices; of one group each choice with its first line.",
+    "help": "[COMMAND]\n\nThe help of a command, or of all with the settings of a run.",
+}
+
+
+def help_of(command: str) -> str:
+    """How a command is used, and what it does."""
+    return f"Usage:  cluscomp {command} {COMMANDS[command]}"
+
+
+def check_command(arguments: list[str]) -> None:
+    """Raise InputError, with the nearest command, if the first argument is neither one nor a setting nor an option."""
+    word = arguments[0] if arguments else "run"
+    if word in COMMANDS or "=" in word or word.startswith(("-", "+", "~")):
+        return
+    near = difflib.get_close_matches(word, COMMANDS, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise InputError(f"{word}: no command; {hint}there are {', '.join(COMMANDS)}. A setting is key=value")
+
+
+def choices(conf: Path, group: str | None = None) -> str:
+    """The groups with their choices, or the choices of one group with what the first comment of each says."""
+    found = {
+        folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+        for folder in sorted(conf.iterdir())
+        if folder.is_dir() and folder.name != "hydra"
+    }
+    if group is None:
+        return "\n".join(f"{name}: {', '.join(options)}" for name, options in found.items())
+    if group not in found:
+        raise InputError(f"cluscomp list {group}: no group of settings; there are {', '.join(found)}")
+    width = max(map(len, found[group]))
+    return "\n".join(f"{name:{width}}  {_said(conf / group / f'{name}.yaml')}".rstrip() for name in found[group])
+
+
+def _said(path: Path) -> str:
+    """The first comment of a yaml, up to the end of its sentence or line."""
+    lines = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
+    return next((line for line in lines if not line.startswith("@package")), "")
