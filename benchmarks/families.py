@@ -217,12 +217,13 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         for kind, found in sorted(results.items())
     ]
     head = ["family (`model_type`)", "", "stays in 16 bits inside the blocks", "why"]
-    return HEAD.format(
+    told = HEAD.format(
         methods=", ".join(f"`method={name}`" for name in METHODS),
         families=len(results),
         version=transformers.__version__,
         **{key: counted[key] for key in OUTCOMES},
-    ) + str(tabulate(rows, head, "github", disable_numparse=True) + "\n")
+    )
+    return told + str(tabulate(rows, head, "github", disable_numparse=True)) + "\n"
 
 
 def main() -> None:
