@@ -259,7 +259,7 @@ def block_names(model: PreTrainedModel) -> list[str]:
     Lists inside such a list do not count, nor those outside of what transformers calls the decoder, nor those of images
     and sound. Of several the first one is taken. Raises InputError if there is none.
     """
-    count = model.config.get_text_config().num_hidden_layers
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = {
         name: one for name, one in model.named_modules() if isinstance(one, nn.ModuleList) and not OTHERS.search(name)
     }

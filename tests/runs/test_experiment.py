@@ -146,6 +146,8 @@ def test_two_methods_with_equal_settings_share_nothing(ground, tmp_path, monkeyp
 
 def test_cells_tell_folders_of_one_name_apart_and_records_name_neither(tmp_path):
     given = ["bits=3", "model=hub", "data=text"]
+    for name in "ab":
+        (tmp_path / name / "final").mkdir(parents=True)
     one, other = (
         pipelines.composed(*given, f"model.id={tmp_path / name / 'final'}", f"data.file={tmp_path / name / 'text.txt'}")
         for name in "ab"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from pipelines import composed
@@ -130,8 +131,9 @@ def test_the_protocols_difference_is_the_reason():
     assert found.reasons == ("device=cuda (then device=cpu)",)
 
 
-def test_any_path_is_a_value_for_hydra():
-    path = "/a b/it's=x,[1]{y}"
+def test_any_path_is_a_value_for_hydra(tmp_path):
+    path = f"{tmp_path}/a b/it's=x,[1]{{y}}"
+    Path(path).mkdir(parents=True)
     assert (
         composed("model=hub", f"model.id={quoted(path)}", "order=[evaluate]", "data=text", "data.file=t").model.id
         == path

@@ -127,7 +127,7 @@ def test_norms_are_trained_where_asked_for_and_what_is_stored_is_what_was_scored
     assert changed(outcome) == {name for name in names if "codebooks" in name or "norm" in name}
     numbers = found(outcome)
     assert numbers["kept"] and numbers["held_out_after"] < numbers["held_out_before"]
-    model = checkpoint.load(outcome.checkpoint)
+    model = checkpoint.load(outcome.checkpoint, getattr(torch, dtype))  # config.json names the original's
     assert {parameter.dtype for name, parameter in model.named_parameters() if "norm" in name} == {
         getattr(torch, dtype)
     }
