@@ -53,8 +53,7 @@ class HubModel:
 
         Raises InputError if none of them has it.
         """
-        local = Path(self.id).expanduser()
-        if local.is_dir():
+        if Path(self.id).expanduser().is_dir():
             return read_config(self.folder(cache))
         if self.config is not None:
             return _config_of("model.config", self.config)
