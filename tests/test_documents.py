@@ -9,7 +9,7 @@ from cluscomp.command.compose import composed
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HELP = ROOT / "conf" / "hydra" / "help" / "cluscomp.yaml"
-OTHER_COMMANDS = {"status", "collect", "table", "plot", "verify", "export"}
+OTHER_COMMANDS = {"status", "collect", "table", "plot", "verify", "export", "list", "lm_eval"}
 
 
 def commands():
