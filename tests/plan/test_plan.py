@@ -100,6 +100,16 @@ def test_every_model_can_be_planned_offline(name, tmp_path):
     assert not list(tmp_path.iterdir())  # nothing downloaded, converted or made
 
 
+@pytest.mark.parametrize(("name", "kinds"), [("qwen3", 1), ("gemma2", 2)])
+def test_of_blocks_that_are_alike_one_is_walked(families, monkeypatch, name, kinds):
+    """Those of another kind of attention are not alike: Gemma's windows slide in every other block."""
+    walked, observe = [], Walk.observe
+    monkeypatch.setattr(Walk, "observe", lambda self, index, *more: walked.append(index) or observe(self, index, *more))
+    places = MetaModel(read_config(families(name, rms_norm_eps=3e-6)), torch.float32, "cpu").places()
+    assert walked == list(range(kinds)) and len(places) == 3
+    assert [place.input for place in places[2].values()] == [0, 0, 0, 1, 2, 2, 3]
+
+
 # numbers by hand, from the models' cards: matrices of a block, and all else
 SIZES = {
     "llama2_7b": (202_375_168, 6_738_415_616),
