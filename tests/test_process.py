@@ -32,6 +32,33 @@ try:
 except KeyboardInterrupt:
     print("interrupted later")
 """
+LENDING = """
+import os, signal, time
+import torch
+from cluscomp import process
+from cluscomp.kernels.loading import native
+
+class Lent:
+    def __init__(self, tensor):
+        self.tensor = tensor
+    def __dlpack__(self, **asked):
+        os.kill(os.getpid(), signal.SIGINT)
+        return self.tensor.__dlpack__(**asked)
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+process.interrupt_once()
+try:
+    points, codes, distances = torch.zeros(8, 2), torch.zeros(8, dtype=torch.int32), torch.zeros(8)
+    if native is not None:
+        native.assign(Lent(points), torch.zeros(2, 2), codes, distances, 1)
+    else:
+        os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
+    print("not interrupted")
+except KeyboardInterrupt:
+    print("interrupted after the kernel")
+"""
 MISSING = """
 import os, sys
 from cluscomp.process import loading
@@ -56,6 +83,11 @@ def test_ctrl_c_while_modules_are_loaded_is_one_line():
 
 def test_ctrl_c_pressed_again_does_not_interrupt_the_cleaning_up():
     assert left(CLEANING_UP) == (0, "cleaned up\ninterrupted later\n", "")
+
+
+def test_ctrl_c_while_a_tensor_is_handed_to_a_kernel_is_not_lost():
+    """The kernels' binding takes an exception of `__dlpack__` for an argument of another kind, and forgets it."""
+    assert left(LENDING) == (0, "interrupted after the kernel\n", "")
 
 
 def test_a_missing_module_is_named_with_the_folders_that_cannot_be_read(tmp_path):
