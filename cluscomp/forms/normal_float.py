@@ -1,7 +1,7 @@
 """Weights as levels of a normal distribution, times a scale of 8 bits for each block: what QLoRA stores."""
 
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -93,15 +93,6 @@ class NormalFloatWeight(PackedWeight):
         """The dense weight (O, I) in `dtype`, made in float32; `inputs` is all of them (see `tiles`)."""
         levels_K = levels(self.width, self.codes.device)
         return (levels_K[self.unpacked()] * spread(self._decoded(), self.in_features)).to(dtype)
-
-    def spec(self) -> dict[str, Any]:
-        """What `empty` needs to make this module's shapes again."""
-        return {
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "width": self.width,
-            "groups": self.groups,
-        }
 
     def masters(self) -> dict[str, Tensor]:
         """The scales (O, G) in float32."""

@@ -1,7 +1,5 @@
 """Weights as numbers of a few bits that look up their value in a small table: what SqueezeLLM stores."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -75,15 +73,6 @@ class TableWeight(PackedWeight):
         tables_OE = self.codebooks.to(dtype).flatten(1)
         first_1G = torch.arange(self.groups, device=tables_OE.device)[None] * self.codebooks.shape[2]
         return tables_OE.gather(1, (self.unpacked() + spread(first_1G, self.in_features)).long())
-
-    def spec(self) -> dict[str, Any]:
-        """What `empty` needs to make this module's shapes again."""
-        return {
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "width": self.width,
-            "groups": self.groups,
-        }
 
     def lies_on(self, *, width: int, group: int) -> bool:
         """Whether every group has as many values as there are on a grid of `width`, of a part of `group` inputs."""

@@ -39,6 +39,15 @@ class PackedWeight(Single):
         """G, the groups of inputs that each output has."""
         return self.values.shape[1]
 
+    def spec(self) -> dict[str, Any]:
+        """What `empty` needs to make this module's shapes again."""
+        return {
+            "out_features": self.out_features,
+            "in_features": self.in_features,
+            "width": self.width,
+            "groups": self.groups,
+        }
+
     def unpacked(self) -> Int[Tensor, "O I"]:
         """The numbers as int32 (O, I)."""
         return unpack(self.codes, self.width, self.out_features * self.in_features).view(-1, self.in_features)
@@ -176,14 +185,7 @@ class UniformWeight(PackedWeight):
 
     def spec(self) -> dict[str, Any]:
         """What `empty` needs to make this module's shapes again."""
-        return {
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "width": self.width,
-            "groups": self.groups,
-            "zeros": self.kind_of_zeros,
-            "scaled_inputs": self.inputs is not None,
-        }
+        return super().spec() | {"zeros": self.kind_of_zeros, "scaled_inputs": self.inputs is not None}
 
     def lies_on(self, *, width: int, group: int) -> bool:
         """Whether every group of this grid is a part of one of `group` inputs on a grid of the same width."""

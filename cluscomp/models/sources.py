@@ -41,12 +41,13 @@ class HubModel:
 
     def __post_init__(self) -> None:
         """Raises InputError for a path where nothing is, unless a plan knows the `config`: before torch is loaded."""
-        if self.config is None and self._is_path and not Path(self.id).expanduser().is_dir():
-            raise InputError(f"model.id={self.id}: there is no such folder")
+        if self.config is None:
+            self._check_path()
 
-    @property
-    def _is_path(self) -> bool:
-        return self.id.startswith((".", "/", "~")) or self.id.count("/") > 1
+    def _check_path(self) -> None:
+        is_path = self.id.startswith((".", "/", "~")) or self.id.count("/") > 1
+        if is_path and not Path(self.id).expanduser().is_dir():
+            raise InputError(f"model.id={self.id}: there is no such folder")
 
     def read_config(self, cache: Path) -> "PreTrainedConfig":
         """The model's config, from its folder, the hub's local cache or the yaml's `config`; downloads nothing.
@@ -80,9 +81,8 @@ class HubModel:
         local = Path(self.id).expanduser()
         if local.is_dir():
             found = local
-        elif self._is_path:
-            raise InputError(f"model.id={self.id}: there is no such folder")
         else:
+            self._check_path()
             found = self._download()
         check_folder(found)
         if not (found / "config.json").is_file():

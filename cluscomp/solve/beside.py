@@ -14,6 +14,7 @@ from cluscomp.forms.plain import PlainWeight
 from cluscomp.forms.stored import Stored
 from cluscomp.forms.sum import Sum
 from cluscomp.forms.uniform import in_16_bits
+from cluscomp.solve import low_rank
 from cluscomp.solve.kmeans import Recipe, kmeans
 
 LEVELS = 16  # of an adapter of 4 bits
@@ -67,16 +68,11 @@ def nearest_of_rank(
     By its squares; by those of E diag(s) with the `sizes_I` (I,) of inputs (SLiM-LoRA, arXiv 2410.09615, section 3.3);
     or by tr(E H E^T) with their second moment (I, I), positive definite: those of E L, H = L L^T.
     """
-    if moment_II is not None:
-        factor_II = torch.linalg.cholesky(moment_II.double())
-        left_OM, sizes_M, right_MI = torch.linalg.svd(error_OI @ factor_II.to(error_OI.dtype), full_matrices=False)
-        right_MI = torch.linalg.solve_triangular(factor_II, right_MI[:rank].double(), upper=False, left=False)
-        right_MI = right_MI.to(error_OI.dtype)
-    else:
-        scaled_OI = error_OI if sizes_I is None else error_OI * sizes_I
-        left_OM, sizes_M, right_MI = torch.linalg.svd(scaled_OI, full_matrices=False)
-        right_MI = right_MI if sizes_I is None else right_MI / sizes_I
-    left_OR, right_RI = left_OM[:, :rank] * sizes_M[:rank], right_MI[:rank]
+    scaled_OI = error_OI if sizes_I is None else error_OI * sizes_I
+    left_OM, sizes_M, right_MI, factor_II = low_rank.by_outputs(scaled_OI, moment_II)
+    right_MI = low_rank.of_inputs(right_MI[:rank], factor_II)
+    right_MI = right_MI if sizes_I is None else right_MI / sizes_I
+    left_OR, right_RI = left_OM[:, :rank] * sizes_M[:rank], right_MI
     norms_R = right_RI.square().sum(1).sqrt()
     ratio_R = (sizes_M[:rank] / torch.where(norms_R > 0, norms_R, 1.0)).sqrt()
     ratio_R = torch.where(ratio_R > 0, ratio_R, 1.0)

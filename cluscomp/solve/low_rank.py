@@ -49,14 +49,26 @@ def directions(weight_OI: Float[Tensor, "O I"], moment_II: Float[Tensor, "I I"] 
     weight that is not finite or does not fit 16 bits.
     """
     in_16_bits(weight_OI)
-    weight_OI = weight_OI.double()
+    left_OR, sizes_R, right_RI, factor_II = by_outputs(weight_OI.double(), moment_II)
+    roots_R = sizes_R.sqrt()
+    return Directions(left_OR * roots_R, of_inputs(roots_R[:, None] * right_RI, factor_II), sizes_R.square())
+
+
+def by_outputs(
+    matrix_OI: Float[Tensor, "O I"], moment_II: Float[Tensor, "I I"] | None
+) -> tuple[Float[Tensor, "O R"], Float[Tensor, " R"], Float[Tensor, "R I"], Float[Tensor, "I I"] | None]:
+    """U, S, V of M L, and L, for M (O, I) and a positive definite second moment H = L L^T; without one those of M."""
     factor_II = None if moment_II is None else torch.linalg.cholesky(moment_II.double())
-    found = torch.linalg.svd(weight_OI if factor_II is None else weight_OI @ factor_II, full_matrices=False)
-    roots_R = found.S.sqrt()
-    right_RI = roots_R[:, None] * found.Vh
-    if factor_II is not None:
-        right_RI = torch.linalg.solve_triangular(factor_II, right_RI, upper=False, left=False)
-    return Directions(found.U * roots_R, right_RI, found.S.square())
+    scaled_OI = matrix_OI if factor_II is None else matrix_OI @ factor_II.to(matrix_OI.dtype)
+    return *torch.linalg.svd(scaled_OI, full_matrices=False), factor_II
+
+
+def of_inputs(right_RI: Float[Tensor, "R I"], factor_II: Float[Tensor, "I I"] | None) -> Float[Tensor, "R I"]:
+    """Rows (R, I) of `by_outputs` back in the coordinates of the inputs: times L^-1, solved in float64."""
+    if factor_II is None:
+        return right_RI
+    found_RI = torch.linalg.solve_triangular(factor_II, right_RI.double(), upper=False, left=False)
+    return found_RI.to(right_RI.dtype)  # type: ignore[no-any-return]
 
 
 def bits(outputs: int, inputs: int, rank: int, width: int, group: int) -> int:

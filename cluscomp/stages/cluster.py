@@ -56,7 +56,7 @@ class Cluster(FromText):
     rotation: Literal["none", "inputs", "outputs", "both"]
 
     @model_validator(mode="after")
-    def _check_drift(self) -> Self:
+    def _fit_together(self) -> Self:
         if self.drift and self.prefix == "original":
             raise ValueError(f"drift={self.drift} needs prefix=compressed: behind the original nothing drifts")
         self.whole.sees()

@@ -4,14 +4,14 @@ import itertools
 
 import pytest
 import torch
+from layers import heavy_tailed, relative_error
+from pipelines import composed, pipeline
 from torch.testing import assert_close
 
 from cluscomp.errors import InputError
 from cluscomp.forms.rotated import Rotated, rotated, signs_of_inputs, turned
 from cluscomp.methods.turned import Turned
 from cluscomp.solve.layer import Layer, Seen
-from tests.layers import heavy_tailed, relative_error
-from tests.pipelines import composed, pipeline
 
 SIDES = {"inputs": (True, False), "outputs": (False, True), "both": (True, True)}
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from streamed import opened, streamed_logits
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cluscomp.errors import InputError
 from cluscomp.forms.apart import KeptLinear, stacks, take_apart, together
-from cluscomp.models.original import Original, blocks, linears, norms
-from cluscomp.models.walk import Walk
+from cluscomp.models.original import blocks, linears, norms
 from cluscomp.plan.meta import MetaModel
 
 GPT = {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64}
@@ -40,27 +40,12 @@ def folder(request, families):
     return families(request.param, **FAMILIES[request.param])
 
 
-def opened(folder) -> Original:
-    return Original(folder, torch.float32, torch.device("cpu"))
-
-
-@torch.no_grad()
-def walked(original: Original, ids: torch.Tensor) -> torch.Tensor:
-    """Logits with one block of the model in memory at a time."""
-    walk = Walk(original.model(), original)
-    hidden = walk.embed(ids)
-    for index in range(len(walk)):
-        with walk.block(index) as block:
-            hidden = walk.apply(index, block, hidden)
-    return walk.logits(hidden, ids)
-
-
 @torch.no_grad()
 def test_a_walk_gives_transformers_logits_and_the_plan_knows_each_layer(folder, ids):
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids, use_cache=False).logits
     assert expected.std() > 0.01
     original = opened(folder)
-    assert torch.allclose(walked(original, ids), expected, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(streamed_logits(original, ids), expected, rtol=1e-4, atol=1e-5)
     outline = MetaModel(AutoConfig.from_pretrained(folder), torch.float32, "cpu")
     for block, places in zip(blocks(original.load_all()), outline.places()):
         layers = linears(block)
@@ -108,7 +93,7 @@ def test_names_of_files_that_transformers_maps(families, ids, tmp_path):
         for file in tied.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-        assert torch.equal(walked(opened(folder), ids), expected), name
+        assert torch.equal(streamed_logits(opened(folder), ids), expected), name
 
 
 def test_a_model_with_nothing_to_compress_is_refused(tiny_folder):

@@ -7,29 +7,14 @@ import pytest
 import torch
 from reference.recipe import NO_DATA, PAPER, STORED
 from safetensors.torch import load_file, save_file
+from streamed import opened, streamed_logits
 from transformers import AutoModelForCausalLM
 
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.methods.cluscomp import ClusComp
 from cluscomp.models.original import Original, block_names, blocks, file_hashes, fingerprint, linears
-from cluscomp.models.walk import Walk
 from cluscomp.stages.clustering import compress_block
-
-
-def opened(folder, dtype=torch.float32):
-    return Original(folder, dtype, torch.device("cpu"))
-
-
-@torch.no_grad()
-def streamed_logits(original, ids):
-    """Logits with one block of the model in memory at a time."""
-    walk = Walk(original.model(), original)
-    hidden = walk.embed(ids)
-    for index in range(len(walk)):
-        with walk.block(index) as block:
-            hidden = walk.apply(index, block, hidden)
-    return walk.logits(hidden, ids)
 
 
 @torch.no_grad()
