@@ -85,7 +85,7 @@ VIEWS = [
     ),
     View(
         "summary", "The best at a glance", comparison.summary_table,
-        "On texts that no row learned from, the first rows of the table below.",
+        "On the texts by which methods are ranked, the first rows of the table below.",
         ("model", learned.TRAINING), comparison.ranked_columns, ranks=True,
     ),
     View(

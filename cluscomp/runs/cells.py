@@ -167,10 +167,17 @@ def _write(folder: Path, cell: Cell) -> None:
 
 
 def _scores(folder: Path, cell: Cell) -> str:
-    """The perplexities of a finished cell after the last stage that was measured; nothing if there are none."""
+    """The perplexities of a finished cell after the last stage that was measured.
+
+    Nothing if there are none, or its record cannot be read.
+    """
     if cell.state != "finished" or not (folder / cell.record).is_file():
         return ""
-    found = [score for score in read((folder / cell.record).resolve()).scores if score.metric == "perplexity"]
+    try:
+        scores = read((folder / cell.record).resolve()).scores
+    except InputError:  # of an earlier schema, or damaged, which `collect` tells
+        return ""
+    found = [score for score in scores if score.metric == "perplexity"]
     return ", ".join(f"perplexity {one.value:.2f} {one.dataset}" for one in found if one.after == found[-1].after)
 
 

@@ -51,6 +51,15 @@ def test_a_cell_waits_works_and_finishes(tmp_path):
     assert read_cell(folder).state == "finished"
 
 
+def test_a_record_that_cannot_be_read_leaves_the_table_as_it_is(tmp_path):
+    """As of an earlier schema, or damaged: `status` tells of all cells; who needs the record says what is wrong."""
+    for number in (1, 2):
+        finish(tmp_path, "bits", number)
+    (tmp_path / "run-1" / "record.json").write_text("{")
+    table = status_table(read_cells(tmp_path, "bits"))
+    assert list(table["state"]) == ["finished", "finished"]
+
+
 def test_a_failure_is_told_in_a_sentence_with_all_of_it_in_the_log(tmp_path):
     folder = folder_of(tmp_path, "bits", {"seed": 1})
     with pytest.raises(ValueError, match="nothing"), at_work(folder, ["seed=1"], told):
