@@ -36,8 +36,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         "out_group_size": 1,
         "linear_weights_not_to_quantize": [f"{name}.weight" for name in folders.dense_linears(model)],
     }  # fmt: skip
-    folders.write(model, tokenizer, folder, {name: _layer(form, bits) for name, form in forms.items()}, config)
-    lost = ["dtype: what is not compressed is in float16, and so are products"]
+    lost = folders.write(model, tokenizer, folder, {name: _layer(form, bits) for name, form in forms.items()}, config)
     if bits not in (8, 16):
         lost.append(f"size: a code of {bits} bits takes {8 if bits < 8 else 16}")
     if any(form.scales is not None for form in forms.values()):

@@ -32,8 +32,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
         "config_groups": groups, "ignore": folders.dense_linears(model),
     }  # fmt: skip
-    folders.write(model, tokenizer, folder, {name: _layer(form) for name, form in forms.items()}, config)
-    return ["dtype: what is not compressed is in float16, and so are products"]
+    return folders.write(model, tokenizer, folder, {name: _layer(form) for name, form in forms.items()}, config)
 
 
 def _layer(form: UniformWeight) -> dict[str, Tensor]:

@@ -25,8 +25,11 @@ def write(
     folder: Path,
     layers: dict[str, dict[str, Tensor]],
     quantization_config: dict[str, Any],
-) -> None:
-    """Write a folder with these tensors of each compressed layer, all others in float16, and tokenizer."""
+) -> list[str]:
+    """Write a folder with these tensors of each compressed layer, all others in float16, and tokenizer.
+
+    Returns what is lost in each such format.
+    """
     tensors = {name: _in_float16(name, tensor) for name, tensor in others(model).items()}
     tensors |= {f"{name}.{key}": tensor for name, parts in layers.items() for key, tensor in parts.items()}
     save_torch_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, folder)
@@ -36,6 +39,7 @@ def write(
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return ["dtype: what is not compressed is in float16, and so are products"]
 
 
 def others(model: nn.Module) -> dict[str, Tensor]:

@@ -38,8 +38,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         "checkpoint_format": "gptq" if symmetric else "gptq_v2", "lm_head": False,
     }  # fmt: skip
     layers = {name: _layer(form, less=int(symmetric)) for name, form in forms.items()}
-    folders.write(model, tokenizer, folder, layers, config)
-    return ["dtype: what is not compressed is in float16, and so are products"]
+    return folders.write(model, tokenizer, folder, layers, config)
 
 
 def _layer(form: UniformWeight, less: int) -> dict[str, Tensor]:

@@ -45,8 +45,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         "quant_method": "vptq", "config_for_layers": entries, "shared_layer_config": {},
         "modules_to_not_convert": folders.dense_linears(model),
     }  # fmt: skip
-    folders.write(model, tokenizer, folder, layers, config)
-    lost = ["dtype: what is not compressed is in float16, and so are products"]
+    lost = folders.write(model, tokenizer, folder, layers, config)
     if rounded:
         lost.append(f"exactness: centroids of {rounded} layers, which have scales, are rounded to float16")
     if shared:
