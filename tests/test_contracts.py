@@ -279,7 +279,7 @@ def test_every_stage_keeps_the_protocol(name):
     stage = target(NODES[name])
     if hasattr(stage, "evaluate"):  # it measures and changes nothing
         return
-    assert {stage.takes, stage.gives} <= {"original", "compressed"} and type(stage.distributed) is bool
+    assert {stage.takes, stage.gives} <= {"original", "ranked", "compressed"} and type(stage.distributed) is bool
     for part in ("learns_from", "without_effect", "check", "cost", "run"):
         assert callable(getattr(stage, part))
 

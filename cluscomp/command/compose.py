@@ -120,8 +120,11 @@ def build(config: DictConfig, chosen: Mapping[str, str | None], said: Given) -> 
     if values["data_root"] is not None and not Path(str(values["data_root"])).expanduser().is_dir():
         raise InputError(f"data_root={values['data_root']}: there is no such folder")
     stages = [key for key, value in values.items() if _is_stage(key, value, said)]
+    by_method = {key for key in stages if values[key].get("method")}
     if values["order"] == ["evaluate"]:  # nothing is compressed, so nothing has to be said of how
         values = {key: value for key, value in values.items() if key not in {"method", *stages}}
+    elif set(values["order"]) <= {*stages, "evaluate"} and not by_method & set(values["order"]):
+        values = {key: value for key, value in values.items() if key not in {"method", *by_method}}
     shared_first = sorted(values, key=lambda key: key not in SHARED)  # so that an error names the group it stands in
 
     def built(value: Any, place: Place) -> Any:

@@ -11,6 +11,7 @@ from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.formats import aqlm, compressed_tensors, dense, gguf, gptq, vptq
 from cluscomp.forms import adapters
+from cluscomp.forms.linear import compressed
 from cluscomp.store.files import new_folder
 
 Write = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], list[str]]
@@ -65,5 +66,7 @@ def export(folder: str | Path, *, format: str, output: str | Path, dtype: str = 
     model = checkpoint.load(folder, None if chosen == "auto" else getattr(torch, chosen))
     if adapters.parameters(model):
         raise InputError(f"{folder}: has LoRA adapters, which format={format} has no place for")
+    if any(layer.stored.post_norm for layer in compressed(model).values()):
+        raise InputError(f"{folder}: its layers normalise what they give (post_norm), which format={format} does not")
     with new_folder(target) as unfinished, torch.no_grad():
         return found.write(model, AutoTokenizer.from_pretrained(folder), unfinished)

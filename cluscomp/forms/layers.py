@@ -15,6 +15,7 @@ from cluscomp.forms.low_rank import LowRank
 from cluscomp.forms.masked import Masked
 from cluscomp.forms.normal_float import NormalFloatWeight
 from cluscomp.forms.plain import PlainWeight
+from cluscomp.forms.ranked import Ranked
 from cluscomp.forms.rotated import Rotated
 from cluscomp.forms.signs import SignWeight
 from cluscomp.forms.stored import KINDS, Stored, build, described, total
@@ -26,7 +27,7 @@ from cluscomp.forms.uniform import UniformWeight
 SHARES = "shares"  # in the entry of a layer in config.json: the layer that stores its trainable tensors
 FORMS: tuple[type[Stored], ...] = (
     CodebookWeight, UniformWeight, TableWeight, NormalFloatWeight, EntropyWeight, PlainWeight, TrellisWeight,
-    LatticeWeight, SignWeight, LowRank, Masked, Rotated, Sum,
+    LatticeWeight, SignWeight, LowRank, Ranked, Masked, Rotated, Sum,
 )  # fmt: skip
 KINDS.update({form.kind: form for form in FORMS})
 
@@ -77,9 +78,14 @@ def put_in(model: nn.Module, name: str, stored: Stored) -> None:
 
 
 def take_out(model: nn.Module, name: str, dtype: torch.dtype) -> None:
-    """Put a dense linear layer in the place of the compressed layer `name`, with the weight that it rebuilds."""
+    """Put a dense linear layer in the place of the compressed layer `name`, with the weight that it rebuilds.
+
+    Raises InputError for one that no dense layer stands for.
+    """
     layer = model.get_submodule(name)
     assert isinstance(layer, CompressedLinear)
+    if layer.stored.post_norm:
+        raise InputError(f"{name}: normalises what it gives (post_norm), which a dense layer does not")
     dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     with torch.no_grad():
         dense.weight = nn.Parameter(layer.stored(dtype).contiguous(), requires_grad=False)

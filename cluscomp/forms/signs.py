@@ -12,10 +12,11 @@ from cluscomp.kernels.codes import pack, packed_bytes, unpack
 
 
 class SignWeight(Single):
-    """A weight as diag(h) S diag(g), S being -1 and 1: OneBit's form (arXiv 2402.11295), without its norm.
+    """A weight as diag(h) S diag(g), S being -1 and 1: OneBit's form (arXiv 2402.11295), with its norm or without.
 
     Stored: `codes`, uint8, the signs (O, I) packed, 1 for a positive one (kernels/codes.py); and `scales` float16,
-    those of outputs, h (O,), then those of inputs, g (I,), of which one may be missing. Scales can be trained.
+    those of outputs, h (O,), then those of inputs, g (I,), of which one may be missing. Scales can be trained. The norm
+    of what its layer gives has no weights, so nothing is stored of it.
     """
 
     kind = "signs"
@@ -33,16 +34,21 @@ class SignWeight(Single):
         in_features: int,
         scaled_outputs: bool,
         scaled_inputs: bool,
+        post_norm: bool = False,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = out_features, in_features
-        self.scaled_outputs, self.scaled_inputs = scaled_outputs, scaled_inputs
+        self.scaled_outputs, self.scaled_inputs, self.post_norm = scaled_outputs, scaled_inputs, post_norm
         self.register_buffer("codes", codes)
         self.scales = nn.Parameter(scales, requires_grad=scales.is_floating_point())
 
     @classmethod
     def from_signs(
-        cls, signs_OI: Float[Tensor, "O I"], outputs_O: Float[Tensor, " O"] | None, inputs_I: Float[Tensor, " I"] | None
+        cls,
+        signs_OI: Float[Tensor, "O I"],
+        outputs_O: Float[Tensor, " O"] | None,
+        inputs_I: Float[Tensor, " I"] | None,
+        post_norm: bool = False,
     ) -> "SignWeight":
         """Build from numbers (O, I), of which the signs are kept, and scales (O,) and (I,), rounded to 16 bits.
 
@@ -58,11 +64,18 @@ class SignWeight(Single):
             in_features=signs_OI.shape[1],
             scaled_outputs=outputs_O is not None,
             scaled_inputs=inputs_I is not None,
+            post_norm=post_norm,
         )
 
     @classmethod
     def empty(
-        cls, *, out_features: Extent, in_features: Extent, scaled_outputs: bool, scaled_inputs: bool
+        cls,
+        *,
+        out_features: Extent,
+        in_features: Extent,
+        scaled_outputs: bool,
+        scaled_inputs: bool,
+        post_norm: bool = False,
     ) -> "SignWeight":
         """A module of the given shapes with undefined content, on the default device; to be loaded into.
 
@@ -78,10 +91,19 @@ class SignWeight(Single):
             in_features=in_features,
             scaled_outputs=scaled_outputs,
             scaled_inputs=scaled_inputs,
+            post_norm=post_norm,
         )
 
     @classmethod
-    def bits(cls, *, out_features: int, in_features: int, scaled_outputs: bool, scaled_inputs: bool) -> dict[str, int]:
+    def bits(
+        cls,
+        *,
+        out_features: int,
+        in_features: int,
+        scaled_outputs: bool,
+        scaled_inputs: bool,
+        post_norm: bool = False,  # noqa: ARG003  # it has no weights
+    ) -> dict[str, int]:
         """Stored bits: codes, scales, padding of the packed signs."""
         numbers = out_features * in_features
         return {
@@ -97,7 +119,7 @@ class SignWeight(Single):
             "in_features": self.in_features,
             "scaled_outputs": self.scaled_outputs,
             "scaled_inputs": self.scaled_inputs,
-        }
+        } | ({"post_norm": True} if self.post_norm else {})
 
     def signs(self, dtype: torch.dtype) -> Float[Tensor, "O I"]:
         """The signs (O, I), -1 and 1, in `dtype`."""

@@ -26,6 +26,7 @@ class Stored(nn.Module, ABC):
 
     kind: ClassVar[str]  # name in config.json
     learns: ClassVar[frozenset[str]] = frozenset({"values"})  # what of it can learn: settings of stage block_finetune
+    post_norm: bool = False  # whether its layer normalises what it gives: to mean 0 and variance 1, without weights
     out_features: int
     in_features: int
 

@@ -32,8 +32,8 @@ class LowRankFactors:
     `weighting` "none": of the weight itself, no data. "moment": of the layer's outputs (SVD-LLM), by the second moment
     of its inputs, to whose diagonal `damping` is added as a share of its mean. `allocation` "uniform" gives every
     matrix `bits`; "fill" shares those of a block out by what the outputs lose, with no less than a share `floor` for a
-    matrix. With allocation=model that is one ranking of all singular values by what each takes and adds, as ACIP's
-    (arXiv 2502.01717) without training: there masks over directions learn instead, with adapters beside.
+    matrix. With allocation=model that is one ranking of all singular values by what each takes and adds. Stages rank
+    and cut (ACIP, arXiv 2502.01717) rank directions by masks that learn.
     """
 
     bits: float | None = Field(ge=0.05, le=16)

@@ -24,14 +24,17 @@ class OneBit(EachLayer):
     limit that this must meet. The values come of `rounds` of alternating least squares to |W|; with `weighting`
     "diagonal" a weight counts by the mean square of its input, with "none" (the authors') all alike (no data).
 
-    Unlike the authors': no norm without weights follows a layer, which would forget the values of outputs until long
-    training found them again. Training is that of the stages: block_finetune=onebit_quick lets dense weights learn with
-    their signs, and values; in recover values learn.
+    With `post_norm` a layer normalises what it gives, to mean 0 and variance 1 without weights, as the authors' do. It
+    stores nothing, but forgets how large outputs are, so the model is of no use until long training made up for it.
+
+    Training is that of the stages: block_finetune=onebit_quick lets dense weights learn with their signs, and values;
+    in recover values learn, by recover=onebit_quick from the original's predictions and hidden states.
     """
 
     bits: float | None = Field(ge=1, le=8)
     weighting: Literal["none", "diagonal"]
     rounds: int = Field(ge=1)
+    post_norm: bool
 
     def sees(self) -> frozenset[str]:
         """The mean square of the inputs, if `weighting` asks for it."""
@@ -42,6 +45,7 @@ class OneBit(EachLayer):
         outputs, inputs = weight_OI.shape
         importance_I = weight_OI.new_ones(inputs) if seen is None else seen.diagonal_I
         found = solve.signs.sign_value(weight_OI, importance_I, self.rounds)
+        found.post_norm = self.post_norm
         stored = sum(found.ledger().values()) / (outputs * inputs)
         if self.bits is not None and stored > self.bits:
             raise ValueError(

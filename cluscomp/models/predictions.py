@@ -57,24 +57,59 @@ class Predictions:
     def _part(self, number: int) -> Path:
         return self.folder / f"teacher-{number:05}.safetensors"
 
+    def _look(self, index: int, hidden_BTH: Tensor) -> None:
+        """Is shown what each block makes of each batch."""
+
     @torch.no_grad()
     def _predict(self, walk: Walk, windows_WT: Tensor, batch_size: int) -> dict[str, Tensor]:
         batches = [batch_BT.to(walk.device) for batch_BT in windows_WT.split(batch_size)]
-        hidden = walk.through(batches, "original's predictions")
+        hidden = walk.through(batches, "original's predictions", self._look)
         found = [self.keep(walk, hidden_BTH, ids_BT) for hidden_BTH, ids_BT in zip(hidden, batches)]
         return {name: torch.cat([kept[name] for kept in found]).cpu() for name in found[0]}
 
 
 class Teacher(Predictions):
-    """The original's `top` likeliest next tokens for each token of the windows (W, T)."""
+    """The original's `top` likeliest next tokens for each token of the windows (W, T).
 
-    def __init__(self, folder: Path, windows_WT: Int[Tensor, "W T"], top: int) -> None:
+    With `hidden` also what each block but the last makes of it, as a vector of length 1 in float16.
+    """
+
+    def __init__(self, folder: Path, windows_WT: Int[Tensor, "W T"], top: int, *, hidden: bool = False) -> None:
         super().__init__(folder, windows_WT, partial(likeliest, top=top))
+        self.hidden = hidden
+        self._between: dict[int, list[Tensor]] = {}
 
     def window(self, index: int) -> dict[str, Tensor]:
-        """The `top` token ids (T, top) and their log-probabilities (T, top) of window `index`, likeliest first."""
+        """The `top` token ids (T, top) and their log-probabilities (T, top) of window `index`, likeliest first.
+
+        With `hidden` the blocks' outputs, too: (T, blocks - 1, H).
+        """
         kept = super().window(index)
-        return {"top": kept["top"].long(), "top_log": kept["log"]}
+        found = {"top": kept["top"].long(), "top_log": kept["log"]}
+        return found | ({"hidden": kept["hidden"].transpose(0, 1)} if self.hidden else {})
+
+    def write(self, walk: Walk, *, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        """As `Predictions.write`; hidden states of all blocks make parts shorter."""
+        if self.hidden:
+            self.of_a_part = max(1, self.of_a_part // len(walk))
+        super().write(walk, batch_size=batch_size, rank=rank, world=world)
+
+    def _look(self, index: int, hidden_BTH: Tensor) -> None:
+        if self.hidden:
+            self._between.setdefault(index, []).append(direction(hidden_BTH).half().cpu())
+
+    def _predict(self, walk: Walk, windows_WT: Tensor, batch_size: int) -> dict[str, Tensor]:
+        self._between = {}
+        found = super()._predict(walk, windows_WT, batch_size)
+        if self.hidden:
+            between = [torch.cat(self._between[index])[..., : walk.width] for index in range(len(walk) - 1)]
+            found["hidden"] = torch.stack(between, 1)
+        return found
+
+
+def direction(hidden_BTH: Float[Tensor, "*batch H"]) -> Float[Tensor, "*batch H"]:
+    """Hidden states as vectors of length 1, in float32."""
+    return torch.nn.functional.normalize(hidden_BTH.float(), dim=-1)
 
 
 def likeliest(walk: Walk, hidden_BTH: Tensor, ids_BT: Tensor, top: int) -> dict[str, Tensor]:

@@ -102,10 +102,13 @@ class Walk:
         return torch.cat([output, hidden_BTH[..., self.width :]], -1)
 
     @torch.no_grad()
-    def through(self, batches: list[Tensor], label: str) -> list[Tensor]:
+    def through(
+        self, batches: list[Tensor], label: str, look: Callable[[int, Tensor], None] | None = None
+    ) -> list[Tensor]:
         """What the last block makes of each batch of windows, (B, T) -> (B, T, H); one block is in memory at a time.
 
-        Raises InputError that names the first block whose output is not finite.
+        `look` is shown what each block makes of each batch: its index and (B, T, H). Raises InputError that names the
+        first block whose output is not finite.
         """
         hidden = [self.embed(ids_BT) for ids_BT in batches]
         for index in told(range(len(self)), len(self), label, "block"):
@@ -113,6 +116,8 @@ class Walk:
                 for number, hidden_BTH in enumerate(hidden):
                     hidden[number] = self.apply(index, block, hidden_BTH)
                     _check_finite(block_names(self.model)[index], block, hidden[number])
+                    if look is not None:
+                        look(index, hidden[number])
         return hidden
 
     @torch.no_grad()

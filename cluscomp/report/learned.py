@@ -11,7 +11,7 @@ from cluscomp.report.names import stages_until
 from cluscomp.store.records import EXTERNAL, ORIGINAL, Record, Score
 
 CALIBRATION, TRAINING = "calibration tokens", "training tokens"
-UNTRAINED = ("round", "decompose", "cluster")  # stages that compress and train nothing
+UNTRAINED = ("round", "decompose", "cluster", "cut")  # stages that compress and train nothing
 Kind = tuple[str, int]  # what a model learned from, and the tokens that its compression looked at; 0 if not known
 
 

@@ -40,6 +40,8 @@ def method_name(record: Record, after: str) -> str:
         stated = record.stages[EXTERNAL]["found"]
         return f"{stated['method'].upper()} ({stated['library']}, {EXTERNAL})"
     order = stages_until(record, after)
+    if "cut" in order:
+        return " + ".join([*order[: order.index("rank")], _cut_name(record), *order[order.index("cut") + 1 :]])
     if "cluster" not in order:
         return " + ".join([ORIGINAL, *order])
     dense, order = order[: order.index("cluster")], order[order.index("cluster") :]
@@ -53,6 +55,17 @@ def method_name(record: Record, after: str) -> str:
     told = ", ".join([*filter(None, [kind]), *_told(differs)])
     rest = [_stage_name(record, stage) for stage in order[length:]]
     return " + ".join([*dense, names[length - 1] + (f" ({told})" if told else ""), *rest])
+
+
+def _cut_name(record: Record) -> str:
+    """What stages rank and cut make: ACIP, or low rank by singular values; and what compresses the factors."""
+    stages = record.config["stages"]
+    name = "ACIP" if stages["rank"]["rule"] == "masks" else "low rank (singular values)"
+    if stages["cut"]["method"] is None:
+        return name
+    chosen = record.choices["method"]["yaml"]
+    (by, *_), _ = SPELLED.get(chosen, ((chosen,), ""))
+    return f"{name}, factors by {by}"
 
 
 def _of_cluster(record: Record) -> dict[str, Any]:

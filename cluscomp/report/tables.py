@@ -117,6 +117,10 @@ def limit(record: Record) -> str:
     """
     if EXTERNAL in record.stages:
         return f"{record.stages[EXTERNAL]['size']['linear_bits_per_weight']:.3g}"
+    if "cut" in record.config["order"]:
+        cut = record.config["stages"]["cut"]
+        bits = 16 if cut["method"] is None else cut["method"].get("bits")
+        return f"{cut['ratio'] * bits:g}" if isinstance(bits, int | float) else "by hand"
     if "cluster" not in record.config["order"]:
         return "-"
     bits = record.config["stages"]["cluster"]["method"].get("bits")

@@ -1,6 +1,7 @@
 """The model card of a checkpoint: what it was made of and how, what it stores, and how it is loaded."""
 
 from pathlib import Path
+from typing import Any
 
 from cluscomp import __version__
 from cluscomp.forms.layers import Size
@@ -43,8 +44,11 @@ def card(experiment: Experiment, stage: str, size: Size) -> str:
     stages = experiment.order[: experiment.order.index(stage) + 1]
     source, chosen = experiment.model, without_places(experiment.choices)
     base = source.id if isinstance(source, HubModel) and not Path(source.id).expanduser().exists() else None
-    method = chosen["method"]
-    differs = ", ".join(f"{key}={value}" for key, value in method["differs"].items())
+    how = {key: chosen[key] for key in ("method", "cut") if key == "method" or key in stages if key in chosen}
+    told = [
+        f"{key} {one['yaml']}" + (f" ({differs})" if (differs := _told(one["differs"])) else "")
+        for key, one in how.items()
+    ]
     return hide(
         TEXT.format(
             base=f"base_model: {base}\n" if base else "",
@@ -52,11 +56,15 @@ def card(experiment: Experiment, stage: str, size: Size) -> str:
             bits=size.linear_bits_per_weight,
             model_bits=size.model_bits_per_weight,
             version=__version__,
-            method=f"method {method['yaml']}" + (f" ({differs})" if differs else ""),
+            method=", ".join(told) or "no method",
             stages=", ".join(stages),
             seed=experiment.seed,
         )
     )
+
+
+def _told(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def _name(experiment: Experiment) -> str:

@@ -18,6 +18,11 @@ PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where
 # and what is run, though it was before, and which yaml the settings are from: what decides nothing of a run's result
 ASIDE = (*PLACES, "retry", "fresh", "choices", "from_environment")
 
+TAKEN = {  # what a stage takes, in words
+    "original": "one that is not compressed yet",
+    "ranked": "what stage 'rank' leaves",
+    "compressed": "a compressed model",
+}
 METRICS = ("perplexity", "bits_per_byte", "kl", "top1_agreement")  # what is measured without tasks, which have others
 
 
@@ -68,7 +73,7 @@ class Experiment:
                 raise ValueError(f"order: stage '{name}' is named twice")
             if self.stages[name].takes != model:
                 where = f"after '{left_by}'" if left_by else "first"
-                other = "a compressed model" if model == "original" else "one that is not compressed yet"
+                other = TAKEN[self.stages[name].takes]
                 raise ValueError(f"order: stage '{name}' cannot come {where}: it takes {other}")
             model, left_by = self.stages[name].gives, name
         if self.objective not in METRICS and not self.evaluate.tasks.names:

@@ -1,9 +1,10 @@
 """A weight as a product of two thin matrices, the best there are for it or for what its layer gives."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cluscomp.forms.low_rank import LowRank
@@ -97,6 +98,57 @@ def within(limit: float, outputs: int, inputs: int, width: int, group: int) -> i
         least = bits(outputs, inputs, 1, width, group) / (outputs * inputs)
         raise ValueError(f"bits={limit} is out of reach for {outputs} x {inputs}: rank 1 takes {least:.3f}")
     return rank
+
+
+Shapes = Mapping[str, tuple[int, int]]  # (O, I) of matrices by name
+
+
+def share(ranks: Mapping[str, int], shapes: Shapes) -> float:
+    """Numbers that factors of these ranks have, as a share of the dense matrices'; dense ones where these have less."""
+    numbers = sum(_numbers(rank, *shapes[name]) for name, rank in ranks.items())
+    return numbers / sum(outputs * inputs for outputs, inputs in shapes.values())
+
+
+def check_share(ratio: float, shapes: Shapes) -> None:
+    """Raise ValueError if even one direction of each matrix has more than a share `ratio` of the dense numbers."""
+    least = share(dict.fromkeys(shapes, 1), shapes)
+    if least > ratio:
+        raise ValueError(f"{ratio} is out of reach: one direction of each matrix has {least:.4f} of the dense numbers")
+
+
+def highest(scores: Mapping[str, Float[Tensor, " R"]], shapes: Shapes, ratio: float) -> dict[str, Bool[Tensor, " R"]]:
+    """Which directions of each matrix stay, (R,), when just so many leave that a share `ratio` of all numbers is left.
+
+    Those with the lowest scores of all matrices leave first, of equal ones those that come later in their matrix; the
+    best of each matrix stays. ACIP (arXiv 2502.01717), where a matrix may lose all. See `share` for what counts. Raises
+    ValueError as `check_share`.
+    """
+    check_share(ratio, shapes)
+    names = list(scores)
+    values = [scores[name].tolist() for name in names]
+    best = [max(range(len(one)), key=one.__getitem__) for one in values]
+    leaving = sorted(
+        (score, -place, number)
+        for number, one in enumerate(values)
+        for place, score in enumerate(one)
+        if place != best[number]
+    )
+    ranks = [len(one) for one in values]
+    numbers = sum(_numbers(rank, *shapes[name]) for name, rank in zip(names, ranks))
+    most = ratio * sum(outputs * inputs for outputs, inputs in shapes.values())
+    kept = [torch.ones(rank, dtype=torch.bool) for rank in ranks]
+    for _, place, number in leaving:
+        if numbers <= most:
+            break
+        shape, rank = shapes[names[number]], ranks[number]
+        numbers += _numbers(rank - 1, *shape) - _numbers(rank, *shape)
+        ranks[number] -= 1
+        kept[number][-place] = False
+    return {name: one.to(scores[name].device) for name, one in zip(names, kept)}
+
+
+def _numbers(rank: int, outputs: int, inputs: int) -> int:
+    return min(rank * (outputs + inputs), outputs * inputs)
 
 
 def _factor(weight_OI: Tensor, width: int, group: int) -> Stored:

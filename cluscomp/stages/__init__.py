@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from cluscomp.plan.cost import Cost
     from cluscomp.plan.meta import MetaModel
 
+State = Literal["original", "ranked", "compressed"]  # of a model, before or after a stage; see `Stage`
+
 
 @dataclass(frozen=True)
 class Job:
@@ -37,13 +39,13 @@ class Stage(Protocol):
 
     `takes` and `gives` say what the model is before and after, from which alone follows in what order stages can stand.
     "original": a dense model, whose blocks are still in a file (`Job.original`). "compressed": a model whose layers are
-    of ours, in memory. A stage that gives "original" leaves each block in memory or, so that the dense model never is
-    there as a whole, in its folder (stages/blockwise.py); from what it leaves an ordinary folder is made, from which
-    the next stage reads.
+    of ours, in memory; "ranked": one of these, whose layers can be cut to any size (`forms.ranked`). A stage that gives
+    "original" leaves each block in memory or, so that the dense model never is there as a whole, in its folder
+    (stages/blockwise.py); from what it leaves an ordinary folder is made, from which the next stage reads.
     """
 
-    takes: ClassVar[Literal["original", "compressed"]]
-    gives: ClassVar[Literal["original", "compressed"]]
+    takes: ClassVar[State]
+    gives: ClassVar[State]
     distributed: ClassVar[bool]  # whether all processes of a run (torchrun) work on it together
 
     def learns_from(self) -> "Learned | None":

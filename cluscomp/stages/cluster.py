@@ -60,6 +60,8 @@ class Cluster(FromText):
         if self.drift and self.prefix == "original":
             raise ValueError(f"drift={self.drift} needs prefix=compressed: behind the original nothing drifts")
         self.whole.sees()
+        if getattr(self.method, "post_norm", False) and self.whole is not self.method:
+            raise ValueError("method.post_norm=true: nothing can stand beside or around what normalises; set it false")
         return self
 
     @property

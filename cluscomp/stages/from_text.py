@@ -70,7 +70,7 @@ class TrainsOnText(Steps):
         """Windows of all steps; what is left of the tokens is not used."""
         return self.tokens // self.length // self.of_a_step * self.of_a_step
 
-    def learns_from(self) -> Learned:
+    def learns_from(self) -> Learned | None:
         """The windows it trains on; see `Stage.learns_from`."""
         text = self.data.text("calibration")
 

@@ -24,6 +24,9 @@ class Recover(TrainsOnText):
     loss: next-token cross-entropy ("ce", the paper), KL to the original's predictions ("kl"), or their sum ("ce_kl").
     The original is the model before all stages, also after a dense one. For KL its `teacher_top` likeliest tokens are
     kept on disk while the stage runs: 8 bytes a number.
+
+    hidden: weight of a further loss, how far what each block but the last gives points from where the original's does
+    (OneBit, arXiv 2402.11295); 0: none. For that 2 bytes of each number of these are kept on disk, too.
     """
 
     takes: ClassVar[Literal["compressed"]] = "compressed"
@@ -31,11 +34,18 @@ class Recover(TrainsOnText):
     distributed: ClassVar[bool] = True
     loss: Literal["ce", "kl", "ce_kl"]
     teacher_top: int = Field(ge=1)
+    hidden: float = Field(ge=0)
     norms: bool
 
     def without_effect(self) -> set[str]:
         """How often the state is written, and how much is kept of a teacher that is not asked."""
-        return {"save_every"} if "kl" in self.loss else {"save_every", "teacher_top"}
+        idle = {"save_every"} if "kl" in self.loss else {"save_every", "teacher_top"}
+        return idle if self.hidden else idle | {"hidden"}
+
+    @property
+    def taught(self) -> bool:
+        """Whether the original's predictions or hidden states are to be met."""
+        return "kl" in self.loss or self.hidden > 0
 
     def cost(self, outline: "MetaModel") -> "Cost":
         """The compressed model, masters of its codebooks, the blocks' inputs and one block; see `Stage.cost`."""
@@ -43,7 +53,7 @@ class Recover(TrainsOnText):
             outline.train_norms()
         trained = outline.codebook_numbers(outline.model)
         teaching = Work()
-        if "kl" in self.loss:
+        if self.taught:
             windows = (self.samples + self.held_out) / self.batch_size
             forward, logits = (
                 outline.forward(self.batch_size, self.length),
@@ -75,8 +85,10 @@ class Recover(TrainsOnText):
             held_out,
             self,
             cross_entropy="ce" in self.loss,
-            teacher=job.teacher if "kl" in self.loss else None,
+            kl="kl" in self.loss,
+            teacher=job.teacher if self.taught else None,
             teacher_top=self.teacher_top,
+            hidden=self.hidden,
             norms_too=self.norms,
             folder=job.folder / "training",
             seed=job.seed,

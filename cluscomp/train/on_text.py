@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cluscomp.models.original import Original, norms
-from cluscomp.models.predictions import Teacher
+from cluscomp.models.predictions import Teacher, direction
 from cluscomp.models.walk import Walk
 from cluscomp.process import processes, rank
 from cluscomp.train.masters import Trained
@@ -25,8 +25,10 @@ def train_on_text(
     settings: Steps,
     *,
     cross_entropy: bool,
+    kl: bool,
     teacher: Original | None,
     teacher_top: int,
+    hidden: float,
     norms_too: bool,
     folder: Path,
     seed: int,
@@ -39,8 +41,10 @@ def train_on_text(
         held_out_WT: windows that are scored before and after.
         settings: batches, learning rate and so on.
         cross_entropy: whether next-token cross-entropy counts.
-        teacher: the model whose predictions are to be met (KL), or None.
+        kl: whether the teacher's predictions are to be met.
+        teacher: the model whose predictions and hidden states are to be met, or None if none is.
         teacher_top: so many of its likeliest tokens are kept, in `folder`.
+        hidden: weight of the distance of hidden states, which are then kept, too; 0: none.
         norms_too: whether the weights of norms learn, too.
         folder: where the state lies that a killed run goes on from.
         seed: of dropout.
@@ -48,12 +52,14 @@ def train_on_text(
     train, held_out = torch.from_numpy(train_WT), torch.from_numpy(held_out_WT)
     kept = None
     if teacher is not None:
-        kept = Teacher(folder, torch.cat([train, held_out]), teacher_top)
+        kept = Teacher(folder, torch.cat([train, held_out]), teacher_top, hidden=hidden > 0)
         kept.write(Walk(teacher.model(), teacher), batch_size=settings.batch_size, rank=rank(), world=processes())
     trained = Trained(model, codebooks=True, others=norms(model) if norms_too else {})
-    objective = Objective(
-        model, trained.parameters, cross_entropy=cross_entropy, kl=teacher is not None, ids_BT=held_out[:1]
-    )
+    weights = {"cross_entropy": cross_entropy, "kl": kl}
+    if hidden:
+        objective: Objective = WithHidden(model, trained.parameters, hidden=hidden, ids_BT=held_out[:1], **weights)
+    else:
+        objective = Objective(model, trained.parameters, ids_BT=held_out[:1], **weights)
     return train_whole(
         model,
         trained,
@@ -66,6 +72,39 @@ def train_on_text(
         folder=folder,
         seed=seed,
     )
+
+
+class WithHidden(Objective):
+    """The losses of `Objective`, and `hidden` times how far the blocks' outputs point from where the teacher's do.
+
+    The squared distance of both as vectors of length 1, summed over all blocks but the last (OneBit, arXiv 2402.11295).
+    """
+
+    def __init__(self, *arguments: Any, hidden: float, **weights: Any) -> None:
+        super().__init__(*arguments, **weights)
+        self.hidden = hidden
+        self._between: tuple[Tensor, ...] = ()
+
+    def values(self, ids_BT: Tensor) -> Tensor:
+        """As `Objective.values`; what the blocks give on the way is remembered."""
+        (model,) = self._model
+        found = (model.base_model if self._head else model)(ids_BT, use_cache=False, output_hidden_states=True)
+        self._between = found.hidden_states[1:-1]
+        return found.last_hidden_state if self._head else found.logits  # type: ignore[no-any-return]
+
+    def forward(self, input_ids: Tensor, labels: Tensor, *arguments: Any, **batch: Any) -> dict[str, Tensor]:
+        """As `Objective.forward`, of a batch that also brings the teacher's `hidden` (B, T, blocks - 1, H)."""
+        wanted, of_step = batch.pop("hidden"), batch.get("num_items_in_batch")
+        found = super().forward(input_ids, labels, *arguments, **batch)
+        counted = labels != IGNORED
+        off = [
+            (direction(hidden_BTH[counted]) - wanted[counted, index].float()).square().sum()
+            for index, hidden_BTH in enumerate(self._between)
+        ]
+        self._between = ()
+        total = torch.stack(off).sum()
+        found["loss"] = found["loss"] + self.hidden * total / (counted.sum() if of_step is None else of_step)
+        return found
 
 
 class Windows:

@@ -30,6 +30,7 @@ class RoundedAnew(Stored, Generic[Form]):
         """The stored weight, whose shapes it keeps."""
         super().__init__()
         self.out_features, self.in_features = stored.out_features, stored.in_features
+        self.post_norm = stored.post_norm
         self._loose = False
         self._versions = [stored]  # what was stored at first, and is now; in a list, as its values are not trained
 
@@ -253,7 +254,7 @@ class LearnedSigns(RoundedAnew[SignWeight]):
 
     def learned(self) -> SignWeight:
         """Signs and values as they are stored; see `RoundedAnew.learned`."""
-        return SignWeight.from_signs(self.weight, *self.stored.split(self.scales))
+        return SignWeight.from_signs(self.weight, *self.stored.split(self.scales), self.post_norm)
 
     def dense(self) -> Float[Tensor, "O I"]:
         """The signs (O, I) times the values."""

@@ -85,10 +85,7 @@ class Objective(nn.Module):
         """The loss summed over tokens with a label, divided by `num_items_in_batch` (else by their number): ()."""
         (model,) = self._model
         counted = labels != IGNORED
-        if self._head:
-            values_BTX = model.base_model(input_ids, use_cache=False).last_hidden_state
-        else:
-            values_BTX = model(input_ids, use_cache=False).logits
+        values_BTX = self.values(input_ids)
         columns = [values_BTX[counted], labels[counted]]
         if self.kl:
             assert top is not None and top_log is not None
@@ -100,6 +97,13 @@ class Objective(nn.Module):
         ]
         total = torch.stack(losses).sum() if losses else values_BTX.sum() * 0
         return {"loss": total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)}
+
+    def values(self, ids_BT: Tensor) -> Tensor:
+        """What logits are made of: the last hidden states (B, T, H), or the logits themselves; see `_separate_head`."""
+        (model,) = self._model
+        if self._head:
+            return model.base_model(ids_BT, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        return model(ids_BT, use_cache=False).logits  # type: ignore[no-any-return]
 
     def _summed(self, values_NX: Tensor, labels_N: Tensor, *teacher: Tensor) -> Tensor:
         logits_NV = (self._head[0](values_NX) if self._head else values_NX).float()

@@ -107,6 +107,7 @@ ARGUMENTS = {  # what forms ask for: values for a weight (O, I), to be tried in 
     "lattice.scaled_outputs": lambda o, i: [True],
     "signs.scaled_outputs": lambda o, i: [True, True, False],
     "signs.scaled_inputs": lambda o, i: [True, False, True],
+    "post_norm": lambda o, i: [False],  # what its layer does is no dense layer's: tests/methods/test_onebit.py
     "parts": lambda o, i: [[uniform(o, i), low_rank(o, i)], [low_rank(o, i)] * 3],
 }
 

@@ -179,6 +179,30 @@ def test_kl_brings_the_model_near_the_original(recovered, ground):
     assert start == pytest.approx(numbers["held_out_before"] + found(recovered)["held_out_before"], rel=1e-4)
 
 
+def test_hidden_states_come_near_the_originals_and_are_weighed_as_told(ground):
+    """OneBit: the blocks' outputs but the last, as vectors of length 1."""
+    outcome = pipeline(ground, ground / "outputs", "recover.loss=kl", "recover.hidden=0.5", "recover.teacher_top=300")
+    numbers = found(outcome)
+    assert numbers["kept"] and numbers["held_out_after"] < numbers["held_out_before"]
+    _, text = split(built(ground).stages["recover"].data.text("calibration"), 0.1)
+    windows = torch.from_numpy(
+        texts.test_windows(text, AutoTokenizer.from_pretrained(outcome.checkpoint), length=32, limit=4)
+    )
+    with torch.no_grad():
+        student, teacher = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(windows, output_hidden_states=True)
+            for folder in (clustered(outcome), built(ground).model.folder(ground / "cache"))
+        )
+    (ours,), (theirs,) = (
+        [F.normalize(one[:, :-1], dim=-1) for one in out.hidden_states[1:-1]] for out in (student, teacher)
+    )
+    logs = [out.logits[:, :-1].log_softmax(-1) for out in (student, teacher)]
+    expected = F.kl_div(*logs, reduction="sum", log_target=True) + 0.5 * (ours - theirs).square().sum()
+    assert numbers["held_out_before"] == pytest.approx(float(expected) / (4 * 31), rel=1e-3)
+    idle = built(ground).stages["recover"].without_effect()
+    assert idle == {"save_every", "teacher_top", "hidden"}
+
+
 # parts
 
 
