@@ -108,7 +108,7 @@ class Teacher(Predictions):
 
 
 def direction(hidden_BTH: Float[Tensor, "*batch H"]) -> Float[Tensor, "*batch H"]:
-    """Hidden states as vectors of length 1, in float32."""
+    """Hidden states (..., H) as vectors of length 1, in float32."""
     return torch.nn.functional.normalize(hidden_BTH.float(), dim=-1)
 
 

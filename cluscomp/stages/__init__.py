@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from cluscomp.plan.cost import Cost
     from cluscomp.plan.meta import MetaModel
 
-State = Literal["original", "ranked", "compressed"]  # of a model, before or after a stage; see `Stage`
-
 
 @dataclass(frozen=True)
 class Job:
@@ -44,8 +42,8 @@ class Stage(Protocol):
     (stages/blockwise.py); from what it leaves an ordinary folder is made, from which the next stage reads.
     """
 
-    takes: ClassVar[State]
-    gives: ClassVar[State]
+    takes: ClassVar[Literal["original", "ranked", "compressed"]]
+    gives: ClassVar[Literal["original", "ranked", "compressed"]]
     distributed: ClassVar[bool]  # whether all processes of a run (torchrun) work on it together
 
     def learns_from(self) -> "Learned | None":

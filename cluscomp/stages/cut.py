@@ -1,5 +1,6 @@
 """Stage cut: of ranked directions as many stay as a size allows; any size from one ranking (ACIP)."""
 
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, InstanceOf, model_validator
@@ -58,17 +59,14 @@ class Cut(FromText):
 
     def check(self, original: "Original") -> None:
         """Cut windows. Raises InputError too for a ratio out of reach, and for what the method cannot compress."""
-        from cluscomp.stages.cutting import check_cut
-
-        check_cut(self, original)
+        self._work.check_cut(self, original)
         if self.calibrated:
             super().check(original)
 
     def cost(self, outline: "MetaModel") -> "Cost | None":
         """What was ranked and what is left of it; as if all matrices were cut alike. See `Stage.cost`."""
-        from cluscomp.stages.cutting import cost
-
-        return cost(self, outline)
+        found: Cost | None = self._work.cost(self, outline)
+        return found
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Cut all layers in place.
@@ -76,6 +74,12 @@ class Cut(FromText):
         Returns `ratio`, the share of the dense numbers that is left, and the rank that each layer keeps. Raises
         InputError, naming the layer, if the method refuses a factor.
         """
-        from cluscomp.stages.cutting import run
+        found: dict[str, Any] = self._work.run(self, model, job)
+        return found
 
-        return run(self, model, job)
+    @property
+    def _work(self) -> ModuleType:
+        """What is done, which needs torch."""
+        from cluscomp.stages import cutting
+
+        return cutting

@@ -1,6 +1,7 @@
 """Stage rank: all singular directions of all weights in one order, from which stage cut makes any size (ACIP)."""
 
 from dataclasses import fields
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -62,17 +63,14 @@ class Rank(TrainsOnText):
 
     def check(self, original: "Original") -> None:
         """Cut the windows, if it trains. Raises InputError too for a size that cannot be reached."""
-        from cluscomp.stages.ranking import check_reach
-
         if self.trains:
-            check_reach("rank.until", self.until, original)
+            self._work.check_reach("rank.until", self.until, original)
             super().check(original)
 
     def cost(self, outline: "MetaModel") -> "Cost":
         """All directions of all weights, masters of what learns, the blocks' inputs and one block; see `Stage.cost`."""
-        from cluscomp.stages.ranking import cost
-
-        return cost(self, outline)
+        found: "Cost" = self._work.cost(self, outline)
+        return found
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Load all blocks, take their weights apart and train in place.
@@ -80,6 +78,12 @@ class Rank(TrainsOnText):
         Returns losses, which are those at the size `until`, and `open`, the share that is left by scores above 0.
         Raises InputError, naming the layer, for a weight that is not finite or does not fit 16 bits.
         """
-        from cluscomp.stages.ranking import run
+        found: dict[str, Any] = self._work.run(self, model, job)
+        return found
 
-        return run(self, model, job)
+    @property
+    def _work(self) -> ModuleType:
+        """What is done, which needs torch."""
+        from cluscomp.stages import ranking
+
+        return ranking

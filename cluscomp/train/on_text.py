@@ -86,7 +86,7 @@ class WithHidden(Objective):
         self._between: tuple[Tensor, ...] = ()
 
     def values(self, ids_BT: Tensor) -> Tensor:
-        """As `Objective.values`; what the blocks give on the way is remembered."""
+        """As `Objective.values`, (B, T) -> (B, T, H) or logits; what the blocks give on the way is remembered."""
         (model,) = self._model
         found = (model.base_model if self._head else model)(ids_BT, use_cache=False, output_hidden_states=True)
         self._between = found.hidden_states[1:-1]

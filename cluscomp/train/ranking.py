@@ -75,7 +75,7 @@ class Directions(RoundedAnew[Ranked]):
             up.data.zero_()
 
     def factors(self) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
-        """Both factors as learned so far, without the mask."""
+        """Both factors (O, R) and (R, I) as learned so far, without the mask."""
         left_OR = self._left_OR + self._scale * (self.left_up @ self.left_down)
         return left_OR, self._right_RI + self._scale * (self.right_up @ self.right_down)
 
@@ -88,9 +88,9 @@ class Directions(RoundedAnew[Ranked]):
         return dense_OI
 
     def scored(self) -> Float[Tensor, " R"]:
-        """The scores after a step: what is there has its mask's number, what is not was the worse the earlier it left.
+        """The scores (R,) after a step: of what is there its mask's number, -1 of what left in it, of others 1 less.
 
-        What left in this step has -1, all that left before 1 less than it had.
+        So what left earlier scores lower.
         """
         if self.stays():
             return self.scores

@@ -130,5 +130,5 @@ def test_a_checkpoint_keeps_the_norm_and_no_other_format_takes_it(ground):
         model.dequantize()
     with pytest.raises(InputError, match=r"its layers normalise what they give .* format=gguf does not"):
         export(outcome.checkpoint, format="gguf", output=ground / "gguf")
-    with pytest.raises(ValueError, match="nothing can stand beside or around what normalises"):
+    with pytest.raises(InputError, match="nothing can stand beside or around what normalises"):
         composed("method=onebit", "method.post_norm=true", "cluster.rotation=both")
