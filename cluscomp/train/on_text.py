@@ -97,6 +97,7 @@ class WithHidden(Objective):
         wanted, of_step = batch.pop("hidden"), batch.get("num_items_in_batch")
         found = super().forward(input_ids, labels, *arguments, **batch)
         counted = labels != IGNORED
+        assert len(self._between) == wanted.shape[2], "transformers gives hidden states otherwise"
         off = [
             (direction(hidden_BTH[counted]) - wanted[counted, index].float()).square().sum()
             for index, hidden_BTH in enumerate(self._between)

@@ -92,15 +92,14 @@ class Directions(RoundedAnew[Ranked]):
 
         So what left earlier scores lower.
         """
-        if self.stays():
-            return self.scores
         mask_R = self.mask.detach()
         return torch.where(mask_R > 0, mask_R, self.scores.clamp(max=0) - 1)
 
     def learned(self) -> Ranked:
         """All directions as learned, and their scores; see `RoundedAnew.learned`."""
         left_OR, right_RI = self.factors()
-        return Ranked(PlainWeight(in_16_bits(left_OR)), PlainWeight(in_16_bits(right_RI)), self.scored().clone())
+        scores_R = self.scores.clone() if self.stays() else self.scored()
+        return Ranked(PlainWeight(in_16_bits(left_OR)), PlainWeight(in_16_bits(right_RI)), scores_R)
 
     def forward(self, dtype: torch.dtype, inputs: slice | None = None) -> Float[Tensor, "O I"]:
         """The dense weight (O, I) in `dtype`: while it learns of what is there, else of `only_R` or all directions."""
@@ -151,7 +150,11 @@ class Ranking(Objective):
     def begin(self, step: int) -> None:
         """Score what the step before left, and set the price of this one, counted from 0."""
         layers = self._layers.values()
-        found = [one.scored() if step else one.stored.scores for one in layers]
+        if step == 0:
+            found = [one.stored.scores for one in layers]
+        else:
+            stayed = self.reached()
+            found = [one.scores if stayed else one.scored() for one in layers]
         for one, scores_R in zip(layers, found):
             one.scores.copy_(scores_R)
         stays = self.reached()
