@@ -38,6 +38,10 @@ class Ranked(LowRank):
         with torch.device("meta"):
             return {"scores": 32 * build(spec["right"]).out_features}
 
+    def check(self) -> None:
+        """Raise ValueError if a factor or the scores are damaged."""
+        Stored.check(self)
+
     def cut(self, kept_R: Bool[Tensor, " R"]) -> Stored:
         """The weight of some of its directions (R,) in 16 bits: as two factors, or dense where that takes no more.
 
