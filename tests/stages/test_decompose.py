@@ -152,6 +152,11 @@ def test_widths_by_influence_are_as_many_units_in_all_and_load_with_what_is_made
     (left / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="altered"):
         checkpoint.load(left)
+    for wrong in ({"model.layers.0.mlp.up_proj": [0, 32]}, {"model.norm": [2, 32]}):
+        config["quantization_config"] |= {"shapes": wrong, "seal": None}
+        (left / "config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match=r"shapes of config\.json: model\.[a-z0-9_.]* = .* is no linear layer's"):
+            Original(left, torch.float32, CPU).model()
 
 
 def test_what_stays_of_the_mlp_is_rows_of_the_original_in_the_dtype_of_its_file(tiny_folder, text, tmp_path):
