@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from cluscomp.errors import InputError
 from cluscomp.forms import adapters
 from cluscomp.forms.apart import take_apart
-from cluscomp.forms.layers import check_values, empty_layers, specs, take_out
+from cluscomp.forms.layers import check_values, empty_layers, reshape, specs, take_out
 from cluscomp.forms.linear import BASE, MARK, compressed, storage_dtype, unique_tensors
 from cluscomp.forms.stored import as_stored
 from cluscomp.store.files import file_hash, new_folder
@@ -48,7 +48,8 @@ class CompressedConfig(QuantizationConfigMixin):
     """The `quantization_config` of config.json: for each compressed layer the kind and shapes of its stored weight.
 
     A layer that has its codebooks from another one names it under "shares"; the file holds them once, there.
-    `adapter` says that LoRA adapters lie in that folder inside the checkpoint.
+    `adapter` says that LoRA adapters lie in that folder inside the checkpoint, `shapes` which linear layers, by name,
+    have another shape [O, I] than the config gives them; a dense model may have those, and no compressed layer.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class CompressedConfig(QuantizationConfigMixin):
         format: int = FORMAT,
         adapter: str | None = None,
         seal: str | None = None,
+        shapes: dict[str, list[int]] | None = None,
         **_unused: Any,
     ) -> None:
         """Raises ValueError for a format version this code does not know, and for weights that are not those sealed."""
@@ -64,13 +66,22 @@ class CompressedConfig(QuantizationConfigMixin):
             raise ValueError(f"quantization_config.format {format}: this version reads {FORMAT}")
         if not isinstance(weights, dict) or not all(isinstance(spec, dict) for spec in weights.values()):
             raise ValueError("quantization_config.weights: no kind and shapes for each layer")
-        self.seal = content_key(weights)
+        self.seal = content_key([weights, shapes] if shapes else weights)
         if seal not in (None, self.seal):
             raise ValueError("quantization_config.weights: altered since they were written; the checkpoint is damaged")
         self.quant_method = NAME  # type: ignore[assignment]
         self.format = format
         self.weights = weights
         self.adapter = adapter
+        if shapes:
+            self.shapes = shapes
+
+
+def shapes_of(config: PreTrainedConfig) -> dict[str, list[int]]:
+    """Shapes [O, I] of linear layers that are not those that the config gives them, by name."""
+    said = getattr(config, "quantization_config", None)
+    found = said.get("shapes") if isinstance(said, dict) else getattr(said, "shapes", None)
+    return found or {}
 
 
 @register_quantizer(NAME)
@@ -84,6 +95,7 @@ class CompressedQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
         take_apart(model)
+        reshape(model, shapes_of(model.config))
         shared = empty_layers(model, self.quantization_config.weights, torch.get_default_dtype())
         model.all_tied_weights_keys |= shared  # transformers reads them once and ties them
         self.folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
@@ -190,7 +202,8 @@ def save(
     Raises OSError if the disk is full or the place cannot be written.
     """
     adapted = bool(adapters.parameters(model))
-    config = CompressedConfig(specs(model), adapter=adapters.FOLDER if adapted else None)
+    shapes = shapes_of(model.config)
+    config = CompressedConfig(specs(model), adapter=adapters.FOLDER if adapted else None, shapes=shapes)
     model.config.quantization_config = config
     model.hf_quantizer = CompressedQuantizer(config)  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]

@@ -64,6 +64,11 @@ def export(folder: str | Path, *, format: str, output: str | Path, dtype: str = 
         raise InputError(f"output={output}: there is something already; give a new or an empty folder")
     chosen = found.dtypes[0] if dtype == "auto" else dtype
     model = checkpoint.load(folder, None if chosen == "auto" else getattr(torch, chosen))
+    if shapes := checkpoint.shapes_of(model.config):
+        raise InputError(
+            f"{folder}: {next(iter(shapes))} and others have other shapes than config.json gives them, "
+            f"which format={format} has no place for"
+        )
     if adapters.parameters(model):
         raise InputError(f"{folder}: has LoRA adapters, which format={format} has no place for")
     if any(layer.stored.post_norm for layer in compressed(model).values()):

@@ -58,6 +58,21 @@ def empty_layers(model: nn.Module, weights: dict[str, dict[str, Any]], dtype: to
     return shared
 
 
+def reshape(model: nn.Module, shapes: Any) -> None:
+    """Put linear layers of these shapes [O, I], by name, in the place of the config's: on the meta device.
+
+    Raises InputError, naming the layer, for shapes that cannot be, or one of no linear layer.
+    """
+    modules = dict(model.named_modules())
+    for name, shape in dict(shapes).items():
+        dense = modules.get(name)
+        pair = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
+        if not isinstance(dense, nn.Linear) or not pair:
+            raise InputError(f"quantization_config.shapes of config.json: {name} = {shape} is no linear layer's [O, I]")
+        new = nn.Linear(shape[1], shape[0], dense.bias is not None, device="meta", dtype=dense.weight.dtype)
+        model.set_submodule(name, new.train(dense.training))
+
+
 def check_values(model: nn.Module) -> None:
     """Raise InputError, by name, if what is stored is damaged (see `Stored.check`), or another number is not finite."""
     inside = tuple(f"{name}.stored." for name in compressed(model))

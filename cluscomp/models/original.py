@@ -24,9 +24,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from cluscomp.checkpoint import NAME, shapes_of
 from cluscomp.errors import InputError
 from cluscomp.forms.apart import KeptLinear, Part, take_apart, together
-from cluscomp.forms.layers import place
+from cluscomp.forms.layers import place, reshape
 from cluscomp.forms.linear import CompressedLinear
 from cluscomp.models.files import weight_files
 from cluscomp.models.names import Files, Source
@@ -84,6 +85,7 @@ class Original:
         """The model as transformers makes it, without numbers."""
         with made_of(self.config), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(self.config))
+            reshape(model, shapes_of(self.config))
         return model
 
     @cached_property
@@ -110,6 +112,7 @@ class Original:
         """
         with made_of(self.config), init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+            reshape(model, shapes_of(self.config))
         names = list(model.state_dict())
         self._sources = self._files.sources(model)
         missing = [name for name in names if name not in self._sources and name not in model.all_tied_weights_keys]
@@ -233,9 +236,10 @@ class Original:
 def quantizer(config: PreTrainedConfig) -> str | None:
     """The name of what quantised a model ("cluscomp", "gptq", ...), or None for one in 16 or 32 bit."""
     found = getattr(config, "quantization_config", None)
-    if found is None:
+    said = found if isinstance(found, dict | None) else found.to_dict()
+    if said is None or (said.get("quant_method") == NAME and said.get("weights") == {}):  # shapes alone
         return None
-    return str(found.get("quant_method") if isinstance(found, dict) else found.quant_method)
+    return str(said.get("quant_method"))
 
 
 def check_dense(config: PreTrainedConfig) -> None:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from cluscomp.checkpoint import shapes_of
 from cluscomp.errors import InputError
+from cluscomp.forms.layers import reshape
 from cluscomp.models.original import block_names, blocks, check_supported, linears
 from cluscomp.models.untrusted import made_of
 
@@ -35,12 +37,13 @@ class Heads:
 class Smaller:
     """A model with fewer units: its config, and what goes. None stands for what stays as it is.
 
-    `makes` and `reads`: the layers of an MLP, by their names in a block; `units` of them stay.
+    `makes` and `reads`: the layers of an MLP, by their names in a block; of its `width` units `units` stay.
     """
 
     config: PreTrainedConfig
     makes: tuple[str, ...]
     reads: str
+    width: int
     units: int | None
     heads: Heads | None
 
@@ -77,7 +80,7 @@ def smaller(config: PreTrainedConfig, units: float, heads: float) -> Smaller:
     One width for all blocks, as configs say one. Raises InputError that tells which and why for a model that cannot be
     cut so: whether it can is seen by the shapes that transformers gives the smaller config's model.
     """
-    model, found = _made(config), Smaller(deepcopy(config), (), "", None, None)
+    model, found = _made(config), Smaller(deepcopy(config), (), "", 0, None, None)
     if units < 1:
         found = _with_units(model, found, units)
         _check_shapes(model, _made(found.config), found, "units", units)
@@ -103,6 +106,7 @@ def frequencies(model: nn.Module) -> Tensor | None:
 def _made(config: PreTrainedConfig) -> PreTrainedModel:
     with made_of(config), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config))
+        reshape(model, shapes_of(config))
     check_supported(model)
     return model
 
@@ -122,7 +126,7 @@ def _with_units(model: PreTrainedModel, found: Smaller, share: float) -> Smaller
     if key is None:
         raise _refused(model, "units", share, f"its config has no {' or '.join(WIDTHS)} of {width} for all blocks")
     setattr(text, key, left)
-    return replace(found, makes=makes, reads=reads, units=left)
+    return replace(found, makes=makes, reads=reads, width=width, units=left)
 
 
 def _with_heads(model: PreTrainedModel, found: Smaller, share: float) -> Smaller:

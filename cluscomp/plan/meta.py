@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms.apart import take_apart
-from cluscomp.forms.layers import Size, empty_layers, size_of
+from cluscomp.forms.layers import Size, empty_layers, reshape, size_of
 from cluscomp.forms.linear import compressed, unique_tensors
 from cluscomp.forms.stored import Stored, described
 from cluscomp.kernels.counting import Count
@@ -71,6 +71,7 @@ class MetaModel:
                 of_file = torch.bfloat16  # what our checkpoints keep is in 16 bits wherever these hold it
             with torch.device("meta"):
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                reshape(model, checkpoint.shapes_of(config))
             self.file_bytes = of_file.itemsize  # of a number in the original's file
         take_apart(model)
         check_supported(model)

@@ -1,8 +1,12 @@
 """Modular decomposition of a block: which units of an MLP and which dimensions of heads stay (MoDeGPT).
 
 Lin et al., arXiv 2408.09632: type I, the Nystrom approximation of an MLP; type II, CR decomposition of query and key;
-type III, SVD of value and output. Second moments are means over tokens; all is computed in float64.
+type III, SVD of value and output; and how much of each block goes. Second moments are means over tokens; all is
+computed in float64.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +15,37 @@ from torch import Tensor
 from cluscomp.solve.along_outputs import damped
 
 TINY = 1e-6  # of the mean diagonal: what makes a moment of too few tokens one that can be inverted
+MOST = 0.8  # of a block's units that go at the most, where blocks differ
+
+
+def influence(entering_BTH: Float[Tensor, "B T H"], leaving_BTH: Float[Tensor, "B T H"]) -> float:
+    """How far a block turns its inputs: 1 - cos(x, y), the mean over tokens (block influence)."""
+    return 1 - float(torch.cosine_similarity(entering_BTH.double(), leaving_BTH.double(), dim=-1).mean())
+
+
+def widths(influences: Sequence[float], width: int, left: int, temperature: float) -> list[int]:
+    """How many of `width` units stay in each block, `left` of them on average: most where influence is most.
+
+    What goes is as exp(-influence / temperature): the least influence that goes, less `temperature` times the entropy
+    of what goes (entropy-regularised allocation). None loses more than the share `MOST`; the others take on the rest.
+    `left` is no less than what that leaves.
+    """
+    total, most = len(influences) * (width - left), int(MOST * width)
+    free, gone = dict(enumerate(influences)), dict.fromkeys(range(len(influences)), float(most))
+    while free:
+        least, rest = min(free.values()), total - most * (len(influences) - len(free))
+        parts = {block: math.exp((least - each) / temperature) for block, each in free.items()}
+        gone |= {block: rest * part / sum(parts.values()) for block, part in parts.items()}
+        over = {block for block in free if gone[block] > most}
+        if not over:
+            break
+        gone |= dict.fromkeys(over, float(most))
+        free = {block: each for block, each in free.items() if block not in over}
+    whole = {block: int(each) for block, each in gone.items()}
+    by_rest = sorted(gone, key=lambda block: whole[block] - gone[block])
+    for block in by_rest[: total - sum(whole.values())]:
+        whole[block] += 1
+    return [width - whole[block] for block in range(len(influences))]
 
 
 def units(moment_WW: Float[Tensor, "W W"], count: int, ridge: float) -> Int[Tensor, " K"]:

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from cluscomp import solve
 from cluscomp.settings import settings
 
@@ -41,3 +43,18 @@ class ByFormula(Allocation):
     def share_out(self, menus: "Sequence[Menu]", bits: float) -> "list[Option]":
         """As `Allocation.share_out`, never with more damage than if every menu had its first option."""
         return solve.allocate.share_out_by_curves(menus, bits, self.formula)
+
+
+@settings
+class ByGates(Allocation):
+    """Over the whole model, by what bits are worth to what each block gives, learned on the calibration text.
+
+    Single-path Bit Sharing: `levels` choices of each layer are nested, and a gate on each step between two pays for its
+    bits. In `steps` steps, a batch each, gates learn by distillation of the original's block, and close as the price of
+    a bit rises; what each was worth says how bits are shared out, for any limit (solve/gates.py). With
+    `cluster.price=loss` a block's error counts by what it costs the predictions.
+    """
+
+    scope: Literal["model"]
+    levels: int = Field(ge=2)
+    steps: int = Field(ge=1)

@@ -9,7 +9,7 @@ from cluscomp.methods import Method
 from cluscomp.methods.beside import Beside
 from cluscomp.methods.turned import Turned
 from cluscomp.settings import settings
-from cluscomp.stages.allocation import Allocation
+from cluscomp.stages.allocation import Allocation, ByGates
 from cluscomp.stages.from_text import FromText
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Cluster(FromText):
     @property
     def calibrated(self) -> bool:
         """Whether the stage looks at calibration text."""
-        return bool(self.whole.sees()) or self.drift > 0 or self.price == "loss"
+        return bool(self.whole.sees()) or self.drift > 0 or self.price == "loss" or self.gates is not None
 
     @property
     def sees(self) -> frozenset[str]:
@@ -84,6 +84,11 @@ class Cluster(FromText):
     def over_the_model(self) -> bool:
         """Whether bits are shared out over the whole model."""
         return self.allocation.scope == "model"
+
+    @property
+    def gates(self) -> ByGates | None:
+        """The allocation, if it learns gates."""
+        return self.allocation if isinstance(self.allocation, ByGates) else None
 
     def learns_from(self) -> Learned | None:
         """The calibration windows, if the method looks at any."""

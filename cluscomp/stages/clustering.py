@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -30,6 +30,7 @@ from cluscomp.stages import prices as price
 from cluscomp.stages.blockwise import Blockwise, relative_error
 from cluscomp.stages.cluster import Cluster
 from cluscomp.stages.foreseeing import outline_of
+from cluscomp.stages.gating import gated
 from cluscomp.stages.menus import Menus, Shares
 from cluscomp.stages.observing import Following, observe, through
 
@@ -121,17 +122,33 @@ def _shared_out(
     for index in range(menus.last + 1):
         with job.original.block(model, index) as block:
             statistics: dict[str, Seen] = {}
+            entering = stream
             if stage.calibrated:
                 asked = [] if menus.has(index) else [*places[index]]
                 stream, statistics = observe(method.sees(), walk, index, stream, layers=asked)
             if not menus.has(index):
-                layers = _layers(block, names[index], job.seed, statistics, places[index], prices=prices)
+                name, at = names[index], places[index]
+                new = partial(_layers, block, name, job.seed, statistics, at, prices=prices)
                 try:
-                    menus.ask(index, method, layers)
+                    offered = list(method.offers(new()))
+                    if stage.gates is not None:
+                        apply, made = partial(walk.apply, index), partial(_made, method, new)
+                        worth = prices[name] if prices else 1.0
+                        offered = gated(stage.gates, offered, made, apply, block, (entering, stream), worth)
                 except ValueError as error:
-                    raise InputError(f"{names[index]}.{error}") from error
+                    raise InputError(f"{name}.{error}") from error
+                menus.keep(index, offered)
         progress.step("asked what its layers may have")
     return menus.share_out(stage.allocation, method.bits)
+
+
+def _made(method: Method, new: Callable[[], dict[str, Layer]], names: list[str], option: Option) -> dict[str, Tensor]:
+    """The dense weights that an option makes of some layers, which are as `new()` has them."""
+    layers, weights = new(), dict[str, Tensor]()
+    with torch.no_grad():
+        for compressed in _compressed(method, {name: layers[name] for name in names}, [(names, option)]):
+            weights |= {name: stored(layers[name].weight_OI.dtype) for name, stored in compressed.stored.items()}
+    return weights
 
 
 def _embedded(stage: Cluster, walk: Walk, job: Job) -> list[Tensor]:

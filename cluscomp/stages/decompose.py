@@ -26,11 +26,15 @@ class Decompose(FromText):
     common dimensions, of all query heads that share a key head. What is best is told by `samples` windows of `length`
     tokens of the calibration text, as the original's blocks see them. Nothing is trained.
 
-    Blocks are all cut to one width, as the configs of transformers have one, and pairs are chosen for the whole model,
-    as it has one list of frequencies: so an ordinary dense model results, in the dtype of the original's file. Heads
+    With `widths` "uniform" MLPs are all cut to one width, as the configs of transformers have one: an ordinary dense
+    model results, in the dtype of the original's file. With "influence" those keep more that turn what enters their
+    block further, and `units` is what stays on average: `temperature` above the influences means alike (MoDeGPT's
+    allocation). Of that model config.json tells the shapes, and it loads after `import cluscomp.checkpoint`.
+
+    Heads are all cut to one width, and pairs are chosen for the whole model, as it has one list of frequencies. Heads
     differ in which pairs they need, so `heads` below 1 loses far more than MoDeGPT's choice for each key head, which
-    transformers could not load. Unlike there, too: no block importance, and value and output are solved for together
-    also where heads share a key head.
+    transformers could not load. Unlike there, too: value and output are solved for together also where heads share a
+    key head.
     """
 
     takes: ClassVar[Literal["original"]] = "original"
@@ -40,10 +44,14 @@ class Decompose(FromText):
     units: float = Field(gt=0, le=1)
     heads: float = Field(gt=0, le=1)
     ridge: float = Field(gt=0)
+    widths: Literal["uniform", "influence"]
+    temperature: float = Field(gt=0)
 
     def without_effect(self) -> set[str]:
-        """The scores' ridge, if no MLP is cut."""
-        return {"ridge"} if self.units == 1 else set()
+        """What is said of MLPs, if none is cut, and of influence, if it has no say."""
+        if self.units == 1:
+            return {"ridge", "widths", "temperature"}
+        return {"widths", "temperature"} if self.widths == "uniform" else set()
 
     def check(self, original: "Original") -> None:
         """Cut the config, and windows. Raises InputError that names why for a model that cannot be cut so."""
@@ -62,7 +70,8 @@ class Decompose(FromText):
         """Cut block after block; each is kept in the job's folder and leaves memory.
 
         Returns, by block, what the outputs of its MLP lose relative to their square (`mlp`, and without the correction
-        `mlp_dropped`) and those of values (`values`); the widths that are left; and the mean loss of the MLPs.
+        `mlp_dropped`) and those of values (`values`); the widths that are left, and of each block with its influence
+        where they differ; and the mean loss of the MLPs.
         """
         from cluscomp.stages.decomposing import run
 

@@ -1,12 +1,14 @@
 """What stage decompose does: what enters and leaves the parts of a block, and the block cut by that."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cluscomp.checkpoint import CompressedConfig
 from cluscomp.errors import InputError
 from cluscomp.kernels.work import Work
 from cluscomp.models.original import Original, block_names
@@ -22,13 +24,23 @@ from cluscomp.stages.blockwise import Blockwise
 from cluscomp.stages.decompose import Decompose
 from cluscomp.store.records import read_sealed, write_sealed
 
-PAIRS = "pairs.json"  # in the stage's folder: what a killed run need not find again
+PAIRS, INFLUENCE = "pairs.json", "influence.json"  # in the stage's folder: what a killed run need not find again
 QUERY, KEY, VALUE, OUTPUT = ATTENTION
 
 
 def check_cut(stage: Decompose, original: Original) -> None:
     """Raise InputError for a model that cannot be cut so."""
-    smaller(original.config, stage.units, stage.heads)
+    cut = smaller(original.config, stage.units, stage.heads)
+    if _differ(stage) and stage.units < 1 - modular.MOST:
+        raise InputError(
+            f"decompose.units={stage.units}: with decompose.widths=influence no MLP loses more than {modular.MOST:.0%} "
+            f"of its units; take {1 - modular.MOST:.1f} or more, or widths=uniform ({cut.units} units everywhere)"
+        )
+
+
+def _differ(stage: Decompose) -> bool:
+    """Whether blocks are cut to widths of their own."""
+    return stage.units < 1 and stage.widths == "influence"
 
 
 def cost(stage: Decompose, outline: MetaModel) -> Cost:
@@ -36,7 +48,7 @@ def cost(stage: Decompose, outline: MetaModel) -> Cost:
     cut = smaller(outline.config, stage.units, stage.heads)
     work = Work(read=outline.all_numbers * outline.file_bytes)
     once, passes = outline.forward(stage.batch_size, stage.length), stage.samples / stage.batch_size
-    walks = 1 if cut.heads is None else 2
+    walks = 1 + (cut.heads is not None) + _differ(stage)
     width = outline.dense[cut.reads][1] if cut.units is not None else 0
     tokens = stage.samples * stage.length
     work += once.work * (passes * outline.blocks * walks)
@@ -50,6 +62,7 @@ def cost(stage: Decompose, outline: MetaModel) -> Cost:
         always | {"writing the model": outline.writing},
     )
     outline.become(cut.config)
+    outline.exact &= not _differ(stage)
     return Cost(device, {}, work, "fewer decompose.samples")
 
 
@@ -58,6 +71,10 @@ def run(stage: Decompose, model: PreTrainedModel, job: Job) -> dict[str, Any]:
     cut = smaller(job.original.config, stage.units, stage.heads)
     walk, names = Walk(model, job.original), block_names(model)
     kept_P = None if cut.heads is None else _kept_pairs(stage, cut.heads, walk, job)
+    influences = _influences(stage, walk, job) if _differ(stage) else []
+    widths: list[int] = []
+    if cut.units is not None and influences:
+        widths = modular.widths(influences, cut.width, cut.units, stage.temperature)
     work = Blockwise("decompose", job.folder, model)
     last = work.last
     stream = _embedded(stage, walk, job) if last >= 0 else []
@@ -72,7 +89,8 @@ def run(stage: Decompose, model: PreTrainedModel, job: Job) -> dict[str, Any]:
                 into = _Into(block, names[index], job.original)
                 try:
                     if cut.units is not None:
-                        numbers |= _cut_mlp(into, cut, seen[cut.reads], stage.ridge)
+                        own = replace(cut, units=widths[index]) if widths else cut
+                        numbers |= _cut_mlp(into, own, seen[cut.reads], stage.ridge)
                     if cut.heads is not None and kept_P is not None:
                         numbers |= _cut_heads(into, cut.heads, seen[VALUE], kept_P)
                 except ValueError as error:
@@ -81,11 +99,14 @@ def run(stage: Decompose, model: PreTrainedModel, job: Job) -> dict[str, Any]:
                 work.finish(index, numbers, f"loses {told}" if told else "as it was", **numbers)
     turning_P = frequencies(model)
     model.config = cut.config if kept_P is None or turning_P is None else cut.with_frequencies(turning_P[kept_P])
+    if widths:
+        model.config.quantization_config = CompressedConfig({}, shapes=_shapes(cut, walk, widths)).to_dict()
     blocks_ = [work.numbers[index] for index in range(len(names))]
     means = {name: sum(block[name] for block in blocks_) / len(blocks_) for name in blocks_[0]}
     heads = None if cut.heads is None else cut.heads.kept
     calibration = stage.data.text("calibration").describe()
-    return {"units": cut.units, "heads": heads, "pairs": None if kept_P is None else kept_P.tolist()} | {
+    differing = {"widths": widths, "influence": influences} if widths else {}
+    return differing | {"units": cut.units, "heads": heads, "pairs": None if kept_P is None else kept_P.tolist()} | {
         "means": means, "blocks": blocks_, "calibration": calibration,
     }  # fmt: skip
 
@@ -124,6 +145,35 @@ def _kept_pairs(stage: Decompose, heads: Heads, walk: Walk, job: Job) -> Tensor:
         known = {"pairs": total_P.topk(heads.kept // 2).indices.sort().values.tolist()}
         write_sealed(job.folder / PAIRS, known)
     return torch.tensor(known["pairs"])
+
+
+def _influences(stage: Decompose, walk: Walk, job: Job) -> list[float]:
+    """How far each block turns what enters it."""
+    known = read_sealed(job.folder / INFLUENCE)
+    if known is None:
+        stream, found, progress = _embedded(stage, walk, job), [], Progress("decompose, influence", len(walk))
+        for index in range(len(walk)):
+            entering = [*stream]
+            with walk.block(index) as block:
+                _look(walk, index, block, stream, {})
+            hidden = ((x[..., : walk.width], y[..., : walk.width]) for x, y in zip(entering, stream))
+            each = [modular.influence(*both) * len(both[0]) for both in hidden]
+            found.append(sum(each) / sum(map(len, stream)))
+            progress.step(f"influence {found[-1]:.4f}")
+        known = {"influence": found}
+        write_sealed(job.folder / INFLUENCE, known)
+    return list(known["influence"])
+
+
+def _shapes(cut: Smaller, walk: Walk, widths: Sequence[int]) -> dict[str, list[int]]:
+    """The shapes [O, I] of the layers of MLPs with these units, by their names in the model."""
+    shapes = {}
+    for name, block, units in zip(block_names(walk.model), walk.blocks, widths):
+        for layer in (*cut.makes, cut.reads):
+            linear = cast(nn.Linear, block.get_submodule(layer))
+            shape = [linear.out_features, units] if layer == cut.reads else [units, linear.in_features]
+            shapes[f"{name}.{layer}"] = shape
+    return shapes
 
 
 @dataclass(frozen=True)

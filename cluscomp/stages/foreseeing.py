@@ -78,6 +78,7 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
         return None
     observing = streams = moments = 0.0
     pricing: dict[str, float] = {}
+    gating: dict[str, float] = {}
     if stage.calibrated:
         inputs = {place.input: place.in_features for places in outline.places() for place in places.values()}
         streams = 2 * outline.stream(stage.samples, stage.length)
@@ -99,6 +100,12 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
             work += (once.work + inside.work) * (passes * outline.blocks) + logits.work * (3 * stage.samples)
             inputs_of_all = (outline.blocks + 1) * outline.stream(stage.samples, stage.length)
             pricing = {"inputs of all blocks": inputs_of_all, "inside one block": max(inside.peak, 3 * logits.peak)}
+    if stage.gates is not None:  # a block's layers at all levels, and gradients to them
+        levels, inside = stage.gates.levels, outline.training(stage.batch_size, stage.length)
+        for found in tried:
+            work += found.work * levels
+        work += inside.work * (stage.gates.steps * outline.blocks)
+        gating = {"layers at all levels": (levels + 3) * outline.dense_block, "inside one block": inside.peak}
     compared = max(24.0 * o * i for o, i in outline.dense.values())  # error and size of a layer in `compress_block`
     for block, found in zip(blocks(outline.model), tried):
         work += found.work
@@ -112,6 +119,7 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
     device = worst(
         always | {"a dense block": outline.dense_block} | pricing,
         always | working | {"activations": observing},
+        always | working | gating,
         always | working | {"clustering one matrix": max(compared, *(found.peak for found in tried))},
         always | {"writing the checkpoint": outline.writing},
     )

@@ -4,9 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluscomp.methods import Offers
 from cluscomp.solve.allocate import Menu, Option
-from cluscomp.solve.layer import Layer
 from cluscomp.stages.allocation import Allocation
 from cluscomp.store.records import read_sealed, write_sealed
 
@@ -28,9 +26,8 @@ class Menus:
         """Whether a block's menus are known."""
         return self._blocks[index] is not None
 
-    def ask(self, index: int, method: Offers, layers: dict[str, Layer]) -> None:
-        """Have the method say what a block's layers may have, and keep it."""
-        menus = list(method.offers(layers))
+    def keep(self, index: int, menus: list[Menu]) -> None:
+        """Keep what a block's layers may have."""
         write_sealed(self._paths[index], {"menus": [asdict(menu) for menu in menus]})
         self._blocks[index] = menus
 

@@ -18,9 +18,9 @@ FILE = "prices.json"  # in the stage's folder: what a killed run need not find a
 
 
 def prices(walk: Walk, windows: list[Tensor], folder: Path) -> dict[str, float]:
-    """By the name of each linear layer, what an error as large as its outputs costs: the rise of the loss, about.
+    """By the name of each linear layer and block, what an error as large as its outputs costs: the rise of the loss.
 
-    With the outputs z of a token and the gradient g of the loss to them, an error e that is |z|^2 large and has no
+    About: with the outputs z of a token and the gradient g of the loss to them, an error that is |z|^2 large and has no
     direction of its own raises the loss by |g|^2 |z|^2 / 2 O, to second order and if gradients are as those of labels
     drawn from the model (Fisher). The price is the mean of |g|^2 |z|^2 / O over tokens; the loss is the next token's
     cross-entropy on the text. The first token of a window is left out: its activations can be thousands of times those
@@ -52,12 +52,15 @@ def prices(walk: Walk, windows: list[Tensor], folder: Path) -> dict[str, float]:
                 one.register_forward_hook(_noting(sums, name, None if name in experts else length))
                 for name, one in layers.items()
             ]
+            sums[""] = 0.0  # of the block itself
             for number, (hidden_BTH, gradient_BTH) in enumerate(zip(entering.pop(), gradients)):
                 with torch.enable_grad():
                     output_BTH = walk.apply(index, block, hidden_BTH.requires_grad_())
+                    _noting(sums, "", length)(None, None, output_BTH)
                     (gradients[number],) = torch.autograd.grad(output_BTH, hidden_BTH, gradient_BTH)
             for handle in handles:
                 handle.remove()
+        found[names[index]] = sums.pop("") / tokens
         found |= {f"{names[index]}.{name}": total / tokens for name, total in sums.items()}
         progress.step("backward")
     write_sealed(folder / FILE, {"prices": found})

@@ -1,9 +1,14 @@
 """Which units of a block stay, and what makes up for the others: against least squares, SVD and loops by hand."""
 
+import math
+
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from layers import correlated
 
-from cluscomp.solve.modular import common, energy, nystrom, pairs, units
+from cluscomp.solve.modular import common, energy, nystrom, pairs, units, widths
 
 
 def relu_mlp(width=256, inputs=64, tokens=8192):
@@ -63,3 +68,19 @@ def test_pairs_count_by_both_their_dimensions_and_all_heads_of_their_key_head():
         for pair in range(4)
     ]
     torch.testing.assert_close(pairs(queries_ND, keys_GD), torch.tensor(expected).double())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.integers(20, 100), st.floats(0.01, 10))
+def test_widths_keep_the_mean_stay_within_bounds_and_follow_influence(influences, left, temperature):
+    found = widths(influences, 100, left, temperature)
+    assert sum(found) == left * len(influences) and all(20 <= each <= 100 for each in found)
+    in_order = [kept for _, kept in sorted(zip(influences, found))]
+    assert all(less <= more + 1 for less, more in zip(in_order, in_order[1:]))  # but for rounding
+    assert {*widths(influences, 100, left, 1e9)} == {left}
+
+
+def test_what_goes_is_a_softmax_of_influence():
+    gone = [1000 - kept for kept in widths([0.1, 0.2, 0.4], 1000, 700, 0.2)]
+    parts = [math.exp(-each / 0.2) for each in (0.1, 0.2, 0.4)]
+    assert gone == pytest.approx([900 * part / sum(parts) for part in parts], abs=1)

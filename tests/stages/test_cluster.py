@@ -24,9 +24,10 @@ from cluscomp.plan.meta import MetaModel
 from cluscomp.solve.drift import corrected
 from cluscomp.solve.layer import Seen
 from cluscomp.stages import Job
-from cluscomp.stages.allocation import Allocation, ByFormula
+from cluscomp.stages.allocation import Allocation, ByFormula, ByGates
 from cluscomp.stages.cluster import Cluster
 from cluscomp.stages.clustering import chosen_table, compress_block, layer_seed
+from cluscomp.stages.menus import Menus
 from cluscomp.stages.observing import Following, observe, through
 from cluscomp.stages.prices import prices
 from cluscomp.store.records import write_sealed
@@ -321,7 +322,7 @@ def test_a_stage_that_shares_and_lost_some_parts_ends_with_the_same_bits(tiny_fo
 
 @pytest.mark.parametrize("share", ["none", "block"])
 def test_bits_shared_out_over_the_model_are_no_more_and_do_less_damage(tiny_folder, text, tmp_path, share):
-    """Damage by the settings' own measure, after clustering in full; by the menus alone and by formulas."""
+    """By the settings' own measure, foreseen; and, but for gates, which look at outputs, after clustering in full."""
     original = Original(tiny_folder, torch.float32, CPU)
     target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "share": share, "allocation": "fill"}
     target |= {"assign": "nearest", "least_squares": 0, "descent": 0, "weighting": "none"}
@@ -331,6 +332,7 @@ def test_bits_shared_out_over_the_model_are_no_more_and_do_less_damage(tiny_fold
         "model": Allocation(scope="model"),
     }
     ways |= {formula: ByFormula(scope="model", formula=formula) for formula in ("opq", "marginal")}
+    ways |= {"gates": ByGates(scope="model", levels=3, steps=4)}
     bits, damages, told = {}, {}, {}
     for scope, allocation in ways.items():
         inside = {"allocation": "uniform"} if scope == "uniform" else {}
@@ -346,14 +348,21 @@ def test_bits_shared_out_over_the_model_are_no_more_and_do_less_damage(tiny_fold
                 error = (layer.stored(torch.float32).detach() - weight_OI).square().sum() / weight_OI.square().mean()
                 damages[scope] += float(error)
         told[scope] = found.get("shared_out")
-    for scope in ("model", "opq", "marginal"):
+    for scope in ("model", "opq", "marginal", "gates"):
         assert told[scope]["spent"] == pytest.approx(bits[scope]) and told[scope]["left"] >= 0
-        assert told[scope]["limit"] == 3.0 >= bits[scope] and damages[scope] < damages["uniform"]
+        assert told[scope]["limit"] == 3.0 >= bits[scope]
+        assert damages[scope] < damages["uniform"] or scope == "gates"
+        menus = [menu for block in Menus(tmp_path / scope, 3)._blocks for menu in block]
+        taken, first = ways[scope].share_out(menus, 3.0), [menu.options[0] for menu in menus]
+        assert sum(one.damage for one in taken) <= sum(one.damage for one in first)
     assert damages["model"] < damages["block"]
 
 
 def test_prices_are_those_of_plain_transformers_and_autograd(family, text, tmp_path):
-    """Mean over tokens but the first of |g|^2 |z|^2 / O, for outputs z and their gradient g of the summed loss."""
+    """Mean over tokens but the first of |g|^2 |z|^2 / O, for outputs z and their gradient g of the summed loss.
+
+    Of linear layers, and of blocks.
+    """
     original = Original(family, torch.float32, CPU)
     ids_WT = windows(text, original)
     found = prices(Walk(original.model(), original), [*ids_WT.split(2)], tmp_path)
@@ -361,6 +370,9 @@ def test_prices_are_those_of_plain_transformers_and_autograd(family, text, tmp_p
     for name, block in zip(block_names(model), blocks(model)):
         for layer, linear in linears(block).items():
             linear.register_forward_hook(lambda _module, _args, out, key=f"{name}.{layer}": outputs.update({key: out}))
+        block.register_forward_hook(
+            lambda _module, _args, out, key=name: outputs.update({key: out[0] if isinstance(out, tuple) else out})
+        )
     model.requires_grad_(True)
     expected = dict.fromkeys(found, 0.0)
     for window_T in ids_WT:
@@ -399,13 +411,16 @@ def test_a_price_needs_a_method_that_shares_bits_out(text, tiny_folder):
         stage(text, price="loss").check(Original(tiny_folder, torch.float32, CPU))  # shapes by hand
 
 
-@pytest.mark.parametrize("price", ["error", "loss"])
+@pytest.mark.parametrize(
+    ("price", "allocation"),
+    [("error", Allocation(scope="model")), ("loss", ByGates(scope="model", levels=3, steps=4))],
+)
 def test_a_killed_run_that_shares_bits_out_over_the_model_goes_on_with_the_same_bits(
-    tiny_folder, text, tmp_path, price
+    tiny_folder, text, tmp_path, price, allocation
 ):
     original = Original(tiny_folder, torch.float32, CPU)
     target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "allocation": "fill"}
-    sharing = stage(text, scope="model", price=price, **target)
+    sharing = replace(stage(text, price=price, **target), allocation=allocation)
     whole, found = run(sharing, original, tmp_path / "whole")
     folder = tmp_path / "killed"
     shutil.copytree(tmp_path / "whole", folder)
@@ -417,6 +432,20 @@ def test_a_killed_run_that_shares_bits_out_over_the_model_goes_on_with_the_same_
     (folder / "block-002.safetensors").unlink()  # ended while the last block was compressed
     again, refound = run(sharing, original, folder)
     assert equal(state(whole), state(again)) and found == refound
+
+
+def test_gates_need_text_whatever_the_method_looks_at_and_are_planned(tiny_folder, text):
+    original = Original(tiny_folder, torch.float32, CPU)
+    blind = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "allocation": "fill"}
+    blind |= {"assign": "nearest", "least_squares": 0, "descent": 0, "weighting": "none"}
+    without = stage(text, scope="model", **blind)
+    gates = replace(without, allocation=ByGates(scope="model", levels=3, steps=4))
+    assert without.learns_from() is None and gates.learns_from() is not None
+    assert "samples" in without.without_effect() and "samples" not in gates.without_effect()
+    with pytest.raises(InputError, match=r"data\.file=nothing\.txt"):
+        replace(gates, data=FileText(name="none", file="nothing.txt", test_file=None)).check(original)
+    costs = [one.cost(MetaModel(original.config, torch.float32, "cpu")) for one in (without, gates)]
+    assert costs[0].work.flops < costs[1].work.flops and sum(costs[0].device.values()) < sum(costs[1].device.values())
 
 
 def test_a_method_whose_bits_cannot_be_shared_out_is_refused(tiny_folder, text):

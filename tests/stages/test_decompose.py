@@ -1,19 +1,29 @@
 """Stage decompose: what it leaves is what it says, by plain transformers; which models it cuts; kills, plan, record."""
 
+import json
+
 import pytest
 import torch
 from pipelines import composed, pipeline
+from reference.recipe import IDLE
 from transformers import AutoModelForCausalLM
 
+from cluscomp import checkpoint
 from cluscomp.errors import InputError
+from cluscomp.formats.export import export
+from cluscomp.forms.layers import size_of
+from cluscomp.methods.rtn import RoundToNearest
 from cluscomp.models import dense
 from cluscomp.models.original import Original, block_names, blocks
+from cluscomp.models.sources import read_config
 from cluscomp.plan.meta import MetaModel
 from cluscomp.report.learned import tokens
 from cluscomp.report.names import method_name
 from cluscomp.runs.preparation import planned
+from cluscomp.solve import modular
 from cluscomp.stages import Job
 from cluscomp.stages.blockwise import dense_blocks
+from cluscomp.stages.cluster import Cluster
 from cluscomp.stages.decompose import Decompose
 from cluscomp.stages.parts import read_part
 
@@ -22,7 +32,8 @@ HEADS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}  # along which dime
 
 
 def stage(text, **changed) -> Decompose:
-    settings = {"samples": 16, "length": 12, "batch_size": 4, "units": 0.5, "heads": 1.0, "ridge": 0.01} | changed
+    settings = {"samples": 16, "length": 12, "batch_size": 4, "units": 0.5, "heads": 1.0, "ridge": 0.01}
+    settings |= {"widths": "uniform", "temperature": 0.1} | changed
     return Decompose(data=text, **settings)
 
 
@@ -89,7 +100,7 @@ def test_every_family_can_lose_units_and_what_is_lost_is_told(family, text, tmp_
 
 
 def test_a_stage_that_lost_some_blocks_ends_with_the_same_bits(tiny_folder, text, tmp_path):
-    original, decompose = Original(tiny_folder, torch.float32, CPU), stage(text, heads=0.5)
+    original, decompose = Original(tiny_folder, torch.float32, CPU), stage(text, heads=0.5, widths="influence")
     parts = [tmp_path / f"block-00{index}.safetensors" for index in range(3)]
     first = original.model()
     found = decompose.run(first, Job(tmp_path, 0, original))
@@ -97,12 +108,55 @@ def test_a_stage_that_lost_some_blocks_ends_with_the_same_bits(tiny_folder, text
     written = [{name: part.clone() for name, part in read_part(path).others.items()} for path in parts]
     parts[1].unlink()
     assert decompose.run(original.model(), Job(tmp_path, 0, original)) == found
-    (tmp_path / "pairs.json").unlink()
+    for name in ("pairs", "influence"):
+        (tmp_path / f"{name}.json").unlink()
     parts[0].unlink()
     assert decompose.run(original.model(), Job(tmp_path, 0, original)) == found
     for path, before in zip(parts, written):
         after = read_part(path).others
         assert all(torch.equal(after[name], before[name]) for name in before) and after.keys() == before.keys()
+
+
+@torch.no_grad()
+def test_widths_by_influence_are_as_many_units_in_all_and_load_with_what_is_made_of_them(
+    tiny_folder, text, ids, tmp_path
+):
+    """Where blocks turn their input is where units stay; the folder is an original, and what becomes of it loads."""
+    found, left = cut(stage(text, widths="influence", temperature=0.02), tiny_folder, tmp_path / "work")
+    widths, influence = found["widths"], found["influence"]
+    hidden = opened(tiny_folder)(ids, output_hidden_states=True, use_cache=False).hidden_states
+    assert len({*widths}) == 3 and sum(widths) == 3 * found["units"] == 3 * 24
+    assert sorted(range(3), key=widths.__getitem__) == sorted(range(3), key=influence.__getitem__)
+    x, y = hidden[0].double(), hidden[1].double()
+    cosines = (x * y).sum(-1) / x.norm(dim=-1) / y.norm(dim=-1)
+    assert modular.influence(x, y) == pytest.approx(1 - float(cosines.mean()))
+    loaded, original = checkpoint.load(left, torch.float32), Original(left, torch.float32, CPU)
+    assert [block.mlp.down_proj.in_features for block in blocks(loaded)] == widths
+    expected = original.load_all()(ids).logits
+    assert torch.equal(loaded(ids).logits, expected)
+    model = original.model()
+    method = RoundToNearest(bits=None, width=8, group=None, symmetric=False)
+    Cluster(method=method, **{key: value for key, value in IDLE.items() if key != "method"}).run(
+        model, Job(tmp_path / "cluster", 0, original)
+    )
+    checkpoint.save(model, original.tokenizer, tmp_path / "compressed")
+    again = checkpoint.load(tmp_path / "compressed", torch.float32)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    outline = MetaModel(read_config(tmp_path / "compressed"), torch.float32, "cpu")
+    assert outline.size().linear_bits_per_weight == size_of(again).linear_bits_per_weight
+    for folder in (left, tmp_path / "compressed"):
+        with pytest.raises(InputError, match=r"mlp.* other shapes than config\.json .* format=dense has no"):
+            export(folder, format="dense", output=tmp_path / "out")
+    config = json.loads((left / "config.json").read_text())
+    config["quantization_config"]["shapes"]["model.layers.0.mlp.up_proj"][0] += 1
+    (left / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="altered"):
+        checkpoint.load(left)
+    for wrong in ({"model.layers.0.mlp.up_proj": [0, 32]}, {"model.norm": [2, 32]}):
+        config["quantization_config"] |= {"shapes": wrong, "seal": None}
+        (left / "config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match=r"shapes of config\.json: model\.[a-z0-9_.]* = .* is no linear layer's"):
+            Original(left, torch.float32, CPU).model()
 
 
 def test_what_stays_of_the_mlp_is_rows_of_the_original_in_the_dtype_of_its_file(tiny_folder, text, tmp_path):
@@ -156,6 +210,11 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
         ("gpt_neox", {"units": 0.5}, "units=0.5: GPTNeoXForCausalLM cannot be cut: none of these make the MLP of all"),
         ("llama", {"units": 0.01}, "units=0.01: none of 48 units of an MLP would be left"),
         ("llama", {"heads": 0.1}, "heads=0.1: none of 8 dimensions of a head would be left"),
+        (
+            "llama",
+            {"units": 0.1, "widths": "influence"},
+            "units=0.1: with decompose.widths=influence no MLP loses more",
+        ),
     ],
 )
 def test_what_cannot_be_cut_is_refused_before_any_work(families, text, family, changed, words):

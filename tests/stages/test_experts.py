@@ -19,7 +19,8 @@ MIXTRAL = {
 }  # fmt: skip
 SHORT = [
     "model=hub", "bits=3", "order=[cluster,block_finetune]", "method=gptvq", "block_finetune=quick", "data=text",
-    "cluster=by_loss", "cluster.length=32", "cluster.samples=4", "cluster.batch_size=2",
+    "cluster=by_loss", "allocation=gates", "allocation.levels=2", "allocation.steps=2",
+    "cluster.length=32", "cluster.samples=4", "cluster.batch_size=2",
     "block_finetune.length=32", "block_finetune.samples=2", "block_finetune.batch_size=1", "block_finetune.epochs=1",
     "evaluate.context=32", "evaluate.limit=2", "device=cpu",
 ]  # fmt: skip
