@@ -51,6 +51,9 @@ def test_peft_takes_a_checkpoint_as_it_takes_any_model(folder, ids, tmp_path):
         assert torch.equal(logits(again, ids), plain)
     again.get_base_model().save_pretrained(tmp_path / "base")
     assert torch.equal(logits(loaded(tmp_path / "base"), ids), plain)
+    again.get_base_model().dequantize()  # gives it one
+    assert torch.equal(logits(again, ids), adapted)
+    torch.testing.assert_close(logits(again.merge_and_unload(), ids), adapted, rtol=1e-4, atol=1e-4)
 
 
 def test_codebooks_learn_under_a_plain_optimizer_after_one_call(folder, ids, tmp_path):

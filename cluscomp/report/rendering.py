@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
+from cluscomp.report.latex import latex
 from cluscomp.store.secrets import printable
 
 Format = Literal["md", "latex", "html", "csv"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 SUFFIX = {"md": "md", "latex": "tex", "html": "html", "csv": "csv"}
-FITTED = "\\resizebox{\\ifdim\\width>\\textwidth\\textwidth\\else\\width\\fi}{!}{%\n"  # no wider than the page's text
 MISSING = "–"
 DIGITS = {
     r"bits$|bits in": 3,
@@ -54,25 +54,17 @@ def rendered(
             cells.iloc[row, column] = f"**{cells.iloc[row, column]!s}**"
         heading = f"**{as_text(title)}**\n\n" if title else ""
         return heading + cells.to_markdown(index=False, disable_numparse=True, colalign=numeric) + "\n"
+    if format_ == "latex":
+        return latex(names, cells.to_numpy().tolist(), bold, [side == "right" for side in numeric], title)
     style = (
-        cells.style.hide(axis="index")
-        .set_uuid(re.sub(r"\W+", "-", title) or "table")
-        .set_caption(html.escape(title) if format_ == "html" else _escaped(title))
+        cells.style.hide(axis="index").set_uuid(re.sub(r"\W+", "-", title) or "table").set_caption(html.escape(title))
     )
     marks = pd.DataFrame("", cells.index, cells.columns)
     for row, column in bold:
         marks.iloc[row, column] = "font-weight: bold"
-    style = style.apply(lambda _: marks, axis=None)
-    if format_ == "html":
-        aligned: Any = {name: [{"selector": "", "props": f"text-align: {side}"}] for name, side in zip(names, numeric)}
-        return (
-            style.format(escape="html").format_index(escape="html", axis=1).set_table_styles(aligned).to_html() + "\n"
-        )
-    columns = "".join(side[0] for side in numeric)
-    style = style.format(escape="latex").format_index(escape="latex", axis=1)
-    text = style.to_latex(hrules=True, convert_css=True, column_format=columns, position_float="centering")
-    text = text.replace("\\begin{tabular}", FITTED + "\\begin{tabular}").replace("\\end{tabular}", "\\end{tabular}}")
-    return "% \\usepackage{booktabs,graphicx}\n" + text
+    aligned: Any = {name: [{"selector": "", "props": f"text-align: {side}"}] for name, side in zip(names, numeric)}
+    style = style.apply(lambda _: marks, axis=None).set_table_styles(aligned)
+    return style.format(escape="html").format_index(escape="html", axis=1).to_html() + "\n"
 
 
 def for_terminal(table: pd.DataFrame, width: int | None = None) -> str:
@@ -120,10 +112,6 @@ def _texts(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
 def _inert(text: str) -> str:
     """Text that a spreadsheet would take for a formula, as text."""
     return f"'{text}" if re.match(r"[=+@-].", text) else text
-
-
-def _escaped(title: str) -> str:
-    return re.sub(r"([&%$#_{}])", r"\\\1", title)
 
 
 def shown(value: Any, column: str = "") -> str:

@@ -22,11 +22,12 @@ from cluscomp.models.quantised import opened
 from cluscomp.models.sources import GgufModel
 from cluscomp.plan.plan import Plan
 from cluscomp.process import processes, rank
+from cluscomp.report.page import page
 from cluscomp.runs.capsule import commit, seal, versions
 from cluscomp.runs.experiment import Experiment, config_of, stage_keys, without_places
 from cluscomp.runs.preparation import device_of, dtype_of, foreseen
 from cluscomp.runs.runner import Follower, Runner, tell_of_other_code
-from cluscomp.runs.trackers import Forgiving, NoTracker, Session
+from cluscomp.runs.trackers import Forgiving, NoTracker, Session, listening
 from cluscomp.store.files import held_alone, writable
 from cluscomp.store.records import EXTERNAL, SCHEMA, Record, Score, read, write
 from cluscomp.store.secrets import hide_all, log_file
@@ -83,10 +84,10 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
     tracker = experiment.tracker if first else NoTracker()
     session = Forgiving(tracker, f"{experiment.name}-{runner.key}", config | _chosen(experiment), run_folder)
     try:
-        with session.listening():
+        with listening(session.log):
             metrics = _fold(experiment, runner, session)
     except BaseException:
-        session.end(None)
+        session.end(None, {})
         raise
     answers = {name: runner.answers(name) for name in experiment.measured if runner.answers(name).is_file()}
     path = run_folder / "record.json"
@@ -100,7 +101,8 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
             write(record, path)
     if publish is not None:
         write(record, publish / experiment.name / f"{runner.key}.json")
-    session.end({f"{row.after}/{row.dataset}/{row.metric}": row.value for row in record.scores} | record.size)
+    files = page(experiment.name, [record], "md") | {"record.json": path.read_text(encoding="utf-8")} if first else {}
+    session.end({f"{row.after}/{row.dataset}/{row.metric}": row.value for row in record.scores} | record.size, files)
     samples = {
         name: metrics[f"evaluate {name}"]["sample"]
         for name in experiment.measured
@@ -115,6 +117,8 @@ def _fold(experiment: Experiment, runner: Runner, session: Session) -> dict[str,
     for name in ["original", *experiment.order]:
         if name != "original":
             metrics[name] = runner.stage(name)
+            for stage, numbers, step in metrics[name].get("curves", ()) if name in runner.reused else ():
+                session.log(stage, {key: float(value) for key, value in numbers.items()}, step)
             session.log(name, _numbers(metrics[name]))
         if name in experiment.measured:
             label = f"evaluate {name}"

@@ -26,6 +26,7 @@ from cluscomp.process import peak_memory, rank, reset_peak_memory
 from cluscomp.runs.capsule import commit, versions
 from cluscomp.runs.card import card
 from cluscomp.runs.experiment import Experiment, key_settings
+from cluscomp.runs.trackers import listening
 from cluscomp.score.tasks import read_answers, write_answers
 from cluscomp.stages import Job
 from cluscomp.stages.blockwise import dense_blocks
@@ -46,6 +47,7 @@ class Runner:
         evaluate = experiment.evaluate
         self.evaluation = [key_settings(evaluate), evaluate.inputs(), original.device.type, versions(), WORDS]
         self.worked = False  # whether anything was computed that had not been finished before
+        self.reused: set[str] = set()  # stages that had been finished before
         self._warned: set[str] = set()
 
     @property
@@ -112,14 +114,17 @@ class Runner:
         if finished is not None:
             log.info("%s  finished before, %s", name, folder)
             tell_of_other_code(name, finished)
+            self.reused.add(name)
             return finished
         self.worked = True
-        with _Measured() as cost:
+        curves: list[tuple[Any, ...]] = []  # what trackers are told, for those of later runs that re-use the stage
+        with _Measured() as cost, listening(lambda *point: curves.append(point)):
             model, job = self._start(name, self._work_folder(folder))
             found = self.experiment.stages[name].run(model, job)
             size = self._keep(name, model, job)
         hash_ = checkpoint.checkpoint_hash(job.folder / CHECKPOINT)
         metrics = {"key": _key_of(folder)} | cost | _code() | {"found": found, "size": size, "checkpoint_hash": hash_}
+        metrics["curves"] = curves
         self._finish(job.folder, metrics, folder, CHECKPOINT)
         return metrics
 

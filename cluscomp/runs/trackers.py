@@ -7,7 +7,7 @@ Decides nothing. What a stage says of a block or a step goes through its progres
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,8 +29,8 @@ class Session(Protocol):
         """A stage ended with these numbers; or so far it came, in blocks or optimiser steps."""
         ...
 
-    def end(self, summary: dict[str, Any] | None) -> None:
-        """The run ended; `summary` holds scores and size, flat; None: it failed."""
+    def end(self, summary: dict[str, Any] | None, files: dict[str, str]) -> None:
+        """The run ended; `summary` holds scores and size, flat (None: it failed), `files` texts by name to keep."""
         ...
 
 
@@ -48,7 +48,7 @@ class Nowhere:
     def log(self, stage: str, numbers: dict[str, Any], step: int | None = None) -> None:
         """Nothing to do."""
 
-    def end(self, summary: dict[str, Any] | None) -> None:
+    def end(self, summary: dict[str, Any] | None, files: dict[str, str]) -> None:
         """Nothing to do."""
 
 
@@ -68,20 +68,10 @@ class Forgiving:
         with self._warned():
             self.session.log(stage.replace(" ", "_"), numbers, step)
 
-    def end(self, summary: dict[str, Any] | None) -> None:
+    def end(self, summary: dict[str, Any] | None, files: dict[str, str]) -> None:
         """The run ended."""
         with self._warned():
-            self.session.end(summary)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the numbers in all progress lines, too."""
-        listener = _Listener(self)
-        log.addHandler(listener)
-        try:
-            yield
-        finally:
-            log.removeHandler(listener)
+            self.session.end(summary, files)
 
     @contextmanager
     def _warned(self) -> Iterator[None]:
@@ -95,14 +85,25 @@ class Forgiving:
 
 
 class _Listener(logging.Handler):
-    def __init__(self, session: Session) -> None:
+    def __init__(self, take: Callable[..., None]) -> None:
         super().__init__()
-        self.session = session
+        self.take = take
 
     def emit(self, record: logging.LogRecord) -> None:
         """Hand on the numbers that a line carries."""
         if hasattr(record, "numbers"):
-            self.session.log(*record.numbers)
+            self.take(*record.numbers)
+
+
+@contextmanager
+def listening(take: Callable[..., None]) -> Iterator[None]:
+    """Hand the numbers in all progress lines to `take`, as `Session.log` has them."""
+    listener = _Listener(take)
+    log.addHandler(listener)
+    try:
+        yield
+    finally:
+        log.removeHandler(listener)
 
 
 @settings
@@ -118,10 +119,13 @@ class NoTracker:
 class WandbTracker:
     """Weights & Biases. "offline" needs no key and no network; `wandb sync` uploads later. "auto" is online with a key.
 
+    The record and its tables are an artifact of the run.
+
     The server is waited for at most `timeout` seconds, at the beginning and at the end. Online a run that goes on after
     it was killed goes on there, too. W&B does not learn the command line, which its own metadata would hold. Its own
-    variables win over these settings: WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE (disabled, too), WANDB_RUN_GROUP (else
-    the sweep's name), WANDB_JOB_TYPE (else the last stage), WANDB_TAGS (else the choices of method, model and data).
+    variables win over these settings: WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE (disabled, too), WANDB_RUN_ID (which
+    `wandb agent` gives; else the run's name), WANDB_RUN_GROUP (else the sweep's name), WANDB_JOB_TYPE (else the last
+    stage), WANDB_TAGS (else the choices of method, model and data).
     """
 
     project: str
@@ -147,7 +151,8 @@ class WandbTracker:
         )
         run = wandb.init(
             project=said.get("project", self.project), entity=said.get("entity", self.entity), mode=mode, name=name,
-            id=name, group=said.get("run_group", config.get("name")), job_type=said.get("job_type", _last(config)),
+            id=said.get("run_id", name), group=said.get("run_group", config.get("name")),
+            job_type=said.get("job_type", _last(config)),
             tags=said["tags"].split(",") if "tags" in said else [choices[one] for one in TAGS if one in choices],
             config=config, dir=str(folder), resume="allow" if mode == "online" else None, settings=quiet,
         )  # fmt: skip
@@ -169,8 +174,16 @@ class _WandbSession:
                 self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         self.run.log({f"{stage}/{key}": value for key, value in numbers.items()})
 
-    def end(self, summary: dict[str, Any] | None) -> None:
-        """Store the summary and close the run; without one as failed."""
+    def end(self, summary: dict[str, Any] | None, files: dict[str, str]) -> None:
+        """Store the summary and the files and close the run; without a summary as failed."""
+        import wandb
+
+        if files:
+            artifact = wandb.Artifact(self.run.name, "record")
+            for name, text in files.items():
+                with artifact.new_file(name, encoding="utf-8") as file:
+                    file.write(text)
+            self.run.log_artifact(artifact)
         if summary is not None:
             self.run.summary.update(summary)
         self.run.finish(exit_code=int(summary is None))
@@ -217,6 +230,9 @@ class _TensorboardSession:
             self.writer.add_scalar(f"{stage}/{key}", value, step or 0)
         self.writer.flush()
 
-    def end(self, summary: dict[str, Any] | None) -> None:  # noqa: ARG002
-        """Close the file; scores and sizes of stages are in it as they came."""
+    def end(self, summary: dict[str, Any] | None, files: dict[str, str]) -> None:  # noqa: ARG002
+        """Close the file; scores and sizes of stages are in it as they came, and tables as text."""
+        for name, text in files.items():
+            if name.endswith(".md"):
+                self.writer.add_text(name, text)
         self.writer.close()

@@ -396,7 +396,7 @@ def test_tables_of_one_page_do_not_style_each_other():
 def test_latex_is_booktabs():
     text = rendered(TABLE, "latex", title="50% of_it")
     assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule")) and r"50\% of\_it" in text
-    assert r"100\% \& <c>" in text
+    assert r"100\% \& \textless{}c\textgreater{}" in text
     fitted = r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%"  # within the text's width
     assert text.index(fitted) < text.index(r"\begin{tabular}") and text.count(r"\end{tabular}}") == 1
 

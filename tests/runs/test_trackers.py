@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from pipelines import pipeline
 
 from cluscomp.errors import InputError
 from cluscomp.process import Progress, peak_memory, reset_peak_memory
@@ -25,7 +26,7 @@ session = tracker.begin("run-1", {"seed": 3, "method": {"bits": 2.5}}, Path(sys.
 session.log("cluster", {"relative_error": 0.25, "seconds": 1.5})
 session.log("evaluate_cluster", {"perplexity": 12.5})
 session.log("cluster_blocks", {"relative_error": 0.5}, 1)
-session.end({"cluster/perplexity": 12.5, "linear_bits_per_weight": 2.5})
+session.end({"cluster/perplexity": 12.5, "linear_bits_per_weight": 2.5}, {"tables.md": "| a |", "record.json": "{}"})
 """
 
 
@@ -54,6 +55,8 @@ def test_wandb_offline_holds_config_stages_and_summary(forks, tmp_path):
     assert "2.5" in json.dumps(found["config"]) and "seed" in json.dumps(found["config"])
     history = inspect(forks, tmp_path)
     assert "cluster/relative_error" in history and "evaluate_cluster/perplexity" in history
+    (kept,) = [one["artifact"] for one in map(json.loads, history.splitlines()) if one["type"] == "artifact"]
+    assert {one["path"] for one in kept["manifest"]["contents"]} == {"record.json", "tables.md"}
 
 
 def test_wandbs_own_variables_win_and_the_rest_is_as_its_users_expect(tmp_path, monkeypatch):
@@ -67,17 +70,18 @@ def test_wandbs_own_variables_win_and_the_rest_is_as_its_users_expect(tmp_path, 
     monkeypatch.setenv("WANDB_MODE", "disabled")
     session = tracker.begin("run-1", config, tmp_path)
     session.log("cluster_blocks", {"relative_error": 0.5}, 1)
-    session.end({})
+    session.end({}, {})
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     monkeypatch.setenv("WANDB_RUN_GROUP", "night")
     monkeypatch.setenv("WANDB_TAGS", "a,b")
-    tracker.begin("run-1", config | {"order": []}, tmp_path).end({})
+    monkeypatch.setenv("WANDB_RUN_ID", "agents")
+    tracker.begin("run-1", config | {"order": []}, tmp_path).end({}, {})
     first, second = handed
     assert first["mode"] == second["mode"] == "disabled" and not list(tmp_path.glob("wandb/*run*"))
     assert (first["project"], first["group"], first["job_type"]) == ("tests", "sweep", "recover")
     assert first["tags"] == ["gptq", "tiny", "pydoc"] and first["id"] == first["name"] == "run-1"
     assert (second["project"], second["group"], second["job_type"]) == ("mine", "night", "evaluate")
-    assert second["tags"] == ["a", "b"]
+    assert second["tags"] == ["a", "b"] and (second["id"], second["name"]) == ("agents", "run-1")
     monkeypatch.setenv("WANDB_MODE", "maybe")
     with pytest.raises(InputError, match="WANDB_MODE=maybe"):
         tracker.begin("run-1", config, tmp_path)
@@ -228,7 +232,7 @@ def test_a_mode_that_does_not_exist_is_refused():
 def test_no_tracker_writes_nothing(tmp_path):
     session = NoTracker().begin("run-1", {}, tmp_path)
     session.log("cluster", {"relative_error": 0.25})
-    session.end({"a": 1.0})
+    session.end({"a": 1.0}, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -265,3 +269,18 @@ def test_peak_memory_sees_an_allocation_and_forgets_it():
     assert 190 << 20 < after - before < 260 << 20
     reset_peak_memory()
     assert peak_memory() < after - (100 << 20)
+
+
+def test_curves_of_a_stage_that_was_finished_before_are_drawn_again(tmp_path):
+    """And the tables stand beside them."""
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i} says that foxes jumped." for i in range(60)))
+    settings = [
+        "model=tiny", "data=text", f"data.file={tmp_path / 'text.txt'}", f"cache={tmp_path / 'cache'}", "seed=3",
+        f"outputs={tmp_path / 'outputs'}", "order=[cluster]", "method=rtn", "bits=4", "evaluate.context=32",
+    ]  # fmt: skip
+    pipeline(*settings, "evaluate.limit=2")
+    path = pipeline(*settings, "evaluate.limit=3", "tracker=tensorboard").path
+    events = reading.EventAccumulator(str(path.parent / "tensorboard")).Reload()
+    assert [point.step for point in events.Scalars("cluster_blocks/relative_error")] == [1, 2, 3]
+    assert "tables.md/text_summary" in events.Tags()["tensors"]
