@@ -11,6 +11,7 @@ from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.formats import aqlm, compressed_tensors, dense, gguf, gptq, vptq
 from cluscomp.forms import adapters
+from cluscomp.forms.multimodal import copy_processor
 from cluscomp.store.files import new_folder
 
 Write = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], list[str]]
@@ -66,4 +67,5 @@ def export(folder: str | Path, *, format: str, output: str | Path, dtype: str = 
     if adapters.parameters(model):
         raise InputError(f"{folder}: has LoRA adapters, which format={format} has no place for")
     with new_folder(target) as unfinished, torch.no_grad():
+        copy_processor(folder, unfinished)
         return found.write(model, AutoTokenizer.from_pretrained(folder), unfinished)
