@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from cluscomp.data.mirror import rows_told, text_of
+from cluscomp.data.mirror import copies_told, rows_told, text_of
 from cluscomp.data.texts import Split, Text, read_once, version, without_overlap
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
@@ -72,7 +72,7 @@ class Documents:
         place = self._place()
         reader = READERS.get(Path(place).suffix) if Path(place).is_file() else None
         found, passed = 0, 0
-        with rows_told(what):
+        with copies_told(), rows_told(what):
             rows = load_dataset(
                 reader or place, self.config, data_files=place if reader else self.files, split=split,
                 revision=None if Path(place).exists() else self.revision, streaming=True,

@@ -52,16 +52,22 @@ def copies_told() -> Iterator[None]:
 def rows_told(what: str) -> Iterator[None]:
     """Name what cannot be read, and the way without network where that is what it takes (InputError)."""
     from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
+    network = (DatasetNotFoundError, HfHubHTTPError, ConnectionError, FileNotFoundError, TimeoutError)
     try:
         yield
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, TimeoutError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # whatever `datasets` and its clients make of what they do not find or reach
+        if isinstance(error, OSError) and not isinstance(error, network):
+            raise  # of this machine: see `copies_told`
+        if isinstance(error, ValueError | KeyError) and not isinstance(error, network):
+            raise InputError(f"{what}: {_first_line(error)}") from error
         raise InputError(
             f"{what}: cannot be read ({_first_line(error)}). Without network give data_root=FOLDER, a mirror laid out "
             "like the hub, or data=text data.file=FILE.jsonl, or take data=pydoc"
         ) from error
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{what}: {_first_line(error)}") from error
 
 
 def no_column(what: str, column: str, there: Iterable[str]) -> InputError:

@@ -60,8 +60,12 @@ def test_shares_that_do_not_add_up_and_parts_that_are_none_are_refused(letters, 
             mixture(letters, shares)
     with pytest.raises(ValueError, match=r"shares: \[1.0\] are not one for each of the parts a, b"):
         mixture(letters, [1.0])
-    with pytest.raises(InputError, match="data: parts: two texts at least make a mixture"):
-        composed("bits=3", "data=mixture")
+    with pytest.raises(
+        InputError, match=r"data: shares: \[0.5, 0.5\] are not one for each of the parts first, second, third"
+    ):
+        composed("bits=3", "data=mixture", "+data@data.parts.third=ptb")
+    with pytest.raises(ValueError, match="parts: two texts at least make a mixture"):
+        mixture({"a": letters["a"]}, [1.0])
     blank = hub(data_root=mirror(tmp_path, train=["", ""], test=["one"]))
     with pytest.raises(InputError, match=r"org/name/train: there is no text in it, so it can have no share of mixture"):
         mixture(letters | {"b": blank}, [0.5, 0.5]).text("calibration")
@@ -69,7 +73,7 @@ def test_shares_that_do_not_add_up_and_parts_that_are_none_are_refused(letters, 
 
 def test_half_of_what_is_learned_from_are_the_originals_own_samples(tmp_path):
     """Written once, told in record and table; the text that is scored is another part's."""
-    own = ["data.parts.own.documents=24", "data.parts.own.length=96", "data.parts.own.batch_size=12"]
+    own = ["data.parts.own.documents=10", "data.parts.own.length=64", "data.parts.own.batch_size=5"]
     settings = [
         "model=tiny", "model.config.num_hidden_layers=1", "data=half_own", "data@scored=pydoc", *own,
         f"outputs={tmp_path / 'outputs'}", f"cache={tmp_path / 'cache'}", "method.vector_dim=4",

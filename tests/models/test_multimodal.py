@@ -175,6 +175,6 @@ def test_a_model_of_an_unknown_kind_is_refused_in_a_sentence(tmp_path):
 
 
 def test_the_papers_model_is_planned_without_its_files():
-    shape = ["method.vector_dim=9", "method.codebook_size=50000"]
+    shape = ["method.vector_dim=9", "method.codebook_size=50000", "order=[cluster]", "evaluate=none"]
     found = planned(composed("experiment=paper_multimodal", "machine=a6000", *shape))
     assert 2.0 < found.size.linear_bits_per_weight < 2.02 < found.size.model_bits_per_weight < 5
