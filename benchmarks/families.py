@@ -22,7 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 import cluscomp.checkpoint  # noqa: F401
 from cluscomp.command.compose import composed
-from cluscomp.data.texts import FileText, test_windows
+from cluscomp.data.files import FileText
+from cluscomp.data.texts import test_windows
 from cluscomp.errors import InputError
 from cluscomp.models.sources import TinyModel, read_config
 from cluscomp.plan.meta import MetaModel
@@ -41,6 +42,10 @@ clustered ({methods}), one step of block_finetune, scored, saved, and loaded in 
 * refused ({refused}): in one sentence, before any work.
 * wrong ({wrong}) or broken ({broken}): not so; a fault of ours.
 * unknown ({unknown}): no tiny config of it was found that transformers makes and runs, and that is quick enough.
+
+Models that `AutoModelForImageTextToText` opens are compressed in their language part and saved whole; the architectures
+in config.json say which of its classes a model is. Tried so, with images: LLaVA-Next, Qwen2-VL, Qwen2.5-VL, Gemma 3.
+Those that hear, and those with an encoder for text, are refused.
 
 """
 LENGTH = 32  # tokens of a window

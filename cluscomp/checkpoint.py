@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -28,6 +28,7 @@ from cluscomp.forms import adapters
 from cluscomp.forms.apart import take_apart
 from cluscomp.forms.layers import check_values, empty_layers, reshape, specs, take_out
 from cluscomp.forms.linear import BASE, MARK, compressed, storage_dtype, unique_tensors
+from cluscomp.forms.multimodal import copy_processor, opener
 from cluscomp.forms.stored import as_stored
 from cluscomp.store.files import file_hash, new_folder
 from cluscomp.store.records import content_key
@@ -185,6 +186,7 @@ def save(
     folder: Path,
     dtype: torch.dtype | None = None,
     card: str | None = None,
+    original: Path | None = None,
 ) -> None:
     """Write model and tokenizer as a Hugging Face folder with hashes; the folder appears whole or not at all.
 
@@ -198,6 +200,7 @@ def save(
         dtype: what config.json names, in which the model is loaded unless another is given: the original's. None: the
             one that the model computes in.
         card: text of README.md.
+        original: the folder of the original, whose files for images are copied.
 
     Raises OSError if the disk is full or the place cannot be written.
     """
@@ -221,6 +224,8 @@ def save(
         if card is not None:
             (unfinished / "README.md").write_text(card, encoding="utf-8")
         tokenizer.save_pretrained(unfinished)
+        if original is not None:
+            copy_processor(original, unfinished)
         if adapted:
             adapters.write(model, unfinished / adapters.FOLDER)
         seal(unfinished)
@@ -263,7 +268,7 @@ def load(
         verify(folder)
     kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = opener(AutoConfig.from_pretrained(folder, trust_remote_code=False)).from_pretrained(
             folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
             ignore_mismatched_sizes=True, **kwargs,
         )  # fmt: skip

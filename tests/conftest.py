@@ -112,7 +112,7 @@ def tiny_folder(families):
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """A text of numbered paragraphs."""
-    from cluscomp.data.texts import FileText
+    from cluscomp.data.files import FileText
 
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("\n\n".join(f"Paragraph {i} says that {i * i} is the square of {i}." for i in range(100)))

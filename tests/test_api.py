@@ -77,7 +77,8 @@ def test_a_checkpoint_has_a_model_card(called, ground):
     assert "README.md" in checkpoint.verify(outcome.checkpoint)
     of_hub = composed("model=llama2_7b", "bits=3", "order=[cluster,block_finetune]")
     size = Size(3.0, 2.997, 2.997, 3.2, {})
-    assert "base_model: meta-llama/Llama-2-7b-hf\n" in (text := card(of_hub, "cluster", size))
+    text = card(of_hub, "cluster", size, of_hub.model.read_config(ground))
+    assert "base_model: meta-llama/Llama-2-7b-hf\n" in text and "AutoModelForCausalLM" in text
     assert "# meta-llama/Llama-2-7b-hf, 3.00 bits" in text and "stages cluster, seed 0" in text
 
 

@@ -30,7 +30,19 @@ EXTRAS = {"optuna": "search", "submitit_local": "cluster", "submitit_slurm": "cl
 HERE = Path(__file__).parents[1]
 CONF = next(folder for folder in (HERE / "conf", HERE.parent / "conf") if folder.is_dir())
 # used by settings, not by the run itself
-SHARED = ("method", "beside", "allocation", "data", "instructions", "tasks", "bits", "data_root", "debug", "trust")
+SHARED = (
+    "method",
+    "beside",
+    "allocation",
+    "data",
+    "scored",
+    "instructions",
+    "tasks",
+    "bits",
+    "data_root",
+    "debug",
+    "trust",
+)
 
 
 @contextmanager
@@ -282,6 +294,8 @@ def _composition_problem(error: BaseException, given: Sequence[str]) -> str:
         elif given_name in EXTRAS:
             hint = f"it comes with pip install 'cluscomp[{EXTRAS[given_name]}]'; "
         return f"{group}={given_name}: there is no such choice; {hint}allowed here: {', '.join(names)}"
+    if missing := re.search(r"Missing mandatory value: ([\w.]+)", text):  # that another setting takes
+        return f"{missing[1]} is required: give {missing[1]}=..."
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines).replace("\t", " ")
 

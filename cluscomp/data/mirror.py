@@ -1,9 +1,9 @@
-"""Data sets as `datasets` gives them: a local mirror, and rows of which some have no text."""
+"""Data sets as `datasets` gives them: a local mirror, what it says of rows out of reach, rows without text."""
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,14 @@ def own_cache(folder: Path) -> str:
     """
     from datasets.config import HF_DATASETS_CACHE
 
+    state = json.dumps(state_of(folder))
+    return str(Path(HF_DATASETS_CACHE) / f"cluscomp-{hashlib.sha256(state.encode()).hexdigest()[:16]}")
+
+
+def state_of(folder: Path) -> list[list[str | int]]:
+    """What changes when a file in a folder becomes another one: path, size and time of each."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    state = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    return str(Path(HF_DATASETS_CACHE) / f"cluscomp-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}")
+    return [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 @contextmanager
@@ -43,17 +48,57 @@ def copies_told() -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def rows_told(what: str) -> Iterator[None]:
+    """Name what cannot be read, and the way without network where that is what it takes (InputError)."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    network = (DatasetNotFoundError, HfHubHTTPError, ConnectionError, FileNotFoundError, TimeoutError)
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # whatever `datasets` and its clients make of what they do not find or reach
+        if isinstance(error, OSError) and not isinstance(error, network):
+            raise  # of this machine: see `copies_told`
+        if isinstance(error, ValueError | KeyError) and not isinstance(error, network):
+            raise InputError(f"{what}: {_first_line(error)}") from error
+        raise InputError(
+            f"{what}: cannot be read ({_first_line(error)}). Without network give data_root=FOLDER, a mirror laid out "
+            "like the hub, or data=text data.file=FILE.jsonl, or take data=pydoc"
+        ) from error
+
+
+def no_column(what: str, column: str, there: Iterable[str]) -> InputError:
+    """The refusal of a column that rows do not have, with those they have."""
+    return InputError(f"{what}: has no column '{column}'; its columns are {', '.join(there)}")
+
+
+def text_of(row: Mapping[str, Any], column: str, what: str) -> str | None:
+    """The text in a row's column, None where that is null.
+
+    Raises InputError, beginning with `what`, for a column that is not there or holds no text.
+    """
+    if column not in row:
+        raise no_column(what, column, row)
+    value = row[column]
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{what}: column '{column}' holds {type(value).__name__}, no text")
+    return value
+
+
 def with_text(rows: list[Any], what: str, column: str) -> list[str]:
     """The rows of a column but those that are null, which a line in the log counts.
 
     Raises InputError, beginning with `what`, that names the row and column of anything else that is no text.
     """
-    found = [row for row in rows if isinstance(row, str)]
-    for number, row in enumerate(rows):
-        if row is not None and not isinstance(row, str):
-            raise InputError(
-                f"{what}, row {number}: column '{column}' holds {type(row).__name__}, no text; give another data.column"
-            )
+    texts = [text_of({column: row}, column, f"{what}, row {number}") for number, row in enumerate(rows)]
+    found = [text for text in texts if text is not None]
     if len(found) < len(rows):
         log.info("%s: %d of %d rows have no text, and are left out", what, len(rows) - len(found), len(rows))
     return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from cluscomp.data.mixture import AND
 from cluscomp.data.texts import Tokenizer
 
 WORDS = 13  # of a sequence, as usual since GPT-3 (arXiv 2005.14165, appendix C)
@@ -21,6 +22,11 @@ class Learned:
     domain: str
     sha256: str
     windows: Callable[[Tokenizer, int], list[list[int]]]
+
+
+def same_domain(first: str, second: str) -> bool:
+    """Whether two texts have a domain in common: mixtures have those of all their parts."""
+    return not {*first.split(AND)}.isdisjoint(second.split(AND))
 
 
 def sequences(text: str) -> set[int]:

@@ -4,7 +4,6 @@ Every source has two texts that never overlap: "calibration" (what a method may 
 """
 
 import hashlib
-import json
 import random
 import re
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 from pydantic.dataclasses import dataclass
 
-from cluscomp.data.mirror import copies_told, own_cache, with_text
+from cluscomp.data.mirror import copies_told, no_column, own_cache, rows_told, with_text
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 
@@ -84,7 +83,7 @@ def read_once(key: Any, read: Callable[[], Text]) -> Text:
     return _READ[name]
 
 
-def _version(file: str | None) -> Any:
+def version(file: str | None) -> Any:
     """What changes when a file or folder becomes another."""
     path = Path(file or "").expanduser().absolute()
     status = path.stat() if file and path.exists() else None
@@ -141,7 +140,7 @@ class HubText:
 
     def text(self, split: Split) -> Text:
         """One split's rows; the calibration text leaves out what also stands in the test text."""
-        return read_once((self, split, _version(self.data_root)), lambda: self._read(split))
+        return read_once((self, split, version(self.data_root)), lambda: self._read(split))
 
     def _read(self, split: Split) -> Text:
         test = self._rows(self.test)
@@ -151,7 +150,6 @@ class HubText:
     @copies_told()
     def _rows(self, split: str) -> list[str]:
         from datasets import load_dataset
-        from datasets.exceptions import DatasetNotFoundError
 
         place, cache = self.id, None
         if self.data_root is not None:
@@ -159,80 +157,12 @@ class HubText:
             if not folder.is_dir():
                 raise InputError(f"data_root={self.data_root}: no folder {self.id} in it")
             place, cache = str(folder), own_cache(folder)
-        try:
-            rows = list(
-                load_dataset(place, self.config, data_files=self.files, split=split, cache_dir=cache)[self.column]
-            )
-        except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-            raise InputError(
-                f"data {self.name}: {place} cannot be read ({str(error).splitlines()[0]}). Without network give "
-                "data_root=FOLDER, a mirror laid out like the hub, or take data=pydoc"
-            ) from error
-        except (ValueError, KeyError) as error:
-            raise InputError(f"data {self.name}: {place}, split '{split}': {str(error).splitlines()[0]}") from error
-        return with_text(rows, f"data {self.name}: {place}, split '{split}'", self.column)
-
-
-@settings
-class FileText:
-    """Paragraphs of text files in UTF-8. Without `test_file` the last fifth of `file` is the test text.
-
-    Of a file without blank lines that fifth is cut between lines.
-    """
-
-    name: str
-    file: str
-    test_file: str | None
-
-    @property
-    def domain(self) -> str:
-        """The file: without a `test_file` both texts come from it."""
-        return str(Path(self.file).expanduser().absolute())
-
-    def text(self, split: Split) -> Text:
-        """One split's paragraphs; the calibration text leaves out what also stands in the test text."""
-        versions = [_version(self.file), _version(self.test_file)]
-        return read_once((self, split, versions), lambda: self._read(split))
-
-    def _read(self, split: Split) -> Text:
-        calibration = self._paragraphs("file", self.file)
-        if self.test_file is None:
-            if len(calibration) == 1:
-                calibration = [line.strip() for line in calibration[0].splitlines()]
-            if len(calibration) < 2:
-                raise InputError(
-                    f"data.file={self.file}: {len(calibration)} lines of text cannot be split into calibration and "
-                    "test text; give data.test_file"
-                )
-            border = len(calibration) * 4 // 5
-            calibration, test = calibration[:border], calibration[border:]
-        else:
-            test = self._paragraphs("test_file", self.test_file)
-        if split == "test":
-            return Text(f"{Path(self.test_file or self.file).name}/test", test, "\n\n")
-        return Text(f"{Path(self.file).name}/calibration", without_overlap(calibration, test), "\n\n")
-
-    def _paragraphs(self, key: str, file: str) -> list[str]:
-        try:
-            content = Path(file).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"data.{key}={file}: {error}") from error
-        if _is_json(content):
-            raise InputError(
-                f"data.{key}={file}: rows of JSON are no plain text, their names and quotes would be learned and "
-                "scored; write the text alone into a file, a document a line"
-            )
-        return [part.strip() for part in re.split(r"\n\s*\n", content) if part.strip()]
-
-
-def _is_json(content: str) -> bool:
-    """Whether a file holds rows of JSON: an object in its first line, or a list of them."""
-    first = content.lstrip()
-    try:
-        value = json.loads(content if first.startswith("[") else first.partition("\n")[0])
-    except ValueError:
-        return False
-    return isinstance(value, dict) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
+        what = f"data {self.name}: {place}, split '{split}'"
+        with rows_told(what):
+            rows = load_dataset(place, self.config, data_files=self.files, split=split, cache_dir=cache)
+            if self.column not in rows.column_names:
+                raise no_column(what, self.column, rows.column_names)
+            return with_text(list(rows[self.column]), what, self.column)
 
 
 @settings

@@ -12,6 +12,7 @@ from cluscomp.errors import InputError
 from cluscomp.formats import aqlm, compressed_tensors, dense, gguf, gptq, vptq
 from cluscomp.forms import adapters
 from cluscomp.forms.linear import compressed
+from cluscomp.forms.multimodal import copy_processor
 from cluscomp.store.files import new_folder
 
 Write = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], list[str]]
@@ -74,4 +75,5 @@ def export(folder: str | Path, *, format: str, output: str | Path, dtype: str = 
     if any(layer.stored.post_norm for layer in compressed(model).values()):
         raise InputError(f"{folder}: its layers normalise what they give (post_norm), which format={format} does not")
     with new_folder(target) as unfinished, torch.no_grad():
+        copy_processor(folder, unfinished)
         return found.write(model, AutoTokenizer.from_pretrained(folder), unfinished)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from cluscomp import checkpoint
 from cluscomp.forms.linear import storage_dtype, unique_tensors
+from cluscomp.forms.multimodal import copy_processor
 from cluscomp.models.original import GENERATION, Original, block_names
 from cluscomp.store.files import new_folder
 
@@ -55,6 +56,7 @@ def save(model: PreTrainedModel, blocks: Iterable[dict[str, Tensor]], original: 
         config.dtype = reduce(torch.promote_types, dtypes)
         config.save_pretrained(unfinished)
         original.tokenizer.save_pretrained(unfinished)
+        copy_processor(original.folder, unfinished)
         if (original.folder / GENERATION).is_file():
             shutil.copyfile(original.folder / GENERATION, unfinished / GENERATION)
         checkpoint.seal(unfinished)

@@ -16,7 +16,6 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch.nn import Parameter
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -29,6 +28,7 @@ from cluscomp.errors import InputError
 from cluscomp.forms.apart import KeptLinear, Part, take_apart, together
 from cluscomp.forms.layers import place, reshape
 from cluscomp.forms.linear import CompressedLinear
+from cluscomp.forms.multimodal import for_text, opener
 from cluscomp.models.files import weight_files
 from cluscomp.models.names import Files, Source
 from cluscomp.models.sources import read_config
@@ -84,7 +84,7 @@ class Original:
     def _outline(self) -> PreTrainedModel:
         """The model as transformers makes it, without numbers."""
         with made_of(self.config), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(self.config))
+            model: PreTrainedModel = opener(self.config).from_config(deepcopy(self.config))
             reshape(model, shapes_of(self.config))
         return model
 
@@ -111,7 +111,7 @@ class Original:
         Raises InputError if a tensor is missing, or the model has a part that cannot be compressed.
         """
         with made_of(self.config), init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+            model: PreTrainedModel = opener(self.config).from_config(self.config, dtype=self.dtype)
             reshape(model, shapes_of(self.config))
         names = list(model.state_dict())
         self._sources = self._files.sources(model)
@@ -316,7 +316,7 @@ def norms(model: nn.Module) -> dict[str, Parameter]:
         if isinstance(part, nn.Linear) or any(one.ndim > 1 for one in part.parameters(recurse=False))
         for vector in part.parameters()
     }
-    return {name: vector for name, vector in model.named_parameters() if vector.ndim == 1 and id(vector) not in other}
+    return {name: vector for name, vector in for_text(model).items() if vector.ndim == 1 and id(vector) not in other}
 
 
 def check_supported(model: PreTrainedModel) -> None:

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from cluscomp import checkpoint
@@ -26,6 +26,7 @@ from cluscomp.errors import InputError
 from cluscomp.forms.apart import take_apart
 from cluscomp.forms.layers import in_file, size_of
 from cluscomp.forms.linear import unique_tensors
+from cluscomp.forms.multimodal import opener
 from cluscomp.models.files import weight_files
 from cluscomp.models.gguf_file import COUNTED, matrices_in
 from cluscomp.models.original import Original, block_names, blocks, linears, quantizer
@@ -198,7 +199,7 @@ class Quantised(Original):
         try:
             if not AutoHfQuantizer.supports_quant_method(self.config.quantization_config):
                 raise ValueError("it knows no such quantizer")  # and would take the model for a dense one
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = opener(self.config).from_pretrained(
                 self.folder, dtype=self.dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
                 **kwargs,
             )  # fmt: skip
@@ -259,7 +260,7 @@ def _parents(name: str) -> Iterator[str]:
 def dense_outline(config: PreTrainedConfig) -> PreTrainedModel:
     """The dense model of a config, on the meta device."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = opener(config).from_config(config)
     take_apart(model)
     model.tie_weights()
     return model

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cluscomp.checkpoint import shapes_of
 from cluscomp.errors import InputError
 from cluscomp.forms.layers import reshape
+from cluscomp.forms.multimodal import opener
 from cluscomp.models.original import block_names, blocks, check_supported, linears
 from cluscomp.models.untrusted import made_of
 
@@ -105,7 +106,7 @@ def frequencies(model: nn.Module) -> Tensor | None:
 
 def _made(config: PreTrainedConfig) -> PreTrainedModel:
     with made_of(config), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config))
+        model: PreTrainedModel = opener(config).from_config(deepcopy(config))
         reshape(model, shapes_of(config))
     check_supported(model)
     return model

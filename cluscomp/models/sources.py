@@ -257,13 +257,15 @@ def read_config(folder: Path) -> "PreTrainedConfig":
 def check_causal(place: str, config: "PreTrainedConfig") -> None:
     """Raise InputError, with the words of `no_causal_model`, for a config of which transformers makes no such model.
 
-    One for masked tokens reads those that it is to predict, unless its config says `is_decoder`.
+    One for masked tokens reads those that it is to predict, unless its config says `is_decoder`. One that also sees
+    images will do, if it has no encoder for text.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    import transformers as known
 
     kind = type(config)
-    masked = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if masked or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    masked = kind in known.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    sees = kind in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not config.is_encoder_decoder
+    if masked or not (sees or kind in known.MODEL_FOR_CAUSAL_LM_MAPPING):
         raise no_causal_model(f"{place}: a model of type '{config.model_type}'")
 
 
@@ -271,7 +273,7 @@ def no_causal_model(what: str) -> InputError:
     """The refusal of a model whose prediction of a token does not follow from the tokens before it alone."""
     return InputError(
         f"{what} is no causal language model, one that predicts each token from those before it; "
-        "give one that AutoModelForCausalLM of transformers opens"
+        "give one that AutoModelForCausalLM of transformers opens, or, with images, AutoModelForImageTextToText"
     )
 
 

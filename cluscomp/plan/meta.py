@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms.apart import take_apart
 from cluscomp.forms.layers import Size, empty_layers, reshape, size_of
 from cluscomp.forms.linear import compressed, unique_tensors
+from cluscomp.forms.multimodal import opener
 from cluscomp.forms.stored import Stored, described
 from cluscomp.kernels.counting import Count
 from cluscomp.kernels.work import Work
@@ -70,7 +71,7 @@ class MetaModel:
             if quantizer(config) is not None:
                 of_file = torch.bfloat16  # what our checkpoints keep is in 16 bits wherever these hold it
             with torch.device("meta"):
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                model: PreTrainedModel = opener(config).from_config(config, dtype=dtype)
                 reshape(model, checkpoint.shapes_of(config))
             self.file_bytes = of_file.itemsize  # of a number in the original's file
         take_apart(model)

@@ -113,4 +113,6 @@ def _domains(record: Record, after: str) -> set[str]:
 
 
 def _named(data: dict[str, Any]) -> str:
+    if "shares" in data:  # of a mixture's parts
+        return " + ".join(f"{share:g} {_named(part)}" for share, part in zip(data["shares"], data["parts"].values()))
     return "/".join(filter(None, (data["name"], data.get("calibration"))))

@@ -21,6 +21,7 @@ MODELS = {
     "meta-llama/Llama-2-13b-hf": "Llama-2-13B",
     "meta-llama/Llama-2-70b-hf": "Llama-2-70B",
     "meta-llama/Meta-Llama-3-8B": "Llama-3-8B",
+    "llava-hf/llama3-llava-next-8b-hf": "LLaVA-Next-8B",
     "meta-llama/Meta-Llama-3-70B": "Llama-3-70B",
     "mistralai/Mistral-7B-v0.1": "Mistral-7B",
 }

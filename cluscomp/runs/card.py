@@ -3,15 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
 from cluscomp import __version__
 from cluscomp.forms.layers import Size
+from cluscomp.forms.multimodal import opener
 from cluscomp.models.sources import HubModel
 from cluscomp.runs.experiment import Experiment, without_places
 from cluscomp.store.secrets import hide
 
 TEXT = """---
 {base}library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags: [cluscomp, compressed]
 ---
 
@@ -32,15 +35,17 @@ Compressed with cluscomp {version}: {method}, stages {stages}, seed {seed}. clus
 or, where hashes need not be compared, as any model of transformers after one import:
 
     import cluscomp.checkpoint
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained("FOLDER")
+    from transformers import {opener}
+    model = {opener}.from_pretrained("FOLDER")
 
 `cluscomp export FOLDER format=dense output=OTHER` writes an ordinary dense model; format= takes others, too.
 """
 
 
-def card(experiment: Experiment, stage: str, size: Size) -> str:
-    """The text of README.md beside the model after a stage; places on this machine and secrets are not in it."""
+def card(experiment: Experiment, stage: str, size: Size, config: PreTrainedConfig) -> str:
+    """The text of README.md beside the model after a stage; places on this machine and secrets are not in it.
+
+    `config` is the original's."""
     stages = experiment.order[: experiment.order.index(stage) + 1]
     source, chosen = experiment.model, without_places(experiment.choices)
     base = source.id if isinstance(source, HubModel) and not Path(source.id).expanduser().exists() else None
@@ -59,6 +64,8 @@ def card(experiment: Experiment, stage: str, size: Size) -> str:
             method=", ".join(told) or "no method",
             stages=", ".join(stages),
             seed=experiment.seed,
+            opener=opener(config).__name__,
+            task="text-generation" if opener(config) is AutoModelForCausalLM else "image-text-to-text",
         )
     )
 

@@ -75,6 +75,7 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
     hashes = file_hashes(folder)
     root = {"model": combined(hashes), "dtype": str(dtype), "device": device.type, "format": FORMAT}
     root |= {"said": said} if any(said.values()) else {}
+    experiment.evaluate.inputs()  # what is not there is told before the original writes a text of its own
     runner = (Runner if first else Follower)(experiment, outputs, original, stage_keys(experiment, root))
     runner.check()
     run_folder = outputs / f"run-{runner.key}"

@@ -209,8 +209,9 @@ class Runner:
             written = Original(folder, self.original.dtype, self.original.device)
             return {"ledger": {"kept": 8 * checkpoint.tensor_bytes(folder)}} | written.size()
         counted = size_of(model)
-        text = card(self.experiment, name, counted)
-        checkpoint.save(model, self.original.tokenizer, folder, self.original.stored_dtype, text)
+        text = card(self.experiment, name, counted, self.original.config)
+        first = self.original
+        checkpoint.save(model, first.tokenizer, folder, first.stored_dtype, text, first.folder)
         check_file(counted, checkpoint.tensor_bytes(folder))
         return asdict(counted) | {"checkpoint_bytes": checkpoint.weight_bytes(folder)}
 

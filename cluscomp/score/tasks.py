@@ -20,6 +20,7 @@ from pydantic import Field
 
 from cluscomp.data.mirror import copies_told, own_cache
 from cluscomp.errors import InputError
+from cluscomp.score.images import check_processor, hashed, sees
 from cluscomp.settings import settings
 from cluscomp.store.files import file_hash
 from cluscomp.store.records import content_key
@@ -70,7 +71,7 @@ class Tasks:
     data_root: str | None
 
     def check(self, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Raise InputError if the tokenizer lacks what is asked of it; it and `folder` are the model's."""
+        """Raise InputError if tokenizer or processor lack what is asked of them; they and `folder` are the model's."""
         if not self.names:
             return
         if tokenizer.eos_token_id is None:
@@ -82,15 +83,21 @@ class Tasks:
             raise InputError(f"tasks.bos=true: the tokenizer of {folder} has no BOS token")
         if self.chat_template and not getattr(tokenizer, "chat_template", None):
             raise InputError(f"tasks.chat_template=true: the tokenizer of {folder} has no chat template")
+        if self._known().images:
+            check_processor(folder)
 
     def rows(self) -> str:
         """A hash of all rows that are asked or shown as examples, whichever way they come; a process reads them once.
 
         Raises InputError for an unknown task, rows that are missing, or if lm-eval is not there.
         """
+        return self._known().hash
+
+    def _known(self) -> "_Rows":
         name = repr(self)
         if name not in _ROWS:
-            _ROWS[name] = content_key([_rows(task, self.shots) for task in _leaf_tasks(self._load(_manager(self)))])
+            tasks = _leaf_tasks(self._load(_manager(self)))
+            _ROWS[name] = _Rows(content_key([_rows(one, self.shots) for one in tasks]), any(map(sees, tasks)))
         return _ROWS[name]
 
     def describe(self) -> dict[str, Any]:
@@ -101,20 +108,26 @@ class Tasks:
         return values | {"own_files": files}
 
     def ask(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> "tuple[list[Found], list[Any]]":
-        """What lm-eval finds of a model, and every answer as a plain row. The settings have been checked before."""
+        """What lm-eval finds of a model, and every answer as a plain row. The settings have been checked before.
+
+        Where images are asked about, the model's folder gives the tokenizer, with what makes its inputs of images.
+        """
         from lm_eval import simple_evaluate
+        from lm_eval.models.hf_vlms import HFMultimodalLM
         from lm_eval.models.huggingface import HFLM
 
-        manager = _manager(self)
-        lm = HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size, add_bos_token=self.bos,
-            max_length=self.max_length,
-        )  # fmt: skip
+        manager, images = _manager(self), self._known().images
+        kind, own = (HFMultimodalLM, {}) if images else (HFLM, {"tokenizer": tokenizer})
+        lm = kind(
+            pretrained=model, batch_size=self.batch_size, add_bos_token=self.bos, max_length=self.max_length, **own
+        )
         results = simple_evaluate(
             lm, tasks=self._load(manager), num_fewshot=self.shots, limit=self.limit, task_manager=manager,
             batch_size=self.batch_size, apply_chat_template=self.chat_template,
         )  # fmt: skip
         assert results is not None  # only other processes than the first get None
+        for row in (row for rows in results["samples"].values() for row in rows if images):
+            row["doc_hash"] = content_key(row["doc"])  # lm-eval's own is of where the image is in memory
         found = list(_numbers(results))
         if self.mean is not None:
             found.append(_mean(self.mean, [one for one in found if one.task in results["n-samples"]]))
@@ -141,7 +154,15 @@ class Tasks:
         return loaded
 
 
-_ROWS: dict[str, str] = {}
+@plain_dataclass(frozen=True)
+class _Rows:
+    """A hash of all rows of some tasks, and whether one of them asks about images."""
+
+    hash: str
+    images: bool
+
+
+_ROWS: dict[str, _Rows] = {}
 
 
 def _leaf_tasks(loaded: list[Any]) -> list[Any]:
@@ -150,9 +171,10 @@ def _leaf_tasks(loaded: list[Any]) -> list[Any]:
 
 
 def _rows(task: Any, shots: int | None) -> list[Any]:
-    """Name and rows of a task, with those that its examples are drawn from if there are any."""
+    """Name and rows of a task, with those that its examples are drawn from if there are any; of images their hashes."""
     examples = shots if shots is not None else task.config.num_fewshot or 0
-    return [task.config.task, list(task.eval_docs), list(task.fewshot_docs()) if examples else []]
+    rows = [list(task.eval_docs), list(task.fewshot_docs()) if examples else []]
+    return [task.config.task, *(hashed(rows) if sees(task) else rows)]
 
 
 def _manager(tasks: Tasks) -> Any:

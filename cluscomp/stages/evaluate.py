@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field, InstanceOf
 
-from cluscomp.data.overlap import Learned, overlap
+from cluscomp.data.overlap import Learned, overlap, same_domain
 from cluscomp.data.texts import Source, test_windows
 from cluscomp.errors import InputError
 from cluscomp.kernels.work import Work
@@ -220,7 +220,7 @@ class Evaluate:
             found[source.name] = {
                 stage: {
                     "text": one.name,
-                    "in_domain": one.domain == source.domain,
+                    "in_domain": same_domain(one.domain, source.domain),
                     "overlap": overlap(parts, texts[stage]),
                 }
                 for stage, one in learned.items()

@@ -10,6 +10,7 @@ from cluscomp.data.instructions import Tokens
 from cluscomp.forms import adapters
 from cluscomp.forms.layers import size_of
 from cluscomp.forms.linear import compressed
+from cluscomp.forms.multimodal import for_text
 from cluscomp.models.original import Original, blocks, norms
 from cluscomp.train.masters import Trained
 from cluscomp.train.steps import Steps
@@ -37,10 +38,10 @@ def with_adapters(
 
 
 def with_everything(model: PreTrainedModel, original: Original) -> Trained:
-    """All blocks are read, and every parameter of the dense model learns, in its own dtype."""
+    """All blocks are read, and every parameter of the dense model that is for text learns, in its own dtype."""
     for index in range(len(blocks(model))):
         original.load_block(model, index)
-    return Trained(model, codebooks=False, others=dict(model.named_parameters()), masters=False)
+    return Trained(model, codebooks=False, others=for_text(model), masters=False)
 
 
 def train_on_answers(

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from cluscomp.data.files import FileText
 from cluscomp.data.texts import (
-    FileText,
     HubText,
     PydocText,
     Text,
@@ -181,15 +181,6 @@ def test_no_rows_at_all_is_an_input_error():
             windows_for_test(Text("t", [], separator), letters, length=8, limit=None)
 
 
-def test_a_file_gives_its_last_fifth_to_the_test(tmp_path):
-    file = tmp_path / "book.txt"
-    file.write_text("one\n\ntwo\nstill two\n \n\nthree\n\n\n\nfour\n\nfive\n")
-    source = FileText(name="text", file=str(file), test_file=None)
-    assert source.text("calibration").rows == ["one", "two\nstill two", "three", "four"]
-    assert source.text("test").rows == ["five"]
-    assert source.text("test").describe()["text"] == "book.txt/test"
-
-
 def test_a_text_is_read_once_until_its_file_changes(tmp_path, monkeypatch):
     def source(file: str = "book.txt") -> FileText:
         return FileText(name="text", file=file, test_file=None)
@@ -241,32 +232,6 @@ def test_documents_that_are_not_drawn_are_not_tokenized():
     assert len(calls) <= 4 and len(set(calls)) == len(calls)
 
 
-def test_a_text_without_blank_lines_is_cut_between_lines(tmp_path):
-    path = tmp_path / "lines.txt"
-    path.write_text("\n".join(f"Line {number}." for number in range(10)))
-    source = FileText(name="lines", file=str(path), test_file=None)
-    assert source.text("calibration").rows == [f"Line {number}." for number in range(8)]
-    assert source.text("test").rows == ["Line 8.", "Line 9."]
-    assert FileText(name="lines", file=str(path), test_file=str(path)).text("test").rows == [path.read_text()]
-
-
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        ("one line", "1 lines of text cannot be split"),
-        ("", "0 lines of text cannot be split"),
-        ('{"text": "one"}\n{"text": "two"}\n', "rows of JSON are no plain text"),
-        ('[{"text": "one"},\n\n{"text": "two"}]', "rows of JSON are no plain text"),
-    ],
-)
-def test_what_is_no_text_to_split_is_told(tmp_path, content, words):
-    path = tmp_path / "some.txt"
-    path.write_text(content)
-    with pytest.raises(InputError, match=f"data.file={path}: {words}") as caught:
-        FileText(name="some", file=str(path), test_file=None).text("calibration")
-    assert "shorter length" not in str(caught.value)
-
-
 def test_a_mirror_is_known_by_its_files_not_by_its_name(tmp_path):
     """`datasets` would give the rows of the first one that it met under this name, with this README."""
     first, second = (hub(data_root=mirror(tmp_path / n, train=[f"{n} one"], test=[f"{n} two"])) for n in "ab")
@@ -284,31 +249,6 @@ def test_rows_of_null_are_left_out_and_others_that_are_no_text_named(tmp_path, c
     root = mirror(tmp_path / "other", train=[["a"], ["b"]], test=[["c"]])
     with pytest.raises(InputError, match=r"org/name, split 'test', row 0: column 'text' holds list, no text"):
         hub(data_root=root).text("test")
-
-
-def test_a_test_file_of_its_own(tmp_path):
-    (tmp_path / "a.txt").write_text(f"one\n\n{LONG}\n\ntwo")
-    (tmp_path / "b.txt").write_text(f"{LONG}\n\none")
-    source = FileText(name="text", file=str(tmp_path / "a.txt"), test_file=str(tmp_path / "b.txt"))
-    assert source.text("test").rows == [LONG, "one"]
-    assert source.text("calibration").rows == ["one", "two"]
-    assert source.text("test").name.startswith("b.txt")  # it is b's text, so it carries b's name
-
-
-def test_a_missing_test_file_is_named_by_its_own_key(tmp_path):
-    (tmp_path / "a.txt").write_text("one")
-    source = FileText(name="text", file=str(tmp_path / "a.txt"), test_file=str(tmp_path / "none.txt"))
-    with pytest.raises(InputError, match=r"data\.test_file=.*none\.txt"):
-        source.text("test")
-
-
-@pytest.mark.parametrize("content", [None, b"caf\xe9 au lait"])
-def test_a_file_that_cannot_be_read_is_named_with_its_key(tmp_path, content):
-    file = tmp_path / "book.txt"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(InputError, match=r"data\.file=.*book\.txt"):
-        FileText(name="text", file=str(file), test_file=None).text("test")
 
 
 def test_one_split_for_both_texts_is_refused():

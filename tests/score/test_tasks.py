@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from pipelines import pipeline
 from test_checkpoint import compress
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -184,3 +185,53 @@ def test_a_run_keeps_scores_flips_and_answers_beside_its_record(mirror, tmp_path
     shown = capsys.readouterr().out
     assert "colours acc (partial)" in shown and f"{found['cluster', 'acc'].value:.3f} ± " in shown
     assert "partial: measured on the first windows or rows only" in shown
+
+
+def test_images_are_asked_about_through_the_models_processor(tmp_path, tiny_folder):
+    """A model that sees answers greedily what transformers' own generate does; one that does not is refused."""
+    from datasets import Dataset
+    from PIL import Image
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sight = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlavaNextConfig(
+        text_config={"model_type": "llama", "vocab_size": 264, "initializer_range": 0.3, "eos_token_id": 0} | text,
+        vision_config={"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4} | sight,
+        image_token_id=257, image_grid_pinpoints=[[8, 8]], image_seq_length=4,
+    )  # fmt: skip
+    folder = tmp_path / "seeing"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.LlavaNextForConditionalGeneration(config).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}, "image_grid_pinpoints": [[8, 8]]}
+    processor = transformers.LlavaNextProcessor(
+        transformers.LlavaNextImageProcessorPil(**sizes), tokenizer, patch_size=4,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    )  # fmt: skip
+    processor.save_pretrained(folder)
+    pictures = [Image.new("RGB", (8, 8), (40 * number, 90, 200)) for number in range(3)]
+    (tmp_path / "hub" / "org" / "pictures").mkdir(parents=True)
+    rows = {"question": ["what", "which", "who"], "picture": pictures, "answer": ["a", "b", "c"]}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "hub" / "org" / "pictures" / "validation-0.parquet")
+    (tmp_path / "tasks").mkdir()
+    task = TASK.replace("colours", "pictures").replace("multiple_choice", "generate_until")
+    task = task.replace("training_split: train\n", "").replace("doc_to_choice: choices", "doc_to_image: [picture]")
+    task = task.replace("{{question}}", "<image>{{question}}").replace("- metric: acc", "- metric: exact_match")
+    (tmp_path / "tasks" / "pictures.yaml").write_text(task + "generation_kwargs: {max_gen_toks: 4, until: []}\n")
+    settings = tasks(tmp_path, names=["pictures"], batch_size=1)
+    settings.check(folder, tokenizer)
+    model = transformers.LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    (found, *_), answers = settings.ask(model, tokenizer)
+    assert (found.task, found.metric, found.n) == ("pictures", "exact_match", 3)
+    for row, question, picture in zip(answers, rows["question"], pictures):
+        inputs = processor(images=[picture], text=f"<image>{question}", return_tensors="pt")
+        made = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert row["filtered_resps"] == [processor.decode(made, skip_special_tokens=True)]
+    assert settings.ask(model, tokenizer)[0][0].hash == found.hash
+    with pytest.raises(InputError, match=r"asks about images, but the model of .* sees none"):
+        settings.check(tiny_folder, tokenizer)
+    (folder / "processor_config.json").write_text('{"processor_class": "LlavaNextProcessor"}')
+    with pytest.raises(InputError, match=r"asks about images, but the processor of .* fails: "):
+        settings.check(folder, tokenizer)

@@ -12,7 +12,7 @@ from reference.recipe import IDLE, NO_DATA, STORED
 from transformers import AutoModelForCausalLM
 
 from cluscomp import checkpoint
-from cluscomp.data.texts import FileText
+from cluscomp.data.files import FileText
 from cluscomp.forms.codebook import sub_vectors
 from cluscomp.forms.linear import compressed, storage_dtype
 from cluscomp.methods.cluscomp import ClusComp

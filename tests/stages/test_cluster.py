@@ -12,7 +12,8 @@ from reference.recipe import IDLE, STORED
 from transformers import AutoModelForCausalLM
 
 from cluscomp import checkpoint
-from cluscomp.data.texts import FileText, calibration_windows
+from cluscomp.data.files import FileText
+from cluscomp.data.texts import calibration_windows
 from cluscomp.errors import InputError
 from cluscomp.forms.linear import compressed
 from cluscomp.methods.cluscomp import ClusComp
