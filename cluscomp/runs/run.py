@@ -1,7 +1,6 @@
 """One run: fold the stages over the model, and write the record.
 
-Of the processes of one run (torchrun) the first does and writes everything; the others train with it where a stage is
-`distributed`.
+Of the processes of one run (torchrun, srun) the first tells and writes everything; see runs/runner.py.
 """
 
 import gc
@@ -14,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cluscomp import ranks
 from cluscomp.checkpoint import FORMAT
 from cluscomp.errors import InputError
 from cluscomp.kernels.loading import native
@@ -25,7 +25,7 @@ from cluscomp.process import processes, rank
 from cluscomp.runs.capsule import commit, seal, versions
 from cluscomp.runs.experiment import Experiment, config_of, stage_keys, without_places
 from cluscomp.runs.preparation import device_of, dtype_of, foreseen
-from cluscomp.runs.runner import Follower, Runner, tell_of_other_code
+from cluscomp.runs.runner import Runner, tell_of_other_code
 from cluscomp.runs.trackers import Forgiving, NoTracker, Session
 from cluscomp.store.files import held_alone, writable
 from cluscomp.store.records import EXTERNAL, SCHEMA, Record, Score, read, write
@@ -61,8 +61,20 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
             f"RANK={rank()} without a WORLD_SIZE above it: there are no other processes to work with; unset RANK, or "
             "start all of them by torchrun"
         )
-    if experiment.fresh and processes() > 1:
-        raise InputError("fresh=true: not with several processes, which could not tell old stages from new ones")
+    with ranks.joined(device_of(experiment.device).type):
+        return _run(experiment, config, outputs, cache, publish, list(overrides))
+
+
+def _run(
+    experiment: Experiment,
+    config: dict[str, Any],
+    outputs: Path,
+    cache: Path,
+    publish: Path | None,
+    overrides: list[str],
+) -> Outcome:
+    """`run`, with the other processes if there are any; only the first has a place to `publish`."""
+    first = rank() == 0
     predicted = foreseen(experiment, cache) if first else None
     with held_alone(cache, "model"):
         folder = experiment.model.folder(cache, to_score=not experiment.order)
@@ -74,12 +86,12 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
     hashes = file_hashes(folder)
     root = {"model": combined(hashes), "dtype": str(dtype), "device": device.type, "format": FORMAT}
     root |= {"said": said} if any(said.values()) else {}
-    runner = (Runner if first else Follower)(experiment, outputs, original, stage_keys(experiment, root))
+    runner = Runner(experiment, outputs, original, stage_keys(experiment, root))
     runner.check()
     run_folder = outputs / f"run-{runner.key}"
     if first:
         _log_into(run_folder)
-        seal(run_folder, list(overrides), {"settings": config, "device": str(device), "read": root, **runner.read()})
+        seal(run_folder, overrides, {"settings": config, "device": str(device), "read": root, **runner.read()})
     tracker = experiment.tracker if first else NoTracker()
     session = Forgiving(tracker, f"{experiment.name}-{runner.key}", config | _chosen(experiment), run_folder)
     try:

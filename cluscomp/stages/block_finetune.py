@@ -53,7 +53,7 @@ class BlockFinetune(FromText):
 
     takes: ClassVar[Literal["compressed"]] = "compressed"
     gives: ClassVar[Literal["compressed"]] = "compressed"
-    distributed: ClassVar[bool] = False
+    distributed: ClassVar[bool] = True
     target: Literal["fp_stream", "same_input", "both"]
     norms: bool
     learns: Literal["values", "means", "clipping", "rounding", "weights"]

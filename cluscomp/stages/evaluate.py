@@ -163,6 +163,7 @@ class Evaluate:
             seed: the run's, by which stages cut what they learn from.
             before: the original's answers to the tasks, to count flips; none: no flips.
         """
+        from cluscomp import ranks
         from cluscomp.score import evaluation, perplexity
 
         scores = []
@@ -191,7 +192,7 @@ class Evaluate:
         if self.tasks.names:
             asked, answers = evaluation.task_scores(self.tasks, whole, original, after=after, before=before)
             scores += asked
-        if self.prompt is not None:
+        if self.prompt is not None and ranks.rank() == 0:
             sample = perplexity.continuation(whole, original.tokenizer, self.prompt, self.prompt_tokens)
         return Evaluation(scores, answers, sample)
 

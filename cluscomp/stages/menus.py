@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cluscomp import ranks
 from cluscomp.methods import Offers
 from cluscomp.solve.allocate import Menu, Option
 from cluscomp.solve.layer import Layer
@@ -16,7 +17,7 @@ class Menus:
 
     def __init__(self, folder: Path, blocks: int) -> None:
         self._paths = [folder / f"menus-{index:03}.json" for index in range(blocks)]
-        found = [read_sealed(path) for path in self._paths]
+        found = ranks.agreed(lambda: [read_sealed(path) for path in self._paths])
         self._blocks = [None if one is None else [_menu(menu) for menu in one["menus"]] for one in found]
 
     @property
@@ -24,9 +25,9 @@ class Menus:
         """The last block without menus; -1 if all have theirs."""
         return max((index for index, menus in enumerate(self._blocks) if menus is None), default=-1)
 
-    def has(self, index: int) -> bool:
-        """Whether a block's menus are known."""
-        return self._blocks[index] is not None
+    def wants(self, index: int) -> bool:
+        """Whether a block's menus are not known, and this process is the one to ask for them."""
+        return self._blocks[index] is None and ranks.mine(index)
 
     def ask(self, index: int, method: Offers, layers: dict[str, Layer]) -> None:
         """Have the method say what a block's layers may have, and keep it."""

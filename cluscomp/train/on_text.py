@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from cluscomp.models.original import Original, norms
 from cluscomp.models.predictions import Teacher
 from cluscomp.models.walk import Walk
-from cluscomp.process import processes, rank
 from cluscomp.train.masters import Trained
 from cluscomp.train.steps import Steps
 from cluscomp.train.whole import IGNORED, Example, Objective, train_whole
@@ -49,7 +48,7 @@ def train_on_text(
     kept = None
     if teacher is not None:
         kept = Teacher(folder, torch.cat([train, held_out]), teacher_top)
-        kept.write(Walk(teacher.model(), teacher), batch_size=settings.batch_size, rank=rank(), world=processes())
+        kept.write(Walk(teacher.model(), teacher), batch_size=settings.batch_size)
     trained = Trained(model, codebooks=True, others=norms(model) if norms_too else {})
     objective = Objective(
         model, trained.parameters, cross_entropy=cross_entropy, kl=teacher is not None, ids_BT=held_out[:1]
