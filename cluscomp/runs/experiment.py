@@ -16,7 +16,7 @@ from cluscomp.store.records import NAME, content_key
 
 PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
 # and what is run, though it was before, and which yaml the settings are from: what decides nothing of a run's result
-ASIDE = (*PLACES, "retry", "fresh", "choices", "from_environment")
+ASIDE = (*PLACES, "ranks", "retry", "fresh", "choices", "from_environment")
 
 METRICS = ("perplexity", "bits_per_byte", "kl", "top1_agreement")  # what is measured without tasks, which have others
 
@@ -44,6 +44,7 @@ class Experiment:
     outputs: str
     cache: str
     publish: str | None
+    ranks: int | None = Field(ge=1)
     force: bool
     retry: bool
     fresh: bool

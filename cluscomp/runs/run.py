@@ -21,7 +21,7 @@ from cluscomp.models.original import Original, combined, file_hashes, fingerprin
 from cluscomp.models.quantised import opened
 from cluscomp.models.sources import GgufModel
 from cluscomp.plan.plan import Plan
-from cluscomp.process import processes, rank
+from cluscomp.process import join_slurm, processes, rank
 from cluscomp.runs.capsule import commit, seal, versions
 from cluscomp.runs.experiment import Experiment, config_of, stage_keys, without_places
 from cluscomp.runs.preparation import device_of, dtype_of, foreseen
@@ -50,6 +50,7 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
 
     `overrides` are what the user gave, for the run's capsule.
     """
+    join_slurm()
     config = hide_all(config_of(experiment))
     outputs, cache = writable("outputs", experiment.outputs), writable("cache", experiment.cache)
     first = rank() == 0
@@ -60,6 +61,11 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
         raise InputError(
             f"RANK={rank()} without a WORLD_SIZE above it: there are no other processes to work with; unset RANK, or "
             "start all of them by torchrun"
+        )
+    if experiment.ranks not in (None, processes()):
+        raise InputError(
+            f"ranks={experiment.ranks}: there are {processes()} processes here. `cluscomp plan` plans for any number; "
+            f"a run has as many as it is started with: torchrun --nproc_per_node {experiment.ranks} -m cluscomp ..."
         )
     with ranks.joined(device_of(experiment.device).type):
         return _run(experiment, config, outputs, cache, publish, list(overrides))

@@ -125,7 +125,7 @@ def finetune_block(  # noqa: PLR0915
         return float(errors(output_BTH, rows)) * len(output_BTH)
 
     def mean_error(parts: list[slice]) -> float:
-        found = math.fsum(ranks.each(parts, error))
+        found: float = math.fsum(ranks.each(parts, error))
         spread(leaving_WTH, parts)
         return found / sum(rows.stop - rows.start for rows in parts)
 

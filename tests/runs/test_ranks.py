@@ -6,6 +6,7 @@ import random
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ BLOCKS, ORDER = 3, ["cluster", "block_finetune"]
 SMALL = [
     "model=tiny", f"model.config.num_hidden_layers={BLOCKS}", "data=text", f"order=[{','.join(ORDER)}]", "device=cpu",
     "method.vector_dim=4", "method.codebook_size=64", "method.iterations=50", "method.assign=hessian",
-    "cluster.samples=4", "cluster.length=32", "cluster.batch_size=2", "block_finetune=quick", "block_finetune.length=32",
-    "block_finetune.samples=7", "block_finetune.batch_size=4", "block_finetune.held_out=2", "block_finetune.epochs=2",
+    "cluster.samples=4", "cluster.length=32", "cluster.batch_size=2", "block_finetune=quick",
+    "block_finetune.length=32", "block_finetune.samples=7", "block_finetune.batch_size=4", "block_finetune.held_out=2",
+    "block_finetune.epochs=2",
     "evaluate.context=32", "evaluate.limit=5", "evaluate.batch_size=2", "evaluate.distance=true",
 ]  # fmt: skip
 KILLS = int(os.environ.get("CLUSCOMP_KILLS", "1"))
@@ -84,7 +86,7 @@ def test_a_killed_rank_is_named_and_another_number_of_ranks_goes_on(forks, groun
         name, world = f"killed-{kill}", rng.choice([2, 3])
         pids, victim = start(forks, ground, name, world), rng.randrange(world)
         wanted = rng.choice(["cluster-*/block-000*", "cluster-*/block-002*", "block_finetune-*/block-000*"])
-        until(lambda: bool(list((ground / name).glob(wanted))))
+        until(partial(lambda folder, wanted: bool(list(folder.glob(wanted))), ground / name, wanted))
         time.sleep(rng.uniform(0, 0.05))
         os.kill(pids[victim], signal.SIGKILL)
         codes = [forks.wait(pid) for pid in pids]
