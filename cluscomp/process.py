@@ -6,6 +6,7 @@ import gc
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -104,12 +105,15 @@ def give_memory_back() -> None:
 
 
 def ram_for_this_process() -> float:
-    """Bytes of RAM this process may have in all: what it has and what is free, or less in a container."""
+    """Bytes of RAM this process may have in all: what it has and what is free, or less in a container.
+
+    Of several processes of one run on this machine each may have an equal share.
+    """
     fields = _kilobytes("/proc/meminfo")
     most = fields["MemAvailable"] + resident() if "MemAvailable" in fields else math.inf
     with contextlib.suppress(OSError, ValueError):  # no such limit
         most = min(most, float(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return most
+    return most / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _kilobytes(path: str) -> dict[str, float]:
@@ -197,8 +201,24 @@ def reset_peak_memory() -> None:
         log.debug("peak memory cannot be reset here: figures cover the whole process")
 
 
+def join_slurm() -> None:
+    """Let the tasks of `srun` be the processes of one run: what torchrun sets, from what Slurm says of this task."""
+    said = os.environ.get
+    if "RANK" in os.environ or int(said("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
+    here = re.match(r"(\d+)", said("SLURM_STEP_TASKS_PER_NODE", "1"))
+    first = re.match(r"([^,\[]+)(?:\[(\d+))?", said("SLURM_STEP_NODELIST", "localhost"))  # of node[01-04,07]: node01
+    assert here and first, "Slurm names tasks and nodes so"
+    port = 20_000 + (int(said("SLURM_JOB_ID", "0")) * 31 + int(said("SLURM_STEP_ID", "0"))) % 20_000
+    os.environ.update(
+        RANK=said("SLURM_PROCID", "0"), WORLD_SIZE=said("SLURM_STEP_NUM_TASKS", "1"),
+        LOCAL_RANK=said("SLURM_LOCALID", "0"), LOCAL_WORLD_SIZE=here[1],
+        MASTER_ADDR=first[1] + (first[2] or ""), MASTER_PORT=said("MASTER_PORT", str(port)),
+    )  # fmt: skip
+
+
 def processes() -> int:
-    """How many processes work on this run together (torchrun); 1 without it."""
+    """How many processes work on this run together (torchrun, srun); 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from cluscomp.command.environment import Place, resolved
 from cluscomp.command.trust import Given, at, check, given, refuse_hydra, settings_class
 from cluscomp.errors import InputError
-from cluscomp.process import rank, unreadable
+from cluscomp.process import join_slurm, rank, unreadable
 from cluscomp.runs.experiment import Experiment, put
 from cluscomp.store.secrets import Discreet, hide, printable
 
@@ -102,8 +102,9 @@ def composed(overrides: list[str], said: Given | None = None) -> Experiment:
 
 
 def _check_processes() -> None:
-    """Raise InputError for what torchrun would not set."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    """Learn from Slurm of the run's other processes. Raises InputError for what torchrun would not set."""
+    join_slurm()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         if not os.environ.get(name, "0").isdecimal():
             raise InputError(
                 f"{name}={os.environ[name]} in the environment: torchrun sets a whole number there; unset it"

@@ -6,7 +6,6 @@ last block are kept, of which the original's norm and head make all logits again
 """
 
 import logging
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,37 +15,36 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor
 
+from cluscomp import ranks
 from cluscomp.models.walk import Walk
 from cluscomp.store.tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 TOKENS_OF_A_PART = 2**16  # whose hidden states are in memory at once, and which a killed run loses
 Keep = Callable[[Walk, Tensor, Tensor], dict[str, Tensor]]
-POLL_SECONDS = 0.2  # while other processes write their parts
 
 
 class Predictions:
     """Something of what the original makes of windows of token ids (W, T), written once, read window by window.
 
     `keep` says what: (walk, hidden states (B, T, H) after the last block, ids (B, T)) -> tensors by name, a row each
-    window. Part after part of the text goes through the original's blocks, one block in memory at a time. Of several
-    processes each writes every `world`-th part. A part that is damaged is made anew.
+    window. Part after part of the text goes through the original's blocks, one block in memory at a time. The
+    ranks of a run share the parts out. A part that is damaged is made anew.
     """
 
     def __init__(self, folder: Path, windows_WT: Int[Tensor, "W T"], keep: Keep) -> None:
         self.folder, self.windows_WT, self.keep = folder, windows_WT, keep
         self.of_a_part = max(1, TOKENS_OF_A_PART // windows_WT.shape[1])
 
-    def write(self, walk: Walk, *, batch_size: int, rank: int = 0, world: int = 1) -> None:
+    def write(self, walk: Walk, *, batch_size: int) -> None:
         """Write the parts that are missing, those of this process, and wait for the others."""
         parts = self.windows_WT.split(self.of_a_part)
         for number, part_WT in enumerate(parts):
             path = self._part(number)
-            if number % world == rank and read_tensors(path) is None:
+            if ranks.mine(number) and read_tensors(path) is None:
                 write_tensors(path, self._predict(walk, part_WT, batch_size), {})
                 log.info("original's predictions  part %d/%d", number + 1, len(parts))
-        while not all(self._part(number).is_file() for number in range(len(parts))):
-            time.sleep(POLL_SECONDS)
+        ranks.wait()
 
     def window(self, index: int) -> dict[str, Tensor]:
         """What was kept of window `index`, by name."""

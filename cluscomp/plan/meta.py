@@ -56,8 +56,10 @@ class Place(NamedTuple):
 class MetaModel:
     """A model on the meta device, which stages change as they will change the model, and what its shapes tell.
 
-    `dtype` is what the model computes in, `device` "cpu" or "cuda".
+    `dtype` is what the model computes in, `device` "cpu" or "cuda", `ranks` how many processes share the work.
     """
+
+    ranks = 1
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: str) -> None:
         """Raises InputError for a model that cannot be compressed, and for one that another quantizer wrote."""
@@ -303,14 +305,15 @@ class MetaModel:
 
         `logits`: numbers of them that are in memory at once.
         """
-        inside = self.training(batch_size, length)
+        own = -(-batch_size // self.ranks)  # of a batch
+        inside = self.training(own, length)
         state = 16.0 * trained if masters else 3.0 * self.dtype.itemsize * trained
         kept = self.stored if self.compressed else self.all_numbers * self.dtype.itemsize - self.outside
         device = {
             "codes and codebooks" if self.compressed else "dense blocks": kept,
             "embedding, head": self.outside,
             "masters, gradients, AdamW's state": state,
-            "inputs of all blocks": self.blocks * self.stream(batch_size, length),
+            "inputs of all blocks": self.blocks * self.stream(own, length),
             "inside one block": inside.peak,
             "logits": 12.0 * logits,
         }
@@ -318,11 +321,11 @@ class MetaModel:
             passing = sum(device.values()) - kept - self.outside
             device["kept back by malloc"] = min(HOARDED_AT_MOST, HOARDED * passing)
         batches = examples // batch_size
-        once = self.forward(batch_size, length).work * self.blocks
-        head = self.logits(batch_size, length).work
+        once = self.forward(own, length).work * self.blocks
+        head = self.logits(own, length).work
         work = (inside.work * self.blocks + once + head * 3) * batches
         work += Work(traffic=40.0 * trained) * (batches / accumulation)
-        work += (once + head) * (2 * held_out / batch_size) + before
+        work += (once + head) * (2 * held_out / own) + before * (1 / self.ranks)
         work += Work(read=float(self.checkpoint_bytes()))
         return Cost(device, {}, work, "a smaller batch_size with more accumulation, or a smaller length")
 

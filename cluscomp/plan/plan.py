@@ -14,7 +14,7 @@ from cluscomp.models.original import check_dense
 from cluscomp.plan.cost import Cost
 from cluscomp.plan.machine import GIB, Limits, Machine, limits
 from cluscomp.plan.meta import MetaModel
-from cluscomp.process import resident
+from cluscomp.process import processes, resident
 
 CONTEXT = 0.5 * GIB  # of GPU memory, that CUDA itself takes
 LIBRARIES = 1.2 * GIB  # of RAM, that CUDA, its libraries and Triton take (0.9 to 1.8 were seen)
@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need.
+    """What a run will need; of several `ranks`, the one that needs most.
 
     `exact` tells whether size and bytes are those of the file or the likeliest ones: weights that have a say in their
     stored form, and 32-bit numbers that may fit 16 bits, are not known before they are read. `unknown` names stages and
@@ -51,6 +51,7 @@ class Plan:
     limits: Limits
     machine: str
     unknown: tuple[str, ...] = ()
+    ranks: int = 1
 
     def predicted(self) -> dict[str, Any]:
         """What the record stores of it."""
@@ -95,6 +96,7 @@ class Plan:
             f", GPU {self.limits.vram / GIB:.1f} GiB" if self.limits.vram is not None else ""
         )
         rates = "measured" if self.limits.calibrated else "assumed: times are rough"
+        each = f"for each of {self.ranks} ranks, " if self.ranks > 1 else ""
         size = "not known"
         if self.size is not None and self.checkpoint_bytes is not None:
             size = (
@@ -106,7 +108,7 @@ class Plan:
             [
                 tabulate(lines, head, "github", disable_numparse=True),
                 f"size      {size}",
-                f"machine   {self.machine}: {had}; speed {rates}",
+                f"machine   {each}{self.machine}: {had}; speed {rates}",
             ]
         )
 
@@ -135,6 +137,7 @@ def plan(experiment: Any, config: PreTrainedConfig, dtype: torch.dtype, device: 
     can = limits(machine, device, Path(experiment.cache).expanduser())
     can = replace(can, rates=can.rates | {"flops": can.rates["flops"] / products})
     outline = MetaModel(config, dtype, device)
+    outline.ranks = experiment.ranks or processes()
     costs: dict[str, Cost | None] = {}
     known = True  # whether the outline is that of the model
     for name in ["original", *experiment.order]:
@@ -155,4 +158,5 @@ def plan(experiment: Any, config: PreTrainedConfig, dtype: torch.dtype, device: 
     rows = [row(name, cost) for name, cost in costs.items() if cost is not None]
     unknown = tuple(name for name, cost in costs.items() if cost is None)
     size, bytes_ = (outline.size(), outline.checkpoint_bytes()) if known else (None, None)
-    return Plan(rows, size, bytes_, outline.exact and not unknown, can, machine.name, unknown)
+    exact = outline.exact and not unknown
+    return Plan(rows, size, bytes_, exact, can, machine.name, unknown, outline.ranks)

@@ -1,7 +1,6 @@
 """One run: fold the stages over the model, and write the record.
 
-Of the processes of one run (torchrun) the first does and writes everything; the others train with it where a stage is
-`distributed`.
+Of the processes of one run (torchrun, srun) the first tells and writes everything; see runs/runner.py.
 """
 
 import gc
@@ -14,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cluscomp import ranks
 from cluscomp.checkpoint import FORMAT
 from cluscomp.errors import InputError
 from cluscomp.kernels.loading import native
@@ -21,12 +21,12 @@ from cluscomp.models.original import Original, combined, file_hashes, fingerprin
 from cluscomp.models.quantised import opened
 from cluscomp.models.sources import GgufModel
 from cluscomp.plan.plan import Plan
-from cluscomp.process import processes, rank
+from cluscomp.process import join_slurm, processes, rank
 from cluscomp.report.page import page
 from cluscomp.runs.capsule import commit, seal, versions
 from cluscomp.runs.experiment import Experiment, config_of, stage_keys, without_places
 from cluscomp.runs.preparation import device_of, dtype_of, foreseen
-from cluscomp.runs.runner import Follower, Runner, tell_of_other_code
+from cluscomp.runs.runner import Runner, tell_of_other_code
 from cluscomp.runs.trackers import Forgiving, NoTracker, Session, listening
 from cluscomp.store.files import held_alone, writable
 from cluscomp.store.records import EXTERNAL, SCHEMA, Record, Score, read, write
@@ -51,6 +51,7 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
 
     `overrides` are what the user gave, for the run's capsule.
     """
+    join_slurm()
     config = hide_all(config_of(experiment))
     outputs, cache = writable("outputs", experiment.outputs), writable("cache", experiment.cache)
     first = rank() == 0
@@ -62,8 +63,25 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
             f"RANK={rank()} without a WORLD_SIZE above it: there are no other processes to work with; unset RANK, or "
             "start all of them by torchrun"
         )
-    if experiment.fresh and processes() > 1:
-        raise InputError("fresh=true: not with several processes, which could not tell old stages from new ones")
+    if experiment.ranks not in (None, processes()):
+        raise InputError(
+            f"ranks={experiment.ranks}: there are {processes()} processes here. `cluscomp plan` plans for any number; "
+            f"a run has as many as it is started with: torchrun --nproc_per_node {experiment.ranks} -m cluscomp ..."
+        )
+    with ranks.joined(device_of(experiment.device).type):
+        return _run(experiment, config, outputs, cache, publish, list(overrides))
+
+
+def _run(
+    experiment: Experiment,
+    config: dict[str, Any],
+    outputs: Path,
+    cache: Path,
+    publish: Path | None,
+    overrides: list[str],
+) -> Outcome:
+    """`run`, with the other processes if there are any; only the first has a place to `publish`."""
+    first = rank() == 0
     predicted = foreseen(experiment, cache) if first else None
     with held_alone(cache, "model"):
         folder = experiment.model.folder(cache, to_score=not experiment.order)
@@ -76,12 +94,12 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
     root = {"model": combined(hashes), "dtype": str(dtype), "device": device.type, "format": FORMAT}
     root |= {"said": said} if any(said.values()) else {}
     experiment.evaluate.inputs()  # what is not there is told before the original writes a text of its own
-    runner = (Runner if first else Follower)(experiment, outputs, original, stage_keys(experiment, root))
+    runner = Runner(experiment, outputs, original, stage_keys(experiment, root))
     runner.check()
     run_folder = outputs / f"run-{runner.key}"
     if first:
         _log_into(run_folder)
-        seal(run_folder, list(overrides), {"settings": config, "device": str(device), "read": root, **runner.read()})
+        seal(run_folder, overrides, {"settings": config, "device": str(device), "read": root, **runner.read()})
     tracker = experiment.tracker if first else NoTracker()
     session = Forgiving(tracker, f"{experiment.name}-{runner.key}", config | _chosen(experiment), run_folder)
     try:

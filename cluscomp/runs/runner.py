@@ -4,11 +4,15 @@ A folder is named by its key. It is finished when `metrics.json` is there, which
 the checkpoint's hash; one that names others belongs elsewhere, and is not believed. A process that comes to a folder
 where another one works waits, and re-uses what that one leaves. A `fresh` run works in a folder within and puts what it
 made in place of what was there.
+
+Of the ranks of a run the first looks what is finished, holds the folder and writes; stages that are `distributed`, and
+evaluations, are worked at by all.
 """
 
 import logging
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +20,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cluscomp import checkpoint
+from cluscomp import checkpoint, ranks
 from cluscomp.data.overlap import WORDS, Learned
 from cluscomp.errors import InputError
 from cluscomp.forms.layers import check_file, size_of
 from cluscomp.models import dense
 from cluscomp.models.original import Original
-from cluscomp.process import peak_memory, rank, reset_peak_memory
+from cluscomp.process import peak_memory, reset_peak_memory
 from cluscomp.runs.capsule import commit, versions
 from cluscomp.runs.card import card
 from cluscomp.runs.experiment import Experiment, key_settings
@@ -30,7 +34,8 @@ from cluscomp.runs.trackers import listening
 from cluscomp.score.tasks import read_answers, write_answers
 from cluscomp.stages import Job
 from cluscomp.stages.blockwise import dense_blocks
-from cluscomp.store.files import held_alone, is_held
+from cluscomp.stages.evaluate import Evaluation
+from cluscomp.store.files import held_alone
 from cluscomp.store.records import content_key, read_sealed, write_sealed
 from cluscomp.store.secrets import hide
 
@@ -79,17 +84,19 @@ class Runner:
     def stage(self, name: str) -> dict[str, Any]:
         """The metrics of a stage, which leaves its model in `checkpoint` of its folder."""
         folder = self._folder(name)
-        with held_alone(folder, name):
+        with held_alone(folder, name) if ranks.rank() == 0 else nullcontext():
             metrics = self._stage(name, folder)
-            _keep_alone(folder, CHECKPOINT, METRICS, "lock")
+            if ranks.rank() == 0:
+                _keep_alone(folder, CHECKPOINT, METRICS, "lock")
         return metrics
 
     def evaluate(self, name: str) -> dict[str, Any]:
         """Scores of the model after stage `name`, and its continuation of the prompt."""
         folder = self._evaluation_folder(name)
-        with held_alone(folder, f"evaluate {name}"):
+        with held_alone(folder, f"evaluate {name}") if ranks.rank() == 0 else nullcontext():
             metrics = self._evaluate(name, folder)
-            _keep_alone(folder, METRICS, ANSWERS, "lock")
+            if ranks.rank() == 0:
+                _keep_alone(folder, METRICS, ANSWERS, "lock")
         return metrics
 
     def _folder(self, name: str) -> Path:
@@ -110,17 +117,30 @@ class Runner:
         return self.outputs / f"predictions-{content_key([self.keys['original'], versions()])}"
 
     def _stage(self, name: str, folder: Path) -> dict[str, Any]:
-        finished = None if self.experiment.fresh else self._whole(folder)
+        finished = ranks.agreed(lambda: None if self.experiment.fresh else self._whole(folder))
         if finished is not None:
             log.info("%s  finished before, %s", name, folder)
             tell_of_other_code(name, finished)
             self.reused.add(name)
             return finished
         self.worked = True
+        if not self.experiment.stages[name].distributed:
+            return ranks.agreed(lambda: self._made(name, folder, together=False))
+        if ranks.rank() == 0:
+            return ranks.agreed(lambda: self._made(name, folder))
+        model, job = self._start(name, self._work_folder(folder))
+        self.experiment.stages[name].run(model, job)
+        ranks.wait()
+        return ranks.agreed(dict[str, Any])
+
+    def _made(self, name: str, folder: Path, *, together: bool = True) -> dict[str, Any]:
+        """Run a stage and write what it makes; the metrics. Unless `together` the other ranks are no part of it."""
         curves: list[tuple[Any, ...]] = []  # what trackers are told, for those of later runs that re-use the stage
         with _Measured() as cost, listening(lambda *point: curves.append(point)):
-            model, job = self._start(name, self._work_folder(folder))
-            found = self.experiment.stages[name].run(model, job)
+            with nullcontext() if together else ranks.alone():
+                model, job = self._start(name, self._work_folder(folder))
+                found = self.experiment.stages[name].run(model, job)
+                ranks.wait()  # until none looks at a file of the stage
             size = self._keep(name, model, job)
         hash_ = checkpoint.checkpoint_hash(job.folder / CHECKPOINT)
         metrics = {"key": _key_of(folder)} | cost | _code() | {"found": found, "size": size, "checkpoint_hash": hash_}
@@ -130,7 +150,7 @@ class Runner:
 
     def _evaluate(self, name: str, folder: Path) -> dict[str, Any]:
         evaluate = self.experiment.evaluate
-        finished = None if self.experiment.fresh else self._finished(folder)
+        finished = ranks.agreed(lambda: None if self.experiment.fresh else self._finished(folder))
         if finished is not None:
             tell_of_other_code(f"evaluate {name}", finished)
             # The same model may have been reached under another name.
@@ -144,6 +164,10 @@ class Runner:
                 seed=self.experiment.seed,
                 before=read_answers(before) if self._counts_flips(name) and before.is_file() else (),
             )  # fmt: skip
+        return ranks.agreed(lambda: self._scored(name, found, cost, work, folder))
+
+    def _scored(self, name: str, found: Evaluation, cost: dict[str, Any], work: Path, folder: Path) -> dict[str, Any]:
+        """Write what was found of a model, and tell of it; the metrics."""
         if found.answers:
             write_answers(work / ANSWERS, found.answers)
         scores = [asdict(score) for score in found.scores]
@@ -157,7 +181,7 @@ class Runner:
     def _work_folder(self, folder: Path) -> Path:
         """Where a stage or evaluation works: in its folder, or if `fresh` in one within that."""
         work = folder / FRESH if self.experiment.fresh else folder
-        work.mkdir(exist_ok=True)
+        work.mkdir(parents=True, exist_ok=True)
         return work
 
     def _finish(self, work: Path, metrics: dict[str, Any], folder: Path, beside: str) -> None:
@@ -294,41 +318,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-POLL = 0.2  # seconds between two looks for what the first process writes
-TOLD = 60.0  # seconds of waiting after which a follower looks whether any process is at work, and says if none is
-
-
-class Follower(Runner):
-    """A runner that writes nothing: the first process does and writes everything."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._looked = time.monotonic()  # when last for whoever is at work
-
-    def stage(self, name: str) -> dict[str, Any]:
-        """The metrics of a stage once the first process has written them."""
-        folder, stage = self._folder(name), self.experiment.stages[name]
-        if stage.distributed and self._whole(folder) is None:
-            stage.run(*self._start(name, folder))
-        while (finished := self._whole(folder)) is None:
-            self._wait()
-        return finished
-
-    def evaluate(self, name: str) -> dict[str, Any]:
-        """The scores once the first process has written them."""
-        while (finished := self._finished(self._evaluation_folder(name))) is None:
-            self._wait()
-        return finished
-
-    def _wait(self) -> None:
-        """A moment, with a line in the log if for long no process was at work on any part of this run."""
-        if time.monotonic() - self._looked > TOLD:
-            names, self._looked = self.experiment.order, time.monotonic()
-            if not any(map(is_held, [*map(self._folder, names), *map(self._evaluation_folder, ["original", *names])])):
-                self._warn(
-                    f"RANK={rank()} waits for the process of RANK=0, and none is at work on this run; start all of "
-                    "them by torchrun, or unset RANK"
-                )
-        time.sleep(POLL)

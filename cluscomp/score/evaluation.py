@@ -1,6 +1,7 @@
 """Scores of a model with their protocols: on windows of a text, and on tasks."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cluscomp import ranks
 from cluscomp.models.original import Original
 from cluscomp.models.predictions import Predictions, last_hidden
 from cluscomp.models.walk import Walk
@@ -81,7 +83,7 @@ def _reference(
     first = walk if after == "original" else Walk(original.model(), original)
     folder = kept / content_key([windows_WT.tolist(), batch_size])
     predictions = Predictions(folder, windows_WT, last_hidden)
-    with held_alone(folder, "the original's predictions"):
+    with held_alone(folder, "the original's predictions") if ranks.rank() == 0 else nullcontext():
         predictions.write(first, batch_size=batch_size)
     return Reference(first, predictions)
 

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cluscomp import ranks
 from cluscomp.models.predictions import Predictions
 from cluscomp.models.walk import Walk, not_finite
 
@@ -64,27 +65,30 @@ def window_scores(
 
     "loss" is the negative log-likelihood in nats, taken in float32. The convention of GPTQ and after: no overlap
     between windows, the first token of a window is context only. With a `reference` also "kl", KL(original || model)
-    in nats, and "top1_agreement", how often both find the same next token the likeliest. Raises InputError, naming
-    where it arises, if one of them is not a finite number.
+    in nats, and "top1_agreement", how often both find the same next token the likeliest. The ranks of a run share the
+    batches out. Raises InputError, naming where it arises, if one of them is not a finite number.
     """
-    batches = [batch_BT.to(walk.device) for batch_BT in windows_WT.split(batch_size)]
-    rows = [range(first, first + len(ids_BT)) for first, ids_BT in zip(range(0, len(windows_WT), batch_size), batches)]
+    of_all = windows_WT.split(batch_size)
+    own = [number for number in range(len(of_all)) if ranks.mine(number)]
+    batches = [of_all[number].to(walk.device) for number in own]
+    rows = [range(number * batch_size, number * batch_size + len(of_all[number])) for number in own]
     if reference is not None and walk is reference.walk:
         hidden = [reference.hidden(part) for part in rows]
     else:
         hidden = walk.through(batches, f"perplexity of {label}")
-    found: dict[str, list[Tensor]] = {}
-    for part, hidden_BTH, ids_BT in zip(rows, hidden, batches):
+    found: dict[int, dict[str, Tensor]] = {}
+    for number, part, hidden_BTH, ids_BT in zip(own, rows, hidden, batches):
         logits_BTV = walk.logits(hidden_BTH, ids_BT)
         scores = {"loss": window_losses(logits_BTV, ids_BT)}
         if reference is not None:
             scores |= window_distances(reference.walk.logits(reference.hidden(part), ids_BT), logits_BTV)
-        for name, sums_B in scores.items():
+        for sums_B in scores.values():
             if not bool(sums_B.isfinite().all()):
                 raise not_finite("the head", logits_BTV.dtype)
-            found.setdefault(name, []).append(sums_B)
+        found[number] = scores
         del logits_BTV  # before those of the next batch are made
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    parts = {number: scores for one in ranks.gathered(found) for number, scores in one.items()}
+    return {name: torch.cat([parts[number][name] for number in range(len(of_all))]) for name in parts[0]}
 
 
 def window_distances(original_BTV: Tensor, logits_BTV: Tensor) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ class BlockFinetune(FromText):
 
     takes: ClassVar[Literal["compressed"]] = "compressed"
     gives: ClassVar[Literal["compressed"]] = "compressed"
-    distributed: ClassVar[bool] = False
+    distributed: ClassVar[bool] = True
     target: Literal["fp_stream", "same_input", "both"]
     norms: bool
     learns: Literal["values", "means", "clipping", "rounding", "weights"]
@@ -106,7 +106,7 @@ class BlockFinetune(FromText):
         """The compressed model, the original's frame, streams and the training of one block; see `Stage.cost`."""
         if self.norms:
             outline.train_norms(outside=False)
-        train = outline.training(self.batch_size, self.length)
+        train = outline.training(math.ceil(self.batch_size / outline.ranks), self.length)
         once = outline.forward(self.batch_size, self.length)
         self._check_weights(outline)
         trained = outline.codebook_numbers(outline.block)
@@ -125,8 +125,8 @@ class BlockFinetune(FromText):
             "streams": kept,
         }
         batches, scored = math.ceil(self.samples / self.batch_size), math.ceil(self.held_out / self.batch_size)
-        work = train.work * (batches * self.epochs) + once.work * ((batches + scored) * streams)
-        work += once.work * (scored * CHECKS)
+        passes = (batches + scored) * streams + scored * CHECKS
+        work = train.work * (batches * self.epochs) + once.work * (passes / outline.ranks)
         apart = sum(sizes) if self.learns == "weights" or self.codes == "moving" else 0.0  # at a rate of their own
         work += Work(traffic=40.0 * (trained + apart) * batches * self.epochs)  # of AdamW
         if self.learns in ROUNDED:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cluscomp import ranks
 from cluscomp.forms.linear import compressed
 from cluscomp.models.original import Original, block_names, norms
 from cluscomp.models.walk import Walk
@@ -37,7 +38,9 @@ def run(stage: BlockFinetune, model: PreTrainedModel, job: Job) -> dict[str, Any
     ids_WT = torch.from_numpy(stage.windows(job.original.tokenizer, job.seed)).to(job.original.device)
     walk, teacher = Walk(model), Walk(job.teacher.model(), job.teacher)
     shape_WTH = (*ids_WT.shape, walk.embed(ids_WT[:1]).shape[2])
-    streams = Streams(job.folder, stage.streams, shape_WTH, job.original.dtype, job.original.device)
+    own = job.folder if ranks.rank() == 0 else job.folder / f"rank-{ranks.rank()}"  # for what the first does not see
+    own.mkdir(exist_ok=True)
+    streams = Streams(own, stage.streams, shape_WTH, job.original.dtype, job.original.device)
     student = original = streams.new("student", 0)
     for rows in all_batches(stage):
         teacher.embed(ids_WT[rows])  # its blocks' arguments
@@ -59,14 +62,15 @@ def run(stage: BlockFinetune, model: PreTrainedModel, job: Job) -> dict[str, Any
         student = leaving
         done.append(numbers)
         needed = {"student": student} | ({} if stage.target == "same_input" else {"original": original})
-        hashes = streams.save(len(done), needed)
+        hashes = streams.save(len(done), needed) if ranks.rank() == 0 else {}
         fate = f"attempt {numbers['attempts']}"
         if numbers["kept"]:
             fate = "kept as it was"
         line = f"loss {numbers['before']:.3e} -> {numbers['after']:.3e}"
         line = f"{line}  {fate}" if numbers["reasons"] else line
         work.finish(index, {}, line, **{key: numbers[key] for key in ("before", "after", "attempts")})
-        write_sealed(job.folder / MARK, {"done": done, "hashes": hashes})
+        if ranks.rank() == 0:
+            write_sealed(job.folder / MARK, {"done": done, "hashes": hashes})
         streams.drop(but=len(done))
     return {
         "calibration": stage.data.text("calibration").describe(),
@@ -76,7 +80,7 @@ def run(stage: BlockFinetune, model: PreTrainedModel, job: Job) -> dict[str, Any
     }
 
 
-def finetune_block(
+def finetune_block(  # noqa: PLR0915
     stage: BlockFinetune,
     walk: Walk,
     index: int,
@@ -115,14 +119,21 @@ def finetune_block(
         return torch.stack([F.mse_loss(found_BTH, end_BTH) for end_BTH in ends]).sum()
 
     @torch.no_grad()
+    def error(rows: slice) -> float:
+        output_BTH = walk.apply(index, block, entering_WTH[rows].to(device))
+        leaving_WTH[rows] = output_BTH.to(leaving_WTH.device)
+        return float(errors(output_BTH, rows)) * len(output_BTH)
+
     def mean_error(parts: list[slice]) -> float:
-        total = count = 0.0
-        for rows in parts:
-            output_BTH = walk.apply(index, block, entering_WTH[rows].to(device))
-            leaving_WTH[rows] = output_BTH.to(leaving_WTH.device)
-            total += float(errors(output_BTH, rows)) * len(output_BTH)
-            count += len(output_BTH)
-        return total / count
+        found: float = math.fsum(ranks.each(parts, error))
+        spread(leaving_WTH, parts)
+        return found / sum(rows.stop - rows.start for rows in parts)
+
+    def share_of_loss(rows: Any) -> Tensor:
+        own, share = own_part(rows)
+        if share == 0:  # fewer windows than ranks
+            return torch.zeros((), device=device, requires_grad=True)
+        return errors(walk.apply(index, block, entering_WTH[own].to(device)), own) * share / scale
 
     def measure(when: str) -> dict[str, float]:
         learned = {when: mean_error(batches(stage))}
@@ -150,7 +161,7 @@ def finetune_block(
 
         problem = fit(
             [parameter for parameter in trained.parameters if id(parameter) not in apart],
-            lambda rows: errors(walk.apply(index, block, entering_WTH[rows].to(device)), rows) / scale,
+            share_of_loss,
             all_steps,
             lr=lr,
             weight_decay=stage.weight_decay,
@@ -274,22 +285,45 @@ def steps(stage: BlockFinetune, seed: str) -> list[Any]:
     return found
 
 
+def own_part(rows: Any) -> tuple[Any, float]:
+    """The windows of a batch (a slice, or numbers) that this rank learns from, and which share of the batch they are.
+
+    All of them come to all ranks together, so that steps, and what is learned, are those of one process but for the
+    order in which gradients are added.
+    """
+    if ranks.world() == 1:
+        return rows, 1.0
+    numbers = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+    own = numbers.tensor_split(ranks.world())[ranks.rank()]
+    return own, len(own) / len(numbers)
+
+
+def spread(stream_WTH: Tensor, parts: list[slice]) -> None:
+    """Give all ranks the rows of a stream, each part of which one rank has made."""
+    for number, rows in enumerate(parts):
+        ranks.spread(stream_WTH[rows], number)
+
+
 def _apply(stage: BlockFinetune, walk: Walk, index: int, block: nn.Module, entering: Tensor, leaving: Tensor) -> Tensor:
-    for rows in all_batches(stage):
-        leaving[rows] = walk.apply(index, block, entering[rows].to(walk.device)).to(leaving.device)
+    parts = all_batches(stage)
+    for number, rows in enumerate(parts):
+        if ranks.mine(number):
+            leaving[rows] = walk.apply(index, block, entering[rows].to(walk.device)).to(leaving.device)
+    spread(leaving, parts)
     return leaving
 
 
 def _resumed(work: Blockwise, streams: Streams) -> tuple[list[dict[str, Any]], Tensor, Tensor] | None:
     """What a killed run found so far, and both streams where it stopped; None unless all of it is whole."""
-    notes = read_sealed(work.folder / MARK)
+    notes = ranks.agreed(lambda: read_sealed(work.folder / MARK))
     if notes is None:
         return None
     done: list[dict[str, Any]] = notes["done"]
-    loaded = streams.load(len(done), notes["hashes"])
-    if loaded is None or not work.numbers.keys() >= set(range(len(done))):
+    loaded = streams.load(len(done), notes["hashes"], work.folder)
+    if not all(ranks.gathered(loaded is not None)) or not work.numbers.keys() >= set(range(len(done))):
         log.warning("%s: the state of a killed run is not whole: the stage starts anew", work.folder)
         return None
+    assert loaded is not None  # gathered
     return done, loaded["student"], loaded.get("original", loaded["student"])
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cluscomp import ranks
 from cluscomp.checkpoint import stored_state
 from cluscomp.errors import InputError
 from cluscomp.models.original import block_names, blocks, linears
@@ -24,22 +25,30 @@ class Blockwise:
             work.finish(index, numbers, "what was measured")
 
     `numbers` holds, by index, what `finish` was given of each finished block. After each block memory is given back.
+    Of the ranks of a run the first keeps what is finished; or, with `apart`, each keeps the blocks that are its own.
     """
 
-    def __init__(self, stage: str, folder: Path, model: PreTrainedModel) -> None:
+    def __init__(self, stage: str, folder: Path, model: PreTrainedModel, *, apart: bool = False) -> None:
         """Look for finished blocks; one whose file is damaged, which the log tells, is made anew."""
-        self.folder, self.blocks = folder, blocks(model)
-        self.numbers: dict[int, dict[str, Any]] = {}
-        for index in range(len(self.blocks)):
-            part = read_part(part_of(folder, index))
-            if part is not None:
-                self.numbers[index] = part.numbers
-        self._progress = Progress(stage, len(self.blocks))
+        self.folder, self.blocks, self._apart = folder, blocks(model), apart
+        self.numbers = ranks.agreed(self._finished)
+        self._progress = Progress(
+            stage, sum(index in self.numbers or self.mine(index) for index, _ in enumerate(self.blocks))
+        )
+
+    def _finished(self) -> dict[int, dict[str, Any]]:
+        parts = {index: read_part(part_of(self.folder, index)) for index in range(len(self.blocks))}
+        return {index: part.numbers for index, part in parts.items() if part is not None}
+
+    def mine(self, index: int) -> bool:
+        """Whether this process works at a block."""
+        return ranks.mine(index) if self._apart else True
 
     @property
     def last(self) -> int:
-        """The last block that is not finished; -1 if all are."""
-        return max((index for index in range(len(self.blocks)) if index not in self.numbers), default=-1)
+        """The last block that this process has to work at; -1 if there is none."""
+        left = [index for index in range(len(self.blocks)) if index not in self.numbers and self.mine(index)]
+        return max(left, default=-1)
 
     def only_first(self, count: int) -> None:
         """Let only the first so many blocks count as finished."""
@@ -70,7 +79,8 @@ class Blockwise:
 
     def finish(self, index: int, numbers: dict[str, Any], line: str, **for_tracker: float) -> None:
         """Keep a block, and plain numbers with it, and log a line of what was measured."""
-        save_part(part_of(self.folder, index), self.blocks[index], numbers)
+        if self._apart or ranks.rank() == 0:
+            save_part(part_of(self.folder, index), self.blocks[index], numbers)
         self.numbers[index] = numbers
         self._progress.step(line, **for_tracker)
 

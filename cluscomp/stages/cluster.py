@@ -44,7 +44,7 @@ class Cluster(FromText):
 
     takes: ClassVar[Literal["original"]] = "original"
     gives: ClassVar[Literal["compressed"]] = "compressed"
-    distributed: ClassVar[bool] = False
+    distributed: ClassVar[bool] = True
     method: InstanceOf[Method]
     beside: InstanceOf[Beside]
     allocation: InstanceOf[Allocation]
@@ -79,6 +79,11 @@ class Cluster(FromText):
     def sees(self) -> frozenset[str]:
         """What is gathered of each layer's inputs."""
         return self.whole.sees() | ({"moment"} if self.drift else set())
+
+    @property
+    def apart(self) -> bool:
+        """Whether no block looks at what was made of the others, so that several processes share them out."""
+        return self.prefix == "original" or not self.calibrated
 
     @property
     def over_the_model(self) -> bool:

@@ -13,6 +13,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cluscomp import ranks
 from cluscomp.errors import InputError
 from cluscomp.forms.apart import stacks
 from cluscomp.forms.layers import put_in
@@ -46,12 +47,16 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
     by_block: dict[str, dict[str, Any]] = {}
     prices = _priced(stage, model, job) if stage.price == "loss" else {}
     shares = _shared_out(stage, model, job, all_places, prices) if stage.over_the_model else None
-    work, walk, names = Blockwise("cluster", job.folder, model), Walk(model, job.original), block_names(model)
+    walk, names = Walk(model, job.original), block_names(model)
+    work = Blockwise("cluster", job.folder, model, apart=stage.apart)
     last = work.last
     stream = _embedded(stage, walk, job) if stage.calibrated and last >= 0 else []
     undrifted = list(stream) if stage.drift else []  # what the original makes of the windows
     for index, block, finished in work.all():  # through finished ones the stream still has to pass
         name, entering = names[index], stream
+        if not finished and not work.mine(index):  # another process makes it
+            stream = _through_dense(walk, index, stream) if index <= last else []
+            continue
         job.original.load_block(model, index)
         statistics: dict[str, Seen] = {}
         originals: list[dict[str, Tensor]] = []
@@ -78,7 +83,10 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
             stream, _ = look(layers=[])
         block.to("cpu")  # what is finished leaves the GPU
         by_block[name] = found
-    numbers = _reported(by_block)
+    ranks.wait()
+    if ranks.rank() > 0:
+        return {}  # the first process puts together what all have made
+    numbers = _reported(by_block := _of_all_ranks(work, walk, job, by_block))
     if shares is not None:
         numbers["shared_out"] = shares.report()
     numbers["method"] = type(stage.method).__module__.rpartition(".")[2]
@@ -86,6 +94,28 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
         log.info("%s", chosen_table(chosen, names))
         numbers["chosen"] = chosen
     return numbers | ({"calibration": stage.data.text("calibration").describe()} if stage.calibrated else {})
+
+
+def _through_dense(walk: Walk, index: int, stream: list[Tensor]) -> list[Tensor]:
+    """What a block of the original makes of batches (B, T, H), if there are any."""
+    if not stream:
+        return stream
+    with walk.block(index):
+        return through(walk, index, stream, keep=False)[0]
+
+
+def _of_all_ranks(
+    work: Blockwise, walk: Walk, job: Job, by_block: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """What was found in each block, by its name; blocks that other processes made are put into the model."""
+    found = {}
+    for index, name in enumerate(block_names(walk.model)):
+        if name not in by_block:
+            job.original.load_block(walk.model, index)
+            by_block[name] = work.put_back(index)
+            walk.blocks[index].to("cpu")
+        found[name] = by_block[name]
+    return found
 
 
 def _reported(by_block: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -107,7 +137,8 @@ def _of_all(by_block: dict[str, dict[str, Any]], key: str) -> dict[str, Any]:
 def _priced(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, float]:
     """What errors of the layers cost, by their names."""
     windows = torch.from_numpy(stage.windows(job.original.tokenizer, job.seed)).to(job.original.device)
-    return price.prices(Walk(model, job.original), [*windows.split(stage.batch_size)], job.folder)
+    walk = Walk(model, job.original)
+    return ranks.agreed(lambda: price.prices(walk, [*windows.split(stage.batch_size)], job.folder))
 
 
 def _shared_out(
@@ -124,9 +155,9 @@ def _shared_out(
             statistics: dict[str, Seen] = {}
             entering = stream
             if stage.calibrated:
-                asked = [] if menus.has(index) else [*places[index]]
+                asked = [*places[index]] if menus.wants(index) else []
                 stream, statistics = observe(method.sees(), walk, index, stream, layers=asked)
-            if not menus.has(index):
+            if menus.wants(index):
                 name, at = names[index], places[index]
                 new = partial(_layers, block, name, job.seed, statistics, at, prices=prices)
                 try:
@@ -139,6 +170,8 @@ def _shared_out(
                     raise InputError(f"{name}.{error}") from error
                 menus.keep(index, offered)
         progress.step("asked what its layers may have")
+    ranks.wait()
+    menus = Menus(job.folder, len(names))  # with those that other processes asked for
     return menus.share_out(stage.allocation, method.bits)
 
 

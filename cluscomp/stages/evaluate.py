@@ -1,5 +1,6 @@
 """Stage evaluate: scores of the original and of the model after each named stage, each under one protocol."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -124,7 +125,7 @@ class Evaluate:
         if self.tasks.names:
             row = TASK_TOKENS * outline.vocabulary * (outline.dtype.itemsize + 8.0)  # and their logarithms, in 32 bits
             moments.append(model | {"logits of tasks": self.tasks.batch_size * row})
-        batches = sum(windows) / self.batch_size
+        batches = math.ceil(sum(windows) / self.batch_size / outline.ranks)
         work = (once.work * outline.blocks + logits.work * compared) * batches + Work(read=read)
         host = {"lm-eval": LM_EVAL} if self.tasks.names else {}
         return Cost(
@@ -163,6 +164,7 @@ class Evaluate:
             seed: the run's, by which stages cut what they learn from.
             before: the original's answers to the tasks, to count flips; none: no flips.
         """
+        from cluscomp import ranks
         from cluscomp.score import evaluation, perplexity
 
         scores = []
@@ -191,7 +193,7 @@ class Evaluate:
         if self.tasks.names:
             asked, answers = evaluation.task_scores(self.tasks, whole, original, after=after, before=before)
             scores += asked
-        if self.prompt is not None:
+        if self.prompt is not None and ranks.rank() == 0:
             sample = perplexity.continuation(whole, original.tokenizer, self.prompt, self.prompt_tokens)
         return Evaluation(scores, answers, sample)
 

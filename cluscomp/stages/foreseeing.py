@@ -108,7 +108,7 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
         gating = {"layers at all levels": (levels + 3) * outline.dense_block, "inside one block": inside.peak}
     compared = max(24.0 * o * i for o, i in outline.dense.values())  # error and size of a layer in `compress_block`
     for block, found in zip(blocks(outline.model), tried):
-        work += found.work
+        work += found.work * (1 / outline.ranks if stage.apart else 1)
         outline.exact &= found.exact and not stage.over_the_model and stage.price == "error"
         for layer, stored in found.forms().items():
             put_in(block, layer, stored)

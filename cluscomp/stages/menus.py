@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cluscomp import ranks
 from cluscomp.solve.allocate import Menu, Option
 from cluscomp.stages.allocation import Allocation
 from cluscomp.store.records import read_sealed, write_sealed
@@ -14,7 +15,7 @@ class Menus:
 
     def __init__(self, folder: Path, blocks: int) -> None:
         self._paths = [folder / f"menus-{index:03}.json" for index in range(blocks)]
-        found = [read_sealed(path) for path in self._paths]
+        found = ranks.agreed(lambda: [read_sealed(path) for path in self._paths])
         self._blocks = [None if one is None else [_menu(menu) for menu in one["menus"]] for one in found]
 
     @property
@@ -22,9 +23,9 @@ class Menus:
         """The last block without menus; -1 if all have theirs."""
         return max((index for index, menus in enumerate(self._blocks) if menus is None), default=-1)
 
-    def has(self, index: int) -> bool:
-        """Whether a block's menus are known."""
-        return self._blocks[index] is not None
+    def wants(self, index: int) -> bool:
+        """Whether a block's menus are not known, and this process is the one to ask for them."""
+        return self._blocks[index] is None and ranks.mine(index)
 
     def keep(self, index: int, menus: list[Menu]) -> None:
         """Keep what a block's layers may have."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.utils import parametrize
 
+from cluscomp import ranks
 from cluscomp.forms.codebook import CodebookWeight
 from cluscomp.forms.linear import compressed
 from cluscomp.forms.signs import SignWeight
@@ -222,7 +223,8 @@ def fit(
 
     The learning rate is `lr` times `rate(...)`; `clip` bounds the norm of the gradients of `parameters` together;
     `half` scales the loss as computing in float16 needs; `watch` is told the loss and that norm in each step, `after`
-    called with the number of each step that was made, from 1. Stops at the first loss or gradient that is not finite,
+    called with the number of each step that was made, from 1. Of the ranks of a run each has its share of a batch, and
+    losses and gradients are added up. Stops at the first loss or gradient that is not finite,
     with the parameters as they then are, and returns what it was, in words; otherwise None.
     """
     others: list[dict[str, Any]] = [
@@ -240,6 +242,8 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(batch)
         scaler.scale(loss).backward()
+        loss = ranks.summed(loss.detach())
+        ranks.add_gradients([one for group in optimizer.param_groups for one in group["params"]])
         scaler.unscale_(optimizer)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from cluscomp.models.original import Original, norms
 from cluscomp.models.predictions import Teacher, direction
 from cluscomp.models.walk import Walk
-from cluscomp.process import processes, rank
 from cluscomp.train.masters import Trained
 from cluscomp.train.steps import Steps
 from cluscomp.train.whole import IGNORED, Example, Objective, train_whole
@@ -53,7 +52,7 @@ def train_on_text(
     kept = None
     if teacher is not None:
         kept = Teacher(folder, torch.cat([train, held_out]), teacher_top, hidden=hidden > 0)
-        kept.write(Walk(teacher.model(), teacher), batch_size=settings.batch_size, rank=rank(), world=processes())
+        kept.write(Walk(teacher.model(), teacher), batch_size=settings.batch_size)
     trained = Trained(model, codebooks=True, others=norms(model) if norms_too else {})
     weights = {"cross_entropy": cross_entropy, "kl": kl}
     if hidden:

@@ -48,11 +48,16 @@ class Streams:
                 hashes[name] = _hash(stream_WTH)
         return hashes
 
-    def load(self, index: int, hashes: dict[str, str]) -> dict[str, Float[Tensor, "W T H"]] | None:
-        """What `save` left, each (W, T, H), or None, with a line in the log, if a file is missing, cut or altered."""
+    def load(
+        self, index: int, hashes: dict[str, str], folder: Path | None = None
+    ) -> dict[str, Float[Tensor, "W T H"]] | None:
+        """What `save` left here or in another folder, each (W, T, H).
+
+        None, with a line in the log, if a file is missing, cut or altered.
+        """
         streams = {}
         for name, expected in hashes.items():
-            path = self._path(name, index)
+            path = (folder or self.folder) / self._path(name, index).name
             if not path.is_file() or path.stat().st_size != self._bytes:
                 log.warning("%s is missing or cut", path)
                 return None

@@ -13,13 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from forks import until
 from pipelines import composed
 
 from cluscomp.errors import InputError
-from cluscomp.models.original import Original
-from cluscomp.runs import runner
 from cluscomp.runs.run import run
 from cluscomp.store.files import held_alone
 
@@ -167,19 +164,8 @@ def test_ctrl_c_five_times_while_another_process_holds_a_lock_is_one_line(argume
     assert "Traceback" not in told and told.count("cluscomp: interrupted") == told.count("interrupted") == 1
 
 
-def test_a_process_without_its_group_is_told(arguments, tmp_path, monkeypatch, tiny_folder, caplog):
+def test_a_process_without_its_group_is_told(arguments, tmp_path, monkeypatch):
     experiment = composed(*arguments(tmp_path / "outputs"))
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(InputError, match="RANK=1 without a WORLD_SIZE"):
         run(experiment)
-    monkeypatch.setattr(runner, "TOLD", 0.0)
-    original = Original(tiny_folder, torch.float32, torch.device("cpu"))
-    follower = runner.Follower(
-        experiment, tmp_path / "outputs", original, dict.fromkeys(["original", *ORDER], "0" * 16)
-    )
-    with held_alone(follower._folder("cluster"), "the first process"):
-        follower._wait()
-        assert not caplog.text
-    follower._wait()
-    follower._wait()
-    assert caplog.text.count("RANK=1 waits for the process of RANK=0") == 1

@@ -1,0 +1,177 @@
+"""The processes of one run (torchrun, srun), ranks: how they meet, share work out, and learn that one of them ended.
+
+What they work on lies in folders that all of them see. Nothing but the run's own processes reads what they tell each
+other.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cluscomp.process import processes
+
+Thing = TypeVar("Thing")
+Made = TypeVar("Made")
+LONGEST = timedelta(days=7)  # that ranks wait for one another: that one has ended is seen by other means
+MOMENT = 1.0  # seconds in which the end of one rank is seen by the others
+BYE, FAILED = b".", b"!"  # last words of a rank: it is done; it has failed, and said so itself
+_alone = False
+
+
+def rank() -> int:
+    """The number of this process among those that work together, from 0."""
+    return 0 if world() == 1 else dist.get_rank()
+
+
+def world() -> int:
+    """How many processes work together here."""
+    return 1 if _alone or not dist.is_initialized() else dist.get_world_size()
+
+
+def mine(number: int) -> bool:
+    """Whether the thing of this number is this process' own, where they are shared out one by one."""
+    return number % world() == rank()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Work as if there were no others, which are elsewhere meanwhile."""
+    global _alone  # noqa: PLW0603
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Work together with the other processes of the run, if there are any, on a device ("cpu" or "cuda").
+
+    A rank that ends inside ends the others, and the first of them names it. All leave together.
+    """
+    if processes() == 1:
+        yield
+        return
+    if not dist.is_initialized():
+        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=LONGEST)
+    watch = _Watch()
+    try:
+        yield
+        wait()
+        watch.say(BYE)
+    except BaseException:
+        time.sleep(MOMENT)  # if it is that another rank ended, this process ends now
+        watch.say(FAILED)
+        raise
+
+
+def wait() -> None:
+    """Go on when all have come here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def agreed(of_first: Callable[[], Thing]) -> Thing:
+    """What the first process finds, for all of them; plain values."""
+    if world() == 1:
+        return of_first()
+    found = [of_first() if rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]  # type: ignore[return-value]
+
+
+def gathered(own: Thing) -> list[Thing]:
+    """What each process has, in their order; tensors among it are on the CPU."""
+    if world() == 1:
+        return [own]
+    found: list[Thing] = [own] * world()
+    dist.all_gather_object(found, own)
+    return found
+
+
+def each(things: Sequence[Thing], make: Callable[[Thing], Made]) -> list[Made]:
+    """What `make` makes of the things, each of which one process does; all get all, in the things' order."""
+    own = {number: make(thing) for number, thing in enumerate(things) if mine(number)}
+    found = {number: made for part in gathered(own) for number, made in part.items()}
+    return [found[number] for number in range(len(things))]
+
+
+def spread(tensor: Tensor, number: int) -> None:
+    """Give all processes the numbers of a contiguous tensor that belongs to the owner of thing `number`, in place."""
+    if world() > 1:
+        dist.broadcast(tensor, src=number % world())
+
+
+def add_gradients(parameters: Sequence[Tensor]) -> None:
+    """Make the gradient of each parameter the sum of all processes'; where none has one there is none."""
+    if world() == 1:
+        return
+    has = torch.tensor([float(one.grad is not None) for one in parameters])
+    dist.all_reduce(has)
+    for one, number in zip(parameters, has.tolist()):
+        if number:
+            one.grad = torch.zeros_like(one) if one.grad is None else one.grad
+            dist.all_reduce(one.grad)
+
+
+def summed(number_: Tensor) -> Tensor:
+    """The sum of a number () over all processes."""
+    if world() > 1:
+        dist.all_reduce(number_)
+    return number_
+
+
+class _Watch:
+    """A connection between the first process and each of the others: it breaks when one of them ends."""
+
+    def __init__(self) -> None:
+        host = os.environ["MASTER_ADDR"]
+        server = socket.create_server((host, 0)) if rank() == 0 else None
+        port = agreed(lambda: server.getsockname()[1] if server else 0)
+        self._peers: dict[int, socket.socket] = {}
+        if server is None:
+            self._peers[0] = socket.create_connection((host, port))
+            self._peers[0].sendall(rank().to_bytes(4))
+        else:
+            with server:
+                while len(self._peers) < world() - 1:
+                    peer, _ = server.accept()
+                    self._peers[int.from_bytes(peer.recv(4, socket.MSG_WAITALL))] = peer
+        for number, peer in self._peers.items():
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            threading.Thread(target=self._look, args=(number, peer), daemon=True).start()
+
+    def say(self, word: bytes) -> None:
+        """Tell the others why this process is about to end."""
+        for peer in self._peers.values():
+            try:
+                peer.sendall(word)
+            except OSError:  # it has ended itself
+                continue
+
+    def _look(self, number: int, peer: socket.socket) -> None:
+        try:
+            word = peer.recv(1)
+        except OSError:
+            word = b""
+        if word == BYE:
+            return
+        if not word and rank() in (0, 1):
+            print(
+                f"cluscomp: failed: rank {number} of {world()} ended; the same command goes on where it stopped, with "
+                "any number of ranks",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        self.say(FAILED)
+        os._exit(1)
