@@ -124,9 +124,9 @@ class CompressedQuantizer(HfQuantizer):
             state |= {key: rounded[key] for key in rounded.keys() & state.keys()}  # shared ones are another layer's
         return state, {}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """What `model.dequantize(dtype)` does: ordinary linear layers in the place of the compressed ones, in place."""
-        dtype = dtype or model.dtype
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype  # a name, once it was saved
         for name in compressed(model):
             take_out(model, name, dtype)
         for parameter in model.parameters():  # buffers (of rotary embeddings) keep theirs

@@ -271,9 +271,10 @@ def test_peak_memory_sees_an_allocation_and_forgets_it():
     assert peak_memory() < after - (100 << 20)
 
 
-def test_curves_of_a_stage_that_was_finished_before_are_drawn_again(tmp_path):
+def test_curves_of_a_stage_that_was_finished_before_are_drawn_again(tmp_path, caplog):
     """And the tables stand beside them."""
     reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    caplog.set_level(logging.INFO, "cluscomp")
     (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i} says that foxes jumped." for i in range(60)))
     settings = [
         "model=tiny", "data=text", f"data.file={tmp_path / 'text.txt'}", f"cache={tmp_path / 'cache'}", "seed=3",
