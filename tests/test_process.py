@@ -1,6 +1,7 @@
 """A process that is interrupted while it starts or cleans up, and one whose modules cannot be read."""
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -106,3 +107,26 @@ def test_a_log_gets_a_sign_of_life_with_the_time_left(monkeypatch, caplog):
         "steps  step 1/5  6:40 left", "steps  step 3/5  2:13 left"
     ]  # fmt: skip
     assert process.time_left(float("nan")) == "" and process.time_left(61.2) == "1:01 left"
+
+
+def test_the_tasks_of_srun_are_the_processes_of_one_run(monkeypatch):
+    """What Slurm sets for the fifth of six tasks; a job of one task, and what torchrun set, stay as they are."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        monkeypatch.setenv(name, "")  # put back at the end
+        monkeypatch.delenv(name)
+    slurm = {
+        "STEP_NUM_TASKS": "6", "PROCID": "4", "LOCALID": "1", "STEP_TASKS_PER_NODE": "3(x2)", "JOB_ID": "17",
+        "STEP_ID": "2", "STEP_NODELIST": "gpu[07-08],old3",
+    }  # fmt: skip
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    process.join_slurm()
+    assert [os.environ[name] for name in names] == ["4", "6", "1", "3", "gpu07", str(20_000 + 17 * 31 + 2)]
+    monkeypatch.setenv("RANK", "0")
+    process.join_slurm()
+    assert process.rank() == 0
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    process.join_slurm()
+    assert process.rank() == 0 and "RANK" not in os.environ

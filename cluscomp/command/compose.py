@@ -79,6 +79,7 @@ def compose_for(command: Callable[[Experiment], float | None]) -> None:
     def compose(config: DictConfig) -> float | None:
         with told_in_a_sentence():  # before Hydra sees it, which would add lines of its own
             experiment = build(config, HydraConfig.get().runtime.choices, said)
+            join_slurm()
             quiet_libraries()
             return command(experiment)
         return None
@@ -102,8 +103,7 @@ def composed(overrides: list[str], said: Given | None = None) -> Experiment:
 
 
 def _check_processes() -> None:
-    """Learn from Slurm of the run's other processes. Raises InputError for what torchrun would not set."""
-    join_slurm()
+    """Raise InputError for what torchrun would not set."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         if not os.environ.get(name, "0").isdecimal():
             raise InputError(

@@ -127,7 +127,7 @@ def finetune_block(  # noqa: PLR0915
     def mean_error(parts: list[slice]) -> float:
         found: float = math.fsum(ranks.each(parts, error))
         spread(leaving_WTH, parts)
-        return found / sum(rows.stop - rows.start for rows in parts)
+        return found / sum(int(rows.stop - rows.start) for rows in parts)
 
     def share_of_loss(rows: Any) -> Tensor:
         own, share = own_part(rows)

@@ -100,8 +100,9 @@ class Evaluate:
         context = self.context or int(outline.config.get_text_config().max_position_embeddings)
         tokens = [outline.tokens(partial(source.text, "test")) for source in self.texts.values()]
         windows = [max(1, min(int(count // context), self.limit or int(count))) for count in tokens]
+        own = math.ceil(max(windows, default=0) / outline.ranks)
         once, logits = outline.forward(self.batch_size, context), outline.logits(self.batch_size, context)
-        always = {"embedding, head": outline.outside, "streams": outline.stream(max(windows, default=0), context)}
+        always = {"embedding, head": outline.outside, "streams": outline.stream(own, context)}
         if self.distance and outline.compressed:
             always |= {"those of the original": outline.outside}
         read = outline.all_numbers * outline.file_bytes

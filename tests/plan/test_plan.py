@@ -329,6 +329,21 @@ def test_llama_3_70b_goes_through_every_stage_on_one_card_of_48_gb(bits, tmp_pat
     assert all(row.vram <= 47.5 * GIB and row.ram <= 64 * GIB for row in found.rows)
 
 
+def test_each_of_four_ranks_has_a_quarter_of_what_is_shared_out():
+    """By hand: recover holds what enters 30 blocks of 576 numbers, of its share of 8 windows, in float32."""
+    common = ["model=smollm2_135m", "bits=3", "order=[cluster,block_finetune,recover]", "block_finetune=quick"]
+    common += ["block_finetune.batch_size=4", "recover.batch_size=8", "recover.length=128", "dtype=float32"]
+    one, four = (planned(composed(*common, "evaluate.after=[recover]", f"ranks={ranks}")) for ranks in (1, 4))
+    assert "for each of 4 ranks" in four.table() and "ranks" not in one.table()
+    assert four.size == one.size and four.checkpoint_bytes == one.checkpoint_bytes
+    parts = [{row.name: row.parts for row in found.rows} for found in (one, four)]
+    name = "inputs of all blocks"
+    assert [part["recover"][name] for part in parts] == [4 * 30 * 576 * 128 * windows for windows in (8, 2)]
+    assert parts[0]["recover"]["codes and codebooks"] == parts[1]["recover"]["codes and codebooks"]
+    for before, after in zip(one.rows, four.rows):
+        assert after.seconds < 0.7 * before.seconds and after.ram <= before.ram + 2**26
+
+
 @pytest.mark.parametrize("bits", [4, 3, 2.5, 2, 1.5])
 @pytest.mark.parametrize("method", ["cluscomp", "cluscomp_data_free"])
 def test_a_limit_of_bits_is_planned_to_be_spent(bits, method):

@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -169,3 +170,6 @@ def test_a_process_without_its_group_is_told(arguments, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(InputError, match="RANK=1 without a WORLD_SIZE"):
         run(experiment)
+    monkeypatch.delenv("RANK")
+    with pytest.raises(InputError, match=r"ranks=2: there are 1 processes here.*torchrun --nproc_per_node 2"):
+        run(replace(experiment, ranks=2))
