@@ -1,11 +1,14 @@
 """Stages on a mixture of experts: each expert's matrix is a layer, with statistics of the tokens routed to it."""
 
+import math
+
 import pytest
 import torch
-from pipelines import pipeline
-from transformers import AutoModelForCausalLM
+from pipelines import composed, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cluscomp.checkpoint  # noqa: F401
+from cluscomp.data.texts import test_windows as windows_of
 from cluscomp.forms.apart import stacks
 from cluscomp.forms.linear import compressed
 from cluscomp.models.original import Original, blocks
@@ -25,15 +28,31 @@ SHORT = [
 ]  # fmt: skip
 
 
+FAMILIES = {
+    "mixtral": MIXTRAL,
+    "qwen3_moe": MIXTRAL | {"num_experts": 4, "moe_intermediate_size": 24},
+    "deepseek_v3": MIXTRAL | {
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12,
+        "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+    },
+    "gpt_oss": MIXTRAL | {"sliding_window": 5},
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def mixtral(families):
     return families("mixtral", **MIXTRAL)
 
 
+def told(folder, ground, *more) -> list[str]:
+    """The settings of a short run on a model's folder."""
+    return [*SHORT, f"model.id='{folder}'", f"data.file='{ground}/text.txt'", *more]
+
+
 @pytest.fixture(scope="module")
 def finished(mixtral, ground):
-    places = f"model.id='{mixtral}'", f"outputs='{ground}/outputs'", f"data.file='{ground}/text.txt'"
-    return pipeline(*SHORT, *places)
+    return pipeline(*told(mixtral, ground, f"outputs='{ground}/outputs'"))
 
 
 def test_experts_are_compressed_trained_and_loaded_with_equal_logits(finished):
@@ -88,3 +107,88 @@ def test_without_a_token_a_statistic_is_that_of_no_data():
     assert torch.equal(seen.matrix_II, torch.eye(3))
     assert torch.equal(seen.diagonal_I, torch.ones(3)) and torch.equal(seen.magnitude_I, torch.ones(3))
     assert seen.own == 0
+
+
+@torch.no_grad()
+def perplexity(folder, text) -> float:
+    """By plain transformers, of the windows that a run scores."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.from_numpy(windows_of(text, AutoTokenizer.from_pretrained(folder), length=32, limit=2))
+    logits = model(ids, use_cache=False).logits[:, :-1]
+    return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_perplexity_is_transformers_own_before_and_after(families, ground, tmp_path, name):
+    """With the statistics of one expert in memory at a time, which changes no bit of what is found."""
+    folder, short = families(name, **FAMILIES[name]), ("order=[cluster]", "method=gptq", "cluster=default", "bits=4")
+    found = {
+        room: pipeline(*told(folder, ground, *short, f"outputs='{tmp_path}/{room}'", f"cluster.statistics={room}"))
+        for room in (1e-6, 8.0)
+    }
+    cells = [one.record.stages["cluster"] for one in found.values()]
+    assert cells[0]["checkpoint_hash"] == cells[1]["checkpoint_hash"] and cells[0]["found"] == cells[1]["found"]
+    assert sum(map(sum, cells[0]["found"]["tokens_by_expert"].values())) >= 2 * 4 * 32 * 2
+    scores = {one.after: one.value for one in found[8.0].record.scores if one.metric == "perplexity"}
+    text = composed(*told(folder, ground)).stages["cluster"].data.text("test")
+    assert scores["original"] == pytest.approx(perplexity(folder, text), rel=1e-4)
+    assert scores["cluster"] == pytest.approx(perplexity(found[8.0].checkpoint, text), rel=1e-4)
+    assert scores["cluster"] != scores["original"]
+
+
+@pytest.mark.parametrize("more", [["cluster.prefix=compressed", "cluster.drift=0.3"], ["allocation=model"]])
+def test_experts_take_turns_where_weights_follow_and_bits_are_shared_out(mixtral, ground, tmp_path, more):
+    short = "order=[cluster]", "method=cluscomp", "method.iterations=3", "cluster=default", "evaluate.after=[]", *more
+    first, second = (
+        pipeline(*told(mixtral, ground, *short, f"outputs='{tmp_path}/{room}'", f"cluster.statistics={room}"))
+        for room in (1e-6, 8.0)
+    )
+    assert first.record.stages["cluster"]["found"] == second.record.stages["cluster"]["found"]
+    assert first.record.stages["cluster"]["checkpoint_hash"] == second.record.stages["cluster"]["checkpoint_hash"]
+
+
+KILLED = """
+import os, signal
+from cluscomp.__main__ import main
+from cluscomp.stages import clustering
+
+put_in, done = clustering.put_in, []
+
+def put(block, layer, stored):
+    done.append(layer)
+    if len([one for one in done if one == layer]) == 2 and layer == "mlp.experts.down_proj.1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    put_in(block, layer, stored)
+
+clustering.put_in = put
+main()
+"""
+
+
+def test_killed_amid_the_experts_of_a_block_a_run_ends_with_the_same_bits(mixtral, finished, ground, forks, tmp_path):
+    command = told(mixtral, ground, f"outputs='{tmp_path}'")
+    pid = forks.start(tmp_path / "log", *command, script=KILLED)
+    assert forks.wait(pid) == -9
+    assert [path.name for path in tmp_path.glob("cluster-*/block-*")] == ["block-000.safetensors"]
+    again = pipeline(*command)
+    for stage in ("cluster", "block_finetune"):
+        hashes = [one.record.stages[stage]["checkpoint_hash"] for one in (again, finished)]
+        assert hashes[0] == hashes[1]
+
+
+def test_experts_that_share_a_codebook_count_it_once(mixtral, ground, tmp_path):
+    short = "order=[cluster]", "method=cluscomp", "method.iterations=3", "method.share=experts", "cluster=default"
+    found = pipeline(*told(mixtral, ground, *short, f"outputs='{tmp_path}'"))
+    model = AutoModelForCausalLM.from_pretrained(found.checkpoint, dtype=torch.float32).eval()
+    forms = {name: layer.stored for name, layer in compressed(model).items()}
+    for block in (0, 1):
+        for stack in ("gate_up_proj", "down_proj"):
+            of_stack = [forms[f"model.layers.{block}.mlp.experts.{stack}.{expert}"] for expert in range(4)]
+            assert len({one.codebooks.data_ptr() for one in of_stack}) == 1
+            assert len({float(one.scales) for one in of_stack}) == 4
+    assert len({one.codebooks.data_ptr() for one in forms.values()}) == 2 * (4 + 2)
+    size = found.record.stages["cluster"]["size"]
+    assert size["linear_bits_per_weight"] <= 3
+    text = composed(*told(mixtral, ground)).stages["cluster"].data.text("test")
+    scores = {one.after: one.value for one in found.record.scores if one.metric == "perplexity"}
+    assert scores["cluster"] == pytest.approx(perplexity(found.checkpoint, text), rel=1e-4)
