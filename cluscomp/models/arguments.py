@@ -22,8 +22,11 @@ class Layout:
 
     @classmethod
     def of(cls, hidden: Tensor, windows: torch.Size) -> "Layout | None":
-        """That of the hidden states of windows (B, T); None for any other."""
-        if hidden.ndim == 3 and hidden.shape[:2] == windows:
+        """That of the hidden states of windows (B, T); None for any other.
+
+        Without streams there may be more positions than tokens: prompts that a model puts before them, say.
+        """
+        if hidden.ndim == 3 and hidden.shape[0] == windows[0]:
             return cls()
         if hidden.ndim == 4 and windows in (hidden.shape[:2], hidden.shape[1:3]):
             first = hidden.shape[:2] != windows

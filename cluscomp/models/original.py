@@ -260,18 +260,25 @@ def block_names(model: PreTrainedModel) -> list[str]:
     and sound. Of several the first one is taken. Raises InputError if there is none.
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = {
-        name: one for name, one in model.named_modules() if isinstance(one, nn.ModuleList) and not OTHERS.search(name)
+    decoder = {id(one) for _, one in _lists(model.get_decoder())}
+    lists = dict(_lists(model))
+    found = {name: len(one) for name, one in lists.items() if id(one) in decoder} or {
+        name: len(one) for name, one in lists.items()
     }
-    decoder = {id(one) for one in model.get_decoder().modules()}
-    found: dict[str, int] = {}
-    for name, one in ({name: one for name, one in lists.items() if id(one) in decoder} or lists).items():
-        if not name.startswith(tuple(f"{other}." for other in found)) and next(one.parameters(), None) is not None:
-            found[name] = len(one)
     if not found:
         raise InputError(f"{type(model).__name__}: has no list of blocks, so there is nothing to compress")
     best = max(found, key=lambda name: (found[name] == count, found[name]))
     return [f"{best}.{index}" for index in range(found[best])]
+
+
+def _lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """The outermost module lists with parameters, but those of images and sound, by name."""
+    for key, child in module.named_children():
+        name = f"{prefix}{key}"
+        if isinstance(child, nn.ModuleList) and not OTHERS.search(name) and next(child.parameters(), None) is not None:
+            yield name, child
+        else:
+            yield from _lists(child, f"{name}.")
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -316,7 +323,11 @@ def norms(model: nn.Module) -> dict[str, Parameter]:
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raise InputError for a model without a linear layer in its blocks."""
+    """Raise InputError for a model without a linear layer in its blocks, and one whose blocks share such layers."""
+    tied = model.all_tied_weights_keys
+    for name, block in zip(block_names(model), blocks(model)):
+        if shared := next((key for key in linears(block) if f"{name}.{key}.weight" in tied), None):
+            raise InputError(f"{type(model).__name__}: {name}.{shared} is another block's; shared blocks are not known")
     if not any(linears(block) for block in blocks(model)):
         raise InputError(f"{type(model).__name__}: has no linear layer in its blocks, so there is nothing to compress")
 

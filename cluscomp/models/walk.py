@@ -58,8 +58,8 @@ class Walk:
                 yield block
 
     @torch.no_grad()
-    def embed(self, ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T H"]:
-        """The hidden states that enter the first block: (B, T) token ids -> (B, T, H).
+    def embed(self, ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B P H"]:
+        """The hidden states that enter the first block: (B, T) token ids -> (B, P, H); P = T where no more are added.
 
         Several streams of them are one row. Raises InputError for a model whose blocks get arguments that are made of
         the tokens and cannot travel, or that does something else between its blocks.
@@ -67,7 +67,7 @@ class Walk:
         if self.found is None:
             compare(self, ids_BT[:1, :CHECKED_TOKENS])
         hidden_BTH, arguments = carry(*self.capture(ids_BT), self.manner)
-        known = self._arguments.setdefault(ids_BT.shape, arguments)
+        known = self._arguments.setdefault(hidden_BTH.shape[:2], arguments)
         for name, first, second in zip(block_names(self.model), known, arguments):
             if not same(first, second):
                 raise InputError(f"{name}: its arguments depend on the tokens, so blocks cannot be walked one by one")
@@ -119,7 +119,7 @@ class Walk:
             for handle in handles:
                 handle.remove()
 
-    def logits(self, hidden_BTH: Float[Tensor, "B T H"], ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T vocabulary"]:
+    def logits(self, hidden_BTH: Float[Tensor, "B P H"], ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T vocabulary"]:
         """What the model makes of the last block's output (B, T, H), by its final norm and head: (B, T, vocabulary)."""
 
         if self.found is None:  # of a model whose hidden states were kept by another process

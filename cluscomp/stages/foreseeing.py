@@ -143,7 +143,7 @@ class Looking:
 
 def _looking(stage: Cluster, outline: MetaModel) -> Looking:
     """Of the block with most of it."""
-    kinds = {id(places): places for places in outline.places()}.values()  # blocks that are alike have one object
+    kinds = {tuple(places.items()): places for places in outline.places()}.values()
     return max((_looking_at(stage, places, outline.dtype) for places in kinds), key=lambda one: one.kept + one.captured)
 
 

@@ -11,10 +11,10 @@ import cluscomp.checkpoint  # noqa: F401
 from cluscomp.data.texts import test_windows as windows_of
 from cluscomp.forms.apart import stacks
 from cluscomp.forms.linear import compressed
-from cluscomp.models.original import Original, blocks
+from cluscomp.models.original import Original, blocks, linears
 from cluscomp.models.walk import Walk
-from cluscomp.solve.layer import Seen
-from cluscomp.stages.observing import LEAST, observe
+from cluscomp.solve.layer import Later, Seen
+from cluscomp.stages.observing import LEAST, in_turn, observe
 
 MIXTRAL = {
     "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -118,33 +118,63 @@ def perplexity(folder, text) -> float:
     return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
 
 
+CLUSTER = "order=[cluster]", "method=gptq", "cluster=default", "bits=4"
+IN_TURN = "cluster.statistics=1e-6"  # those of one expert are in memory at a time
+
+
+@pytest.fixture(scope="module")
+def clustered(families, ground):
+    """The finished run of each family, by name."""
+    made = {}
+
+    def run(name):
+        if name not in made:
+            outputs = f"outputs='{ground}/{name}'"
+            made[name] = pipeline(*told(families(name, **FAMILIES[name]), ground, *CLUSTER, IN_TURN, outputs))
+        return made[name]
+
+    return run
+
+
+def score_of(found, after) -> float:
+    return next(one.value for one in found.record.scores if (one.after, one.metric) == (after, "perplexity"))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_perplexity_is_transformers_own_before_and_after(families, ground, tmp_path, name):
-    """With the statistics of one expert in memory at a time, which changes no bit of what is found."""
-    folder, short = families(name, **FAMILIES[name]), ("order=[cluster]", "method=gptq", "cluster=default", "bits=4")
-    found = {
-        room: pipeline(*told(folder, ground, *short, f"outputs='{tmp_path}/{room}'", f"cluster.statistics={room}"))
-        for room in (1e-6, 8.0)
-    }
-    cells = [one.record.stages["cluster"] for one in found.values()]
-    assert cells[0]["checkpoint_hash"] == cells[1]["checkpoint_hash"] and cells[0]["found"] == cells[1]["found"]
-    assert sum(map(sum, cells[0]["found"]["tokens_by_expert"].values())) >= 2 * 4 * 32 * 2
-    scores = {one.after: one.value for one in found[8.0].record.scores if one.metric == "perplexity"}
+def test_perplexity_is_transformers_own_before_and_after(families, clustered, ground, name):
+    found, folder = clustered(name), families(name, **FAMILIES[name])
     text = composed(*told(folder, ground)).stages["cluster"].data.text("test")
-    assert scores["original"] == pytest.approx(perplexity(folder, text), rel=1e-4)
-    assert scores["cluster"] == pytest.approx(perplexity(found[8.0].checkpoint, text), rel=1e-4)
-    assert scores["cluster"] != scores["original"]
+    assert score_of(found, "original") == pytest.approx(perplexity(folder, text), rel=1e-4)
+    assert score_of(found, "cluster") == pytest.approx(perplexity(found.checkpoint, text), rel=1e-4)
+    assert score_of(found, "cluster") != score_of(found, "original")
 
 
-@pytest.mark.parametrize("more", [["cluster.prefix=compressed", "cluster.drift=0.3"], ["allocation=model"]])
-def test_experts_take_turns_where_weights_follow_and_bits_are_shared_out(mixtral, ground, tmp_path, more):
-    short = "order=[cluster]", "method=cluscomp", "method.iterations=3", "cluster=default", "evaluate.after=[]", *more
-    first, second = (
-        pipeline(*told(mixtral, ground, *short, f"outputs='{tmp_path}/{room}'", f"cluster.statistics={room}"))
-        for room in (1e-6, 8.0)
+@torch.no_grad()
+def test_statistics_are_the_same_bits_all_at_once_and_in_turn(mixtral, ids):
+    model = Original(mixtral, torch.float32, torch.device("cpu")).load_all()
+    walk, block = Walk(model), blocks(model)[0]
+    entering = [walk.embed(ids), walk.embed(ids.flip(1))]
+    layers = [*linears(block)]
+    sizes = {layer: block.get_submodule(layer).in_features for stack in stacks(block).values() for layer in stack}
+    room = 3 * 4 * 32**2  # three experts' of 32 inputs
+    turns = in_turn(sizes, frozenset({"moment"}), room)
+    assert [len(turn) for turn in turns] == [3, 2, 3] and [layer for turn in turns for layer in turn] == [*sizes]
+    (stream, whole), (again, parts) = (
+        observe(frozenset({"moment"}), walk, 0, entering, layers=layers, room=most) for most in (math.inf, room)
     )
-    assert first.record.stages["cluster"]["found"] == second.record.stages["cluster"]["found"]
-    assert first.record.stages["cluster"]["checkpoint_hash"] == second.record.stages["cluster"]["checkpoint_hash"]
+    assert all(map(torch.equal, stream, again)) and whole.keys() == parts.keys() == set(layers)
+    for layer in [*layers, *reversed(layers)]:
+        assert torch.equal(whole[layer].matrix_II, parts[layer].matrix_II)
+        assert whole[layer].own == parts[layer].own and isinstance(parts[layer], Later) == (layer in sizes)
+
+
+def test_experts_take_turns_where_weights_follow_what_is_before_them(mixtral, ground, tmp_path):
+    short = "order=[cluster]", "method=gptq", "cluster=corrected", "bits=4", "evaluate.after=[]"
+    first, second = (
+        pipeline(*told(mixtral, ground, *short, f"outputs='{tmp_path}/{number}'", *more)).record.stages["cluster"]
+        for number, more in enumerate(([], [IN_TURN]))
+    )
+    assert first["found"] == second["found"] and first["checkpoint_hash"] == second["checkpoint_hash"]
 
 
 KILLED = """
@@ -156,7 +186,7 @@ put_in, done = clustering.put_in, []
 
 def put(block, layer, stored):
     done.append(layer)
-    if len([one for one in done if one == layer]) == 2 and layer == "mlp.experts.down_proj.1":
+    if done.count("mlp.experts.down_proj.1") == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     put_in(block, layer, stored)
 
@@ -165,19 +195,25 @@ main()
 """
 
 
-def test_killed_amid_the_experts_of_a_block_a_run_ends_with_the_same_bits(mixtral, finished, ground, forks, tmp_path):
-    command = told(mixtral, ground, f"outputs='{tmp_path}'")
+def test_killed_amid_the_experts_of_a_block_a_run_ends_with_the_same_bits(mixtral, clustered, ground, forks, tmp_path):
+    """As those of a run that was not killed, and in which experts took turns."""
+    command = told(mixtral, ground, *CLUSTER, f"outputs='{tmp_path}'", "evaluate.after=[]")
     pid = forks.start(tmp_path / "log", *command, script=KILLED)
     assert forks.wait(pid) == -9
     assert [path.name for path in tmp_path.glob("cluster-*/block-*")] == ["block-000.safetensors"]
-    again = pipeline(*command)
-    for stage in ("cluster", "block_finetune"):
-        hashes = [one.record.stages[stage]["checkpoint_hash"] for one in (again, finished)]
-        assert hashes[0] == hashes[1]
+    again, whole = (found.record.stages["cluster"] for found in (pipeline(*command), clustered("mixtral")))
+    assert again["checkpoint_hash"] == whole["checkpoint_hash"] and again["found"] == whole["found"]
 
 
 def test_experts_that_share_a_codebook_count_it_once(mixtral, ground, tmp_path):
-    short = "order=[cluster]", "method=cluscomp", "method.iterations=3", "method.share=experts", "cluster=default"
+    short = (
+        "order=[cluster]",
+        "method=cluscomp",
+        "method.iterations=3",
+        "method.share=experts",
+        "evaluate.after=[cluster]",
+        "cluster=default",
+    )
     found = pipeline(*told(mixtral, ground, *short, f"outputs='{tmp_path}'"))
     model = AutoModelForCausalLM.from_pretrained(found.checkpoint, dtype=torch.float32).eval()
     forms = {name: layer.stored for name, layer in compressed(model).items()}
@@ -190,5 +226,4 @@ def test_experts_that_share_a_codebook_count_it_once(mixtral, ground, tmp_path):
     size = found.record.stages["cluster"]["size"]
     assert size["linear_bits_per_weight"] <= 3
     text = composed(*told(mixtral, ground)).stages["cluster"].data.text("test")
-    scores = {one.after: one.value for one in found.record.scores if one.metric == "perplexity"}
-    assert scores["cluster"] == pytest.approx(perplexity(found.checkpoint, text), rel=1e-4)
+    assert score_of(found, "cluster") == pytest.approx(perplexity(found.checkpoint, text), rel=1e-4)
