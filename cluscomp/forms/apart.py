@@ -102,7 +102,7 @@ def _linear(weight_OI: Tensor, bias: nn.Parameter | None = None) -> nn.Linear:
     return layer
 
 
-def _unstack(name: str, module: nn.Module) -> dict[str, Part]:
+def _unstack(name: str, module: Any) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     turned = getattr(module, "is_transposed", False) or type(module).__name__ == "Llama4TextExperts"
     inside, count = ("mlp", module.num_experts) if type(module).__name__ == "DbrxExperts" else ("", None)

@@ -146,7 +146,8 @@ def once(key: Any, tensor: Tensor, make: Callable[[], Made]) -> Made:
         count.work = before
     found, work = count.made[key]
     count.work += work * count.times
-    return deepcopy(found)
+    again: Made = deepcopy(found)
+    return again
 
 
 def numbers(values_N: Tensor) -> list[int]:

@@ -43,7 +43,7 @@ class Layout:
         """(B, T, S H) -> as a block gets them."""
         if not self.streams:
             return hidden_BTH
-        hidden_BTSH: Tensor = hidden_BTH.unflatten(2, (self.streams, -1))  # type: ignore[no-untyped-call]
+        hidden_BTSH: Tensor = hidden_BTH.unflatten(2, (self.streams, -1))
         return hidden_BTSH.movedim(2, 0) if self.first else hidden_BTSH
 
 

@@ -1,6 +1,5 @@
 """What is known of transformers: open an original model block by block, find its blocks and linear layers."""
 
-import hashlib
 import logging
 import math
 import re
@@ -28,12 +27,10 @@ from cluscomp.errors import InputError
 from cluscomp.forms.apart import KeptLinear, Part, take_apart, together
 from cluscomp.forms.layers import place
 from cluscomp.forms.linear import CompressedLinear
-from cluscomp.models.files import weight_files
 from cluscomp.models.names import Files, Source
 from cluscomp.models.sources import read_config
 from cluscomp.models.untrusted import check_dtypes, check_tokens, made_of
 from cluscomp.process import give_memory_back
-from cluscomp.store.files import file_hash
 
 log = logging.getLogger(__name__)
 OTHERS = re.compile("vision|visual|image|audio|speech")  # in names of a model's parts that are not for text
@@ -330,26 +327,3 @@ def check_supported(model: PreTrainedModel) -> None:
             raise InputError(f"{type(model).__name__}: {name}.{shared} is another block's; shared blocks are not known")
     if not any(linears(block) for block in blocks(model)):
         raise InputError(f"{type(model).__name__}: has no linear layer in its blocks, so there is nothing to compress")
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over a model folder's config, tokenizer and weights: the identity of an original model."""
-    return combined(file_hashes(folder))
-
-
-def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of a model folder that decides what the model is, by name.
-
-    In Hugging Face's cache a weight file is a link to a file named by its own hash, which saves reading it.
-    """
-    found, weights = {}, weight_files(folder)
-    for path in sorted(folder.iterdir()):
-        if path in weights or path.suffix in {".json", ".model", ".jinja"}:
-            stored_name = path.resolve().name
-            found[path.name] = stored_name if re.fullmatch("[0-9a-f]{64}", stored_name) else file_hash(path)
-    return found
-
-
-def combined(hashes: dict[str, str]) -> str:
-    """SHA-256 over files' names and hashes."""
-    return hashlib.sha256("".join(f"{name}:{value}\n" for name, value in hashes.items()).encode()).hexdigest()
