@@ -324,6 +324,6 @@ def check_supported(model: PreTrainedModel) -> None:
     tied = model.all_tied_weights_keys
     for name, block in zip(block_names(model), blocks(model)):
         if shared := next((key for key in linears(block) if f"{name}.{key}.weight" in tied), None):
-            raise InputError(f"{type(model).__name__}: {name}.{shared} is another block's; shared blocks are not known")
+            raise InputError(f"{name}.{shared}: another block has it, too; give a model whose blocks share no weights")
     if not any(linears(block) for block in blocks(model)):
         raise InputError(f"{type(model).__name__}: has no linear layer in its blocks, so there is nothing to compress")
