@@ -37,7 +37,7 @@ def run(stage: BlockFinetune, model: PreTrainedModel, job: Job) -> dict[str, Any
     """Train block after block; see `BlockFinetune.run`."""
     ids_WT = torch.from_numpy(stage.windows(job.original.tokenizer, job.seed)).to(job.original.device)
     walk, teacher = Walk(model), Walk(job.teacher.model(), job.teacher)
-    shape_WTH = (*ids_WT.shape, walk.embed(ids_WT[:1]).shape[2])
+    shape_WTH = (len(ids_WT), *walk.embed(ids_WT[:1]).shape[1:])
     own = job.folder if ranks.rank() == 0 else job.folder / f"rank-{ranks.rank()}"  # for what the first does not see
     own.mkdir(exist_ok=True)
     streams = Streams(own, stage.streams, shape_WTH, job.original.dtype, job.original.device)
