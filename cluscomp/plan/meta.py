@@ -16,7 +16,7 @@ from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms.apart import take_apart
 from cluscomp.forms.layers import Size, empty_layers, size_of
-from cluscomp.forms.linear import compressed, unique_tensors
+from cluscomp.forms.linear import can_stay_rebuilt, compressed, unique_tensors
 from cluscomp.forms.stored import Stored, described
 from cluscomp.kernels.counting import Count
 from cluscomp.kernels.work import Work
@@ -136,6 +136,13 @@ class MetaModel:
     def dense_block(self) -> float:
         """Bytes of a dense block in memory."""
         return self.block_numbers * self.dtype.itemsize
+
+    @property
+    def rebuilt(self) -> float:
+        """Bytes of a compressed block's dense weights that are kept for several passes."""
+        return float(
+            self.dtype.itemsize * sum(one.out_features * one.in_features for one in can_stay_rebuilt(self.block))
+        )
 
     @property
     def stored(self) -> float:

@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, cast
 
@@ -13,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cluscomp.forms.linear import compressed
+from cluscomp.forms.linear import compressed, rebuilt
 from cluscomp.models.original import Original, block_names, norms
 from cluscomp.models.walk import Walk
 from cluscomp.process import for_tracker
 from cluscomp.stages import Job
-from cluscomp.stages.block_finetune import CHECKS, ROUNDED, BlockFinetune
+from cluscomp.stages.block_finetune import CHECKS, JUDGED, ROUNDED, BlockFinetune
 from cluscomp.stages.blockwise import Blockwise
 from cluscomp.store.records import read_sealed, write_sealed
 from cluscomp.train.masters import Group, State, Trained, by_mean, by_sign, fit, moving, rounding
@@ -87,9 +88,10 @@ def finetune_block(
 ) -> dict[str, Any]:
     """Train one block; `leaving_WTH` (W, T, H) receives its outputs. Works on float32 masters.
 
-    Outputs and loss are those of what is stored. If a loss or gradient is not finite, or the loss ends no better
-    than it began, the block gets back what it had and the learning rates are halved, at most twice; then it keeps
-    what it had. With windows held out theirs is the loss that decides, and the best state of `CHECKS` is taken. Returns
+    Outputs and loss are those of what is stored, the loss that of the first `JUDGED` windows. If a loss or gradient is
+    not finite, or the loss ends no better than it began, the block gets back what it had and the learning rates are
+    halved, at most twice; then it keeps what it had. With windows held out theirs is the loss that decides, and the
+    best state of `CHECKS` is taken. Returns
     the mean squared error `before` and `after`, `held_out_before` and `held_out_after` where there are such windows,
     the target's mean `square`, the `lr` of the attempt that counts, the `attempts`, whether the block was `kept` as it
     was, the `reasons` of failures, how far what is stored has `moved` (squared change over squared size), the share of
@@ -114,19 +116,13 @@ def finetune_block(
         found_BTH = output_BTH[:, stage.skip :, : walk.width].float()
         return torch.stack([F.mse_loss(found_BTH, end_BTH) for end_BTH in ends]).sum()
 
-    @torch.no_grad()
-    def mean_error(parts: list[slice]) -> float:
-        total = count = 0.0
-        for rows in parts:
-            output_BTH = walk.apply(index, block, entering_WTH[rows].to(device))
-            leaving_WTH[rows] = output_BTH.to(leaving_WTH.device)
-            total += float(errors(output_BTH, rows)) * len(output_BTH)
-            count += len(output_BTH)
-        return total / count
+    mean_error = partial(_mean_error, walk, index, entering_WTH, leaving_WTH, errors)
 
     def measure(when: str) -> dict[str, float]:
-        learned = {when: mean_error(batches(stage))}
-        return learned | ({f"held_out_{when}": mean_error(held_out(stage))} if stage.held_out else {})
+        found = {when: mean_error(judged(stage))}
+        if when == "after":  # of the others, too, it is to be known what leaves the block
+            mean_error(batches(stage)[len(judged(stage)) :])
+        return found | ({f"held_out_{when}": mean_error(held_out(stage))} if stage.held_out else {})
 
     decides = "held_out_" if stage.held_out else ""
     found = measure("before") | {"square": square}
@@ -182,6 +178,26 @@ def finetune_block(
         "lr": None, "attempts": attempts, "kept": True, "reasons": reasons,
         "moved": 0.0, **codes_moved(codes), "epochs": [],
     }  # fmt: skip
+
+
+@torch.no_grad()
+def _mean_error(
+    walk: Walk,
+    index: int,
+    entering_WTH: Tensor,
+    leaving_WTH: Tensor,
+    errors: Callable[[Tensor, Any], Tensor],
+    parts: list[slice],
+) -> float:
+    """The mean of `errors(output_BTH, rows)` over parts of the windows, whose outputs go into `leaving_WTH`."""
+    total = count = 0.0
+    with rebuilt(walk.blocks[index], leaving_WTH.dtype):
+        for rows in parts:
+            output_BTH = walk.apply(index, walk.blocks[index], entering_WTH[rows].to(walk.device))
+            leaving_WTH[rows] = output_BTH.to(leaving_WTH.device)
+            total += float(errors(output_BTH, rows)) * len(output_BTH)
+            count += len(output_BTH)
+    return total / count if count else 0.0
 
 
 def own_rates(stage: BlockFinetune, block: nn.Module, share: float) -> list[Group]:
@@ -246,6 +262,11 @@ class Epochs:
 def batches(stage: BlockFinetune) -> list[slice]:
     """Rows of the windows that are learned from, batch after batch."""
     return _rows(0, stage.samples, stage.batch_size)
+
+
+def judged(stage: BlockFinetune) -> list[slice]:
+    """Rows of the first of them, on which losses before and after are compared."""
+    return batches(stage)[: math.ceil(JUDGED / stage.batch_size)]
 
 
 def held_out(stage: BlockFinetune) -> list[slice]:
