@@ -4,7 +4,7 @@ import os
 import sys
 
 from cluscomp import __version__
-from cluscomp.process import interrupt_once, loading
+from cluscomp.process import hoard_nothing, interrupt_once, loading
 
 with loading():
     from cluscomp.command import records
@@ -19,6 +19,7 @@ MULTIRUN = ("-m", "--multirun")
 def main() -> None:
     """The `cluscomp` command. Exit codes: 0 done, 1 failed, 2 input cannot work, 130 interrupted."""
     interrupt_once()
+    hoard_nothing()
     arguments = sys.argv[1:]
     plain = {
         "status": records.status, "collect": records.collected, "table": records.table, "plot": records.plot,

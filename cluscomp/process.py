@@ -22,6 +22,7 @@ Thing = TypeVar("Thing")
 SILENCE = 60.0  # seconds after which a log gets a sign of life
 BURST = 3.0  # seconds within which Ctrl-C pressed again is the same Ctrl-C
 LATER = 0.01  # seconds until one that came where an exception would be lost comes again
+MMAP_THRESHOLD = -3, 2 * 2**20  # of malloc.h; bytes of the smallest piece that goes back to the system when it is freed
 
 
 @contextlib.contextmanager
@@ -96,6 +97,17 @@ def resident() -> float:
     """Bytes of RAM this process has now (Linux; elsewhere 0.5 GiB, what the libraries take)."""
     fields = _kilobytes("/proc/self/status")
     return fields.get("VmRSS", 2.0**29)
+
+
+def hoard_nothing() -> None:
+    """Before torch is loaded: large tensors are mapped one by one, in huge pages, and unmapped when they are freed.
+
+    By itself glibc keeps pieces of up to 32 MiB, which in training is more than all that is alive: 3.0 GB in the place
+    of 1.2 (stage finetune, SmolLM2-135M, 8 x 256 tokens). Huge pages make mapping cheap.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(*MMAP_THRESHOLD)
 
 
 def give_memory_back() -> None:

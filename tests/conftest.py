@@ -33,7 +33,7 @@ CHECKED = ["kernels.codes", "solve.kmeans", "forms.codebook", "models.walk", "sc
 jaxtyping.install_import_hook([f"cluscomp.{name}" for name in CHECKED], "beartype.beartype")
 
 # Tests that run whole commands and trainings: they call what others have checked, many thousand times.
-UNCHECKED = ("command", "report", "runs", "stages/test_recover.py", "stages/test_finetune.py")
+UNCHECKED = ("command", "methods/test_methods.py", "plan", "report", "runs", "stages")
 
 TOKENS = 12  # of a test window: longer than the sliding windows below
 ROPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}

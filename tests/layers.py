@@ -4,7 +4,7 @@ import torch
 
 from cluscomp.methods import Method
 from cluscomp.plan import dry
-from cluscomp.plan.meta import Place
+from cluscomp.plan.places import Place
 from cluscomp.solve.layer import Layer, Seen
 
 

@@ -26,7 +26,7 @@ from cluscomp.forms.layers import KINDS
 from cluscomp.forms.low_rank import LowRank
 from cluscomp.forms.signs import SignWeight
 from cluscomp.plan import dry
-from cluscomp.plan.meta import Place
+from cluscomp.plan.places import Place
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "cluscomp"

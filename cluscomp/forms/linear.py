@@ -1,5 +1,8 @@
 """The linear layer that uses a stored weight; all such layers of a model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -75,11 +78,12 @@ class CompressedLinear(nn.Linear):
     """
 
     weight: Tensor
+    dense: Tensor | None  # (O, I) while it is `rebuilt`
 
     def __init__(self, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would make a dense weight
         self.in_features, self.out_features = stored.in_features, stored.out_features
-        self.stored = stored
+        self.stored, self.dense = stored, None
         device = next(stored.parameters()).device
         self.register_buffer("weight", torch.empty(0, dtype=dtype, device=device))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -97,6 +101,8 @@ class CompressedLinear(nn.Linear):
             product_BO = self.stored.product(x.reshape(-1, self.in_features))
             if product_BO is not None:
                 return (product_BO if bias is None else product_BO + bias).view(*x.shape[:-1], -1)
+            if self.dense is not None and self.dense.dtype == x.dtype:
+                return F.linear(x, self.dense, bias)
         return _RebuiltLinear.apply(x, bias, self.stored, *self.stored.parameters())  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
@@ -104,6 +110,7 @@ class CompressedLinear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+MOST_REBUILT = 2**26  # numbers of dense weights of one block that are kept for several passes
 BASE = ".base_layer"  # what PEFT adds to the name of a layer under an adapter
 MARK = ".lora_"  # in the names of an adapter's tensors
 
@@ -111,6 +118,32 @@ MARK = ".lora_"  # in the names of an adapter's tensors
 def compressed(model: nn.Module) -> dict[str, CompressedLinear]:
     """The compressed layers of a model or block, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+
+
+@contextmanager
+def rebuilt(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let the layers of a block that `can_stay_rebuilt` do so once for all passes without gradients within.
+
+    The numbers are the same.
+    """
+    layers = can_stay_rebuilt(block)
+    with torch.no_grad():
+        for layer in layers:
+            layer.dense = layer.stored(dtype)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.dense = None
+
+
+def can_stay_rebuilt(block: nn.Module) -> list[CompressedLinear]:
+    """The layers of a block whose dense weights may be in memory together, a quarter of a GB in float32 at the most.
+
+    Not those of which there is a tile at a time; none where all together are too large.
+    """
+    layers = [layer for layer in compressed(block).values() if len(layer.stored.tiles()) == 1]
+    return layers if sum(layer.out_features * layer.in_features for layer in layers) <= MOST_REBUILT else []
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -20,14 +20,34 @@ REFERENCE = {"iterations": 20, "init": "random_points", "over_relaxation": 1.0, 
 BEST = {"iterations": 20, "init": "kd", "over_relaxation": 1.9, "move_centroids": True}
 
 
+def spatial_order(centroids_KD: torch.Tensor, *, threads: int | None = None) -> torch.Tensor | None:
+    """An order of centroids (K, D) for `assign`, (K,) int32, in which neighbours are near each other.
+
+    It is most of what a search of few points costs, and serves all centroids that lie about as these do. None where
+    there is no compiled kernel to use it, as on a GPU.
+    """
+    centroids_KD = _checked(centroids_KD, "centroids").float()
+    if native is None or centroids_KD.is_cuda:
+        return None
+    _refuse_not_finite(centroids_KD, "centroids")
+    order_K = torch.empty(len(centroids_KD), dtype=torch.int32)
+    native.spatial_order(centroids_KD, order_K, number_of_threads(threads))
+    return order_K
+
+
 def assign(
-    points_ND: torch.Tensor, centroids_KD: torch.Tensor, *, threads: int | None = None
+    points_ND: torch.Tensor,
+    centroids_KD: torch.Tensor,
+    *,
+    order_K: torch.Tensor | None = None,
+    threads: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The nearest centroid of every point and the squared distance to it; exact, lowest number on a tie.
 
     Args:
         points_ND: (N, D) float32, bfloat16 or float16, on the CPU or a CUDA device.
         centroids_KD: (K, D) of the same kinds, on the same device; compared in float32.
+        order_K: (K,), a `spatial_order` that is known. The result does not depend on it.
         threads: of the CPU; as many as torch uses, where None. The result does not depend on it.
 
     Returns:
@@ -52,7 +72,7 @@ def assign(
         return lloyd_torch.assign_reference(points_ND, centroids_KD)
     codes_N = torch.empty(len(points_ND), dtype=torch.int32)
     distances_N = torch.empty(len(points_ND))
-    native.assign(points_ND, centroids_KD, codes_N, distances_N, threads)
+    native.assign(points_ND, centroids_KD, codes_N, distances_N, threads, order=order_K)
     return codes_N, distances_N
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cluscomp.errors import InputError
+from cluscomp.forms.linear import rebuilt
 from cluscomp.models.arguments import Arguments, Carried, Manner, behind, carry, hidden_of, same, split
 from cluscomp.models.comparing import Captured, compare
 from cluscomp.models.original import Original, block_names, blocks
@@ -95,7 +96,7 @@ class Walk:
         """
         hidden = [self.embed(ids_BT) for ids_BT in batches]
         for index in told(range(len(self)), len(self), label, "block"):
-            with self.block(index) as block:
+            with self.block(index) as block, rebuilt(block, self.model.dtype):
                 for number, hidden_BTH in enumerate(hidden):
                     hidden[number] = self.apply(index, block, hidden_BTH)
                     _check_finite(block_names(self.model)[index], block, hidden[number])

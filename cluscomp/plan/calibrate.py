@@ -41,7 +41,7 @@ def measure() -> dict[str, float]:
 
 def slowdown(dtype: torch.dtype) -> float:
     """How many times as long as in float32 a layer takes in another type on this processor; less than 1 s of work."""
-    linear, x_TI, w_OI = torch.nn.functional.linear, torch.ones(512, 576), torch.ones(1536, 576)
+    linear, x_TI, w_OI = torch.nn.functional.linear, torch.ones(256, 576), torch.ones(1536, 576)
     y_TI, v_OI = x_TI.to(dtype), w_OI.to(dtype)
     return _seconds(lambda: linear(y_TI, v_OI), repeats=3) / _seconds(lambda: linear(x_TI, w_OI), repeats=3)
 

@@ -11,7 +11,7 @@ from cluscomp.forms.stored import Stored
 from cluscomp.kernels.counting import Count
 from cluscomp.kernels.work import Work
 from cluscomp.methods import Method
-from cluscomp.plan.meta import Place
+from cluscomp.plan.places import Place
 from cluscomp.solve.layer import Layer, Seen
 
 log = logging.getLogger(__name__)

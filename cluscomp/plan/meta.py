@@ -5,19 +5,18 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
-from cluscomp.forms.apart import stacks, take_apart
+from cluscomp.forms.apart import take_apart
 from cluscomp.forms.layers import Size, empty_layers, reshape, size_of
-from cluscomp.forms.linear import compressed, unique_tensors
+from cluscomp.forms.linear import can_stay_rebuilt, compressed, unique_tensors
 from cluscomp.forms.multimodal import opener
 from cluscomp.forms.stored import Stored, described
 from cluscomp.kernels.counting import Count
@@ -27,12 +26,9 @@ from cluscomp.models.untrusted import made_of
 from cluscomp.models.walk import Walk
 from cluscomp.plan.attention import FusedAttention
 from cluscomp.plan.cost import Cost
+from cluscomp.plan.places import LOOKED, Place, chosen_all, observed
 
-LOOKED = 32  # tokens that blocks are run on to see what enters each layer
 TOKENS_OF_A_TEXT = 340_000  # assumed of a text that is not on this machine: WikiText-2's test set
-# RAM that glibc keeps of what comes and goes in the training of a whole model: some three times as much as is alive at
-# once (250 MiB alive, 1,223 held of SmolLM2; benchmarks/recover_memory.py). Pieces of more than 32 MiB are given back.
-HOARDED, HOARDED_AT_MOST = 3.5, 2.0**30
 NOTHING = Work()
 # of all outlines of this process: stages, cells and checks ask for the same ones
 _passes: dict[Any, "Pass"] = {}
@@ -45,19 +41,6 @@ class Pass:
 
     peak: float
     work: Work
-
-
-class Place(NamedTuple):
-    """Shape of a layer (O, I) and where it stands in its block.
-
-    Those with one `input` read the same tensor. Experts of one `stack` see a `share` of the tokens each.
-    """
-
-    out_features: int
-    in_features: int
-    input: int
-    stack: str | None = None
-    share: float = 1.0
 
 
 class MetaModel:
@@ -151,6 +134,13 @@ class MetaModel:
         return self.block_numbers * self.dtype.itemsize
 
     @property
+    def rebuilt(self) -> float:
+        """Bytes of a compressed block's dense weights that are kept for several passes."""
+        return float(
+            self.dtype.itemsize * sum(one.out_features * one.in_features for one in can_stay_rebuilt(self.block))
+        )
+
+    @property
     def stored(self) -> float:
         """Bytes of all compressed layers and what else is in the blocks, in memory."""
         tensors = sum(tensor.nbytes for block in blocks(self.model) for tensor in unique_tensors(block).values())
@@ -172,29 +162,10 @@ class MetaModel:
         """The dense linear layers of each block that its forward pass runs, by name: those that are compressed."""
         key = *self._name, "places", tuple(compressed(self.model))
         if key not in _places:
-            _places[key] = self._observed()
+            walk, _, hidden_BTH = self._embedded(1, LOOKED)
+            with made_of(self.config):
+                _places[key] = observed(walk, hidden_BTH)
         return [dict(block) for block in _places[key]]
-
-    def _observed(self) -> list[dict[str, Place]]:
-        walk, _, hidden_BTH = self._embedded(1, LOOKED)
-        found: dict[str, dict[str, Place]] = {}  # by what blocks are made of: those that are alike are walked once
-        made = [_made_of(block) for block in walk.blocks]
-        for index, block in enumerate(walk.blocks):
-            if made[index] in found:
-                continue
-            layers = linears(block)
-            with made_of(self.config), _chosen_all():
-                _, entering = walk.observe(index, block, hidden_BTH, list(layers))
-            numbers: dict[int, int] = {}
-            inputs = {name: numbers.setdefault(id(x), len(numbers)) for name, x in entering.items()}
-            called = {name: layers[name] for name in layers if name in inputs}
-            places = {name: Place(one.out_features, one.in_features, inputs[name]) for name, one in called.items()}
-            for stack, experts in stacks(block).items():
-                for name in places.keys() & set(experts):
-                    tokens = entering[name].numel() / places[name].in_features
-                    places[name] = places[name]._replace(stack=stack, share=tokens / LOOKED)
-            found[made[index]] = places
-        return [found[one] for one in made]
 
     def kept(self) -> list[str]:
         """Names of the matrices and larger tensors inside the blocks that stay as they are (routers, convolutions).
@@ -252,7 +223,7 @@ class MetaModel:
 
     def _embedded(self, batch: int, length: int) -> tuple[Walk, nn.Module, Tensor]:
         walk = self._walked
-        with Count(), _chosen_all():
+        with Count(), chosen_all():
             return walk, self.block, walk.embed(torch.zeros(batch, length, dtype=torch.long, device="meta"))
 
     def _walk(self, batch: int, length: int, train: bool) -> Pass:
@@ -269,7 +240,7 @@ class MetaModel:
         with ExitStack() as stack:
             count = stack.enter_context(Count())
             stack.enter_context(FusedAttention(count))
-            stack.enter_context(_chosen_all())
+            stack.enter_context(chosen_all())
             stack.enter_context(torch.set_grad_enabled(train))
             output_BTH = walk.apply(index, block, hidden_BTH)
             if train:
@@ -327,9 +298,6 @@ class MetaModel:
             "inside one block": inside.peak,
             "logits": 12.0 * logits,
         }
-        if self.device == "cpu":
-            passing = sum(device.values()) - kept - self.outside
-            device["kept back by malloc"] = min(HOARDED_AT_MOST, HOARDED * passing)
         batches = examples // batch_size
         once = self.forward(own, length).work * self.blocks
         head = self.logits(own, length).work
@@ -338,18 +306,3 @@ class MetaModel:
         work += (once + head) * (2 * held_out / own) + before * (1 / self.ranks)
         work += Work(read=float(self.checkpoint_bytes()))
         return Cost(device, {}, work, "a smaller batch_size with more accumulation, or a smaller length")
-
-
-def _chosen_all() -> Any:
-    """What a model chooses by its numbers are all of them where there are no numbers."""
-    return torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
-
-
-def _made_of(block: nn.Module) -> str:
-    """The parts of a block with all their plain values (sizes, kinds of attention) but its number."""
-
-    def plain(part: nn.Module) -> dict[str, Any]:
-        values = vars(part).items()
-        return {key: one for key, one in values if isinstance(one, int | float | str) and key != "layer_idx"}
-
-    return repr([(name, type(part), plain(part)) for name, part in block.named_modules()])

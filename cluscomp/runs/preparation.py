@@ -1,6 +1,7 @@
 """What a run finds out before it works: its device and dtype, and what it will need."""
 
 import logging
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from cluscomp.runs.experiment import Experiment
 
 log = logging.getLogger("cluscomp")
 
-SLOW = 3.0  # times as long as in float32: worth a warning
+SLOW = 3.0  # times as long as in another type: worth a warning, or that type
 
 
 def device_of(name: str) -> torch.device:
@@ -29,10 +30,16 @@ def device_of(name: str) -> torch.device:
 
 
 def dtype_of(experiment: Experiment) -> torch.dtype:
-    """The dtype all models compute in: "auto" is float32 on the CPU (bfloat16 is slower there), bfloat16 on a GPU."""
+    """The dtype all models compute in; it is part of all keys and protocols.
+
+    "auto" is bfloat16 on a GPU, and on a processor that takes `SLOW` times as long in float32, which is measured: one
+    with units for bfloat16's products (AMX) does, and no other comes near. Elsewhere it is float32.
+    """
     if experiment.dtype != "auto":
         return getattr(torch, experiment.dtype)  # type: ignore[no-any-return]
-    return torch.float32 if device_of(experiment.device).type == "cpu" else torch.bfloat16
+    if device_of(experiment.device).type == "cuda" or _slowdown(torch.bfloat16) < 1 / SLOW:
+        return torch.bfloat16
+    return torch.float32
 
 
 def foreseen(experiment: Experiment, cache: Path) -> Plan | None:
@@ -76,9 +83,9 @@ def _slower_products(experiment: Experiment, device: str) -> float:
     Warns of a large factor: processors without instructions for 16-bit numbers compute in them all the same, but take
     hours for minutes.
     """
-    if device != "cpu" or experiment.dtype in ("auto", "float32"):
+    if device != "cpu" or dtype_of(experiment) == torch.float32:
         return 1.0
-    factor = slowdown(dtype_of(experiment))
+    factor = _slowdown(dtype_of(experiment))
     if factor > SLOW:
         log.warning(
             "dtype=%s: this processor takes about %.0f times as long as in float32; "
@@ -87,3 +94,6 @@ def _slower_products(experiment: Experiment, device: str) -> float:
             factor,
         )
     return factor
+
+
+_slowdown = cache(slowdown)

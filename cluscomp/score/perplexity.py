@@ -13,6 +13,8 @@ from cluscomp import ranks
 from cluscomp.models.predictions import Predictions
 from cluscomp.models.walk import Walk, not_finite
 
+FEW_TOKENS = 64  # whose logits, in float32, are worked on at a time: all of a window's are larger than any cache
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -104,8 +106,10 @@ def window_distances(original_BTV: Tensor, logits_BTV: Tensor) -> dict[str, Tens
 def window_losses(logits_BTV: Tensor, ids_BT: Int[Tensor, "B T"]) -> Tensor:
     """Negative log-likelihood of tokens 1..T-1 of each window, summed: (B, T, V), (B, T) -> (B,) float64."""
     losses = []
-    for logits_TV, ids_T in zip(logits_BTV, ids_BT):  # one window at a time: the logits are large
-        losses.append(F.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none").double().sum())
+    for logits_TV, ids_T in zip(logits_BTV, ids_BT):
+        pairs = zip(logits_TV[:-1].split(FEW_TOKENS), ids_T[1:].split(FEW_TOKENS))
+        parts = [F.cross_entropy(part_TV.float(), ids, reduction="none") for part_TV, ids in pairs]
+        losses.append(torch.cat(parts).double().sum())
     return torch.stack(losses).cpu()
 
 

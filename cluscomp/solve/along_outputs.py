@@ -174,13 +174,14 @@ class Coded:
 
 
 def least_squares_codebook(
-    layers: Sequence[Coded], bits: int, centroids_KD: Float[Tensor, "K D"], steps: int
+    layers: Sequence[Coded], bits: int, centroids_KD: Float[Tensor, "K D"], steps: int, enough: float = 0.0
 ) -> Float[Tensor, "K D"]:
     """The codebook (K, D) that minimises the sum of the layers' tr(E H E^T), codes fixed, from `centroids_KD` on.
 
     A linear least-squares problem in the codebook: conjugate gradients with the diagonal of its matrix as
-    preconditioner, at most `steps` of them, each one product of H with a dense weight for each layer. The D columns do
-    not touch each other, so each has its own step length. Centroids no code points to stay.
+    preconditioner, at most `steps` of them (`enough`: see `conjugate_gradients`), each one product of H with a dense
+    weight for each layer. The D columns do not touch each other, so each has its own step length. Centroids no code
+    points to stay.
     """
     size, dim = centroids_KD.shape
 
@@ -196,7 +197,7 @@ def least_squares_codebook(
     start_KD = centroids_KD.float()
     mass_KD = gather(lambda layer: layer.moment_II.diagonal()[:, None].expand(layer.weight_IO.shape).contiguous())
     residual_KD = gather(lambda layer: layer.moment_II @ (layer.weight_IO - dense(layer, start_KD)))
-    return conjugate_gradients(start_KD, residual_KD, mass_KD, times_matrix, steps, apart=True)
+    return conjugate_gradients(start_KD, residual_KD, mass_KD, times_matrix, steps, enough, apart=True)
 
 
 def conjugate_gradients(
@@ -205,10 +206,13 @@ def conjugate_gradients(
     diagonal: Tensor,
     times_matrix: Callable[[Tensor], Tensor],
     steps: int,
+    enough: float = 0.0,
     *,
     apart: bool = False,
 ) -> Tensor:
     """The minimum of a quadratic form after at most `steps` of conjugate gradients, from `start` on; all of one shape.
+
+    A step that lowers the form by no more than a share `enough` of what all did so far is the last.
 
     `residual` is the form's negative gradient at the start, `times_matrix` its matrix times a direction, and `diagonal`
     (not negative) a part of the matrix' diagonal, the preconditioner; where it is 0 the start stays. `apart`: the
@@ -222,8 +226,9 @@ def conjugate_gradients(
     x, scale = start, torch.where(diagonal > 0, 1 / diagonal, 0)
     direction = scale * residual
     size = first = product(residual, direction)
+    gained = 0.0
     if start.is_meta and steps:  # one step stands for all
-        with times(steps):
+        with times(steps / 2 if enough else steps):
             return x + size / product(direction, times_matrix(direction)) * direction
     for _ in range(steps):
         if bool((size <= 1e-10 * first).all()):
@@ -231,6 +236,9 @@ def conjugate_gradients(
         bent = times_matrix(direction)
         length = size / product(direction, bent).clamp(min=tiny)
         x = x + length * direction
+        gained += (gain := float((length * size).sum()))
+        if gain <= enough * gained:
+            break
         residual = residual - length * bent
         scaled = scale * residual
         before, size = size, product(residual, scaled)

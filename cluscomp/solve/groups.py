@@ -16,6 +16,8 @@ from cluscomp.solve.kmeans import Recipe, kmeans
 from cluscomp.solve.layer import Layer
 from cluscomp.solve.shapes import Shape, choose, expected_bits
 
+ENOUGH = 3e-3  # of what steps towards a codebook took off the error so far: one that takes off less is the last
+
 
 class Group:
     """Layers that share a codebook, as K-means and the choice of codes see them.
@@ -40,6 +42,8 @@ class Group:
         self.names, self._layers, self.recipe = names, layers, recipe
         self._axis, self._weighting, self._damping = axis, weighting, damping
         self.weights = [layer.weight_OI.float() for layer in layers]
+        if axis == "out":  # input by input in memory, as they are cut
+            self.weights = [weight_OI.T.contiguous().T for weight_OI in self.weights]
         self.matrices = [(layer.weight_OI.shape[0], layer.weight_OI.shape[1]) for layer in layers]
         self.numbers = sum(weight.numel() for weight in self.weights)
         self.worth = sum(layer.worth for layer in layers)
@@ -166,7 +170,7 @@ class Group:
             if least_squares:
                 packed = [pack(codes_IG.flatten(), bits) for codes_IG in coded]
                 layers = [Coded(*layer) for layer in zip(weights, packed, moments)]
-                centroids_KD = least_squares_codebook(layers, bits, centroids_KD, least_squares)
+                centroids_KD = least_squares_codebook(layers, bits, centroids_KD, least_squares, ENOUGH)
         return [codes_IG.flatten() for codes_IG in coded], centroids_KD
 
     def _moments(self) -> list[Tensor]:

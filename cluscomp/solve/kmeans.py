@@ -1,6 +1,7 @@
 """K-means clustering of sub-vectors: the recipes, over the exact kernels. Knows no model, file or config."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from cluscomp.kernels.work import Work
 
 INDEXED = 512  # centroids from which on a search of some dimensions makes an index first (native/lloyd.cpp)
 INDEXING = 2000  # distances that a centroid's place in the index takes as long as (65,536 of 8 numbers)
+ORDERED = 200  # the same, where a spatial order is known
 SEARCH = 100  # calls of torch that a search takes as long as by itself, however few points: its checks and threads
 
 
@@ -59,19 +61,22 @@ def kmeans(
     return Clustering(found.centroids_KD.to(device), found.codes_N.to(device), found.inertia)
 
 
-def nearest(points_ND: Float[Tensor, "N D"], centroids_KD: Float[Tensor, "K D"]) -> Int[Tensor, " N"]:
+def nearest(
+    points_ND: Float[Tensor, "N D"], centroids_KD: Float[Tensor, "K D"], order_K: Int[Tensor, " K"] | None = None
+) -> Int[Tensor, " N"]:
     """The code (N,) of the nearest centroid of each point (N, D), on the points' device.
 
+    `order_K` (K,) is a `kernels.lloyd.spatial_order` that is known already; the codes do not depend on it.
     Exact and the lowest on a tie, but for machines without the compiled kernels, where faiss decides if it is there.
     """
     if points_ND.is_meta:
         each = float(len(points_ND))  # distances, by centroid
         if len(centroids_KD) >= INDEXED:
-            each = each / 4 + INDEXING
+            each = each / 4 + (INDEXING if order_K is None else ORDERED)
         report(Work(distances=each * len(centroids_KD), calls=SEARCH))
         return points_ND.new_empty(len(points_ND), dtype=torch.int32)
     points_ND, centroids_KD, device = _placed(points_ND), _placed(centroids_KD), points_ND.device
-    search = lloyd_torch.assign if native is None else assign
+    search = lloyd_torch.assign if native is None else partial(assign, order_K=order_K)
     codes_N, _ = search(points_ND, centroids_KD)
     return codes_N.to(device)
 

@@ -1,11 +1,14 @@
 """Vectors of the E8 lattice for a weight, chosen with error feedback (QuIP#, arXiv 2402.04396)."""
 
+from functools import cache
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cluscomp.forms.lattice import DIM, TABLES, LatticeWeight, table
 from cluscomp.forms.uniform import in_16_bits
+from cluscomp.kernels.lloyd import spatial_order
 from cluscomp.solve.along_outputs import Wanted, best_factors, feedback
 from cluscomp.solve.kmeans import nearest
 
@@ -75,9 +78,16 @@ def _vectors(wanted_Nd: Tensor, factor_dd: Tensor, width: int, codes: list[list[
         vectors_Kd = scale * table(name, wanted_Nd.device)[:, : len(factor_dd)]
         both_dM = torch.cat([wanted_Nd - chosen_Nd, vectors_Kd]).T
         bent_Md = torch.linalg.solve_triangular(factor_dd.T, both_dM, upper=False).T.contiguous()
-        found.append(nearest(bent_Md[: len(wanted_Nd)], bent_Md[len(wanted_Nd) :]))
+        order_K = None if wanted_Nd.is_cuda or len(factor_dd) < DIM else _order(name)
+        found.append(nearest(bent_Md[: len(wanted_Nd)], bent_Md[len(wanted_Nd) :], order_K))
         chosen_Nd = chosen_Nd + vectors_Kd[found[-1].long()]
     return chosen_Nd
+
+
+@cache
+def _order(name: str) -> Tensor | None:
+    """A spatial order of a table, which bent by a factor lies about as it is."""
+    return spatial_order(table(name, torch.device("cpu")))
 
 
 def _joined(codes: list[list[Tensor]], device: torch.device) -> list[Tensor]:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from cluscomp.solve.drift import Drift
 
+PANELS, PANEL = 4, 192  # X^T X is made of at most so many parts, as wide as a multiple of this
+
 
 class Sum:
     """A statistic of a layer's inputs: the sum of `of(x_TI)` over all tokens, in float32 on the inputs' device."""
@@ -33,8 +35,17 @@ class SecondMoment(Sum):
     """X^T X, (I, I): 1.2 GB for the widest layer of a 70B model."""
 
     def of(self, x_TI: Float[Tensor, "T I"]) -> Tensor:
-        """(T, I) -> (I, I)."""
-        return x_TI.T @ x_TI
+        """(T, I) -> (I, I), of which on the CPU the part below the diagonal is a copy of that above."""
+        inputs = x_TI.shape[1]
+        if x_TI.device.type != "cpu":
+            return x_TI.T @ x_TI
+        found_II = x_TI.new_empty(inputs, inputs)
+        panel = -(-inputs // PANELS // PANEL) * PANEL
+        for begin in range(0, inputs, panel):
+            end = begin + panel
+            found_II[begin:end, begin:] = x_TI[:, begin:end].T @ x_TI[:, begin:]
+            found_II[end:, begin:end] = found_II[begin:end, end:].T
+        return found_II
 
     def unknown(self, size: int) -> Tensor:
         """The identity, (I, I)."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cluscomp.stages import Job
 
 ROUNDED = ("clipping", "rounding", "weights")  # what may be learned so that weights are rounded anew
+JUDGED = 16  # windows whose loss tells whether a block got better; to walk all of them before is an eighth of the time
 CHECKS = 4  # of the held-out loss while a block is trained, at even distances
 
 
@@ -125,7 +126,8 @@ class BlockFinetune(FromText):
             "streams": kept,
         }
         batches, scored = math.ceil(self.samples / self.batch_size), math.ceil(self.held_out / self.batch_size)
-        passes = (batches + scored) * streams + scored * CHECKS
+        before = min(batches, math.ceil(JUDGED / self.batch_size))
+        passes = batches * (streams - 1) + before + scored * (streams + CHECKS)
         work = train.work * (batches * self.epochs) + once.work * (passes / outline.ranks)
         apart = sum(sizes) if self.learns == "weights" or self.codes == "moving" else 0.0  # at a rate of their own
         work += Work(traffic=40.0 * (trained + apart) * batches * self.epochs)  # of AdamW

@@ -2,10 +2,9 @@
 
 import logging
 import math
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cluscomp import ranks
-from cluscomp.forms.linear import compressed
+from cluscomp.forms.linear import compressed, rebuilt
 from cluscomp.models.original import Original, block_names, norms
 from cluscomp.models.walk import Walk
 from cluscomp.process import for_tracker
 from cluscomp.stages import Job
 from cluscomp.stages.block_finetune import CHECKS, ROUNDED, BlockFinetune
+from cluscomp.stages.block_windows import all_batches, batches, held_out, judged, own_part, spread, steps
 from cluscomp.stages.blockwise import Blockwise
 from cluscomp.store.records import read_sealed, write_sealed
 from cluscomp.train.masters import Group, State, Trained, by_mean, by_sign, fit, moving, rounding
@@ -80,7 +80,7 @@ def run(stage: BlockFinetune, model: PreTrainedModel, job: Job) -> dict[str, Any
     }
 
 
-def finetune_block(  # noqa: PLR0915
+def finetune_block(
     stage: BlockFinetune,
     walk: Walk,
     index: int,
@@ -91,9 +91,10 @@ def finetune_block(  # noqa: PLR0915
 ) -> dict[str, Any]:
     """Train one block; `leaving_WTH` (W, T, H) receives its outputs. Works on float32 masters.
 
-    Outputs and loss are those of what is stored. If a loss or gradient is not finite, or the loss ends no better
-    than it began, the block gets back what it had and the learning rates are halved, at most twice; then it keeps
-    what it had. With windows held out theirs is the loss that decides, and the best state of `CHECKS` is taken. Returns
+    Outputs and loss are those of what is stored, the loss that of the first `JUDGED` windows. If a loss or gradient is
+    not finite, or the loss ends no better than it began, the block gets back what it had and the learning rates are
+    halved, at most twice; then it keeps what it had. With windows held out theirs is the loss that decides, and the
+    best state of `CHECKS` is taken. Returns
     the mean squared error `before` and `after`, `held_out_before` and `held_out_after` where there are such windows,
     the target's mean `square`, the `lr` of the attempt that counts, the `attempts`, whether the block was `kept` as it
     was, the `reasons` of failures, how far what is stored has `moved` (squared change over squared size), the share of
@@ -118,16 +119,7 @@ def finetune_block(  # noqa: PLR0915
         found_BTH = output_BTH[:, stage.skip :, : walk.width].float()
         return torch.stack([F.mse_loss(found_BTH, end_BTH) for end_BTH in ends]).sum()
 
-    @torch.no_grad()
-    def error(rows: slice) -> float:
-        output_BTH = walk.apply(index, block, entering_WTH[rows].to(device))
-        leaving_WTH[rows] = output_BTH.to(leaving_WTH.device)
-        return float(errors(output_BTH, rows)) * len(output_BTH)
-
-    def mean_error(parts: list[slice]) -> float:
-        found: float = math.fsum(ranks.each(parts, error))
-        spread(leaving_WTH, parts)
-        return found / sum(int(rows.stop - rows.start) for rows in parts)
+    mean_error = partial(_mean_error, walk, index, entering_WTH, leaving_WTH, errors)
 
     def share_of_loss(rows: Any) -> Tensor:
         own, share = own_part(rows)
@@ -136,8 +128,10 @@ def finetune_block(  # noqa: PLR0915
         return errors(walk.apply(index, block, entering_WTH[own].to(device)), own) * share / scale
 
     def measure(when: str) -> dict[str, float]:
-        learned = {when: mean_error(batches(stage))}
-        return learned | ({f"held_out_{when}": mean_error(held_out(stage))} if stage.held_out else {})
+        found = {when: mean_error(judged(stage))}
+        if when == "after":  # of the others, too, it is to be known what leaves the block
+            mean_error(batches(stage)[len(judged(stage)) :])
+        return found | ({f"held_out_{when}": mean_error(held_out(stage))} if stage.held_out else {})
 
     decides = "held_out_" if stage.held_out else ""
     found = measure("before") | {"square": square}
@@ -193,6 +187,28 @@ def finetune_block(  # noqa: PLR0915
         "lr": None, "attempts": attempts, "kept": True, "reasons": reasons,
         "moved": 0.0, **codes_moved(codes), "epochs": [],
     }  # fmt: skip
+
+
+@torch.no_grad()
+def _mean_error(
+    walk: Walk,
+    index: int,
+    entering_WTH: Tensor,
+    leaving_WTH: Tensor,
+    errors: Callable[[Tensor, Any], Tensor],
+    parts: list[slice],
+) -> float:
+    """The mean of `errors(output_BTH, rows)` over parts of the windows, whose outputs go into `leaving_WTH`."""
+
+    def error(rows: slice) -> float:
+        output_BTH = walk.apply(index, walk.blocks[index], entering_WTH[rows].to(walk.device))
+        leaving_WTH[rows] = output_BTH.to(leaving_WTH.device)
+        return float(errors(output_BTH, rows)) * len(output_BTH)
+
+    with rebuilt(walk.blocks[index], leaving_WTH.dtype):
+        found: float = math.fsum(ranks.each(parts, error))
+    spread(leaving_WTH, parts)
+    return found / max(1, sum(int(rows.stop - rows.start) for rows in parts))
 
 
 def own_rates(stage: BlockFinetune, block: nn.Module, share: float) -> list[Group]:
@@ -252,56 +268,6 @@ class Epochs:
                 done, self._epochs, self._block + 1, numbers["loss"],
                 extra=for_tracker("block_finetune epochs", numbers, self._block * self._epochs + done),
             )  # fmt: skip
-
-
-def batches(stage: BlockFinetune) -> list[slice]:
-    """Rows of the windows that are learned from, batch after batch."""
-    return _rows(0, stage.samples, stage.batch_size)
-
-
-def held_out(stage: BlockFinetune) -> list[slice]:
-    """Rows of the windows that are held out, batch after batch."""
-    return _rows(stage.samples, stage.samples + stage.held_out, stage.batch_size)
-
-
-def _rows(first: int, end: int, size: int) -> list[slice]:
-    return [slice(*pair) for pair in pairwise([*range(first, end, size), end])]
-
-
-def all_batches(stage: BlockFinetune) -> list[slice]:
-    """Rows of all windows, batch after batch."""
-    return batches(stage) + held_out(stage)
-
-
-def steps(stage: BlockFinetune, seed: str) -> list[Any]:
-    """The rows of the batches of all epochs, in the order they are taken."""
-    if stage.order == "fixed":
-        return batches(stage) * stage.epochs
-    found: list[Tensor] = []
-    rng = random.Random(seed)
-    for _ in range(stage.epochs):
-        rows = rng.sample(range(stage.samples), stage.samples)
-        found.extend(torch.tensor(rows).split(stage.batch_size))
-    return found
-
-
-def own_part(rows: Any) -> tuple[Any, float]:
-    """The windows of a batch (a slice, or numbers) that this rank learns from, and which share of the batch they are.
-
-    All of them come to all ranks together, so that steps, and what is learned, are those of one process but for the
-    order in which gradients are added.
-    """
-    if ranks.world() == 1:
-        return rows, 1.0
-    numbers = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-    own = numbers.tensor_split(ranks.world())[ranks.rank()]
-    return own, len(own) / len(numbers)
-
-
-def spread(stream_WTH: Tensor, parts: list[slice]) -> None:
-    """Give all ranks the rows of a stream, each part of which one rank has made."""
-    for number, rows in enumerate(parts):
-        ranks.spread(stream_WTH[rows], number)
 
 
 def _apply(stage: BlockFinetune, walk: Walk, index: int, block: nn.Module, entering: Tensor, leaving: Tensor) -> Tensor:

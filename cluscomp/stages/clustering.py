@@ -21,7 +21,7 @@ from cluscomp.forms.stored import Stored
 from cluscomp.methods import Compressed, Method, Offers
 from cluscomp.models.original import block_names, linears
 from cluscomp.models.walk import Walk
-from cluscomp.plan.meta import Place
+from cluscomp.plan.places import Place
 from cluscomp.process import Progress, give_memory_back, told
 from cluscomp.solve.allocate import Option
 from cluscomp.solve.distribution import of_codes, of_entries

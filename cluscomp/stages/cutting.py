@@ -20,7 +20,8 @@ from cluscomp.models.original import Original, block_names, blocks, linears
 from cluscomp.models.walk import Walk
 from cluscomp.plan import dry
 from cluscomp.plan.cost import Cost, worst
-from cluscomp.plan.meta import MetaModel, Place
+from cluscomp.plan.meta import MetaModel
+from cluscomp.plan.places import Place
 from cluscomp.process import Progress, give_memory_back
 from cluscomp.solve import low_rank
 from cluscomp.solve.layer import Seen

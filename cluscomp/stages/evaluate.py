@@ -111,7 +111,7 @@ class Evaluate:
             always |= {"codes and codebooks": outline.stored}
             loading = {"reading": outline.reading}
             read = outline.checkpoint_bytes()
-        block = {} if outline.compressed else {"a dense block": outline.dense_block}
+        block = {"rebuilt": outline.rebuilt} if outline.compressed else {"a dense block": outline.dense_block}
         compared = 2 if self.distance else 1  # models whose logits are in memory
         moments = [always | loading]
         if self.texts:

@@ -16,7 +16,8 @@ from cluscomp.models.sources import quantised_types
 from cluscomp.plan import dry
 from cluscomp.plan.cost import Cost, worst
 from cluscomp.plan.dry import Dry
-from cluscomp.plan.meta import MetaModel, Place
+from cluscomp.plan.meta import MetaModel
+from cluscomp.plan.places import Place
 from cluscomp.solve.layer import Seen
 from cluscomp.stages.cluster import Cluster
 from cluscomp.stages.observing import bytes_of, in_turn

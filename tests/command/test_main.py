@@ -20,6 +20,7 @@ from forks import until
 from safetensors.torch import load_file, save_file
 
 import cluscomp
+from cluscomp.command.compose import composed
 from cluscomp.runs import preparation
 
 PARAGRAPH = "Paragraph {} says that the quick brown fox jumped over the lazy dog {} times."
@@ -422,6 +423,10 @@ def test_a_type_that_this_processor_is_slow_in_is_told(cli, tmp_path, monkeypatc
     assert told not in cli(*arguments, "dtype=float32").err
     monkeypatch.setattr(preparation, "SLOW", 1e9)
     assert told not in cli(*arguments, "dtype=bfloat16").err
+    experiment = composed([*TINY, "device=cpu", "dtype=auto"])
+    assert preparation.dtype_of(experiment) == torch.float32
+    monkeypatch.setattr(preparation, "SLOW", 1e-9)
+    assert preparation.dtype_of(experiment) == torch.bfloat16
 
 
 def test_calibration_measures_this_machine(cli, tmp_path):

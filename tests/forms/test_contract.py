@@ -17,10 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
-from cluscomp.forms import adapters
+from cluscomp.forms import adapters, linear
+from cluscomp.forms import codebook as codebook_form
 from cluscomp.forms.entropy import EntropyWeight
 from cluscomp.forms.layers import KINDS, build_all, check_file, check_values, put_in, size_of, specs
-from cluscomp.forms.linear import compressed
+from cluscomp.forms.linear import can_stay_rebuilt, compressed, rebuilt
 from cluscomp.forms.masked import Masked
 from cluscomp.forms.rotated import Rotated
 from cluscomp.forms.stored import build, described, nested, shapes
@@ -207,6 +208,31 @@ def test_the_dense_weight_comes_in_every_dtype_in_tiles_and_as_a_product(spec_of
     product_BO = form.product(x_BI)
     if product_BO is not None:
         torch.testing.assert_close(product_BO, x_BI @ dense_OI.T, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_weight_that_stays_rebuilt_gives_the_same_bits_and_goes(spec_of):
+    model = torch.nn.ModuleList([torch.nn.Linear(48, 32, bias=False)])
+    put_in(model, "0", filled(spec_of(32, 48)))
+    layer, x_BTI = model[0], torch.randn(2, 30, 48, generator=torch.Generator().manual_seed(3))
+    expected_BTO = layer(x_BTI)
+    with rebuilt(model, torch.float32):
+        assert torch.equal(layer.dense, layer.stored(torch.float32))
+        assert torch.equal(layer(x_BTI), expected_BTO)
+        assert layer(x_BTI.bfloat16()).dtype == torch.bfloat16  # not from what is there in another type
+        assert "0.dense" not in model.state_dict()
+    assert layer.dense is None
+
+
+def test_only_small_weights_without_tiles_stay_rebuilt(monkeypatch):
+    model = torch.nn.ModuleList([torch.nn.Linear(48, 32), torch.nn.Linear(48, 32)])
+    put_in(model, "0", filled(codebook(32, 48)))
+    assert can_stay_rebuilt(model) == [model[0]]
+    monkeypatch.setattr(linear, "MOST_REBUILT", 32 * 48 - 1)
+    assert can_stay_rebuilt(model) == []
+    monkeypatch.setattr(linear, "MOST_REBUILT", 32 * 48)
+    monkeypatch.setattr(codebook_form, "TILE", 32 * 8)
+    assert len(model[0].stored.tiles()) == 6 and can_stay_rebuilt(model) == []
 
 
 def test_training_lowers_a_loss_is_stored_and_can_be_taken_back(spec_of):

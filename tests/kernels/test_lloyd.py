@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from reference import kd_lloyd
 
 from cluscomp.kernels import lloyd as kmeans
-from cluscomp.kernels.lloyd import BEST, REFERENCE, assign, lloyd
+from cluscomp.kernels.lloyd import BEST, REFERENCE, assign, lloyd, spatial_order
 from cluscomp.kernels.lloyd_torch import assign_reference
 from cluscomp.kernels.loading import native
 
@@ -117,6 +117,20 @@ def test_the_lowest_number_wins_a_tie(D):
     for settings_ in (REFERENCE, BEST):
         found = lloyd(x, 50, **settings_)
         assert torch.equal(found.codes_N, assign(x, found.centroids_KD)[0])
+
+
+@compiled
+@pytest.mark.parametrize("K,D", [(700, 6), (700, 4), (300, 12)])
+def test_a_known_order_changes_no_bit(K, D):
+    x, c, bend = points(900, D), points(K, D, seed=1), torch.eye(D) + 0.3 * points(D, D, seed=2)
+    order_K = spatial_order(c)
+    assert torch.equal(order_K.sort().values, torch.arange(K, dtype=torch.int32))
+    for bent_KD in (c, c @ bend):
+        for known_K in (order_K, order_K.flip(0)):
+            assert all(torch.equal(*pair) for pair in zip(assign(x, bent_KD), assign(x, bent_KD, order_K=known_K)))
+    for wrong_K in (order_K[1:], order_K.clamp(min=1), order_K - 1, order_K.clone().fill_(K)):
+        with pytest.raises(ValueError, match=r"sizes differ|every centroid once"):
+            assign(x, c, order_K=wrong_K)
 
 
 @pytest.mark.parametrize("settings_", [REFERENCE, BEST], ids=["reference", "best"])
@@ -393,6 +407,8 @@ def test_no_call_of_the_compiled_code_can_crash(arguments, threads):
     for call in (
         lambda: native.assign(*arguments),
         lambda: native.assign(*arguments[:4], threads),
+        lambda: native.assign(*arguments[:4], threads, order=arguments[4]),
+        lambda: native.spatial_order(*arguments[:2], threads),
         lambda: native.lloyd(*arguments[:5], 3, threads > 0, True, 1.5, 0, threads, "choose", "", None),
         lambda: native.best_groups([1.0, 2.0], [1.0], threads),
         lambda: native.best_levels(*arguments[:3], threads),

@@ -15,7 +15,7 @@ from cluscomp.methods.beside import Beside
 from cluscomp.methods.rtn import RoundToNearest
 from cluscomp.methods.slim_quant import SlimQuant
 from cluscomp.plan import dry
-from cluscomp.plan.meta import Place
+from cluscomp.plan.places import Place
 from cluscomp.solve import beside
 from cluscomp.solve.along_outputs import damped, output_error
 

@@ -11,7 +11,7 @@ from cluscomp.forms.signs import SignWeight
 from cluscomp.forms.stored import build, described
 from cluscomp.methods.low_rank_binary import LowRankBinary
 from cluscomp.plan import dry
-from cluscomp.plan.meta import Place
+from cluscomp.plan.places import Place
 from cluscomp.solve import signs
 from cluscomp.solve.along_outputs import damped, output_error
 from cluscomp.solve.layer import Layer

@@ -10,7 +10,7 @@ from cluscomp.checkpoint import load
 from cluscomp.command.compose import CONF
 from cluscomp.forms.linear import compressed
 from cluscomp.plan import dry
-from cluscomp.plan.meta import Place
+from cluscomp.plan.places import Place
 from cluscomp.runs.run import run as execute
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if "_global_" not in path.read_text())

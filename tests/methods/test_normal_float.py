@@ -8,7 +8,7 @@ from cluscomp.errors import InputError
 from cluscomp.forms.normal_float import TOGETHER, NormalFloatWeight, from_8_bits, in_8_bits, levels
 from cluscomp.methods.normal_float import NormalFloat
 from cluscomp.plan import dry
-from cluscomp.plan.meta import Place
+from cluscomp.plan.places import Place
 
 PUBLISHED = [  # NF4 in the authors' code, bitsandbytes
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

@@ -17,7 +17,8 @@ from cluscomp.forms.linear import compressed
 from cluscomp.forms.stored import build, described
 from cluscomp.methods.onebit import OneBit
 from cluscomp.plan import dry
-from cluscomp.plan.meta import MetaModel, Place
+from cluscomp.plan.meta import MetaModel
+from cluscomp.plan.places import Place
 from cluscomp.train.masters import rounding
 
 METHOD = OneBit(bits=None, weighting="none", rounds=10, post_norm=False)

@@ -24,7 +24,8 @@ from cluscomp.models.walk import Walk
 from cluscomp.plan import dry
 from cluscomp.plan.cost import worst
 from cluscomp.plan.machine import CORE, GIB, Limits, Machine, limits, write_calibration
-from cluscomp.plan.meta import MetaModel, Place
+from cluscomp.plan.meta import MetaModel
+from cluscomp.plan.places import Place
 from cluscomp.plan.plan import Plan, Row, duration
 from cluscomp.process import resident
 from cluscomp.runs.preparation import planned

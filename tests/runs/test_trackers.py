@@ -202,7 +202,7 @@ def test_a_server_that_cannot_be_used_costs_one_warning_and_no_result(forks, tmp
 def test_without_a_key_that_works_wandb_is_offline_and_says_so(forks, tmp_path, key):
     pytest.importorskip("wandb")
     variables = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": key, "HOME": str(tmp_path)}
-    script = TRACK.replace('mode="offline"', 'mode="auto"').replace("import sys\n", SHOWN)
+    script = TRACK.replace('"offline", timeout=30.0', '"auto", timeout=5.0').replace("import sys\n", SHOWN)
     done = forks.run(str(tmp_path), script=script, folder=tmp_path, variables=variables)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("W&B  offline") == 1 and done.stdout.count("cannot be reached") == bool(key)

@@ -14,7 +14,7 @@ from cluscomp.forms.codebook import CodebookWeight, sub_vectors
 from cluscomp.methods.aqlm import Aqlm
 from cluscomp.methods.gptvq import Gptvq
 from cluscomp.plan import dry
-from cluscomp.plan.meta import Place
+from cluscomp.plan.places import Place
 from cluscomp.solve import along_inputs
 from cluscomp.solve.along_outputs import damped, output_error
 from cluscomp.solve.kmeans import Recipe, kmeans

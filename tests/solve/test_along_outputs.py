@@ -89,6 +89,22 @@ def test_least_squares_is_the_solution_of_the_normal_equations(inputs, outputs, 
     assert torch.equal(found_KD[unused], start_KD[unused])
 
 
+def test_steps_end_where_they_gain_next_to_nothing():
+    weight_IO, x_TI = layer(96, 64)
+    moment_II, bits = damped(moment_of(x_TI), 0.01), code_bits(64)
+    codes_IG = torch.randint(64, (96, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    packed, start_KD = pack(codes_IG.flatten(), bits), weight_IO.view(-1, 4)[:64]
+
+    def error(steps, enough=0.0):
+        found_KD = least_squares_codebook([Coded(weight_IO, packed, moment_II)], bits, start_KD, steps, enough)
+        return output_error((weight_IO - found_KD[codes_IG.long()].flatten(1)).T, moment_II)
+
+    all_steps, ended, gained = error(200), error(200, 3e-3), error(0) - error(200)
+    few = next(steps for steps in range(200) if error(steps) == ended)
+    assert few < 60 and ended - all_steps < 0.01 * gained
+    assert error(few - 1) - ended <= 3e-3 * (error(0) - ended) < error(few - 2) - error(few - 1)
+
+
 def gptq_codes(weight_IO, centroids_KD, moment_II):
     """The same codes the slow way: after each input the rest of the inverse is found anew (optimal brain surgeon)."""
     weight = weight_IO.double().numpy().copy()

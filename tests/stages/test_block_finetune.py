@@ -20,7 +20,8 @@ from cluscomp.models.original import Original, blocks
 from cluscomp.models.walk import Walk
 from cluscomp.stages import Job
 from cluscomp.stages.block_finetune import BlockFinetune
-from cluscomp.stages.block_finetuning import batches, finetune_block, steps
+from cluscomp.stages.block_finetuning import finetune_block
+from cluscomp.stages.block_windows import batches, steps
 from cluscomp.stages.cluster import Cluster
 from cluscomp.train.masters import by_mean, fit
 

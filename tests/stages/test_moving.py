@@ -22,7 +22,8 @@ from cluscomp.models.original import Original
 from cluscomp.models.walk import Walk
 from cluscomp.plan.meta import MetaModel
 from cluscomp.stages import Job, block_finetuning
-from cluscomp.stages.block_finetuning import all_batches, finetune_block
+from cluscomp.stages.block_finetuning import finetune_block
+from cluscomp.stages.block_windows import all_batches
 from cluscomp.stages.cluster import Cluster
 from cluscomp.train.masters import Group, Trained, fit, moving
 from cluscomp.train.moving import MovingCodes, nearest

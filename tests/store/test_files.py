@@ -103,7 +103,7 @@ def test_a_holder_that_was_stopped_and_replaced_is_interrupted_and_leaves_the_ot
     first = start("one", 600)
     until_there(tmp_path / "one entered")
     first.send_signal(signal.SIGSTOP)
-    second = start("two", 4 * LEASE)
+    second = start("two", 2 * LEASE)
     until_there(tmp_path / "two entered")
     first.send_signal(signal.SIGCONT)
     _, told = first.communicate(timeout=60)

@@ -85,11 +85,35 @@ static void check_sizes(int64_t N, int64_t D, int64_t K) {
   require(K >= 1 && K < (int64_t(1) << 31) - 16, "the number of centroids must be 1 to 2^31 - 17");
 }
 
+using Integers = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+static void check_order(const Integers& order, int64_t K) {
+  require(int64_t(order.shape(0)) == K, "sizes differ");
+  std::vector<bool> seen(K);
+  for (int64_t s = 0; s < K; s++) {
+    const int32_t k = order.data()[s];
+    require(k >= 0 && k < K && !seen[k], "the order must hold every centroid once");
+    seen[k] = true;
+  }
+}
+
+static void py_spatial_order(FloatRows centroids, Out1<int32_t> order, int threads) {
+  const int64_t K = centroids.shape(0), D = centroids.shape(1);
+  check_sizes(1, D, K);
+  require(int64_t(order.shape(0)) == K, "sizes differ");
+  const Workers workers = interruptible(threads);
+  without_gil([&] {
+    const std::vector<int32_t> found = spatial_order(centroids.data(), int(K), int(D), workers);
+    std::copy(found.begin(), found.end(), order.data());
+  });
+}
+
 static void py_assign(Rows points, FloatRows centroids, Out1<int32_t> codes, Out1<float> distances, int threads,
-                      const std::string& search, const std::string& isa) {
+                      const std::string& search, const std::string& isa, std::optional<Integers> order) {
   const int64_t N = points.shape(0), D = points.shape(1), K = centroids.shape(0);
   check_sizes(N, D, K);
   require(int64_t(centroids.shape(1)) == D && int64_t(codes.shape(0)) == N && int64_t(distances.shape(0)) == N, "sizes differ");
+  if (order) check_order(*order, K);
   const Kind kind = kind_of(points);
   const Search how = search_of(search);
   const Tiles& tile = tiles_of(isa);
@@ -97,7 +121,8 @@ static void py_assign(Rows points, FloatRows centroids, Out1<int32_t> codes, Out
   without_gil([&] {
     Cloud cloud(N, int(D), false);
     fill(cloud.columns, points.data(), kind, nullptr, workers);
-    Index(centroids.data(), int(K), int(D), how, workers).search(cloud.columns, codes.data(), distances.data(), tile, workers);
+    Index(centroids.data(), int(K), int(D), how, order ? order->data() : nullptr, workers)
+        .search(cloud.columns, codes.data(), distances.data(), tile, workers);
   });
 }
 
@@ -105,7 +130,7 @@ static void make_index(Index* place, FloatRows centroids, int threads) {
   const int64_t K = centroids.shape(0), D = centroids.shape(1);
   check_sizes(1, D, K);
   const Workers workers = interruptible(threads);
-  without_gil([&] { new (place) Index(centroids.data(), int(K), int(D), Search::choose, workers); });
+  without_gil([&] { new (place) Index(centroids.data(), int(K), int(D), Search::choose, nullptr, workers); });
 }
 
 static void py_feedback(const Index& index, Out2<float> wanted, std::optional<FloatRows> before, FloatRows factor,
@@ -207,7 +232,6 @@ static void py_follow_paths(ByteRows packed, FloatVector values, int width, Out2
 // ---- codebook layers ----
 
 using Packed = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Integers = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 static const CodebookTiles& codebook_tiles_of(const std::string& name) {
   if (name.empty()) return codebook_tiles();
@@ -354,7 +378,8 @@ NB_MODULE(_native, m) {
   m.doc() = "Compiled inner loops of cluscomp.kernels; see kmeans.py and codebook.py there.";
   m.def("instruction_set", [] { return std::string(tiles().name); });
   m.def("assign", py_assign, nb::arg("points"), nb::arg("centroids"), nb::arg("codes"), nb::arg("distances"),
-        nb::arg("threads"), nb::arg("search") = "choose", nb::arg("isa") = "");
+        nb::arg("threads"), nb::arg("search") = "choose", nb::arg("isa") = "", nb::arg("order").none() = nb::none());
+  m.def("spatial_order", py_spatial_order, nb::arg("centroids"), nb::arg("order"), nb::arg("threads"));
   nb::class_<Index>(m, "Index").def("__init__", make_index, nb::arg("centroids"), nb::arg("threads"));
   m.def("feedback", py_feedback, nb::arg("index"), nb::arg("wanted"), nb::arg("before").none(), nb::arg("factor"), nb::arg("codes"),
         nb::arg("errors"), nb::arg("threads"), nb::arg("isa") = "");

@@ -256,7 +256,7 @@ LloydResult lloyd(const Cloud& cloud, const LloydSettings& set, int32_t* codes_N
   return result;
 }
 
-Index::Index(const float* centroids_KD, int K, int D, Search search, const Workers& workers)
+Index::Index(const float* centroids_KD, int K, int D, Search search, const int32_t* order, const Workers& workers)
     : K(K), D(D), search_(search), centroids_(centroids_KD, centroids_KD + int64_t(K) * D) {
   if (search_ == Search::choose) search_ = fastest_search(D, K, false);
   if (search_ == Search::lists) search_ = Search::boxes;
@@ -264,7 +264,8 @@ Index::Index(const float* centroids_KD, int K, int D, Search search, const Worke
     tree_.build(centroids_KD, K, D);
     return;
   }
-  order_ = spatial_order(centroids_KD, K, D, workers);
+  if (order) order_.assign(order, order + K);
+  else order_ = spatial_order(centroids_KD, K, D, workers);
   std::vector<float> c(int64_t(K) * D);
   for (int s = 0; s < K; s++) std::copy_n(centroid(order_[s]), D, &c[int64_t(s) * D]);
   tree_.build(c.data(), K, D, order_);

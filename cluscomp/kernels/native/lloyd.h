@@ -35,7 +35,9 @@ LloydResult lloyd(const Cloud& cloud, const LloydSettings&, int32_t* codes_N, co
 // Centroids made ready for searches; the lowest number wins a tie.
 class Index {
  public:
-  Index(const float* centroids_KD, int K, int D, Search, const Workers&);
+  // `order`: the centroid of each slot, if a spatial order is known (that of other centroids that lie alike will do: what is
+  // found does not depend on it), or null.
+  Index(const float* centroids_KD, int K, int D, Search, const int32_t* order, const Workers&);
   const float* centroid(int32_t code) const { return &centroids_[int64_t(code) * D]; }
   // Codes of the points (not reordered) and the squared distances to their centroids.
   void search(const Columns&, int32_t* codes_N, float* distances_N, const Tiles&, const Workers&) const;
