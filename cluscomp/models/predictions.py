@@ -86,11 +86,11 @@ class Teacher(Predictions):
         found = {"top": kept["top"].long(), "top_log": kept["log"]}
         return found | ({"hidden": kept["hidden"].transpose(0, 1)} if self.hidden else {})
 
-    def write(self, walk: Walk, *, batch_size: int, rank: int = 0, world: int = 1) -> None:
+    def write(self, walk: Walk, *, batch_size: int) -> None:
         """As `Predictions.write`; hidden states of all blocks make parts shorter."""
         if self.hidden:
             self.of_a_part = max(1, self.of_a_part // len(walk))
-        super().write(walk, batch_size=batch_size, rank=rank, world=world)
+        super().write(walk, batch_size=batch_size)
 
     def _look(self, index: int, hidden_BTH: Tensor) -> None:
         if self.hidden:

@@ -50,10 +50,11 @@ def check_cut(stage: Cut, original: Original) -> None:
 def _factors(places: dict[str, Place], ratio: float) -> dict[str, Place]:
     """Shapes of the factors of a block's layers, if each of these were cut to the same share."""
     found: dict[str, Place] = {}
-    for number, (name, (outputs, inputs, _)) in enumerate(places.items()):
+    for number, (name, place) in enumerate(places.items()):
+        outputs, inputs = place.out_features, place.in_features
         rank = max(1, int(ratio * outputs * inputs / (outputs + inputs)))
-        shapes = {"right": (rank, inputs), "left": (outputs, rank)}
-        found |= {f"{name}.{side}": Place(*shapes[side], 2 * number + n) for n, side in enumerate(SIDES)}
+        right = place._replace(out_features=rank, input=2 * number)
+        found |= {f"{name}.right": right, f"{name}.left": place._replace(in_features=rank, input=2 * number + 1)}
     return found
 
 

@@ -46,7 +46,7 @@ def cost(stage: Rank, outline: MetaModel) -> Cost:
     """What `run` will hold and do, and `outline` changed as `run` will change the model; see `Rank.cost`."""
     work, trained, factors, peak = Work(read=outline.all_numbers * outline.file_bytes), 0, 0.0, 0.0
     for block, places in zip(blocks(outline.model), outline.places()):
-        for layer, (outputs, inputs, _) in places.items():
+        for layer, (outputs, inputs, *_) in places.items():
             size = min(outputs, inputs)
             with Count() as count, torch.device("meta"):
                 low_rank.directions(torch.empty(outputs, inputs), None)
