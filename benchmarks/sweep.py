@@ -46,7 +46,7 @@ done("compose and check")
 import torch
 done("import of torch")
 import transformers
-from cluscomp.models.original import fingerprint
+from cluscomp.models.files import fingerprint
 from cluscomp.models.quantised import opened
 done("import of transformers and what needs torch")
 from pathlib import Path

@@ -12,34 +12,38 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+TINY = 64  # numbers of a matrix that is not worth a codebook or a grid
+
 
 @dataclass(frozen=True)
 class Part:
     """Where the weight (O, I) of such a layer is in transformers' own model: a parameter, of a stack the one `index`.
 
-    `turned`: it is (I, O) there.
+    `turned`: it is (I, O) there. `count`: so many lie one under the other in a matrix.
     """
 
     name: str
     index: int | None
     turned: bool
+    count: int | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """The weight (O, I) as a view of the parameter."""
-        one = tensor if self.index is None else tensor[self.index]
+        stack = tensor if self.count is None else tensor.view(self.count, -1, tensor.shape[1])
+        one = stack if self.index is None else stack[self.index]
         return one.T if self.turned else one
 
 
 class KeptLinear(nn.Linear):
-    """A linear layer that is never compressed: it chooses experts."""
+    """A linear layer that is never compressed: it chooses experts, or is tiny."""
 
 
 def take_apart(model: nn.Module) -> dict[str, Part]:
     """Change a model of transformers in place; returns, for each weight of a new layer by name, where it was.
 
     Known are transposed layers (Conv1D), experts that follow transformers' interface for them (two stacks, with or
-    without a gate), those of JetMoE, LongCat-Flash and Llama 4. Layers that choose experts become
-    `KeptLinear`. Other models stay as they are.
+    without a gate), those of JetMoE, LongCat-Flash, Llama 4 and DBRX. Layers that choose experts, and those of at most
+    `TINY` numbers, become `KeptLinear`. Other models stay as they are.
     """
     parts: dict[str, Part] = {}
     for name, module in list(model.named_modules()):
@@ -49,13 +53,12 @@ def take_apart(model: nn.Module) -> dict[str, Part]:
             parts[part.name] = part
         elif (forward := _forward_of(module)) is not None:
             parts |= _unstack(name, module)
-            module._is_hf_initialized = True  # transformers would look for the stacks
             module.forward = MethodType(forward, module)
             _keep_routers(model.get_submodule(name.rpartition(".")[0]), module)
     for name, module in model.named_modules():
         if type(module).__name__ == "JetMoeTopKGating":
             module.forward = MethodType(_jetmoe_choice, module)
-        elif "router" in name:
+        elif "router" in name or (isinstance(module, nn.Linear) and module.weight.numel() <= TINY):
             _keep(module)
     return parts
 
@@ -64,6 +67,7 @@ def together(tensors: dict[str, Tensor], parts: dict[str, Part]) -> dict[str, Te
     """Tensors of a model that was taken apart, by name, as transformers' own model has them."""
     found: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
+    flat = {part.name for part in parts.values() if part.count is not None}
     for name, tensor in tensors.items():
         part = parts.get(name)
         if part is None:
@@ -75,7 +79,8 @@ def together(tensors: dict[str, Tensor], parts: dict[str, Part]) -> dict[str, Te
                 found[part.name] = turned.contiguous()
     for name, stack in stacks.items():
         if name not in found:
-            found[name] = torch.stack([stack[index] for index in range(len(stack))])
+            all_of_them = [stack[index] for index in range(len(stack))]
+            found[name] = torch.cat(all_of_them) if name in flat else torch.stack(all_of_them)
     return found
 
 
@@ -97,15 +102,20 @@ def _linear(weight_OI: Tensor, bias: nn.Parameter | None = None) -> nn.Linear:
     return layer
 
 
-def _unstack(name: str, module: nn.Module) -> dict[str, Part]:
+def _unstack(name: str, module: Any) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     turned = getattr(module, "is_transposed", False) or type(module).__name__ == "Llama4TextExperts"
-    for key, stack in list(module.named_parameters(recurse=False)):
-        if stack.ndim == 3:
-            found = [Part(f"{name}.{key}", index, turned) for index in range(len(stack))]
-            delattr(module, key)
-            module.add_module(key, nn.ModuleList(_linear(part.of(stack)) for part in found))
-            parts |= {f"{part.name}.{part.index}.weight": part for part in found}
+    inside, count = ("mlp", module.num_experts) if type(module).__name__ == "DbrxExperts" else ("", None)
+    holder = module.get_submodule(inside)
+    module._is_hf_initialized = holder._is_hf_initialized = True  # transformers would look for the stacks
+    for key, stack in list(holder.named_parameters(prefix=inside, recurse=False)):
+        own = key.rpartition(".")[2]
+        if stack.ndim == 3 or count is not None:
+            indices = range(count or len(stack))
+            found = [Part(f"{name}.{key}", index, turned or key == "mlp.w2", count) for index in indices]
+            delattr(holder, own)
+            module.add_module(own, nn.ModuleList(_linear(part.of(stack)) for part in found))
+            parts |= {f"{name}.{own}.{part.index}.weight": part for part in found}
     return parts
 
 
@@ -135,6 +145,8 @@ def _forward_of(module: nn.Module, *, apart: bool = False) -> Callable[..., Tens
         return _jetmoe
     if kind == "Llama4TextExperts" and stacked("down_proj"):
         return _llama4
+    if kind == "DbrxExperts" and apart == isinstance(getattr(module, "w1", None), nn.ModuleList):
+        return _dbrx
     if kind == "LongcatFlashExperts" and stacked("down_proj"):
         return _longcat
     known = hasattr(module, "has_gate") and stacked("gate_up_proj" if module.has_gate else "up_proj")
@@ -168,6 +180,17 @@ def _longcat(self: Any, hidden_TH: Tensor, chosen_TK: Tensor, weights_TK: Tensor
             x = self.down_proj[expert](self.act_fn(gate) * up)
         mixed_TH.index_add_(0, tokens, (x * weights_TK[tokens, places, None]).to(mixed_TH.dtype))
     return mixed_TH
+
+
+def _dbrx(self: Any, hidden_BTH: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """DBRX's."""
+    hidden_TH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1])
+    mixed_TH = torch.zeros_like(hidden_TH)
+    for expert, tokens, places in _routed(chosen_TK, self.num_experts):
+        x = hidden_TH[tokens]
+        x = self.w2[expert](self.mlp.activation_fn(self.w1[expert](x)) * self.v1[expert](x))
+        mixed_TH.index_add_(0, tokens, (x * weights_TK[tokens, places, None]).to(mixed_TH.dtype))
+    return mixed_TH.view_as(hidden_BTH)
 
 
 def _jetmoe(self: Any, sorted_NI: Tensor, sizes: list[int]) -> Tensor:

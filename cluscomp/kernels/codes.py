@@ -37,6 +37,8 @@ def pack(codes_N: Int[Tensor, " N"], bits: int) -> UInt8[Tensor, " bytes"]:
         packed = torch.empty(packed_bytes(len(codes_N), bits), dtype=torch.uint8)
         native.pack(codes_N.to(torch.int32).contiguous(), bits, packed)
         return packed
+    if codes_N.is_meta:
+        return codes_N.new_empty(packed_bytes(len(codes_N), bits), dtype=torch.uint8)
     return _packed(codes_N, bits)
 
 

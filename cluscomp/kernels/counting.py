@@ -7,8 +7,9 @@ shapes.
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ CUBIC = {  # of n^3 products, or of the smaller side's and all numbers'; the las
     ATEN._linalg_eigh.default: 5, ATEN.linalg_qr.default: 2.5, ATEN._linalg_svd.default: 15,
 }  # fmt: skip
 Round = TypeVar("Round")
+Made = TypeVar("Made")
 _active: list["Count"] = []
 
 
@@ -39,6 +41,7 @@ class Count(TorchDispatchMode):
         super().__init__()
         self.alive = self.peak = 0.0
         self.work, self.exact, self.times = Work(), True, 1.0
+        self.made: dict[Any, tuple[Any, Work]] = {}  # of `once`
         self._known: dict[int, int] = {}
 
     def __enter__(self) -> "Count":
@@ -126,6 +129,25 @@ def alike(rounds: Sequence[Round], tensor: Tensor, *, made: float = 1.0) -> Iter
         return
     with times(made * len(rounds)):
         yield rounds[0]
+
+
+def once(key: Any, tensor: Tensor, make: Callable[[], Made]) -> Made:
+    """What `make` gives; where `tensor` has no numbers it follows from `key`, and is made once for equal ones.
+
+    Its work counts every time.
+    """
+    if not tensor.is_meta or not _active:
+        return make()
+    count = _active[-1]
+    if key not in count.made:
+        before, count.work = count.work, Work()
+        made = make()
+        count.made[key] = made, count.work * (1 / count.times)
+        count.work = before
+    found, work = count.made[key]
+    count.work += work * count.times
+    again: Made = deepcopy(found)
+    return again
 
 
 def numbers(values_N: Tensor) -> list[int]:

@@ -3,7 +3,7 @@
 And what the layers' inputs can add to it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +30,8 @@ class ClusComp:
     centroids K are chosen for each matrix; or `vector_dim` (D) and `codebook_size` (K) are fixed by hand.
     `axis` "out" is the paper's: a sub-vector is D neighbouring outputs of one input. `storage` is the type of the
     codebook's values. `share`: which weights of a block have one codebook and a scale each, "input" those that read the
-    same input (query, key and value; gate and up), "block" all, "none" (the paper) each its own. `allocation` "uniform"
+    same input (query, key and value; gate and up), "experts" the same matrix of all experts, "block" all, "none" (the
+    paper) each its own. `allocation` "uniform"
     gives every codebook at most `bits`, which leaves some unspent as codes take whole bits; "fill" spends them, with
     `bits` as the most of a block (nothing else where a block has one codebook, or D and K are fixed), and gives no
     codebook less than about a share `floor` of `bits`. With `measure` the errors of shapes are measured on the weights;
@@ -51,7 +52,7 @@ class ClusComp:
     codebook_size: int | None = Field(ge=2, le=65_536)
     axis: Literal["out", "in"]
     storage: Literal["float16", "float8", "int8"]
-    share: Literal["none", "input", "block"]
+    share: Literal["none", "input", "experts", "block"]
     allocation: Literal["uniform", "fill"]
     measure: bool
     floor: float = Field(ge=0, le=1)
@@ -113,7 +114,12 @@ class ClusComp:
 
     def _groups(self, layers: "dict[str, Layer]") -> list[list[str]]:
         """The names of the layers that share a codebook, group after group."""
-        keys = {"none": lambda name: name, "input": lambda name: layers[name].input, "block": lambda _name: None}
+        keys: dict[str, Callable[[str], Any]] = {
+            "none": lambda name: name,
+            "input": lambda name: layers[name].input,
+            "experts": lambda name: layers[name].stack or (name,),
+            "block": lambda _name: None,
+        }
         groups: dict[Any, list[str]] = {}
         for name in layers:
             groups.setdefault(keys[self.share](name), []).append(name)

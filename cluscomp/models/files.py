@@ -1,9 +1,12 @@
-"""Which files of a folder are a model's weights."""
+"""Which files of a folder are a model's, and the hash of all of them."""
 
+import hashlib
 import json
+import re
 from pathlib import Path
 
 from cluscomp.errors import InputError
+from cluscomp.store.files import file_hash
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -30,3 +33,26 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{file}: missing, though {index.name} names it; a download or copy stopped early, repeat it"
             )
     return files
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over a model folder's config, tokenizer and weights: the identity of an original model."""
+    return combined(file_hashes(folder))
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a model folder that decides what the model is, by name.
+
+    In Hugging Face's cache a weight file is a link to a file named by its own hash, which saves reading it.
+    """
+    found, weights = {}, weight_files(folder)
+    for path in sorted(folder.iterdir()):
+        if path in weights or path.suffix in {".json", ".model", ".jinja"}:
+            stored_name = path.resolve().name
+            found[path.name] = stored_name if re.fullmatch("[0-9a-f]{64}", stored_name) else file_hash(path)
+    return found
+
+
+def combined(hashes: dict[str, str]) -> str:
+    """SHA-256 over files' names and hashes."""
+    return hashlib.sha256("".join(f"{name}:{value}\n" for name, value in hashes.items()).encode()).hexdigest()

@@ -1,6 +1,5 @@
 """What is known of transformers: open an original model block by block, find its blocks and linear layers."""
 
-import hashlib
 import logging
 import math
 import re
@@ -28,12 +27,10 @@ from cluscomp.errors import InputError
 from cluscomp.forms.apart import KeptLinear, Part, take_apart, together
 from cluscomp.forms.layers import place
 from cluscomp.forms.linear import CompressedLinear
-from cluscomp.models.files import weight_files
 from cluscomp.models.names import Files, Source
 from cluscomp.models.sources import read_config
 from cluscomp.models.untrusted import check_dtypes, check_tokens, made_of
 from cluscomp.process import give_memory_back
-from cluscomp.store.files import file_hash
 
 log = logging.getLogger(__name__)
 OTHERS = re.compile("vision|visual|image|audio|speech")  # in names of a model's parts that are not for text
@@ -260,18 +257,25 @@ def block_names(model: PreTrainedModel) -> list[str]:
     and sound. Of several the first one is taken. Raises InputError if there is none.
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = {
-        name: one for name, one in model.named_modules() if isinstance(one, nn.ModuleList) and not OTHERS.search(name)
+    decoder = {id(one) for _, one in _lists(model.get_decoder())}
+    lists = dict(_lists(model))
+    found = {name: len(one) for name, one in lists.items() if id(one) in decoder} or {
+        name: len(one) for name, one in lists.items()
     }
-    decoder = {id(one) for one in model.get_decoder().modules()}
-    found: dict[str, int] = {}
-    for name, one in ({name: one for name, one in lists.items() if id(one) in decoder} or lists).items():
-        if not name.startswith(tuple(f"{other}." for other in found)) and next(one.parameters(), None) is not None:
-            found[name] = len(one)
     if not found:
         raise InputError(f"{type(model).__name__}: has no list of blocks, so there is nothing to compress")
     best = max(found, key=lambda name: (found[name] == count, found[name]))
     return [f"{best}.{index}" for index in range(found[best])]
+
+
+def _lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """The outermost module lists with parameters, but those of images and sound, by name."""
+    for key, child in module.named_children():
+        name = f"{prefix}{key}"
+        if isinstance(child, nn.ModuleList) and not OTHERS.search(name) and next(child.parameters(), None) is not None:
+            yield name, child
+        else:
+            yield from _lists(child, f"{name}.")
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -316,29 +320,10 @@ def norms(model: nn.Module) -> dict[str, Parameter]:
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raise InputError for a model without a linear layer in its blocks."""
+    """Raise InputError for a model without a linear layer in its blocks, and one whose blocks share such layers."""
+    tied = model.all_tied_weights_keys
+    for name, block in zip(block_names(model), blocks(model)):
+        if shared := next((key for key in linears(block) if f"{name}.{key}.weight" in tied), None):
+            raise InputError(f"{name}.{shared}: another block has it, too; give a model whose blocks share no weights")
     if not any(linears(block) for block in blocks(model)):
         raise InputError(f"{type(model).__name__}: has no linear layer in its blocks, so there is nothing to compress")
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over a model folder's config, tokenizer and weights: the identity of an original model."""
-    return combined(file_hashes(folder))
-
-
-def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of a model folder that decides what the model is, by name.
-
-    In Hugging Face's cache a weight file is a link to a file named by its own hash, which saves reading it.
-    """
-    found, weights = {}, weight_files(folder)
-    for path in sorted(folder.iterdir()):
-        if path in weights or path.suffix in {".json", ".model", ".jinja"}:
-            stored_name = path.resolve().name
-            found[path.name] = stored_name if re.fullmatch("[0-9a-f]{64}", stored_name) else file_hash(path)
-    return found
-
-
-def combined(hashes: dict[str, str]) -> str:
-    """SHA-256 over files' names and hashes."""
-    return hashlib.sha256("".join(f"{name}:{value}\n" for name, value in hashes.items()).encode()).hexdigest()

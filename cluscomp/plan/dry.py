@@ -54,7 +54,8 @@ def _run(method: Method, places: tuple[tuple[str, Place], ...], dtype: torch.dty
             seen[place.input] = Seen(names)
             seen[place.input].add(torch.empty(1, place.in_features, device="meta"))
         weight_OI = torch.empty(place.out_features, place.in_features, dtype=dtype, device="meta")
-        layers[name] = Layer(weight_OI, place.input, seen.get(place.input), torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        layers[name] = Layer(weight_OI, place.input, seen.get(place.input), generator, stack=place.stack)
     stored: dict[str, Stored] = {}
     with Count() as count, torch.no_grad():
         try:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
-from cluscomp.forms.apart import take_apart
+from cluscomp.forms.apart import stacks, take_apart
 from cluscomp.forms.layers import Size, empty_layers, size_of
 from cluscomp.forms.linear import compressed, unique_tensors
 from cluscomp.forms.stored import Stored, described
@@ -26,6 +27,7 @@ from cluscomp.models.walk import Walk
 from cluscomp.plan.attention import FusedAttention
 from cluscomp.plan.cost import Cost
 
+LOOKED = 32  # tokens that blocks are run on to see what enters each layer
 TOKENS_OF_A_TEXT = 340_000  # assumed of a text that is not on this machine: WikiText-2's test set
 # RAM that glibc keeps of what comes and goes in the training of a whole model: some three times as much as is alive at
 # once (250 MiB alive, 1,223 held of SmolLM2; benchmarks/recover_memory.py). Pieces of more than 32 MiB are given back.
@@ -45,11 +47,16 @@ class Pass:
 
 
 class Place(NamedTuple):
-    """Shape of a layer (O, I) and where it stands in its block: those with one `input` read the same tensor."""
+    """Shape of a layer (O, I) and where it stands in its block.
+
+    Those with one `input` read the same tensor. Experts of one `stack` see a `share` of the tokens each.
+    """
 
     out_features: int
     in_features: int
     input: int
+    stack: str | None = None
+    share: float = 1.0
 
 
 class MetaModel:
@@ -81,9 +88,10 @@ class MetaModel:
         self.kept_bytes = min(of_file.itemsize, dtype.itemsize)  # of a number that is stored and not compressed
         self.dense = {name: (layer.out_features, layer.in_features) for name, layer in linears(self.block).items()}
         self.block_numbers = max(sum(p.numel() for p in block.parameters()) for block in blocks(model))
-        inside = {id(p) for block in blocks(model) for p in block.parameters()}
+        inside = {id(p): p.numel() for block in blocks(model) for p in block.parameters()}
         outside = [p for p in unique_tensors(model).values() if id(p) not in inside]
         self.outside_numbers = sum(tensor.numel() for tensor in outside)
+        self.all_numbers = self.outside_numbers + sum(inside.values())  # of the dense model
         self.largest_outside = max((tensor.numel() for tensor in outside), default=0)
         self.vocabulary = int(config.get_text_config().vocab_size)
         self.exact = self.kept_bytes == 2 and quantizer(config) is None  # whether what is kept surely takes these bytes
@@ -91,6 +99,7 @@ class MetaModel:
         with made_of(config):
             if quantizer(config) is not None:
                 empty_layers(model, config.quantization_config["weights"], dtype)
+            self._width = self._embedded(1, 2)[2].shape[2]  # numbers that travel from block to block for a token
             self.forward(1, 2)
 
     def become(self, config: PreTrainedConfig) -> None:
@@ -144,11 +153,6 @@ class MetaModel:
         return float(tensors + sum(layer.stored.decoded_bytes() for layer in compressed(self.model).values()))
 
     @property
-    def all_numbers(self) -> int:
-        """Numbers of the dense model."""
-        return self.outside_numbers + self.blocks * self.block_numbers
-
-    @property
     def writing(self) -> float:
         """Bytes that writing a checkpoint takes beside the model: what is not compressed, in 16 bits."""
         if self.dtype.itemsize == 2:
@@ -168,18 +172,23 @@ class MetaModel:
         return [dict(block) for block in _places[key]]
 
     def _observed(self) -> list[dict[str, Place]]:
-        walk, _, hidden_BTH = self._embedded(1, 2)
+        walk, _, hidden_BTH = self._embedded(1, LOOKED)
         found: dict[str, dict[str, Place]] = {}  # by what blocks are made of: those that are alike are walked once
         made = [_made_of(block) for block in walk.blocks]
         for index, block in enumerate(walk.blocks):
             if made[index] in found:
                 continue
             layers = linears(block)
-            _, entering = walk.observe(index, block, hidden_BTH, list(layers))
+            with made_of(self.config), _chosen_all():
+                _, entering = walk.observe(index, block, hidden_BTH, list(layers))
             numbers: dict[int, int] = {}
             inputs = {name: numbers.setdefault(id(x), len(numbers)) for name, x in entering.items()}
             called = {name: layers[name] for name in layers if name in inputs}
             places = {name: Place(one.out_features, one.in_features, inputs[name]) for name, one in called.items()}
+            for stack, experts in stacks(block).items():
+                for name in places.keys() & set(experts):
+                    tokens = entering[name].numel() / places[name].in_features
+                    places[name] = places[name]._replace(stack=stack, share=tokens / LOOKED)
             found[made[index]] = places
         return [found[one] for one in made]
 
@@ -205,7 +214,7 @@ class MetaModel:
 
     def stream(self, windows: int, length: int) -> float:
         """Bytes of the hidden states of some windows."""
-        return windows * length * self.hidden * self.dtype.itemsize
+        return windows * length * self._width * self.dtype.itemsize
 
     def tokens(self, text: Callable[[], Any]) -> float:
         """About how many tokens a text has, at 4 characters each; assumed where it is not on this machine."""
@@ -239,7 +248,7 @@ class MetaModel:
 
     def _embedded(self, batch: int, length: int) -> tuple[Walk, nn.Module, Tensor]:
         walk = self._walked
-        with Count():
+        with Count(), _chosen_all():
             return walk, self.block, walk.embed(torch.zeros(batch, length, dtype=torch.long, device="meta"))
 
     def _walk(self, batch: int, length: int, train: bool) -> Pass:
@@ -256,6 +265,7 @@ class MetaModel:
         with ExitStack() as stack:
             count = stack.enter_context(Count())
             stack.enter_context(FusedAttention(count))
+            stack.enter_context(_chosen_all())
             stack.enter_context(torch.set_grad_enabled(train))
             output_BTH = walk.apply(index, block, hidden_BTH)
             if train:
@@ -323,6 +333,11 @@ class MetaModel:
         work += (once + head) * (2 * held_out / batch_size) + before
         work += Work(read=float(self.checkpoint_bytes()))
         return Cost(device, {}, work, "a smaller batch_size with more accumulation, or a smaller length")
+
+
+def _chosen_all() -> Any:
+    """What a model chooses by its numbers are all of them where there are no numbers."""
+    return torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
 
 
 def _made_of(block: nn.Module) -> str:

@@ -17,7 +17,8 @@ from typing import Any
 from cluscomp.checkpoint import FORMAT
 from cluscomp.errors import InputError
 from cluscomp.kernels.loading import native
-from cluscomp.models.original import Original, combined, file_hashes, fingerprint
+from cluscomp.models.files import combined, file_hashes, fingerprint
+from cluscomp.models.original import Original
 from cluscomp.models.quantised import opened
 from cluscomp.models.sources import GgufModel
 from cluscomp.plan.plan import Plan

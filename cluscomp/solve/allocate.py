@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 from cluscomp.errors import named
+from cluscomp.kernels.counting import once
 from cluscomp.solve import curves
 from cluscomp.solve.groups import Group
 from cluscomp.solve.layer import Layer
@@ -119,8 +120,12 @@ def measured_menu(group: Group, shapes: Shapes, bits: float, floor: float) -> Me
     gives them.
     """
     with named(group.names):
-        found = menu(group.points, partial(shapes, group.matrices), bits, group.recipe, group.generator, floor)
-    damage = group.worth / group.energy
+        make = lambda: (  # noqa: E731
+            menu(group.points, partial(shapes, group.matrices), bits, group.recipe, group.generator, floor),
+            group.energy,
+        )
+        found, energy = once(("menu", group.alike, bits, floor), group.weights[0], make)
+    damage = group.worth / energy
     options = [Option(round(shape.bits * group.numbers), error * damage, by_hand(shape)) for shape, error in found]
     return Menu(list(group.names), group.numbers, options)
 

@@ -1,13 +1,15 @@
 """Layers that share a codebook: one clustering of them all, and codes and codebook by what their outputs lose."""
 
 from collections.abc import Sequence
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cluscomp.forms.codebook import Axis, CodebookWeight, Storage, centroid_values, num_sub_vectors, sub_vectors
 from cluscomp.kernels.codes import code_bits, pack
+from cluscomp.kernels.counting import once
 from cluscomp.kernels.lloyd_torch import Clustering
 from cluscomp.solve.along_outputs import Coded, damped, descend_codes, feedback_codes, least_squares_codebook
 from cluscomp.solve.kmeans import Recipe, kmeans
@@ -65,6 +67,13 @@ class Group:
         return _joined(points), _joined(counts)
 
     @property
+    def alike(self) -> tuple[Any, ...]:
+        """What decides, beside numbers, what becomes of it: groups of which it is equal are alike."""
+        inputs = tuple(layer.input for layer in self._layers)
+        together = tuple(inputs.index(one) for one in inputs)
+        return tuple(self.matrices), together, self.recipe, self._axis, self._weighting, self._damping
+
+    @property
     def energy(self) -> float:
         """The mean square of the weights, weighted as K-means weights them."""
         points_ND, weights_N = self.points(1)
@@ -91,6 +100,18 @@ class Group:
         It is that of K-means. With any of `assign` "hessian", `least_squares` and `descent`, which need axis "out",
         codes and codebook are then chosen by what the layers' outputs lose: see `along_outputs`.
         """
+        key = "stored", self.alike, shape, storage, assign, least_squares, descent
+        make = partial(self._stored, shape, storage, assign, least_squares, descent)
+        return once(key, self.weights[0], make)
+
+    def _stored(
+        self,
+        shape: Shape,
+        storage: Storage,
+        assign: Literal["nearest", "hessian"],
+        least_squares: int,
+        descent: int,
+    ) -> list[CodebookWeight]:
         found = self._kmeans(shape)
         counts = [num_sub_vectors(*matrix, shape.vector_dim, self._axis) for matrix in self.matrices]
         codes, centroids_KD = list(found.codes_N.split(counts)), found.centroids_KD

@@ -157,17 +157,45 @@ class Seen:
         return total
 
     def _of(self, total: Tensor) -> Tensor:
-        if not bool(total.isfinite().all()):
+        if not total.is_meta and not bool(total.isfinite().all()):
             raise ValueError("its inputs on the calibration text have NaN or infinity: the original model overflows")
         return total / self.tokens
+
+
+class Later(Seen):
+    """Statistics of so many tokens that are gathered when they are asked for: `look` gives them."""
+
+    def __init__(self, names: Iterable[str], own: int, look: Callable[[], Seen]) -> None:
+        super().__init__(names)
+        self.own, self._look = own, look
+
+    @property
+    def matrix_II(self) -> Float[Tensor, "I I"]:
+        """See `Seen`."""
+        return self._look().matrix_II
+
+    @property
+    def diagonal_I(self) -> Float[Tensor, " I"]:
+        """See `Seen`."""
+        return self._look().diagonal_I
+
+    @property
+    def magnitude_I(self) -> Float[Tensor, " I"]:
+        """See `Seen`."""
+        return self._look().magnitude_I
+
+    def through(self, turn: Callable[[Tensor], Tensor]) -> Seen:
+        """See `Seen`."""
+        return self._look().through(turn)
 
 
 @dataclass(frozen=True)
 class Layer:
     """A finite dense weight (O, I) of a block, in the dtype the model computes in.
 
-    Layers of a block with the same `input` read the same tensor. `seen` is what the method asked to see of it, None if
-    nothing. The result may depend on the `generator`'s seed, and on the run's `seed`, which all layers share.
+    Layers of a block with the same `input` read the same tensor, those with the same `stack` are experts that stand
+    side by side. `seen` is what the method asked to see of it, None if nothing. The result may depend on the
+    `generator`'s seed, and on the run's `seed`, which all layers share.
     """
 
     weight_OI: Tensor
@@ -176,6 +204,7 @@ class Layer:
     generator: torch.Generator
     seed: int = 0
     price: float | None = None  # of an error as large as its outputs, if that is known; see stages/prices.py
+    stack: str | None = None
 
     @property
     def worth(self) -> float:

@@ -36,7 +36,7 @@ def run(stage: BlockFinetune, model: PreTrainedModel, job: Job) -> dict[str, Any
     """Train block after block; see `BlockFinetune.run`."""
     ids_WT = torch.from_numpy(stage.windows(job.original.tokenizer, job.seed)).to(job.original.device)
     walk, teacher = Walk(model), Walk(job.teacher.model(), job.teacher)
-    shape_WTH = (*ids_WT.shape, walk.embed(ids_WT[:1]).shape[2])
+    shape_WTH = (len(ids_WT), *walk.embed(ids_WT[:1]).shape[1:])
     streams = Streams(job.folder, stage.streams, shape_WTH, job.original.dtype, job.original.device)
     student = original = streams.new("student", 0)
     for rows in all_batches(stage):

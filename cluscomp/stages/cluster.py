@@ -38,6 +38,9 @@ class Cluster(FromText):
     `price` is what counts where a method shares bits out among layers: "error", relative errors as the method weighs
     them, or "loss", these times what they cost the model's predictions on the same windows (stages/prices.py).
 
+    `statistics`: GiB that those of experts may take at once. What has no room is gathered when its turn comes, in
+    passes of its own through the block; nothing else changes by that.
+
     `rotation`: the sides of each weight that are turned by random signs and a Hadamard transform before the method sees
     it, and turned back where the weight is used (methods/turned.py).
     """
@@ -53,6 +56,7 @@ class Cluster(FromText):
     drift: float = Field(ge=0, le=1)
     drift_damping: float = Field(gt=0)
     price: Literal["error", "loss"]
+    statistics: float = Field(gt=0)
     rotation: Literal["none", "inputs", "outputs", "both"]
 
     @model_validator(mode="after")
@@ -79,6 +83,11 @@ class Cluster(FromText):
         return self.whole.sees() | ({"moment"} if self.drift else set())
 
     @property
+    def room(self) -> float:
+        """Bytes that the statistics of experts may take at once."""
+        return self.statistics * 2**30
+
+    @property
     def over_the_model(self) -> bool:
         """Whether bits are shared out over the whole model."""
         return self.allocation.scope == "model"
@@ -89,7 +98,7 @@ class Cluster(FromText):
 
     def without_effect(self) -> set[str]:
         """The settings of calibration, if the method looks at no text."""
-        idle = set() if self.drift else {"drift", "drift_damping"}
+        idle = {"statistics"} | (set() if self.drift else {"drift", "drift_damping"})
         idle |= {"price"} if self.price == "error" else set()
         idle |= {"rotation"} if self.rotation == "none" else set()
         idle |= {"beside"} if self.beside.around(self.method) is self.method else set()

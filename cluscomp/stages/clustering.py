@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from cluscomp.errors import InputError
 from cluscomp.forms.apart import stacks
 from cluscomp.forms.layers import put_in
+from cluscomp.forms.stored import Stored
 from cluscomp.methods import Compressed, Method, Offers
 from cluscomp.models.original import block_names, linears
 from cluscomp.models.walk import Walk
@@ -24,7 +25,7 @@ from cluscomp.process import Progress, give_memory_back, told
 from cluscomp.solve.allocate import Option
 from cluscomp.solve.distribution import of_codes, of_entries
 from cluscomp.solve.drift import corrected
-from cluscomp.solve.layer import Layer, Seen
+from cluscomp.solve.layer import Later, Layer, Seen
 from cluscomp.stages import Job
 from cluscomp.stages import prices as price
 from cluscomp.stages.blockwise import Blockwise, relative_error
@@ -56,7 +57,7 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
         originals: list[dict[str, Tensor]] = []
         if index <= last and undrifted:
             undrifted, originals = through(walk, index, undrifted, keep=not finished)
-        look = partial(observe, stage.sees, walk, index, entering, originals=originals)
+        look = partial(observe, stage.sees, walk, index, entering, originals=originals, room=stage.room)
         if index <= last and (not finished or stage.prefix == "original"):
             stream, statistics = look(layers=[] if finished else [*all_places[index]])
         if finished:
@@ -123,7 +124,7 @@ def _shared_out(
             statistics: dict[str, Seen] = {}
             if stage.calibrated:
                 asked = [] if menus.has(index) else [*places[index]]
-                stream, statistics = observe(method.sees(), walk, index, stream, layers=asked)
+                stream, statistics = observe(method.sees(), walk, index, stream, layers=asked, room=stage.room)
             if not menus.has(index):
                 layers = _layers(block, names[index], job.seed, statistics, places[index], prices=prices)
                 try:
@@ -160,11 +161,16 @@ def compress_block(
     """
     layers = _layers(block, name, seed, statistics, places, following, prices)
     squares, distributed, chosen = {}, {}, {}
+    waiting: dict[str, Stored] = {}  # until the dense block need not run again to show what enters other layers
+    again = following is None and any(isinstance(seen, Later) for seen in statistics.values())
     try:
         for compressed in told(_compressed(method, layers, share), len(layers), name, "layer"):
             read = {layers[layer].input for layer in compressed.stored}
             for layer, stored in compressed.stored.items():
-                put_in(block, layer, stored)
+                if again:
+                    waiting[layer] = stored
+                else:
+                    put_in(block, layer, stored)
                 weight_OI = layers.pop(layer).weight_OI.float()
                 with torch.no_grad():
                     difference_OI = stored(torch.float32) - weight_OI
@@ -181,10 +187,13 @@ def compress_block(
                 after = next((stack for stack in stacks(block).values() if first in stack), after)
                 if not compressed.stored.keys().isdisjoint(after):
                     continue  # experts of one stack: nothing enters them that is not as it was
-                again = _layers(block, name, seed, following.again(layers=after)[1], places, following, prices)
-                layers |= {layer: again[layer] for layer in after}
+                seen = following.again(layers=after)[1]
+                looked = _layers(block, name, seed, seen, places, following, prices)
+                layers |= {layer: looked[layer] for layer in after}
     except ValueError as error:
         raise InputError(f"{name}.{error}") from error
+    for layer, stored in waiting.items():
+        put_in(block, layer, stored)
     return {"squares": squares, "distributed": distributed, "chosen": chosen}
 
 
@@ -206,13 +215,14 @@ def _layers(
         if not bool(dense.weight.isfinite().all()):
             raise InputError(f"{name}.{layer}: NaN or infinity among its weights; the model is damaged")
         generator = torch.Generator().manual_seed(layer_seed(seed, f"{name}.{layer}"))
-        input_ = places[layer].input if places else number
+        input_, stack = (places[layer].input, places[layer].stack) if places else (number, None)
         weight_OI, seen = dense.weight.detach(), statistics.get(layer)
         if following is not None and seen is not None and seen.drift is not None:
             if id(seen) not in corrections:
                 corrections[id(seen)] = seen.drift.correction(seen.matrix_II, following.damping)
             weight_OI = corrected(weight_OI, corrections[id(seen)], following.strength)
-        layers[layer] = Layer(weight_OI, input_, seen, generator, seed, (prices or {}).get(f"{name}.{layer}"))
+        price_ = (prices or {}).get(f"{name}.{layer}")
+        layers[layer] = Layer(weight_OI, input_, seen, generator, seed, price_, stack)
     return layers
 
 

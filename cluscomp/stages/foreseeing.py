@@ -1,6 +1,8 @@
 """What stage cluster will do, from shapes alone: what it refuses, and what it costs."""
 
+import math
 from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
 
@@ -14,9 +16,10 @@ from cluscomp.models.sources import quantised_types
 from cluscomp.plan import dry
 from cluscomp.plan.cost import Cost, worst
 from cluscomp.plan.dry import Dry
-from cluscomp.plan.meta import MetaModel
+from cluscomp.plan.meta import MetaModel, Place
 from cluscomp.solve.layer import Seen
 from cluscomp.stages.cluster import Cluster
+from cluscomp.stages.observing import bytes_of, in_turn
 
 
 def check_method(stage: Cluster, original: Original) -> None:
@@ -79,21 +82,23 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
     observing = streams = moments = 0.0
     pricing: dict[str, float] = {}
     if stage.calibrated:
-        inputs = {place.input: place.in_features for places in outline.places() for place in places.values()}
+        looking = _looking(stage, outline)
+        moments = looking.kept
         streams = 2 * outline.stream(stage.samples, stage.length)
         once = outline.forward(stage.batch_size, stage.length)
-        counted, moments, adding = _counting(stage, inputs, outline.dtype)
-        captured = stage.batch_size * stage.length * sum(inputs.values()) * outline.dtype.itemsize
-        observing = once.peak + captured + adding
+        observing = once.peak + looking.captured + looking.added
         passes = stage.samples / stage.batch_size
         walks = 1 + (stage.prefix == "compressed") + stage.over_the_model
         looks = 1.0 + stage.over_the_model
+        if looking.turns > 1:
+            sweeps = 1 + (isinstance(stage.whole, Offers) and stage.whole.bits is not None)
+            walks, looks = walks + looking.turns * (1 + sweeps) - 1, looks + sweeps
         if stage.drift:  # the original beside, and a look at each input of the block
             # what was kept of the block before is not free at once (seen with 32 windows)
-            streams = 2 * streams + 2 * captured * passes
-            walks, looks = walks + len(inputs), looks + 1 - 1 / len(inputs)
+            streams = 2 * streams + 2 * looking.captured * passes
+            walks, looks = walks + looking.inputs, looks + 1 - 1 / looking.inputs
         work += once.work * passes * (outline.blocks - 1) * walks
-        work += counted * passes * outline.blocks * looks
+        work += looking.work * passes * outline.blocks * looks
         if stage.price == "loss":
             inside, logits = outline.training(stage.batch_size, stage.length), outline.logits(1, stage.length)
             work += (once.work + inside.work) * (passes * outline.blocks) + logits.work * (3 * stage.samples)
@@ -119,16 +124,43 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
     return Cost(device, {} if here else finished, work, relief)
 
 
-def _counting(stage: Cluster, inputs: dict[int, int], dtype: torch.dtype) -> tuple[Work, float, float]:
-    """Work of one batch for the statistics of a block, the bytes they are kept in, and those beside at most."""
-    work, kept, most = Work(), 0.0, 0.0
-    for size in inputs.values():
-        seen = Seen(stage.sees)
-        one_1I, all_TI = (
-            torch.empty(tokens, size, dtype=dtype, device="meta") for tokens in (1, stage.batch_size * stage.length)
-        )
-        seen.add(one_1I, one_1I if stage.drift else None)
+@dataclass(frozen=True)
+class Looking:
+    """What it takes to see what enters the layers of a block, of one batch of windows.
+
+    Bytes are of the inputs that are `captured`, of statistics that are `kept` at once, and of what is `added` to these
+    at most. Statistics of experts are gathered in so many `turns`; `inputs` come one after the other where the weights
+    of each follow what is before it.
+    """
+
+    work: Work
+    captured: float
+    kept: float
+    added: float
+    turns: int
+    inputs: int
+
+
+def _looking(stage: Cluster, outline: MetaModel) -> Looking:
+    """Of the block with most of it."""
+    kinds = {tuple(places.items()): places for places in outline.places()}.values()
+    return max((_looking_at(stage, places, outline.dtype) for places in kinds), key=lambda one: one.kept + one.captured)
+
+
+def _looking_at(stage: Cluster, places: dict[str, Place], dtype: torch.dtype) -> Looking:
+    work, most, captured = Work(), 0.0, 0.0
+    kept: dict[str | None, list[int]] = {}  # bytes of each input's statistics, by stack
+    for place in {place.input: place for place in places.values()}.values():
+        tokens = math.ceil(stage.batch_size * stage.length * place.share)
+        one_1I, all_TI = (torch.empty(rows, place.in_features, dtype=dtype, device="meta") for rows in (1, tokens))
+        seen, followed = Seen(stage.sees), stage.drift > 0 and place.stack is None
+        seen.add(one_1I, one_1I if followed else None)
         with Count() as count:
-            seen.add(all_TI, all_TI if stage.drift else None)
-        work, kept, most = work + count.work, kept + seen.nbytes, max(most, count.peak)
-    return work, kept, most
+            seen.add(all_TI, all_TI if followed else None)
+        work, most, captured = work + count.work, max(most, count.peak), captured + all_TI.nbytes
+        kept.setdefault(place.stack, []).append(seen.nbytes)
+    dense = kept.pop(None, [])
+    turns = in_turn({name: one.in_features for name, one in places.items() if one.stack}, stage.sees, stage.room)
+    at_once = max((sum(bytes_of(stage.sees, places[name].in_features) for name in turn) for turn in turns), default=0)
+    together = sum(max(stack) for stack in kept.values())
+    return Looking(work, captured, sum(dense) + at_once + together, most, len(turns), len(dense) + len(kept))

@@ -1,16 +1,18 @@
 """What stage cluster sees of the layers' inputs, and how weights follow what compressed blocks do to them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial
+from math import inf
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from cluscomp.forms.apart import stacks
 from cluscomp.models.original import linears
 from cluscomp.models.walk import Walk
-from cluscomp.solve.layer import Seen
+from cluscomp.solve.layer import Later, Seen
 
 LEAST = 256  # tokens of the calibration text, that an expert's statistics stand on
 
@@ -42,15 +44,92 @@ def observe(
     *,
     layers: list[str],
     originals: list[dict[str, Tensor]] | None = None,
+    room: float = inf,
 ) -> tuple[list[Tensor], dict[str, Seen]]:
     """What a block makes of its inputs (batches of (B, T, H)), and the named layers' statistics.
 
     Layers with one input share their statistics. `originals`: what enters the layers in the original, by batch; of
     experts it may be other tokens, and is not looked at. An expert that saw less than `LEAST` tokens has its statistics
-    mixed with the mean of its stack's; one that saw none has those that are assumed without data.
+    mixed with the mean of its stack's; one that saw none has those that are assumed without data. Of experts as many
+    statistics are in memory at once as have `room` (bytes): the others are gathered when they are asked for, in passes
+    of their own through the block, which must compute then as it does now.
     """
+    block = walk.blocks[index]
+    asked = set(layers)
+    stack_of = {layer: name for name, stack in stacks(block).items() for layer in stack if layer in asked}
+    modules: dict[str, Any] = {layer: block.get_submodule(layer) for layer in stack_of}
+    turns = in_turn({layer: module.in_features for layer, module in modules.items()}, sees, room)
+    gather = partial(_gathered, sees, walk, index, entering, stack_of, originals)
+    dense = [layer for layer in layers if layer not in stack_of]
+    stream, found = gather(dense + (turns[0] if turns else []))
+    statistics = {layer: found[layer] for layer in dense if layer in found}
+    own, together = dict.fromkeys(stack_of, 0), dict[str, Seen]()  # of each expert, of each stack
+    for number, turn in enumerate(turns):
+        if number:
+            found = {}  # the turn before leaves memory
+            _, found = gather(turn)
+        for layer in (layer for layer in turn if layer in found):
+            own[layer], stack = found[layer].own, stack_of[layer]
+            together[stack] = together[stack].together(found[layer]) if stack in together else found[layer]
+    fill = partial(_filled, sees, modules, stack_of, together)
+    if len(turns) == 1:
+        return stream, statistics | fill(turns[0], found)
+    held = _Turn(lambda number: fill(turns[number], gather(turns[number])[1]))
+    for number, turn in enumerate(turns):
+        for layer in (layer for layer in turn if stack_of[layer] in together):
+            statistics[layer] = Later(sees, own[layer], partial(held.of, number, layer))
+    return stream, statistics
+
+
+def in_turn(inputs: dict[str, int], sees: frozenset[str], room: float) -> list[list[str]]:
+    """Layers, of which each has an input of its own, in groups whose statistics have `room` (bytes) at once.
+
+    `inputs`: how many numbers enter each. One that has no room by itself is a group of its own.
+    """
+    turns: list[list[str]] = []
+    taken = inf
+    for layer, in_features in inputs.items():
+        size = bytes_of(sees, in_features)
+        if taken + size > room or not turns:
+            turns.append([])
+            taken = 0.0
+        turns[-1].append(layer)
+        taken += size
+    return turns
+
+
+def bytes_of(sees: frozenset[str], in_features: int) -> int:
+    """What the statistics of one input take."""
+    seen = Seen(sees)
+    seen.add(torch.empty(1, in_features, device="meta"))
+    return seen.nbytes
+
+
+class _Turn:
+    """The statistics of the experts whose turn it is."""
+
+    def __init__(self, gather: Callable[[int], dict[str, Seen]]) -> None:
+        self._gather, self._number, self._found = gather, -1, dict[str, Seen]()
+
+    def of(self, number: int, layer: str) -> Seen:
+        """Those of a layer of a turn, which others may have to make room for."""
+        if self._number != number:
+            self._found = {}  # before there are new ones
+            self._number, self._found = number, self._gather(number)
+        return self._found[layer]
+
+
+def _gathered(
+    sees: frozenset[str],
+    walk: Walk,
+    index: int,
+    entering: list[Tensor],
+    experts: Container[str],
+    originals: list[dict[str, Tensor]] | None,
+    layers: list[str],
+) -> tuple[list[Tensor], dict[str, Seen]]:
+    """One pass through a block: what it makes of its inputs, and what of the layers' inputs was seen."""
     block, stream = walk.blocks[index], []
-    experts = {layer for stack in stacks(block).values() for layer in stack}
     shared: dict[tuple[str, ...], Seen] = {}
     for number, hidden_BTH in enumerate(entering):
         output_BTH, inputs = walk.observe(index, block, hidden_BTH, layers)
@@ -62,19 +141,21 @@ def observe(
             statistic = shared.setdefault(tuple(names), Seen(sees))
             followed = originals and names[0] not in experts
             statistic.add(inputs[names[0]], originals[number][names[0]] if originals and followed else None)
-    statistics = {name: statistic for names, statistic in shared.items() for name in names}
-    return stream, _filled(sees, block, statistics) if statistics else statistics
+    return stream, {name: statistic for names, statistic in shared.items() for name in names}
 
 
-def _filled(sees: frozenset[str], block: nn.Module, statistics: dict[str, Seen]) -> dict[str, Seen]:
-    """The statistics, with those of experts that saw less than `LEAST` tokens mixed with the mean of their stack."""
-    found = dict(statistics)
-    for stack in stacks(block).values():
-        seen = [statistics[layer] for layer in stack if layer in statistics]
-        if seen:
-            all_of_them = reduce(Seen.together, seen)
-            for layer in stack:
-                module: Any = block.get_submodule(layer)
-                own = statistics.get(layer, Seen(sees))
-                found[layer] = own.filled(all_of_them, LEAST, module.in_features, module.weight.device)
-    return found
+def _filled(
+    sees: frozenset[str],
+    modules: dict[str, Any],
+    stack_of: dict[str, str],
+    together: dict[str, Seen],
+    layers: list[str],
+    found: dict[str, Seen],
+) -> dict[str, Seen]:
+    """The statistics of experts, with those that saw less than `LEAST` tokens mixed with the mean of their stack."""
+    statistics = {}
+    for layer in layers:
+        if (all_of_them := together.get(stack_of[layer])) is not None:
+            own = found.pop(layer, Seen(sees))  # it leaves memory as soon as it is mixed
+            statistics[layer] = own.filled(all_of_them, LEAST, modules[layer].in_features, modules[layer].weight.device)
+    return statistics

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.methods.cluscomp import ClusComp
-from cluscomp.models.original import Original, block_names, blocks, file_hashes, fingerprint, linears
+from cluscomp.models.files import file_hashes, fingerprint
+from cluscomp.models.original import Original, block_names, blocks, linears
 from cluscomp.stages.clustering import compress_block
 
 

@@ -15,6 +15,7 @@ IDLE = {
     "length": 8,
     "batch_size": 1,
     "prefix": "original",
+    "statistics": 8.0,
     "drift": 0.0,
     "drift_damping": 0.1,
     "price": "error",

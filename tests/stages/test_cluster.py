@@ -55,6 +55,7 @@ def stage(
         "drift": drift,
         "drift_damping": damping,
         "price": price,
+        "statistics": 8.0,
         "rotation": "none",
     } | CALIBRATION
     settings["beside"] = IDLE["beside"]
