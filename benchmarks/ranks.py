@@ -23,6 +23,7 @@ SHAPES = [  # of SmolLM2-135M
     "model=tiny", "model.config.hidden_size=576", "model.config.intermediate_size=1536",
     "model.config.num_attention_heads=9", "model.config.num_key_value_heads=3", "device=cpu",
 ]  # fmt: skip
+MORE = ["bits=3", "evaluate.after=[]", "evaluate.context=512"]
 
 
 def clustered(ranks: int, blocks: int, more: list[str]) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def clustered(ranks: int, blocks: int, more: list[str]) -> dict[str, Any]:
         start = [sys.executable]
         if ranks > 1:
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = ["-m", "cluscomp", *SHAPES, f"model.config.num_hidden_layers={blocks}", "bits=3", "evaluate.after=[]"]
+        command = ["-m", "cluscomp", *SHAPES, f"model.config.num_hidden_layers={blocks}", *MORE]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run([*start, *command, f"outputs={folder}", *more], check=True, env=environment)
         (path,) = Path(folder).glob("run-*/record.json")
