@@ -52,6 +52,7 @@ bench: $(VENV)/ready
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/gpu.py
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/evaluate.py
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/methods.py
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/run.py
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/plan.py --calibrate
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python benchmarks/sweep.py
 
