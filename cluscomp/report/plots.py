@@ -131,7 +131,7 @@ def _lines(
 
 
 def _name_ends(axes: "Axes", ends: dict[str, tuple[float, float]], colours: dict[str, str]) -> None:
-    """Names right of the panel, in the order of their lines' ends, as near to them as they can be; long ones in two lines."""
+    """Names right of the panel, in two lines at most, in the order of their lines' ends and as near as they can be."""
     axes.autoscale_view()
     place = axes.transData + axes.transAxes.inverted()
     heights = {name: min(max(float(place.transform(end)[1]), 0.0), 1.0) for name, end in ends.items()}
