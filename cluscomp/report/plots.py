@@ -1,5 +1,6 @@
 """Figures that a paper can print, from the data frames of the tables; one style for all of them."""
 
+import itertools
 import math
 import textwrap
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p"]
 GREY = "#9A9A9A"
 NAMED = 6  # methods with a colour and a name
-WIDTH = 38  # letters of a name at a line's end
+WIDTH = 25  # letters in each of the two lines that a name at a line's end has
 PANEL = 3.6, 2.8  # inches
 BEYOND = 10  # times the median perplexity of a Pareto front, above which nothing is told apart
 STYLE: Any = {
@@ -130,21 +131,23 @@ def _lines(
 
 
 def _name_ends(axes: "Axes", ends: dict[str, tuple[float, float]], colours: dict[str, str]) -> None:
-    """Names right of the panel, in the order of their lines' ends, as near to them as they can be; long ones cut."""
+    """Names right of the panel, in two lines at most, in the order of their lines' ends and as near as they can be."""
     axes.autoscale_view()
     place = axes.transData + axes.transAxes.inverted()
     heights = {name: min(max(float(place.transform(end)[1]), 0.0), 1.0) for name, end in ends.items()}
-    gap, names = 0.085, sorted(heights, key=lambda name: heights[name])
+    names = sorted(heights, key=lambda name: heights[name])
+    texts = [textwrap.fill(name, WIDTH, max_lines=2, placeholder=" ...") for name in names]
+    gaps = [0.0, *(0.0425 * (2 + "".join(pair).count("\n")) for pair in itertools.pairwise(texts))]  # to the one below
     told: list[float] = []
     thread = {"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
-    for name in names:  # from below, each above the one before
+    for name, gap in zip(names, gaps):  # from below, each above the one before
         told.append(max(heights[name], told[-1] + gap if told else 0.0))
     for number in range(len(told) - 2, -1, -1):  # and back from the upper edge
-        told[number + 1] = min(told[number + 1], 1.0 - gap * (len(told) - 2 - number))
-        told[number] = min(told[number], told[number + 1] - gap)
-    for name, height in zip(names, told):
+        told[number + 1] = min(told[number + 1], 1.0 - sum(gaps[number + 2 :]))
+        told[number] = min(told[number], told[number + 1] - gaps[number + 1])
+    for name, text, height in zip(names, texts, told):
         axes.annotate(
-            textwrap.shorten(name, WIDTH, placeholder=" ..."), ends[name], (1.06, height),
+            text, ends[name], (1.06, height),
             textcoords="axes fraction", va="center", color=colours[name], fontsize=7,
             arrowprops=thread | {"color": colours[name]}, annotation_clip=False,
         )  # fmt: skip
@@ -189,7 +192,7 @@ def layers(table: pd.DataFrame, column: str = "relative error") -> "Figure":
                     color=colour,
                     marker=marker,
                     markersize=2.5,
-                    label=f"{name[0]}, {name[1]} bits",
+                    label=f"{name[0]}, {name[1]}" + " bits" * name[1][0].isdigit(),
                 )
             axes.set_title(kind)
             axes.set_xlabel("block")

@@ -24,8 +24,8 @@ def test_what_does_not_fit_goes_on_in_further_tables():
     tables = text.split(r"\begin{table}")[1:]
     assert r"\caption{50\% of\_it, model: Some-Model\_7B}" in tables[0] and "Some-Model" not in "".join(tables[1:])
     assert all(r"\caption{50\% of\_it, continued}" in table for table in tables[1:])
-    for i in range(14):  # each column stands in one part, of three pages
-        assert text.count(rf"{{@{{}}r@{{}}}}{i} bits: \\ some\_text") == 3
+    for i in range(14):  # each column stands in one part, of three pages or four
+        assert text.count(rf"{{@{{}}r@{{}}}}{i} bits: \\ some\_text") in (3, 4)
     rows = [table.split(r"\midrule")[1].count("method ") for table in tables]
     assert max(rows) <= LINES and sum(rows) > 70  # each table names its rows
     assert "method 69" in tables[-1] and sum("method 69" in table for table in tables) < len(tables) / 2
