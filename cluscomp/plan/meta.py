@@ -22,6 +22,7 @@ from cluscomp.forms.stored import Stored, described
 from cluscomp.kernels.counting import Count
 from cluscomp.kernels.work import Work
 from cluscomp.models.original import block_names, blocks, check_supported, linears, norms, quantizer
+from cluscomp.models.predictions import TOKENS_OF_A_PART
 from cluscomp.models.untrusted import made_of
 from cluscomp.models.walk import Walk
 from cluscomp.plan.attention import FusedAttention
@@ -190,6 +191,10 @@ class MetaModel:
     def stream(self, windows: int, length: int) -> float:
         """Bytes of the hidden states of some windows."""
         return windows * length * self._width * self.dtype.itemsize
+
+    def part_of_stream(self, windows: int, length: int) -> float:
+        """Bytes of the hidden states that are in memory at once where the original's predictions are written."""
+        return self.stream(min(windows, max(1, TOKENS_OF_A_PART // length)), length)
 
     def tokens(self, text: Callable[[], Any]) -> float:
         """About how many tokens a text has, at 4 characters each; assumed where it is not on this machine."""

@@ -1,10 +1,12 @@
 """Stage recover: the codebooks of all blocks together learn to predict the next token (ClusComp+, paper 3.2.4)."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from cluscomp.kernels.work import Work
+from cluscomp.plan.cost import worst
 from cluscomp.settings import settings
 from cluscomp.stages.from_text import TrainsOnText
 from cluscomp.train.steps import LOGITS
@@ -52,15 +54,20 @@ class Recover(TrainsOnText):
         if self.norms:
             outline.train_norms()
         trained = outline.codebook_numbers(outline.model)
-        teaching = Work()
+        work, teaching = Work(), dict[str, float]()
         if self.taught:
-            windows = (self.samples + self.held_out) / self.batch_size
-            forward, logits = (
-                outline.forward(self.batch_size, self.length),
-                outline.logits(self.batch_size, self.length),
-            )
-            teaching = (forward.work * outline.blocks + logits.work) * windows
-        return outline.end_to_end(
+            windows = self.samples + self.held_out
+            forward = outline.forward(self.batch_size, self.length)
+            logits = outline.logits(self.batch_size, self.length)
+            work = (forward.work * outline.blocks + logits.work) * (windows / self.batch_size)
+            teaching = {
+                "codes and codebooks": outline.stored,
+                "embedding, head": outline.outside,
+                "those of the original, a block": outline.outside + outline.dense_block,
+                "original's hidden states": outline.part_of_stream(windows, self.length),
+                "original's logits": logits.peak,
+            }
+        training = outline.end_to_end(
             batch_size=self.batch_size,
             accumulation=self.accumulation,
             length=self.length,
@@ -68,8 +75,9 @@ class Recover(TrainsOnText):
             held_out=self.held_out,
             trained=trained,
             logits=LOGITS[outline.device],
-            before=teaching,
+            before=work,
         )
+        return replace(training, device=worst(training.device, teaching))
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Train codebooks, and norms where asked for, in place; codes never change.
