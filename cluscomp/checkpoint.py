@@ -27,7 +27,7 @@ from cluscomp.errors import InputError
 from cluscomp.forms import adapters
 from cluscomp.forms.apart import take_apart
 from cluscomp.forms.layers import check_values, empty_layers, reshape, specs, take_out
-from cluscomp.forms.linear import BASE, MARK, compressed, storage_dtype, unique_tensors
+from cluscomp.forms.linear import BASE, MARK, compressed, parts_of_stored, storage_dtype, unique_tensors
 from cluscomp.forms.multimodal import copy_processor, opener
 from cluscomp.forms.stored import as_stored
 from cluscomp.store.files import file_hash, new_folder
@@ -243,10 +243,10 @@ def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Stored weights are written as they are, what is not compressed in its storage dtype.
     """
-    inside = tuple(f"{name}.stored." for name in compressed(model))
+    inside = parts_of_stored(model)
     return {
         name.replace(f"{BASE}.", "."): tensor.detach()
-        .to(tensor.dtype if name.startswith(inside) else storage_dtype(tensor))
+        .to(tensor.dtype if inside(name) else storage_dtype(tensor))
         .contiguous()
         for name, tensor in unique_tensors(model).items()
         if MARK not in name

@@ -10,7 +10,15 @@ from cluscomp.errors import InputError, named
 from cluscomp.forms.codebook import CodebookWeight
 from cluscomp.forms.entropy import EntropyWeight
 from cluscomp.forms.lattice import LatticeWeight
-from cluscomp.forms.linear import BASE, MARK, CompressedLinear, compressed, storage_dtype, unique_tensors
+from cluscomp.forms.linear import (
+    BASE,
+    MARK,
+    CompressedLinear,
+    compressed,
+    parts_of_stored,
+    storage_dtype,
+    unique_tensors,
+)
 from cluscomp.forms.low_rank import LowRank
 from cluscomp.forms.masked import Masked
 from cluscomp.forms.normal_float import NormalFloatWeight
@@ -75,9 +83,9 @@ def reshape(model: nn.Module, shapes: Any) -> None:
 
 def check_values(model: nn.Module) -> None:
     """Raise InputError, by name, if what is stored is damaged (see `Stored.check`), or another number is not finite."""
-    inside = tuple(f"{name}.stored." for name in compressed(model))
+    inside = parts_of_stored(model)
     for name, parameter in model.named_parameters():
-        if not (name.startswith(inside) or parameter.is_meta or bool(parameter.isfinite().all())):
+        if not (inside(name) or parameter.is_meta or bool(parameter.isfinite().all())):
             raise InputError(f"{name}: NaN or infinity among its numbers; the checkpoint is damaged")
     for name, layer in compressed(model).items():
         try:
@@ -178,8 +186,8 @@ def size_of(model: nn.Module, kept_bits: int | None = None) -> Size:
     weights = sum(layer.out_features * layer.in_features for layer in layers.values())
     linear_bits = sum(ledger.values())
     paper_bits = sum(layer.stored.paper_bits() for layer in layers.values())
-    inside = tuple(f"{name}.stored." for name in layers)
-    others = {name: tensor for name, tensor in unique_tensors(model).items() if not name.startswith(inside)}
+    inside = parts_of_stored(model)
+    others = {name: tensor for name, tensor in unique_tensors(model).items() if not inside(name)}
     kept = [tensor for name, tensor in others.items() if MARK not in name]
     added = [tensor for name, tensor in others.items() if MARK in name]
     ledger["kept"] = sum(map(bits_of, kept))

@@ -1,6 +1,6 @@
 """The linear layer that uses a stored weight; all such layers of a model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -118,6 +118,12 @@ MARK = ".lora_"  # in the names of an adapter's tensors
 def compressed(model: nn.Module) -> dict[str, CompressedLinear]:
     """The compressed layers of a model or block, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+
+
+def parts_of_stored(model: nn.Module) -> Callable[[str], bool]:
+    """Whether a tensor of this name is part of the stored weight of a compressed layer."""
+    layers = compressed(model).keys()
+    return lambda name: name.partition(".stored.")[0] in layers
 
 
 @contextmanager

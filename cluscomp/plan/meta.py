@@ -16,7 +16,7 @@ from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms.apart import take_apart
 from cluscomp.forms.layers import Size, empty_layers, reshape, size_of
-from cluscomp.forms.linear import can_stay_rebuilt, compressed, unique_tensors
+from cluscomp.forms.linear import can_stay_rebuilt, compressed, parts_of_stored, unique_tensors
 from cluscomp.forms.multimodal import opener
 from cluscomp.forms.stored import Stored, described
 from cluscomp.kernels.counting import Count
@@ -74,8 +74,9 @@ class MetaModel:
         self.model = model.eval()
         self._walked = Walk(self.model)
         self.kept_bytes = min(of_file.itemsize, dtype.itemsize)  # of a number that is stored and not compressed
+        sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
+        self.block_numbers, self._largest = max(sizes), sizes.index(max(sizes))
         self.dense = {name: (layer.out_features, layer.in_features) for name, layer in linears(self.block).items()}
-        self.block_numbers = max(sum(p.numel() for p in block.parameters()) for block in blocks(model))
         inside = {id(p): p.numel() for block in blocks(model) for p in block.parameters()}
         outside = [p for p in unique_tensors(model).values() if id(p) not in inside]
         self.outside_numbers = sum(tensor.numel() for tensor in outside)
@@ -107,7 +108,7 @@ class MetaModel:
     @property
     def block(self) -> nn.Module:
         """The block that stands for all: the one with the most numbers."""
-        return max(blocks(self.model), key=lambda block: sum(p.numel() for p in block.parameters()))
+        return blocks(self.model)[self._largest]
 
     @property
     def blocks(self) -> int:
@@ -174,12 +175,12 @@ class MetaModel:
         With * for numbers: one name for all blocks.
         """
         names = block_names(self.model)
-        compressed = tuple(f"{name}.{layer}." for name, places in zip(names, self.places()) for layer in places)
+        compressed = {f"{name}.{layer}" for name, places in zip(names, self.places()) for layer in places}
         inside = tuple(f"{name}." for name in names)
         found = {
             re.sub(r"\.\d+(?=\.|$)", ".*", name)
             for name, parameter in self.model.named_parameters()
-            if parameter.ndim > 1 and name.startswith(inside) and not name.startswith(compressed)
+            if parameter.ndim > 1 and name.startswith(inside) and name.rpartition(".")[0] not in compressed
         }
         return sorted(found)
 
@@ -264,10 +265,10 @@ class MetaModel:
     def checkpoint_bytes(self) -> int:
         """Bytes of the checkpoint's weight file, header included."""
         kept = torch.float32 if self.kept_bytes == 4 else torch.bfloat16
-        inside = tuple(f"{name}.stored." for name in compressed(self.model))
+        inside = parts_of_stored(self.model)
 
         def dtype(name: str, tensor: Tensor) -> torch.dtype:
-            if name.startswith(inside):
+            if inside(name):
                 return tensor.dtype
             return torch.float16 if name in self._rounded else kept if tensor.numel() else torch.bfloat16
 
