@@ -154,7 +154,12 @@ def _of_text(view: View, text: str) -> View:
 
 
 def page(name: str, records: list[Record], format_: Format, published: list[Published] | None = None) -> dict[str, str]:
-    """The files with all tables of an experiment, by name: one, or of CSV one for each table."""
+    """The files with all tables of an experiment, by name: one, or of CSV one for each table.
+
+    Raises InputError if nothing was scored.
+    """
+    if not any(record.scores for record in records):
+        raise InputError(f"{name}: its records hold no score (evaluate.after=[]), of which a table could be made")
     made, (_, few) = views(records, published), of_enough_seeds(records)
     left_out = f"Left out, for K-means from random points needs {SEEDS} seeds: {'; '.join(few)}." if few else ""
     parts = {}

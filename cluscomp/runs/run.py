@@ -121,14 +121,20 @@ def _run(
             write(record, path)
     if publish is not None:
         write(record, publish / experiment.name / f"{runner.key}.json")
-    files = page(experiment.name, [record], "md") | {"record.json": path.read_text(encoding="utf-8")} if first else {}
-    session.end({f"{row.after}/{row.dataset}/{row.metric}": row.value for row in record.scores} | record.size, files)
+    summary = {f"{row.after}/{row.dataset}/{row.metric}": row.value for row in record.scores} | record.size
+    session.end(summary, {} if isinstance(tracker, NoTracker) else _files(experiment.name, record, path))
     samples = {
         name: metrics[f"evaluate {name}"]["sample"]
         for name in experiment.measured
         if metrics[f"evaluate {name}"]["sample"] is not None
     }
     return Outcome(record, path, runner.checkpoint(["original", *experiment.order][-1]), samples)
+
+
+def _files(name: str, record: Record, path: Path) -> dict[str, str]:
+    """What a tracker keeps of a run, by the files' names: its record, and tables of it if it has scores."""
+    tables = page(name, [record], "md") if record.scores else {}
+    return tables | {"record.json": path.read_text(encoding="utf-8")}
 
 
 def _fold(experiment: Experiment, runner: Runner, session: Session) -> dict[str, dict[str, Any]]:

@@ -104,7 +104,7 @@ def test_every_setting_that_decides_the_result_makes_another_key(assign, stage, 
     before, after = (stage_keys(settings, {"model": "m"}) for settings in (experiment, other))
     differing = experiment.order[experiment.order.index(stage) :]
     unread = assign == "nearest" and stage == "cluster" and part is None and field not in ("drift", "price", "rotation")
-    idle = unread or field in ("streams", "drift_damping", "moves", "codes_lr", "weights_lr")
+    idle = unread or field in ("streams", "statistics", "drift_damping", "moves", "codes_lr", "weights_lr")
     expected = set() if idle else set(differing)
     assert {name for name in before if before[name] != after[name]} == expected
     assert stage_keys(experiment, {"model": "n"}).keys() == before.keys()
