@@ -29,6 +29,7 @@ from cluscomp.models.sources import TinyModel, read_config
 from cluscomp.plan.meta import MetaModel
 from cluscomp.runs.preparation import planned
 from cluscomp.runs.run import Outcome, run
+from cluscomp.score.perplexity import continuation
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 SECONDS = 300  # that a family may take
@@ -38,7 +39,8 @@ HEAD = """# Models
 Every causal family that transformers {version} registers ({families}), as a tiny random model through `make families`:
 clustered ({methods}), one step of block_finetune, scored, saved, and loaded in plain transformers.
 
-* exact ({exact}): the original and the compressed model have the perplexity that plain transformers has, to 1e-4.
+* exact ({exact}): the original and the compressed model have the perplexity that plain transformers has, to 1e-4, and continue a
+  prompt greedily with the same tokens, where transformers generates at all ({silent} families where not).
 * refused ({refused}): in one sentence, before any work.
 * wrong ({wrong}) or broken ({broken}): not so; a fault of ours.
 * unknown ({unknown}): no tiny config of it was found that transformers makes and runs, and that is quick enough.
@@ -50,6 +52,7 @@ Those that hear, and those with an encoder for text, are refused.
 """
 LENGTH = 32  # tokens of a window
 METHODS = "cluscomp", "gptq"
+PROMPT, NEW = "Paragraph", 8  # what models continue, with so many tokens
 SHORT = [
     "model=hub", "bits=4", "order=[cluster,block_finetune]", "block_finetune=quick", "device=cpu", "dtype=float32",
     f"cluster.length={LENGTH}", "cluster.samples=4", "cluster.batch_size=2", f"block_finetune.length={LENGTH}",
@@ -187,14 +190,16 @@ def check(kind: str, folder: Path) -> dict[str, Any]:
     places = f"model.id='{model}'", f"data.file='{data.file}'", f"outputs='{folder / 'outputs'}'", f"cache='{folder}'"
     try:
         try:
-            reference = by_transformers(model, data)
+            reference, text = by_transformers(model, data), greedy(model)
         except Exception as error:  # it takes something else than text, say: then it has to be refused
             planned(composed([*SHORT, f"method={METHODS[0]}", *places]))
             return {"outcome": "unknown", "why": said(error), "trace": traceback.format_exc()}
         found["stays"] = MetaModel(read_config(model), torch.float32, "cpu").kept()
+        found["silent"] = text is None
+        prompt = [] if text is None else [f"evaluate.prompt={PROMPT}", f"evaluate.prompt_tokens={NEW}"]
         for method in METHODS:
-            outcome = run(composed([*SHORT, f"method={method}", *places]))
-            problem = problem_of(outcome, reference, data)
+            outcome = run(composed([*SHORT, *prompt, f"method={method}", *places]))
+            problem = problem_of(outcome, reference, text, data)
             if problem:
                 return found | {"outcome": "wrong", "why": f"{method}: {problem}"}
     except InputError as error:
@@ -202,7 +207,7 @@ def check(kind: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def problem_of(outcome: Outcome, reference: float, data: FileText) -> str:
+def problem_of(outcome: Outcome, reference: float, text: str | None, data: FileText) -> str:
     """What is not as plain transformers has it, if anything is."""
     scores = {s.after: s.value for s in outcome.record.scores if s.metric == "perplexity"}
     if not abs(scores["original"] / reference - 1) < 1e-4:
@@ -211,7 +216,19 @@ def problem_of(outcome: Outcome, reference: float, data: FileText) -> str:
     loaded = by_transformers(outcome.checkpoint, data)
     if not abs(scores["block_finetune"] / loaded - 1) < 1e-4:
         return f"perplexity of the compressed model {scores['block_finetune']:.6g}, loaded {loaded:.6g}"
+    for after, expected in ("original", text), ("block_finetune", text and greedy(outcome.checkpoint)):
+        if outcome.samples.get(after) != expected:
+            return f"after {after} it continues {outcome.samples.get(after)!r}, by transformers {expected!r}"
     return ""
+
+
+def greedy(folder: Path) -> str | None:
+    """How plain transformers continues the prompt; None where it cannot generate with such a model."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    try:
+        return continuation(model, AutoTokenizer.from_pretrained(folder), PROMPT, NEW)
+    except Exception:
+        return None
 
 
 @torch.no_grad()
@@ -273,6 +290,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         methods=", ".join(f"`method={name}`" for name in METHODS),
         families=len(results),
         version=transformers.__version__,
+        silent=sum(found.get("silent", False) for found in results.values()),
         **{key: counted[key] for key in OUTCOMES},
     )
     return told + str(tabulate(rows, head, "github", disable_numparse=True)) + "\n"

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from cluscomp.errors import InputError
+from cluscomp.report import page
 from cluscomp.report.tables import (
     legend,
     memory_bits,
@@ -242,6 +243,11 @@ def test_no_records_give_an_input_error_or_an_empty_table():
         assert len(stage_table([])) == 0
     except InputError as error:
         assert "record" in str(error)
+
+
+def test_records_without_scores_make_no_page_and_say_so():
+    with pytest.raises(InputError, match="mine: its records hold no score"):
+        page.page("mine", [record("run-b", [])], "md")
 
 
 def test_only_settings_of_stages_that_were_run_and_differ_are_shown():
