@@ -39,8 +39,8 @@ HEAD = """# Models
 Every causal family that transformers {version} registers ({families}), as a tiny random model through `make families`:
 clustered ({methods}), one step of block_finetune, scored, saved, and loaded in plain transformers.
 
-* exact ({exact}): the original and the compressed model have the perplexity that plain transformers has, to 1e-4, and continue a
-  prompt greedily with the same tokens, where transformers generates at all ({silent} families where not).
+* exact ({exact}): the original and the compressed model have the perplexity that plain transformers has, to 1e-4, and
+  continue a prompt greedily with the same tokens ({silent} families cannot be asked to).
 * refused ({refused}): in one sentence, before any work.
 * wrong ({wrong}) or broken ({broken}): not so; a fault of ours.
 * unknown ({unknown}): no tiny config of it was found that transformers makes and runs, and that is quick enough.
