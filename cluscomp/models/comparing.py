@@ -25,7 +25,7 @@ class Captured(Exception):
 
 @torch.no_grad()
 def compare(walk: "Walk", ids_1T: Int[Tensor, "1 T"]) -> None:
-    """Let the model itself run on a window, and one that ends otherwise, and compare what passes between blocks.
+    """Let the model itself run on a window (1, T), and one that ends otherwise, and compare what passes between blocks.
 
     It is what a walk relies on: with the arguments found with all blocks skipped each block gives what it gives in
     the model, its output is what enters the next, and norm and head make of the last what the model does. Raises

@@ -144,7 +144,7 @@ class Walk:
         return self.found
 
     def run(self, block: Callable[..., Any], hidden_BTH: Tensor, arguments: Arguments) -> tuple[Tensor, Any]:
-        """The hidden states that a block makes of others, and all that it gives."""
+        """The hidden states (B, P, H) that a block makes of others (B, P, H), and all that it gives."""
         layout = self.manner.layout
         given = block(layout.own(hidden_BTH), *arguments.args, **arguments.kwargs)
         return layout.flat(hidden_of(given)), given
@@ -154,7 +154,10 @@ class Walk:
         return (hidden, *[None] * (self.manner.gives - 1)) if self.manner.gives else hidden
 
     def capture(self, ids_BT: Tensor) -> tuple[Tensor, list[Arguments]]:
-        """The hidden states that enter the first block, and what each is called with, all blocks being skipped."""
+        """The hidden states (B, P, H) that enter the first block, and what each is called with, all being skipped.
+
+        `ids_BT`: token ids (B, T).
+        """
         arguments: list[Arguments] = []
         entering: list[Tensor] = []
 

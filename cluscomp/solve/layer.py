@@ -182,21 +182,21 @@ class Later(Seen):
 
     @property
     def matrix_II(self) -> Float[Tensor, "I I"]:
-        """See `Seen`."""
+        """H, (I, I), looked at now. Raises as `Seen.matrix_II`."""
         return self._look().matrix_II
 
     @property
     def diagonal_I(self) -> Float[Tensor, " I"]:
-        """See `Seen`."""
+        """Mean square of each input, (I,), looked at now. Raises as `Seen.diagonal_I`."""
         return self._look().diagonal_I
 
     @property
     def magnitude_I(self) -> Float[Tensor, " I"]:
-        """See `Seen`."""
+        """Mean absolute value of each input, (I,), looked at now. Raises as `Seen.magnitude_I`."""
         return self._look().magnitude_I
 
     def through(self, turn: Callable[[Tensor], Tensor]) -> Seen:
-        """See `Seen`."""
+        """The second moment of turned inputs, rows (T, I) -> (T, I), looked at now. See `Seen.through`."""
         return self._look().through(turn)
 
 

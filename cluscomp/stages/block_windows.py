@@ -62,6 +62,6 @@ def own_part(rows: Any) -> tuple[Any, float]:
 
 
 def spread(stream_WTH: Tensor, parts: list[slice]) -> None:
-    """Give all ranks the rows of a stream, each part of which one rank has made."""
+    """Give all ranks the rows of a stream (W, T, H), each part of which one rank has made."""
     for number, rows in enumerate(parts):
         ranks.spread(stream_WTH[rows], number)

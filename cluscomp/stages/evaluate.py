@@ -14,6 +14,7 @@ from cluscomp.data.texts import Source, test_windows
 from cluscomp.errors import InputError
 from cluscomp.kernels.work import Work
 from cluscomp.plan.cost import Cost, worst
+from cluscomp.process import rank
 from cluscomp.score.tasks import Answers, Tasks, lm_eval_version
 from cluscomp.settings import described, settings
 from cluscomp.store.records import Score, content_key
@@ -165,7 +166,6 @@ class Evaluate:
             seed: the run's, by which stages cut what they learn from.
             before: the original's answers to the tasks, to count flips; none: no flips.
         """
-        from cluscomp import ranks
         from cluscomp.score import evaluation, perplexity
 
         scores = []
@@ -194,7 +194,7 @@ class Evaluate:
         if self.tasks.names:
             asked, answers = evaluation.task_scores(self.tasks, whole, original, after=after, before=before)
             scores += asked
-        if self.prompt is not None and ranks.rank() == 0:
+        if self.prompt is not None and rank() == 0:
             sample = perplexity.continuation(whole, original.tokenizer, self.prompt, self.prompt_tokens)
         return Evaluation(scores, answers, sample)
 
