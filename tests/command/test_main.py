@@ -243,11 +243,11 @@ def test_more_centroids_than_sub_vectors_names_the_layer(cli):
 
 
 def test_bits_out_of_reach_say_what_is_within(cli):
-    """An 8 x 8 matrix: codes take 64 / D bits and two centroids 32 D, so the least is 96 of 64 for D = 1 or 2."""
+    """A 10 x 10 matrix: codes take 50 bits, packed 56, and two centroids 64, so the least is 120 for D = 2."""
     heads = "num_attention_heads:1,num_key_value_heads:1"
-    small = f"model.config={{hidden_size:8,intermediate_size:8,num_hidden_layers:1,{heads}}}"
+    small = f"model.config={{hidden_size:10,intermediate_size:10,num_hidden_layers:1,{heads}}}"
     sentence = the_sentence(cli(*TINY[:1], *TINY[2:4], "evaluate.context=32", small, "bits=1"))
-    assert "model.layers.0.self_attn.q_proj" in sentence and "1.5" in sentence
+    assert "model.layers.0.self_attn.q_proj" in sentence and "1.200" in sentence
 
 
 def test_a_context_longer_than_the_model_takes_is_refused(cli):
