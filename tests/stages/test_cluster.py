@@ -229,7 +229,7 @@ def test_without_a_statistic_no_text_is_read_or_counted(tiny_folder, tmp_path):
     assert len(compressed(model)) == 21 and "calibration" not in found
     assert found["distribution_by_layer"].keys() == compressed(model).keys()
     assert all(0 < layer["entropy"] <= 4 and layer["kurtosis"] > 1 for layer in found["distribution_by_layer"].values())
-    idle = {"drift", "drift_damping", "price", "rotation", "beside"}
+    idle = {"drift", "drift_damping", "price", "rotation", "beside", "statistics"}
     assert (
         cluster.learns_from() is None
         and cluster.without_effect() == {"data", "samples", "length", "batch_size", "prefix"} | idle

@@ -22,12 +22,11 @@ MIXTRAL = {
 }  # fmt: skip
 SHORT = [
     "model=hub", "bits=3", "order=[cluster,block_finetune]", "method=gptvq", "block_finetune=quick", "data=text",
-    "cluster=by_loss", "allocation=gates", "allocation.levels=2", "allocation.steps=2",
     "cluster.length=32", "cluster.samples=4", "cluster.batch_size=2",
     "block_finetune.length=32", "block_finetune.samples=2", "block_finetune.batch_size=1", "block_finetune.epochs=1",
     "evaluate.context=32", "evaluate.limit=2", "device=cpu",
 ]  # fmt: skip
-
+GATED = "cluster=by_loss", "allocation=gates", "allocation.levels=2", "allocation.steps=2"
 
 FAMILIES = {
     "mixtral": MIXTRAL,
@@ -53,7 +52,7 @@ def told(folder, ground, *more) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(mixtral, ground):
-    return pipeline(*told(mixtral, ground, f"outputs='{ground}/outputs'"))
+    return pipeline(*told(mixtral, ground, *GATED, f"outputs='{ground}/outputs'"))
 
 
 def test_experts_are_compressed_trained_and_loaded_with_equal_logits(finished):

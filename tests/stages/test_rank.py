@@ -11,7 +11,7 @@ from pipelines import composed, pipeline
 from pydantic import ValidationError
 
 from cluscomp import checkpoint
-from cluscomp.data.texts import FileText
+from cluscomp.data.files import FileText
 from cluscomp.errors import InputError
 from cluscomp.forms.layers import size_of
 from cluscomp.forms.linear import compressed

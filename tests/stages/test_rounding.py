@@ -176,7 +176,7 @@ def test_weights_scales_and_zeros_learn_and_lower_the_outputs_error(name):
 
 def test_signs_begin_as_they_are_stored_and_learn_with_the_gradient_of_the_authors():
     weight_OI, x_TI = correlated(6, 20, 3)
-    method = OneBit(bits=None, weighting="none", rounds=10)
+    method = OneBit(bits=None, weighting="none", rounds=10, post_norm=False)
     stored = made_by(method, weight_OI, None, torch.Generator()).requires_grad_(False)
     dense_OI = stored(torch.float32)
     learned = LearnedSigns(-weight_OI, stored)  # of which no sign is the stored one
@@ -213,7 +213,9 @@ def test_signs_begin_as_they_are_stored_and_learn_with_the_gradient_of_the_autho
 def test_signs_and_values_of_blocks_come_nearer_to_the_original(families, text, tmp_path):
     original = Original(families("llama", num_hidden_layers=1), torch.float32, CPU)
     model = original.model()
-    Cluster(method=OneBit(bits=None, weighting="none", rounds=10), **IDLE).run(model, Job(tmp_path, 0, original))
+    Cluster(method=OneBit(bits=None, weighting="none", rounds=10, post_norm=False), **IDLE).run(
+        model, Job(tmp_path, 0, original)
+    )
     before, shapes, after = tensors(model), specs(model), {}
     for learns, changes in {"values": {"scales"}, "weights": {"codes", "scales"}}.items():
         (tmp_path / learns).mkdir()
