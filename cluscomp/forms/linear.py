@@ -100,7 +100,7 @@ class CompressedLinear(nn.Linear):
         if not torch.is_grad_enabled():
             product_BO = self.stored.product(x.reshape(-1, self.in_features))
             if product_BO is not None:
-                return (product_BO if bias is None else product_BO + bias).view(*x.shape[:-1], -1)
+                return (product_BO if bias is None else product_BO + bias).view(*x.shape[:-1], self.out_features)
             if self.dense is not None and self.dense.dtype == x.dtype:
                 return F.linear(x, self.dense, bias)
         return _RebuiltLinear.apply(x, bias, self.stored, *self.stored.parameters())  # type: ignore[no-any-return]

@@ -72,7 +72,7 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
             share = None if shares is None else shares.blocks[index]
             following = Following(stage.drift, stage.drift_damping, look) if stage.drift else None
             experts = stacks(block).items() if statistics else ()
-            tokens = {stack: [statistics[layer].own for layer in layers] for stack, layers in experts}
+            tokens = {stack: [statistics[one].own for one in layers if one in statistics] for stack, layers in experts}
             found = compress_block(
                 stage.whole, block, name, job.seed, statistics, all_places[index], share, following, prices
             )
