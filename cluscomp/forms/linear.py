@@ -79,6 +79,7 @@ class CompressedLinear(nn.Linear):
 
     weight: Tensor
     dense: Tensor | None  # (O, I) while it is `rebuilt`
+    _is_hf_initialized = True  # transformers, which looks at the shape of a Linear's weight, has nothing to initialise
 
     def __init__(self, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would make a dense weight
