@@ -191,9 +191,13 @@ def check(kind: str, folder: Path) -> dict[str, Any]:
     try:
         try:
             reference, text = by_transformers(model, data), greedy(model)
-        except Exception as error:  # it takes something else than text, say: then it has to be refused
-            planned(composed([*SHORT, f"method={METHODS[0]}", *places]))
-            return {"outcome": "unknown", "why": said(error), "trace": traceback.format_exc()}
+        except Exception as error:  # it takes something else than text, say: then it is to be refused
+            why = f"transformers does not run it on text: {said(error)}"
+            try:
+                planned(composed([*SHORT, f"method={METHODS[0]}", *places]))
+            except InputError as refusal:
+                why += f"; refused: {str(refusal).replace(f'{model}: ', '')}"
+            return {"outcome": "unknown", "why": why[:300], "trace": traceback.format_exc()}
         found["stays"] = MetaModel(read_config(model), torch.float32, "cpu").kept()
         found["silent"] = text is None
         prompt = [] if text is None else [f"evaluate.prompt={PROMPT}", f"evaluate.prompt_tokens={NEW}"]
