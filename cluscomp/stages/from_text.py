@@ -1,18 +1,21 @@
 """What stages that learn from windows of a calibration text have in common."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, InstanceOf
 
 from cluscomp.data.overlap import Learned
 from cluscomp.data.texts import Source, Tokenizer, calibration_windows, split, test_windows
+from cluscomp.kernels.work import Work
 from cluscomp.settings import settings
-from cluscomp.train.steps import Steps
+from cluscomp.train.steps import LOGITS, Steps
 
 if TYPE_CHECKING:
     import numpy as np
 
     from cluscomp.models.original import Original
+    from cluscomp.plan.cost import Cost
+    from cluscomp.plan.meta import MetaModel
 
 HELD_OUT_SHARE = 0.1  # of the calibration text's characters, from its end
 
@@ -91,3 +94,23 @@ class TrainsOnText(Steps):
         text, held_out = split(self.data.text("calibration"), HELD_OUT_SHARE)
         train = calibration_windows(text, tokenizer, samples=self.samples, length=self.length, seed=seed)
         return train, test_windows(held_out, tokenizer, length=self.length, limit=self.held_out)
+
+    def training_cost(
+        self, outline: "MetaModel", trained: float, *, before: Work | None = None, passes: int = 1
+    ) -> "Cost":
+        """What it takes to train so many numbers of the whole model, each window going through it `passes` times."""
+        return outline.end_to_end(
+            batch_size=self.batch_size,
+            accumulation=self.accumulation,
+            length=self.length,
+            examples=passes * self.samples,
+            held_out=self.held_out,
+            trained=trained,
+            logits=LOGITS[outline.device],
+            before=before or Work(),
+        )
+
+    def told(self, train_WT: "np.ndarray", held_out_WT: "np.ndarray") -> dict[str, Any]:
+        """What the record says of windows (W, T) that were trained on, and of those held out."""
+        text = self.data.text("calibration").describe()
+        return {"calibration": text, "tokens": train_WT.size, "held_out_tokens": held_out_WT.size}

@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 from cluscomp.stages.from_text import TrainsOnText
-from cluscomp.train.steps import LOGITS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,15 +96,7 @@ class Prepare(TrainsOnText):
         """The dense model, float32 masters and AdamW's state; K-means is left out. See `Stage.cost`."""
         trained = float(outline.blocks * sum(o * i for o, i in outline.dense.values()))
         passes = 2 if self.rule == "cram" else 1
-        found = outline.end_to_end(
-            batch_size=self.batch_size,
-            accumulation=self.accumulation,
-            length=self.length,
-            examples=passes * self.samples,
-            held_out=self.held_out,
-            trained=trained,
-            logits=LOGITS[outline.device],
-        )
+        found = self.training_cost(outline, trained, passes=passes)
         found.device["gradients ahead"] = 4.0 * trained if self.rule == "cram" else 0.0
         found.device["codes"] = 9.0 * trained / self.vector_dim if self._clusters else 0.0
         return found
@@ -128,8 +119,7 @@ class Prepare(TrainsOnText):
             folder=job.folder / "training",
             seed=job.seed,
         )
-        text = self.data.text("calibration").describe()
-        return {"calibration": text, "tokens": train.size, "held_out_tokens": held_out.size} | found
+        return self.told(train, held_out) | found
 
     def _objective(self, seed: int) -> "Callable[..., Prepared]":
         from cluscomp.train.preparing import Clusters, Cram, Prepared, QuantNoise

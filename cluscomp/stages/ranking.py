@@ -21,7 +21,6 @@ from cluscomp.solve import low_rank
 from cluscomp.stages import Job
 from cluscomp.stages.rank import Rank
 from cluscomp.train.ranking import Directions, rank_directions
-from cluscomp.train.steps import LOGITS
 
 
 def check_reach(key: str, ratio: float, original: Original) -> None:
@@ -60,16 +59,7 @@ def cost(stage: Rank, outline: MetaModel) -> Cost:
     always = {"embedding, head": outline.outside, "directions": outline.stored}
     if not stage.trains:
         return Cost(worst(always | {"taking one apart": peak}, always | {"writing": outline.writing}), {}, work)
-    found = outline.end_to_end(
-        batch_size=stage.batch_size,
-        accumulation=stage.accumulation,
-        length=stage.length,
-        examples=stage.samples,
-        held_out=stage.held_out,
-        trained=trained,
-        logits=LOGITS[outline.device],
-        before=work,
-    )
+    found = stage.training_cost(outline, trained, before=work)
     found.device["factors"] = factors
     return found
 
@@ -115,5 +105,4 @@ def run(stage: Rank, model: PreTrainedModel, job: Job) -> dict[str, Any]:
         folder=job.folder / "training",
         seed=job.seed,
     )
-    text = stage.data.text("calibration").describe()
-    return {"calibration": text, "tokens": train.size, "held_out_tokens": held_out.size} | numbers
+    return stage.told(train, held_out) | numbers

@@ -9,7 +9,6 @@ from cluscomp.kernels.work import Work
 from cluscomp.plan.cost import worst
 from cluscomp.settings import settings
 from cluscomp.stages.from_text import TrainsOnText
-from cluscomp.train.steps import LOGITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,16 +66,7 @@ class Recover(TrainsOnText):
                 "original's hidden states": outline.part_of_stream(windows, self.length),
                 "original's logits": logits.peak,
             }
-        training = outline.end_to_end(
-            batch_size=self.batch_size,
-            accumulation=self.accumulation,
-            length=self.length,
-            examples=self.samples,
-            held_out=self.held_out,
-            trained=trained,
-            logits=LOGITS[outline.device],
-            before=work,
-        )
+        training = self.training_cost(outline, trained, before=work)
         return replace(training, device=worst(training.device, teaching))
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
@@ -101,5 +91,4 @@ class Recover(TrainsOnText):
             folder=job.folder / "training",
             seed=job.seed,
         )
-        text = self.data.text("calibration").describe()
-        return {"calibration": text, "tokens": train.size, "held_out_tokens": held_out.size} | found
+        return self.told(train, held_out) | found

@@ -59,18 +59,28 @@ def train_on_text(
         objective: Objective = WithHidden(model, trained.parameters, hidden=hidden, ids_BT=held_out[:1], **weights)
     else:
         objective = Objective(model, trained.parameters, ids_BT=held_out[:1], **weights)
-    return train_whole(
-        model,
-        trained,
-        objective,
-        Windows(train, kept, 0),
-        Windows(held_out, kept, len(train)),
-        settings,
-        tokens=train.numel(),
-        name="recover",
-        folder=folder,
-        seed=seed,
+    return train_windows(
+        model, trained, objective, train, held_out, settings, teacher=kept, name="recover", folder=folder, seed=seed
     )
+
+
+def train_windows(
+    model: PreTrainedModel,
+    trained: Trained,
+    objective: Objective,
+    train_WT: Tensor,
+    held_out_WT: Tensor,
+    settings: Steps,
+    *,
+    teacher: Teacher | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """As `train_whole`, of windows (W, T) in their order, with the teacher's predictions of these and those held out.
+
+    `more`: its name, folder, seed and so on.
+    """
+    train, held_out = Windows(train_WT, teacher, 0), Windows(held_out_WT, teacher, len(train_WT))
+    return train_whole(model, trained, objective, train, held_out, settings, tokens=train_WT.numel(), **more)
 
 
 class WithHidden(Objective):

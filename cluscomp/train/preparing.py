@@ -21,9 +21,9 @@ from cluscomp.forms.codebook import sub_vectors
 from cluscomp.models.original import Original, block_names, blocks, linears
 from cluscomp.solve.kmeans import Recipe, kmeans
 from cluscomp.train.masters import Trained
-from cluscomp.train.on_text import Windows
+from cluscomp.train.on_text import train_windows
 from cluscomp.train.steps import Steps
-from cluscomp.train.whole import Objective, train_whole
+from cluscomp.train.whole import Objective
 
 Layers = dict[str, nn.Linear]
 
@@ -202,17 +202,8 @@ def prepare(
     train, held_out = torch.from_numpy(train_WT), torch.from_numpy(held_out_WT)
     objective = rule(model, trained, layers, held_out[:1])
     with objective.installed():
-        found = train_whole(
-            model,
-            trained,
-            objective,
-            Windows(train, None, 0),
-            Windows(held_out, None, 0),
-            settings,
-            tokens=train.numel(),
-            name="prepare",
-            folder=folder,
-            seed=seed,
-            begin=objective.begin,
-        )
+        found = train_windows(
+            model, trained, objective, train, held_out, settings,
+            name="prepare", folder=folder, seed=seed, begin=objective.begin,
+        )  # fmt: skip
     return {"passes": objective.passes * found["steps"] * settings.accumulation} | found

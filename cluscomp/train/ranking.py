@@ -20,10 +20,10 @@ from cluscomp.forms.ranked import Ranked
 from cluscomp.forms.uniform import in_16_bits
 from cluscomp.solve import low_rank
 from cluscomp.train.masters import Trained
-from cluscomp.train.on_text import Windows
+from cluscomp.train.on_text import train_windows
 from cluscomp.train.rounding import RoundedAnew
 from cluscomp.train.steps import Steps
-from cluscomp.train.whole import IGNORED, Objective, train_whole
+from cluscomp.train.whole import IGNORED, Objective
 
 
 class Directions(RoundedAnew[Ranked]):
@@ -222,19 +222,10 @@ def rank_directions(
         trained = Trained(model, codebooks=True, others={})
         train, held_out = torch.from_numpy(train_WT), torch.from_numpy(held_out_WT)
         objective = Ranking(model, trained, layers, held_out[:1], price=price, rise=rise, until=until)
-        found = train_whole(
-            model,
-            trained,
-            objective,
-            Windows(train, None, 0),
-            Windows(held_out, None, 0),
-            settings,
-            tokens=train.numel(),
-            name="rank",
-            folder=folder,
-            seed=seed,
-            begin=objective.begin,
-        )
+        found = train_windows(
+            model, trained, objective, train, held_out, settings,
+            name="rank", folder=folder, seed=seed, begin=objective.begin,
+        )  # fmt: skip
     finally:
         for name, one in layers.items():
             places[name].stored = one.stored
