@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from cluscomp.data.mirror import copies_told, rows_told, text_of
-from cluscomp.data.texts import Split, Text, read_once, version, without_overlap
+from cluscomp.data.texts import Split, Text, fifth_apart, read_once, version, without_overlap
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 
@@ -57,7 +57,7 @@ class Documents:
             rows = self._drawn(self.calibration)
             if len(rows) < 2:
                 raise InputError(f"data.id={self.id}: one row of text cannot be split into two texts; give data.test")
-            calibration, test = rows[: len(rows) * 4 // 5], rows[len(rows) * 4 // 5 :]
+            calibration, test = fifth_apart(rows)
         named = f"{self.id}/{self.calibration if split == 'calibration' else self.test or f'{self.calibration} (end)'}"
         return Text(named, test if split == "test" else without_overlap(calibration, test), self.separator)
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from cluscomp.data.mirror import text_of
-from cluscomp.data.texts import Split, Text, read_once, version, without_overlap
+from cluscomp.data.texts import Split, Text, fifth_apart, read_once, version, without_overlap
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 
@@ -44,8 +44,7 @@ class FileText:
                     f"data.file={self.file}: {len(calibration)} lines of text cannot be split into calibration and "
                     "test text; give data.test_file"
                 )
-            border = len(calibration) * 4 // 5
-            calibration, test = calibration[:border], calibration[border:]
+            calibration, test = fifth_apart(calibration)
         else:
             test = self._paragraphs("test_file", self.test_file)
         if split == "test":

@@ -96,6 +96,12 @@ def without_overlap(calibration: list[str], test: list[str]) -> list[str]:
     return [row for row in calibration if row not in seen]
 
 
+def fifth_apart(rows: list[str]) -> tuple[list[str], list[str]]:
+    """All but the last fifth of some rows, and these last ones: the test text of what has none of its own."""
+    border = len(rows) * 4 // 5
+    return rows[:border], rows[border:]
+
+
 def split(text: Text, share: float) -> tuple[Text, Text]:
     """The text without its last rows, and these last rows: about `share` of the characters, a row at least.
 

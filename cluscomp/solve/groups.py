@@ -1,7 +1,6 @@
 """Layers that share a codebook: one clustering of them all, and codes and codebook by what their outputs lose."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -104,39 +103,31 @@ class Group:
         It is that of K-means. With any of `assign` "hessian", `least_squares` and `descent`, which need axis "out",
         codes and codebook are then chosen by what the layers' outputs lose: see `along_outputs`.
         """
-        key = "stored", self.alike, shape, storage, assign, least_squares, descent
-        make = partial(self._stored, shape, storage, assign, least_squares, descent)
-        return once(key, self.weights[0], make)
 
-    def _stored(
-        self,
-        shape: Shape,
-        storage: Storage,
-        assign: Literal["nearest", "hessian"],
-        least_squares: int,
-        descent: int,
-    ) -> list[CodebookWeight]:
-        found = self._kmeans(shape)
-        counts = [num_sub_vectors(*matrix, shape.vector_dim, self._axis) for matrix in self.matrices]
-        codes, centroids_KD = list(found.codes_N.split(counts)), found.centroids_KD
-        if assign == "hessian" or least_squares or descent:
-            hessian = assign == "hessian"
-            codes, centroids_KD = self._by_output(codes, centroids_KD, storage, hessian, least_squares, descent)
-        stored = [
-            CodebookWeight.from_codes(
-                codes_N[None],
-                centroids_KD[None],
-                None if scale is None else torch.tensor([scale], device=codes_N.device),
-                out_features=out_features,
-                in_features=in_features,
-                axis=self._axis,
-                storage=storage,
-            )
-            for codes_N, scale, (out_features, in_features) in zip(codes, self.scales, self.matrices)
-        ]
-        for weight in stored[1:]:
-            weight.follow(stored[0])
-        return stored
+        def make() -> list[CodebookWeight]:
+            found = self._kmeans(shape)
+            counts = [num_sub_vectors(*matrix, shape.vector_dim, self._axis) for matrix in self.matrices]
+            codes, centroids_KD = list(found.codes_N.split(counts)), found.centroids_KD
+            if assign == "hessian" or least_squares or descent:
+                hessian = assign == "hessian"
+                codes, centroids_KD = self._by_output(codes, centroids_KD, storage, hessian, least_squares, descent)
+            stored = [
+                CodebookWeight.from_codes(
+                    codes_N[None],
+                    centroids_KD[None],
+                    None if scale is None else torch.tensor([scale], device=codes_N.device),
+                    out_features=out_features,
+                    in_features=in_features,
+                    axis=self._axis,
+                    storage=storage,
+                )
+                for codes_N, scale, (out_features, in_features) in zip(codes, self.scales, self.matrices)
+            ]
+            for weight in stored[1:]:
+                weight.follow(stored[0])
+            return stored
+
+        return once(("stored", self.alike, shape, storage, assign, least_squares, descent), self.weights[0], make)
 
     def _kmeans(self, shape: Shape) -> Clustering:
         """Centroids and codes of all sub-vectors, which leave memory."""

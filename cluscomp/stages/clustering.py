@@ -109,14 +109,13 @@ def _of_all_ranks(
     work: Blockwise, walk: Walk, job: Job, by_block: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """What was found in each block, by its name; blocks that other processes made are put into the model."""
-    found = {}
-    for index, name in enumerate(block_names(walk.model)):
+    names = block_names(walk.model)
+    for index, name in enumerate(names):
         if name not in by_block:
             job.original.load_block(walk.model, index)
             by_block[name] = work.put_back(index)
             walk.blocks[index].to("cpu")
-        found[name] = by_block[name]
-    return found
+    return {name: by_block[name] for name in names}
 
 
 def _reported(by_block: dict[str, dict[str, Any]]) -> dict[str, Any]:
