@@ -35,7 +35,7 @@ from cluscomp.score.tasks import read_answers, write_answers
 from cluscomp.stages import Job
 from cluscomp.stages.blockwise import dense_blocks
 from cluscomp.stages.evaluate import Evaluation
-from cluscomp.store.files import held_alone
+from cluscomp.store.files import held_by_first
 from cluscomp.store.records import content_key, read_sealed, write_sealed
 from cluscomp.store.secrets import hide
 
@@ -84,7 +84,7 @@ class Runner:
     def stage(self, name: str) -> dict[str, Any]:
         """The metrics of a stage, which leaves its model in `checkpoint` of its folder."""
         folder = self._folder(name)
-        with held_alone(folder, name) if ranks.rank() == 0 else nullcontext():
+        with held_by_first(folder, name):
             metrics = self._stage(name, folder)
             if ranks.rank() == 0:
                 _keep_alone(folder, CHECKPOINT, METRICS, "lock")
@@ -93,7 +93,7 @@ class Runner:
     def evaluate(self, name: str) -> dict[str, Any]:
         """Scores of the model after stage `name`, and its continuation of the prompt."""
         folder = self._evaluation_folder(name)
-        with held_alone(folder, f"evaluate {name}") if ranks.rank() == 0 else nullcontext():
+        with held_by_first(folder, f"evaluate {name}"):
             metrics = self._evaluate(name, folder)
             if ranks.rank() == 0:
                 _keep_alone(folder, METRICS, ANSWERS, "lock")

@@ -1,7 +1,6 @@
 """Scores of a model with their protocols: on windows of a text, and on tasks."""
 
 import math
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,13 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cluscomp import ranks
 from cluscomp.models.original import Original
 from cluscomp.models.predictions import Predictions, last_hidden
 from cluscomp.models.walk import Walk
 from cluscomp.score.perplexity import Mean, Reference, mean_of, scored_bytes, window_scores
 from cluscomp.score.tasks import Answers, Tasks, flipped, lm_eval_version
 from cluscomp.store import records
-from cluscomp.store.files import held_alone
+from cluscomp.store.files import held_by_first
 from cluscomp.store.records import Score, content_key
 
 
@@ -83,7 +81,7 @@ def _reference(
     first = walk if after == "original" else Walk(original.model(), original)
     folder = kept / content_key([windows_WT.tolist(), batch_size])
     predictions = Predictions(folder, windows_WT, last_hidden)
-    with held_alone(folder, "the original's predictions") if ranks.rank() == 0 else nullcontext():
+    with held_by_first(folder, "the original's predictions"):
         predictions.write(first, batch_size=batch_size)
     return Reference(first, predictions)
 

@@ -7,12 +7,13 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from cluscomp.errors import InputError
+from cluscomp.process import rank
 
 if TYPE_CHECKING:
     from filelock import LeaseCompromise, SoftFileLease
@@ -97,6 +98,11 @@ def held_alone(folder: Path, what: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def held_by_first(folder: Path, what: str) -> AbstractContextManager[None]:
+    """`held_alone`, by the first process of a run for all of them: the others do what it says, when it says so."""
+    return held_alone(folder, what) if rank() == 0 else nullcontext()
 
 
 def is_held(folder: Path) -> bool:
