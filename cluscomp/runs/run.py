@@ -88,7 +88,7 @@ def _run(
         folder = experiment.model.folder(cache, to_score=not experiment.order)
     gc.collect()
     gc.freeze()  # libraries stay anyway: each later collection looks only at what runs make
-    device, dtype = device_of(experiment.device), dtype_of(experiment)
+    device, dtype = device_of(experiment.device), ranks.agreed(lambda: dtype_of(experiment))  # a measurement
     said = {"of": experiment.model.of, "calibration": experiment.model.calibration} if _is_gguf(experiment) else {}
     original = opened(folder, dtype, device, to_score=not experiment.order, **said)
     hashes = file_hashes(folder)
