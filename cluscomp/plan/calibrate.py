@@ -40,10 +40,27 @@ def measure() -> dict[str, float]:
 
 
 def slowdown(dtype: torch.dtype) -> float:
-    """How many times as long as in float32 a layer takes in another type on this processor; less than 1 s of work."""
-    linear, x_TI, w_OI = torch.nn.functional.linear, torch.ones(256, 576), torch.ones(1536, 576)
+    """How many times as long as in float32 a layer takes in another type on this processor; less than 1 s of work.
+
+    The quickest calls of both in turn, by the time of one thread: what else runs here must not change a run's type.
+    """
+    x_TI, w_OI = torch.ones(256, 576), torch.ones(1536, 576)
     y_TI, v_OI = x_TI.to(dtype), w_OI.to(dtype)
-    return _seconds(lambda: linear(y_TI, v_OI), repeats=3) / _seconds(lambda: linear(x_TI, w_OI), repeats=3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        pairs = [(_busy(x_TI, w_OI), _busy(y_TI, v_OI)) for _ in range(8)]
+    finally:
+        torch.set_num_threads(threads)
+    plain, other = map(min, zip(*pairs[1:], strict=True))
+    return other / plain
+
+
+def _busy(x_TI: torch.Tensor, w_OI: torch.Tensor) -> float:
+    """Seconds that this thread computes for a product."""
+    start = time.thread_time()
+    torch.nn.functional.linear(x_TI, w_OI)
+    return time.thread_time() - start
 
 
 def _elementwise(y_TI: torch.Tensor) -> torch.Tensor:
