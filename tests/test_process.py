@@ -120,8 +120,8 @@ if sys.argv[1:] == ["told"]:
     hoard_nothing()
 torch.ones(2**22)  # 16 MiB: once it is freed, glibc by itself keeps pieces up to this size
 before = resident()
-kept = [(torch.ones(2**20), torch.ones(2**10)) for _ in range(32)]  # 4 MiB each, and 4 KiB behind it that stays
-kept = [small for _, small in kept]
+pieces = [torch.ones(2**20) for _ in range(33)]  # 4 MiB each
+del pieces[:-1]  # not the last: glibc gives back the end of its heap alone, and this piece, which stays, lies there
 print(resident() - before)
 """
 

@@ -21,14 +21,13 @@ def layer_table(records: list[Record]) -> pd.DataFrame:
     for record in records:
         found = record.stages.get("cluster", {}).get("found", {})
         known = found.get("distribution_by_layer", {})
+        run = (model_name(record, records), limit(record), method_name(record, "cluster")) if found else ()
         for name, error in found.get("relative_error_by_layer", {}).items():
             number = re.search(r"\.(\d+)\.(.+)$", name)
             of_layer = known.get(name, {})
             rows.append(
-                {
-                    "model": model_name(record, records),
-                    "limit": limit(record),
-                    "method": method_name(record, "cluster"),
+                dict(zip(("model", "limit", "method"), run, strict=True))
+                | {
                     "block": int(number[1]) if number else -1,
                     "layer": number[2].rpartition(".")[2] if number else name,
                     "relative error": error,

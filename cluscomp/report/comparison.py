@@ -215,10 +215,9 @@ def _row(
     made = "" if original else record.stages[after].get("checkpoint_hash", record.run["name"])
     key = (model_name(record, records), made, after)
     size = sizes(record, after)
-    return rows.setdefault(
-        key,
-        {
-            "model": model_name(record, records),
+    if key not in rows:
+        rows[key] = {
+            "model": key[0],
             "limit": "-" if original else limit(record),
             "method": method_name(record, after),
             "seed": "" if original else str(record.config["seed"]),
@@ -228,9 +227,8 @@ def _row(
             STORED: round(size["linear_bits_per_weight"], 3),
             IN_MEMORY: round(memory_bits(record, after), 3),
             "MB": round(size["checkpoint_bytes"] / 1e6, 1),
-        }
-        | cost_until(record, after),
-    )
+        } | cost_until(record, after)
+    return rows[key]
 
 
 def _settings(records: list[Record], record: Record, after: str) -> str:
@@ -238,11 +236,13 @@ def _settings(records: list[Record], record: Record, after: str) -> str:
     stages = stages_until(record, after)
     if not stages:
         return ""
-    alike = (model_name(record, records), limit(record), method_name(record, after))
+    model, alike = model_name(record, records), (limit(record), method_name(record, after))
     rivals = [
         one
         for one in records
-        if after in one.config["order"] and (model_name(one, records), limit(one), method_name(one, after)) == alike
+        if after in one.config["order"]
+        and (limit(one), method_name(one, after)) == alike
+        and model_name(one, records) == model
     ]
     differing = settings_that_differ(rivals)[rivals.index(record)]
     return ", ".join(

@@ -37,7 +37,7 @@ def scores(records: list[Record]) -> pd.DataFrame:
             {
                 "run": record.run["name"],
                 "seed": record.config["seed"],
-                "model": model_name(record, records),
+                "model": model,
                 "limit": limit(record),
                 "method": method_name(record, score.after),
                 "after": score.after,
@@ -55,6 +55,7 @@ def scores(records: list[Record]) -> pd.DataFrame:
             | {IN_MEMORY: memory_bits(record, score.after)}
             | tokens(record, score.after)
             for record in records
+            for model in [model_name(record, records)]  # which takes a look at all of them
             for score in record.scores
         ]
     )

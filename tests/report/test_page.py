@@ -1,6 +1,7 @@
 """Tables and figures of experiments by hand, and that those in the repository are what the commands make today."""
 
 import csv
+import functools
 import math
 import re
 from dataclasses import replace
@@ -30,6 +31,8 @@ from cluscomp.store.records import Record, Score, protocol, read_folder, write
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted({path.parent.name for path in (ROOT / "results").glob("*/*.json")} - {"bench"})
+read_results = functools.cache(lambda name: read_folder(ROOT / "results" / name))
+page_of = functools.cache(lambda name: page.page(name, read_results(name), "md")["tables.md"])
 BLOCKS = re.compile(r"<!-- cluscomp table (\w+)(?: \w+)? -->\n(.*?)<!-- end -->", re.S)
 
 
@@ -489,9 +492,8 @@ def test_every_experiment_with_records_has_its_tables():
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_tables_and_figures_are_those_of_the_records(name):
     """`cluscomp table NAME` and `cluscomp plot NAME` would change nothing (make tables does both for all)."""
-    found = read_folder(ROOT / "results" / name)
-    assert page.page(name, found, "md")["tables.md"] == (ROOT / "results" / name / "tables.md").read_text()
-    for stem, (_, data) in figures.figures(found).items():
+    assert page_of(name) == (ROOT / "results" / name / "tables.md").read_text()
+    for stem, (_, data) in figures.figures(read_results(name)).items():
         assert plots.data_key(data) in (ROOT / "results" / name / f"{stem}.png").read_bytes().decode("latin-1")
 
 
@@ -558,8 +560,7 @@ def is_number(cell: str) -> bool:
 
 def test_a_recipe_of_random_starts_stands_with_three_seeds_or_not_at_all():
     """Others may stand with one."""
-    root = Path(__file__).parents[2] / "results" / "methods"
-    found = read_folder(root)
+    found = read_results("methods")
     paper = next(one for one in found if (one.choices.get("method") or {}).get("yaml") == "cluscomp_paper")
     name = method_name(paper, "cluster")
     kept, left_out = page.of_enough_seeds([one for one in found if method_name(one, "cluster") != name] + [paper])
@@ -567,7 +568,7 @@ def test_a_recipe_of_random_starts_stands_with_three_seeds_or_not_at_all():
     three = [replace(paper, config=paper.config | {"seed": seed}) for seed in range(3)]
     kept, left_out = page.of_enough_seeds(three)
     assert kept == three and not left_out
-    text = page.page("methods", [*found], "md")["tables.md"]
+    text = page_of("methods")
     assert f"| {name} " not in text and f"Left out, for K-means from random points needs 3 seeds: {name}" in text
 
 
