@@ -1,5 +1,6 @@
 """Shared ground: one thread, no network, shapes checked while most tests run, tiny models of seven families."""
 
+import gc
 import os
 import random
 import signal
@@ -16,8 +17,9 @@ import hypothesis
 import jaxtyping
 import pytest
 import torch
-from forks import Forks
+from forks import servers
 
+gc.disable()  # until all is imported: what stays for good need not be looked through again and again
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels then run on the CPU, for the tests
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -68,6 +70,12 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests first: with several processes, none is left alone with one of them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """All modules are imported."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -130,11 +138,21 @@ def ground(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def forks():
+def both_servers():
+    with servers() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def forks(both_servers):
     """Processes of the command without its start-up."""
-    found = Forks()
-    yield found
-    found.end()
+    return both_servers[0]
+
+
+@pytest.fixture(scope="session")
+def without_ours(both_servers):
+    """Processes that have torch and transformers, and nothing of ours."""
+    return both_servers[1]
 
 
 @pytest.fixture

@@ -1,16 +1,22 @@
-"""Real processes of the command, forked from one that has imported and planned all there is: it saves seconds each."""
+"""Real processes, forked from one that has imported torch and transformers, or from one that has imported and planned
+all that the command needs: it saves seconds each.
+"""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 OTHERS = """
-import json, os, sys
+import gc, json, os, sys
+gc.disable()  # until all is imported; what is frozen then no process looks through again, which would copy its pages
 import hydra, lm_eval, pydantic, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 """
@@ -26,54 +32,71 @@ from cluscomp.runs.preparation import planned
 
 planned(composed(["bits=3", "model=tiny", "order=[cluster,block_finetune,recover]", "device=cpu"]))
 """
-FORKS = """
-for line in sys.stdin:
-    command = json.loads(line)
-    if "wait" in command:
-        print(os.waitstatus_to_exitcode(os.waitpid(command["wait"], 0)[1]), flush=True)
-    elif pid := os.fork():
-        print(pid, flush=True)
-    else:
-        for number, name in ((1, "log"), (2, "errors")):
-            os.dup2(os.open(command[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        os.chdir(command["folder"])
-        os.environ.update(command["variables"])
-        sys.argv = ["cluscomp", *command["arguments"]]
-        try:
-            exec(command["script"], {"__name__": "__main__"}) if command["script"] else main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            code = 1
-        if command["script"]:
-            import atexit
+SERVE = """
+def serve(requests, answers):
+    gc.freeze()
+    gc.enable()
+    for line in requests:
+        command = json.loads(line)
+        if "wait" in command:
+            print(os.waitstatus_to_exitcode(os.waitpid(command["wait"], 0)[1]), file=answers, flush=True)
+        elif pid := os.fork():
+            print(pid, file=answers, flush=True)
+        else:
+            for number, name in ((1, "log"), (2, "errors")):
+                os.dup2(os.open(command[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            os.chdir(command["folder"])
+            os.environ.update(command["variables"])
+            sys.argv = ["cluscomp", *command["arguments"]]
+            try:
+                exec(command["script"], {"__name__": "__main__"}) if command["script"] else main()
+                code = 0
+            except SystemExit as end:
+                code = end.code or 0
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+                code = 1
+            if command["script"]:
+                import atexit
 
-            atexit._run_exitfuncs()
-        sys.stdout.flush()
-        os._exit(code)
+                atexit._run_exitfuncs()
+            sys.stdout.flush()
+            os._exit(code)
+
+requests, answers = map(int, sys.argv[1:])
+if not os.fork():
+    serve(open(requests), open(answers, "w"))
+    os._exit(0)
+os.close(requests)
+os.close(answers)
 """
 
 
+@contextmanager
+def servers() -> "Iterator[tuple[Forks, Forks]]":
+    """One that has imported and planned all that the command needs, and one that has imported nothing of ours."""
+    (requests, asking), (answering, answers) = os.pipe(), os.pipe()
+    both = [sys.executable, "-c", OTHERS + SERVE + OURS + "serve(sys.stdin, sys.stdout)", str(requests), str(answers)]
+    server = subprocess.Popen(
+        both, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=(requests, answers)
+    )
+    os.close(requests)
+    os.close(answers)
+    with os.fdopen(asking, "w") as second, os.fdopen(answering) as answer:  # closed, they end the second server
+        yield Forks(server.stdin, server.stdout), Forks(second, answer)
+    server.kill()
+    server.wait()
+
+
 class Forks:
-    """`cluscomp ARGUMENTS`, or a script, in processes of their own; without `ours` scripts alone."""
+    """`cluscomp ARGUMENTS`, or a script, in processes of their own."""
 
-    def __init__(self, *, ours: bool = True) -> None:
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", OTHERS + (OURS if ours else "") + FORKS],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def end(self) -> None:
-        self._server.kill()
-        self._server.wait()
+    def __init__(self, requests: TextIO, answers: TextIO) -> None:
+        self._requests, self._answers = requests, answers
 
     def _ask(self, **command) -> int:
-        print(json.dumps(command), file=self._server.stdin, flush=True)
-        return int(self._server.stdout.readline())
+        print(json.dumps(command), file=self._requests, flush=True)
+        return int(self._answers.readline())
 
     def start(
         self,

@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -168,13 +166,18 @@ def test_each_stored_tensor_takes_the_bits_of_the_ledger(saved):
     assert size == checkpoint.weight_bytes(folder)
 
 
-def test_a_transformers_without_cluscomp_fails_loudly(tiny_saved):
-    """In a fresh interpreter that never imports cluscomp: no model with random weights may come back."""
-    program = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1]); print(7)"
-    run = subprocess.run(
-        [sys.executable, "-c", program, str(tiny_saved[1])], capture_output=True, text=True, env=os.environ, check=False
-    )
-    assert run.returncode != 0 and "7" not in run.stdout
+def test_a_transformers_without_cluscomp_fails_loudly(tiny_saved, without_ours):
+    """In a process that never imports cluscomp: no model with random weights may come back."""
+    program = """
+import sys
+from transformers import AutoModelForCausalLM
+assert "cluscomp" not in sys.modules
+print("begun")
+AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print("loaded")
+"""
+    run = without_ours.run(str(tiny_saved[1]), script=program)
+    assert run.returncode != 0 and run.stdout == "begun\n"
     assert "Error" in run.stderr
 
 

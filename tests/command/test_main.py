@@ -46,17 +46,6 @@ def place(tmp_path, cache, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def process(place):
-    """Run `cluscomp ARGUMENTS` in a process of its own; what it left."""
-
-    def run(*arguments: str) -> SimpleNamespace:
-        done = subprocess.run([sys.executable, "-m", "cluscomp", *arguments], capture_output=True, text=True)
-        return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
-
-    return run
-
-
-@pytest.fixture
 def cli(place, monkeypatch, capfd, caplog):
     """The same within this process, which has torch loaded already."""
     from cluscomp.__main__ import main
@@ -212,10 +201,10 @@ def test_settings_can_be_shown_without_a_run(cli, place):
     assert [path.name for path in place.iterdir()] == ["text.txt"]
 
 
-@pytest.mark.parametrize("value", ["true", "True"])
-def test_debug_shows_the_traceback(process, value):
-    done = process("bits=99", f"debug={value}")
-    assert done.code != 0 and "Traceback" in done.err and "InputError" in done.err
+def test_debug_shows_the_traceback(forks):
+    for value in ("true", "True"):
+        done = forks.run("bits=99", f"debug={value}")
+        assert done.returncode != 0 and "Traceback" in done.stderr and "InputError" in done.stderr
 
 
 @pytest.mark.parametrize("key", ["outputs", "cache", "publish"])

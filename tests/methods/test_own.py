@@ -1,10 +1,7 @@
 """A method of a user's own, in a folder outside the package: planned, run, trained, saved, loaded and tabled."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +17,7 @@ METHOD = re.search(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" /
 
 
 @pytest.fixture(scope="module")
-def done(ground):
+def done(forks, ground):
     """What the command line does with it."""
     (ground / "mine" / "method").mkdir(parents=True)
     (ground / "mine" / "my_methods.py").write_text(METHOD)
@@ -31,9 +28,8 @@ def done(ground):
         f"outputs={ground / 'outputs'}", "order=[cluster,block_finetune]", "evaluate.context=32", "evaluate.limit=4",
         "block_finetune=quick", "block_finetune.samples=4", "block_finetune.length=32", "block_finetune.lr=1e-3",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "cluscomp", "--config-dir", str(ground / "mine"), *overrides]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ground / "mine"), *sys.path])}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    command = f"import sys\nsys.path.insert(0, {str(ground / 'mine')!r})\nfrom cluscomp.__main__ import main\nmain()"
+    result = forks.run("--config-dir", str(ground / "mine"), *overrides, script=command)
     assert result.returncode == 0, result.stderr[-2000:]
     (path,) = (ground / "outputs").glob("run-*/record.json")
     return read(path), ground / "outputs"

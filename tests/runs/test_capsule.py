@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from forks import Forks
 
 from cluscomp.store.secrets import HIDDEN, hide, hide_all, hide_override
 
@@ -23,7 +22,7 @@ def git(place: Path, *words: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
+def checkout(without_ours, tmp_path_factory):
     """A checkout of the code of its own, and the command in it."""
     place = tmp_path_factory.mktemp("checkout")
     for name in ("cluscomp", "conf"):
@@ -33,7 +32,6 @@ def checkout(tmp_path_factory):
     git(place, "init", "-q")
     git(place, "add", "-A")
     git(place, "commit", "-qm", "All")
-    others = Forks(ours=False)
 
     def command(*arguments: str) -> SimpleNamespace:
         # the code of the checkout, whatever is installed; without its compiled kernels, which no commit holds
@@ -45,11 +43,10 @@ import cluscomp.__main__
 assert cluscomp.__file__.startswith({str(place)!r})
 cluscomp.__main__.main()
 """
-        done = others.run(*arguments, script=script, folder=place, variables=SECRETS)
+        done = without_ours.run(*arguments, script=script, folder=place, variables=SECRETS)
         return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
-    yield SimpleNamespace(place=place, command=command)
-    others.end()
+    return SimpleNamespace(place=place, command=command)
 
 
 RUN = [
