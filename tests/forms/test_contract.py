@@ -4,6 +4,7 @@ Forms are those of KINDS, filled with random content from their shapes alone. A 
 that `ARGUMENTS` does not know yet fails with its name.
 """
 
+import copy
 import inspect
 import json
 from collections import OrderedDict
@@ -303,27 +304,27 @@ def test_damage_is_found(spec_of):
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(families):
-    """One block: what a form does in a model, it does in each."""
-    return families("llama", tie_word_embeddings=True, num_hidden_layers=1)
+def original(families):
+    """A model to copy, and its tokenizer. One block: what a form does in a model, it does in each."""
+    opened = Original(families("llama", tie_word_embeddings=True, num_hidden_layers=1), torch.float32, CPU)
+    return opened.load_all(), opened.tokenizer
 
 
-def model_of(folder, spec_of):
-    """A tiny model with such a form in the place of every linear layer, and its tokenizer."""
-    original = Original(folder, torch.float32, CPU)
-    model = original.load_all()
+def model_of(original, spec_of):
+    """A tiny model with such a form in the place of every linear layer."""
+    model = copy.deepcopy(original[0])
     for block in blocks(model):
         for number, (name, dense) in enumerate(linears(block).items()):
             put_in(block, name, filled(spec_of(dense.out_features, dense.in_features), number))
-    return model, original.tokenizer
+    return model
 
 
 @pytest.fixture(scope="module")
-def written(spec_of, tiny_folder, tmp_path_factory):
+def written(spec_of, original, tmp_path_factory):
     """Such a model in memory and as a checkpoint."""
     folder = tmp_path_factory.mktemp("forms") / "model"
-    model, tokenizer = model_of(tiny_folder, spec_of)
-    checkpoint.save(model, tokenizer, folder)
+    model = model_of(original, spec_of)
+    checkpoint.save(model, original[1], folder)
     return model, folder
 
 
@@ -340,18 +341,18 @@ def test_a_checkpoint_gives_the_same_logits(written, ids):
 
 
 @torch.no_grad()
-def test_a_part_of_a_stage_comes_back(spec_of, tiny_folder, tmp_path):
-    model, _ = model_of(tiny_folder, spec_of)
+def test_a_part_of_a_stage_comes_back(spec_of, original, tmp_path):
+    model = model_of(original, spec_of)
     save_part(tmp_path / "part", blocks(model)[0], {"n": 1})
     part = read_part(tmp_path / "part")
-    fresh = Original(tiny_folder, torch.float32, CPU).load_all()
+    fresh = copy.deepcopy(original[0])
     put_part(blocks(fresh)[0], part)
     for (_, ours), (_, theirs) in zip(compressed(blocks(fresh)[0]).items(), compressed(blocks(model)[0]).items()):
         assert same(theirs.stored.state_dict(), ours.stored)
 
 
-def test_a_damaged_layer_is_named(spec_of, tiny_folder):
-    model, _ = model_of(tiny_folder, spec_of)
+def test_a_damaged_layer_is_named(spec_of, original):
+    model = model_of(original, spec_of)
     name, layer = list(compressed(model).items())[-1]
     floats = [tensor for tensor in layer.stored.state_dict().values() if tensor.is_floating_point()]
     floats[0].flatten()[0] = torch.nan
@@ -372,9 +373,9 @@ def test_the_planner_counts_what_the_file_takes_and_a_training_pass(written):
     assert not any(p.requires_grad or p.dtype == torch.float32 for p in learning)
 
 
-def test_adapters_learn_above_it_as_above_a_dense_weight_and_change_nothing_below(spec_of, tiny_folder, ids):
+def test_adapters_learn_above_it_as_above_a_dense_weight_and_change_nothing_below(spec_of, original, ids):
     pytest.importorskip("peft")
-    model, _ = model_of(tiny_folder, spec_of)
+    model = model_of(original, spec_of)
     before = {name: kept(layer.stored) for name, layer in compressed(model).items()}
     logits = model(ids).logits.detach()
     adapters.add(model, rank=2, alpha=4.0, seed=0)

@@ -3,8 +3,6 @@
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from itertools import combinations
@@ -12,6 +10,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from forks import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import kd_lloyd
@@ -337,21 +336,19 @@ def test_progress_is_told_every_round_and_may_stop_the_work():
 
 
 @compiled
-def test_control_c_stops_a_long_assignment():
+def test_control_c_stops_a_long_assignment(forks, tmp_path):
     code = (
         "import torch; from cluscomp.kernels.lloyd import assign;"
         "points, centroids = torch.randn(1_000_000, 32), torch.randn(20_000, 32); print('go', flush=True);"
         "assign(points, centroids, threads=2)"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as run:
-        run.stdout.readline()
-        time.sleep(0.5)
-        run.send_signal(signal.SIGINT)
-        start = time.monotonic()
-        _, errors = run.communicate(timeout=60)
-    assert "KeyboardInterrupt" in errors and time.monotonic() - start < 12
+    pid = forks.start(tmp_path / "log", script=code)
+    until(lambda: (tmp_path / "log").read_text() == "go\n")
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGINT)
+    start = time.monotonic()
+    assert forks.wait(pid) == 1
+    assert "KeyboardInterrupt" in (tmp_path / "log").read_text() and time.monotonic() - start < 12
 
 
 @compiled
@@ -419,7 +416,7 @@ def test_no_call_of_the_compiled_code_can_crash(arguments, threads):
             pass
 
 
-def test_without_the_compiled_kernels_everything_still_works():
+def test_without_the_compiled_kernels_everything_still_works(without_ours):
     code = (
         "import sys; sys.modules['cluscomp.kernels._native'] = None\n"
         "import torch; from cluscomp.kernels import lloyd as k; assert k.native is None\n"
@@ -428,6 +425,6 @@ def test_without_the_compiled_kernels_everything_still_works():
         "    found = k.lloyd(x, 20, **how); assert torch.equal(found.codes_N, k.assign(x, found.centroids_KD)[0])\n"
         "print(k.lloyd(x[:, :1], 4).inertia)"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    run = without_ours.run(script=code)
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("compiled kernels not available") == 1

@@ -58,7 +58,7 @@ def test_the_planned_bytes_are_those_of_the_file(families, tmp_path, stored, dty
         bits=None, vector_dim=dim, codebook_size=size, axis=axis, storage=storage, share=share,
         allocation="uniform", floor=0.0, measure=True, iterations=1, **PAPER, **NO_DATA,
     )  # fmt: skip
-    folder = families("llama", tie_word_embeddings=axis == "out")
+    folder = families("llama", tie_word_embeddings=axis == "out", num_hidden_layers=2)
     config = read_config(folder)
     config.dtype = str(dtype).removeprefix("torch.")
     outline = MetaModel(config, torch.float32, "cpu")

@@ -4,7 +4,6 @@ import json
 import logging
 import mmap
 import socket
-import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -103,17 +102,17 @@ SWEEP = [
 ]  # fmt: skip
 
 
-def sweep(forks, place: Path, *more: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+def swept(place: Path) -> list[str]:
+    """The sweep's arguments for an empty folder."""
     text = place / "text.txt"
     text.write_text("\n\n".join(f"Paragraph {i} says that foxes jumped {7 * i} times." for i in range(60)))
-    places = [f"data.file={text}", f"outputs={place / 'outputs'}", f"cache={place / 'cache'}"]
-    return forks.run(*SWEEP, *places, *more, folder=place, variables=variables)
+    return [*SWEEP, f"data.file={text}", f"outputs={place / 'outputs'}", f"cache={place / 'cache'}"]
 
 
 @pytest.mark.slow
 def test_what_wandb_holds_of_a_sweep_equals_its_records(forks, tmp_path):
     pytest.importorskip("wandb")
-    done = sweep(forks, tmp_path, "method.codebook_size=8,16")
+    done = forks.run(*swept(tmp_path), "method.codebook_size=8,16", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     folders = [path.parent for path in tmp_path.glob("outputs/run-*/record.json")]
     assert len(folders) == 2
@@ -170,49 +169,62 @@ class Refusal(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(params=["no server", "a wrong key", "no key"])
-def address(request):
-    """Of a W&B that cannot be used, and the key for it."""
-    if request.param == "no server":
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))  # nobody listens
-            yield f"http://127.0.0.1:{free.getsockname()[1]}", "0" * 40
-        return
+@pytest.fixture
+def unusable():
+    """Addresses of W&Bs that cannot be used, and the keys for them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # nobody listens
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
     server = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", "0" * 40 if request.param == "a wrong key" else ""
+    refusing = f"http://127.0.0.1:{server.server_port}"
+    yield {"no server": (nobody, "0" * 40), "a wrong key": (refusing, "0" * 40), "no key": (refusing, "")}
     server.shutdown()
     server.server_close()
 
 
 @pytest.mark.slow
-def test_a_server_that_cannot_be_used_costs_one_warning_and_no_result(forks, tmp_path, address):
+def test_a_server_that_cannot_be_used_costs_one_warning_and_no_result(forks, tmp_path, unusable):
+    """All at once, for they wait."""
     pytest.importorskip("wandb")
-    base, key = address
-    variables = {"WANDB_BASE_URL": base, "WANDB_API_KEY": key, "HOME": str(tmp_path)}
-    done = sweep(forks, tmp_path, "tracker.mode=online", "tracker.timeout=4.0", "method.codebook_size=8", **variables)
-    assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.glob("outputs/run-*/record.json")
-    assert read(path).run["status"] == "finished" and len(read(path).scores) > 0
-    assert done.stderr.count("is tracked no further") == 1 and "Traceback" not in done.stderr
-    assert not key or key not in done.stderr + done.stdout
+    begun = {}
+    for name, (base, key) in unusable.items():
+        (place := tmp_path / name).mkdir()
+        more = ["tracker.mode=online", "tracker.timeout=4.0", "method.codebook_size=8"]
+        variables = {"WANDB_BASE_URL": base, "WANDB_API_KEY": key, "HOME": str(place)}
+        given = {"errors": place / "errors", "folder": place, "variables": variables}
+        begun[name] = forks.start(place / "log", *swept(place), *more, **given)
+    for name, pid in begun.items():
+        place, (_, key) = tmp_path / name, unusable[name]
+        code, out, errors = forks.wait(pid), (place / "log").read_text(), (place / "errors").read_text()
+        assert code == 0, errors
+        (path,) = place.glob("outputs/run-*/record.json")
+        assert read(path).run["status"] == "finished" and len(read(path).scores) > 0
+        assert errors.count("is tracked no further") == 1 and "Traceback" not in errors, name
+        assert not key or key not in errors + out
 
 
-@pytest.mark.parametrize("key", ["", "0" * 40], ids=["no key", "a wrong key"])
-def test_without_a_key_that_works_wandb_is_offline_and_says_so(forks, tmp_path, key):
+def test_without_a_key_that_works_wandb_is_offline_and_says_so(forks, tmp_path):
     pytest.importorskip("wandb")
-    variables = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": key, "HOME": str(tmp_path)}
     script = TRACK.replace('"offline", timeout=30.0', '"auto", timeout=5.0').replace("import sys\n", SHOWN)
-    done = forks.run(str(tmp_path), script=script, folder=tmp_path, variables=variables)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("W&B  offline") == 1 and done.stdout.count("cannot be reached") == bool(key)
-    assert json.loads(inspect(forks, tmp_path, "--summary"))["summary"]["cluster/perplexity"] == 12.5
+    begun = {}
+    for name, key in {"no key": "", "a wrong key": "0" * 40}.items():
+        (place := tmp_path / name).mkdir()
+        variables = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": key, "HOME": str(place)}
+        given = {"errors": place / "errors", "folder": place, "variables": variables}
+        begun[name] = forks.start(place / "log", str(place), script=script, **given)
+    for name, pid in begun.items():
+        place = tmp_path / name
+        assert forks.wait(pid) == 0, (place / "errors").read_text()
+        out = (place / "log").read_text()
+        assert out.count("W&B  offline") == 1 and out.count("cannot be reached") == (name == "a wrong key")
+        assert json.loads(inspect(forks, place, "--summary"))["summary"]["cluster/perplexity"] == 12.5
 
 
 @pytest.mark.slow
 def test_what_tensorboard_shows_equals_the_record(forks, tmp_path):
     reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    done = sweep(forks, tmp_path, "tracker=tensorboard", "method.codebook_size=8")
+    done = forks.run(*swept(tmp_path), "tracker=tensorboard", "method.codebook_size=8", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("outputs/run-*/record.json")
     record, events = read(path), reading.EventAccumulator(str(path.parent / "tensorboard")).Reload()
