@@ -145,7 +145,7 @@ def both_servers():
 
 @pytest.fixture(scope="session")
 def forks(both_servers):
-    """Processes of the command without its start-up."""
+    """Processes of the command without its start-up, which have made a run already."""
     return both_servers[0]
 
 

@@ -1,5 +1,5 @@
-"""Real processes, forked from one that has imported torch and transformers, or from one that has imported and planned
-all that the command needs: it saves seconds each.
+"""Real processes, forked from one that has imported torch and transformers, or from one that has made a whole run, too:
+it saves seconds each.
 """
 
 import json
@@ -21,19 +21,30 @@ import hydra, lm_eval, pydantic, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 """
 OURS = """
-import cluscomp.checkpoint, cluscomp.train.whole, cluscomp.score.perplexity, cluscomp.train.streams
-import cluscomp.report.tables
-from contextlib import suppress
+import pathlib, tempfile
+import transformers.utils.logging
+from contextlib import redirect_stdout, suppress
 with suppress(ImportError):
     import wandb.cli.cli
 from cluscomp.__main__ import main
 from cluscomp.command.compose import composed
-from cluscomp.runs.preparation import planned
+from cluscomp.runs.run import run
 
-planned(composed(["bits=3", "model=tiny", "order=[cluster,block_finetune,recover]", "device=cpu"]))
+transformers.utils.logging.disable_progress_bar()  # it has a thread of its own
+with tempfile.TemporaryDirectory() as place, redirect_stdout(sys.stderr):
+    text = pathlib.Path(place) / "text.txt"
+    text.write_text("\\n\\n".join(f"Paragraph {i} says that {i * i} is a square." for i in range(100)))
+    run(composed([
+        "model=tiny", "model.config.num_hidden_layers=1", "data=text", f"data.file={text}", f"cache={place}/cache",
+        f"outputs={place}/outputs", "order=[cluster,block_finetune,recover]", "device=cpu", "method.vector_dim=4",
+        "method.codebook_size=16", "cluster.samples=4", "cluster.length=32", "block_finetune=quick",
+        "block_finetune.length=32", "block_finetune.samples=4", "recover.tokens=256", "recover.length=32",
+        "recover.batch_size=4", "recover.held_out=2", "evaluate.context=32", "evaluate.limit=2",
+    ]))
 """
 SERVE = """
 def serve(requests, answers):
+    gc.collect()
     gc.freeze()
     gc.enable()
     for line in requests:
@@ -74,7 +85,7 @@ os.close(answers)
 
 @contextmanager
 def servers() -> "Iterator[tuple[Forks, Forks]]":
-    """One that has imported and planned all that the command needs, and one that has imported nothing of ours."""
+    """One that has made a run, and one that has imported nothing of ours."""
     (requests, asking), (answering, answers) = os.pipe(), os.pipe()
     both = [sys.executable, "-c", OTHERS + SERVE + OURS + "serve(sys.stdin, sys.stdout)", str(requests), str(answers)]
     server = subprocess.Popen(
