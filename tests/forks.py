@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 """
 OURS = """
 import pathlib, tempfile
+import cluscomp.train.whole
 import transformers.utils.logging
 from contextlib import redirect_stdout, suppress
 with suppress(ImportError):
@@ -31,15 +32,15 @@ from cluscomp.command.compose import composed
 from cluscomp.runs.run import run
 
 transformers.utils.logging.disable_progress_bar()  # it has a thread of its own
+# Without stage recover: accelerate would remember for good that this process has no others beside it.
 with tempfile.TemporaryDirectory() as place, redirect_stdout(sys.stderr):
     text = pathlib.Path(place) / "text.txt"
     text.write_text("\\n\\n".join(f"Paragraph {i} says that {i * i} is a square." for i in range(100)))
     run(composed([
         "model=tiny", "model.config.num_hidden_layers=1", "data=text", f"data.file={text}", f"cache={place}/cache",
-        f"outputs={place}/outputs", "order=[cluster,block_finetune,recover]", "device=cpu", "method.vector_dim=4",
+        f"outputs={place}/outputs", "order=[cluster,block_finetune]", "device=cpu", "method.vector_dim=4",
         "method.codebook_size=16", "cluster.samples=4", "cluster.length=32", "block_finetune=quick",
-        "block_finetune.length=32", "block_finetune.samples=4", "recover.tokens=256", "recover.length=32",
-        "recover.batch_size=4", "recover.held_out=2", "evaluate.context=32", "evaluate.limit=2",
+        "block_finetune.length=32", "block_finetune.samples=4", "evaluate.context=32", "evaluate.limit=2",
     ]))
 """
 SERVE = """
