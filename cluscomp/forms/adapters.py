@@ -61,18 +61,35 @@ def write(model: nn.Module, folder: Path) -> None:
 def read(model: nn.Module, folder: Path) -> None:
     """Put the adapters of a folder on a model. Raises InputError if they do not fit it or PEFT is not installed."""
     try:
-        from peft import LoraConfig, set_peft_model_state_dict
-    except ImportError as error:
-        raise _missing() from error
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-        _inject(model, {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": config.target_modules})
+        put_on(model, folder)
+        from peft import set_peft_model_state_dict
+
         result: Any = set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"{folder}: {str(error).splitlines()[0]}") from error
     lost = [name for name in result.missing_keys if MARK in name]
     if lost or result.unexpected_keys:
         raise InputError(f"{folder}: {[*lost, *result.unexpected_keys][0]} is missing or of no use")
+
+
+def put_on(model: nn.Module, folder: Path) -> None:
+    """Put adapters of the shapes of a folder's on a model without numbers; `tensors` gives theirs.
+
+    Raises InputError if PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise _missing() from error
+    config = LoraConfig.from_pretrained(str(folder))
+    _inject(model, {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": config.target_modules})
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """The matrices of a folder's adapters, by their names in a model that has these."""
+    found = load_file(folder / WEIGHTS)
+    names = {key: key.removeprefix("base_model.model.").rpartition(".") for key in found}
+    return {f"{layer}.default.{last}": found[key] for key, (layer, _, last) in names.items()}
 
 
 def _inject(model: nn.Module, values: dict[str, Any]) -> None:

@@ -113,6 +113,10 @@ class EntropyWeight(Single):
             self._decoded = known = self.stream, self.stream._version, numbers_IO
         return known[2]
 
+    def forget(self) -> None:
+        """Let go of the decoded numbers."""
+        self._decoded = None
+
     def decoded_bytes(self) -> int:
         """A byte for each number."""
         return self.out_features * self.in_features

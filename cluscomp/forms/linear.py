@@ -111,6 +111,7 @@ class CompressedLinear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+SMALL = 1024  # numbers of a tensor that is not worth holding in parts
 MOST_REBUILT = 2**26  # numbers of dense weights of one block that are kept for several passes
 BASE = ".base_layer"  # what PEFT adds to the name of a layer under an adapter
 MARK = ".lora_"  # in the names of an adapter's tensors
@@ -125,6 +126,16 @@ def parts_of_stored(model: nn.Module) -> Callable[[str], bool]:
     """Whether a tensor of this name is part of the stored weight of a compressed layer."""
     layers = compressed(model).keys()
     return lambda name: name.partition(".stored.")[0] in layers
+
+
+def in_parts(block: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """The tensors of a block that several processes hold in parts: codes, with module and name; small ones stay whole.
+
+    They are whole numbers and no process learns them.
+    """
+    modules = [module for layer in compressed(block).values() for module in layer.stored.modules()]
+    tensors = [(module, *pair) for module in modules for pair in module.named_buffers(recurse=False)]
+    return [found for found in tensors if not found[2].is_floating_point() and found[2].numel() >= SMALL]
 
 
 @contextmanager

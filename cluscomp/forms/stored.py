@@ -79,6 +79,9 @@ class Stored(nn.Module, ABC):
         """Bytes that stay in memory beside what is stored, once the weight was used."""
         return 0
 
+    def forget(self) -> None:
+        """Let go of what stays decoded."""
+
     def paper_bits(self) -> int:
         """Bits as the paper's Equation 3 counts them: 16 for each code, no padding; without codes those stored."""
         return without_padding(self.ledger())
@@ -178,6 +181,11 @@ class Combined(Stored):
     def decoded_bytes(self) -> int:
         """As the parts say."""
         return sum(part.decoded_bytes() for part in self.parts)
+
+    def forget(self) -> None:
+        """Let go of what the parts decoded."""
+        for part in self.parts:
+            part.forget()
 
     def paper_bits(self) -> int:
         """As the parts count themselves, and its own bits as stored."""

@@ -22,7 +22,7 @@ ATEN = torch.ops.aten
 PRODUCTS = (ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default)
 SORTS = {ATEN.topk.default: 16, ATEN.sort.default: 16, ATEN.sort.stable: 16}  # times the bytes (9 copies were seen)
 CUBIC = {  # of n^3 products, or of the smaller side's and all numbers'; the last three as measured
-    ATEN.linalg_cholesky_ex.default: 1 / 3, ATEN.cholesky_inverse.default: 2 / 3,
+    ATEN.linalg_cholesky_ex.default: 1 / 3, ATEN.linalg_cholesky_ex.L: 1 / 3, ATEN.cholesky_inverse.default: 2 / 3,
     ATEN._linalg_eigh.default: 5, ATEN.linalg_qr.default: 2.5, ATEN._linalg_svd.default: 15,
 }  # fmt: skip
 Round = TypeVar("Round")
@@ -59,8 +59,10 @@ class Count(TorchDispatchMode):
             return True if kind == torch.bool else 1.0 if kind.is_floating_point else 1
         result = function(*args, **(kwargs or {}))
         outputs = [out for out in (result if isinstance(result, tuple | list) else [result]) if isinstance(out, Tensor)]
+        given = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)}
         for tensor in outputs:
-            self._born(tensor)
+            if tensor.untyped_storage()._cdata not in given:  # no view, and not in place
+                self._born(tensor)
         inputs = [arg for arg in args if isinstance(arg, Tensor)]
         work, moved = Work(calls=1), float(sum(tensor.numel() * tensor.itemsize for tensor in [*inputs, *outputs]))
         if function in PRODUCTS:
@@ -76,6 +78,11 @@ class Count(TorchDispatchMode):
             work += Work(traffic=moved * SORTS.get(function, 1))
         self.work += work * self.times
         return result
+
+    def take_in(self, tensors: Iterator[Tensor]) -> None:
+        """Count these as alive from now on, until nobody has them."""
+        for tensor in tensors:
+            self._born(tensor)
 
     def leave_out(self, tensors: Iterator[Tensor]) -> None:
         """Count these no longer as alive: whoever has them counts them."""

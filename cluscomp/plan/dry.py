@@ -2,7 +2,7 @@
 
 import logging
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 class Dry:
     """The stored forms that a method will make of the layers of a block, by name, on the meta device; what it costs.
 
-    `peak`: bytes that it holds at most beside the block, the statistics and what is finished. `exact`: whether these
+    `peak`: bytes that it holds at most beside the block, experts' statistics and what is finished; other statistics
+    leave memory with the last layer that reads their input. `exact`: whether these
     are the forms that it will make; else the likeliest, as errors of the real weights have a say.
     """
 
@@ -47,17 +48,14 @@ def compress(method: Method, places: dict[str, Place], dtype: torch.dtype) -> Dr
 
 
 def _run(method: Method, places: tuple[tuple[str, Place], ...], dtype: torch.dtype) -> Dry | None:
-    names, seen = method.sees(), dict[int, Seen]()
     layers = {}
     for name, place in places:
-        if names and place.input not in seen:
-            seen[place.input] = Seen(names)
-            seen[place.input].add(torch.empty(1, place.in_features, device="meta"))
         weight_OI = torch.empty(place.out_features, place.in_features, dtype=dtype, device="meta")
-        generator = torch.Generator().manual_seed(0)
-        layers[name] = Layer(weight_OI, place.input, seen.get(place.input), generator, stack=place.stack)
+        layers[name] = Layer(weight_OI, place.input, None, torch.Generator().manual_seed(0), stack=place.stack)
+    layers = _looked_at(layers, method.sees(), experts=True)
     stored: dict[str, Stored] = {}
     with Count() as count, torch.no_grad():
+        layers = _looked_at(layers, method.sees(), experts=False)
         try:
             for compressed in method.compress(layers):
                 stored |= compressed.stored
@@ -72,6 +70,17 @@ def _run(method: Method, places: tuple[tuple[str, Place], ...], dtype: torch.dty
             )
             return None
     return Dry(stored, count.work, count.peak, count.exact)
+
+
+def _looked_at(layers: dict[str, Layer], names: frozenset[str], *, experts: bool) -> dict[str, Layer]:
+    """The layers, of which the experts, or the others, have statistics of their inputs, if any are asked for."""
+    inputs = {
+        layer.input: layer.weight_OI.shape[1] for layer in layers.values() if experts == (layer.stack is not None)
+    }
+    seen = {number: Seen(names) for number in inputs if names}
+    for number, one in seen.items():
+        one.add(torch.empty(1, inputs[number], device="meta"))
+    return {name: replace(layer, seen=seen.get(layer.input, layer.seen)) for name, layer in layers.items()}
 
 
 _kept = cache(_run)  # blocks are alike, and a check asks what a plan has asked

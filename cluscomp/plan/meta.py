@@ -1,5 +1,6 @@
 """A model's outline: its shapes without its weights, walked to learn what a stage will hold and do."""
 
+import math
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms.apart import take_apart
 from cluscomp.forms.layers import Size, empty_layers, reshape, size_of
-from cluscomp.forms.linear import can_stay_rebuilt, compressed, parts_of_stored, unique_tensors
+from cluscomp.forms.linear import can_stay_rebuilt, compressed, in_parts, parts_of_stored, unique_tensors
 from cluscomp.forms.multimodal import opener
 from cluscomp.forms.stored import Stored, described
 from cluscomp.kernels.counting import Count
@@ -26,7 +27,7 @@ from cluscomp.models.predictions import TOKENS_OF_A_PART
 from cluscomp.models.untrusted import made_of
 from cluscomp.models.walk import Walk
 from cluscomp.plan.attention import FusedAttention
-from cluscomp.plan.cost import Cost
+from cluscomp.plan.cost import Cost, worst
 from cluscomp.plan.places import LOOKED, Place, chosen_all, observed
 
 TOKENS_OF_A_TEXT = 340_000  # assumed of a text that is not on this machine: WikiText-2's test set
@@ -47,10 +48,11 @@ class Pass:
 class MetaModel:
     """A model on the meta device, which stages change as they will change the model, and what its shapes tell.
 
-    `dtype` is what the model computes in, `device` "cpu" or "cuda", `ranks` how many processes share the work.
+    `dtype` is what the model computes in, `device` "cpu" or "cuda", `ranks` how many processes share the work; with
+    `shard` none of them holds the whole compressed model.
     """
 
-    ranks = 1
+    ranks, shard = 1, False
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: str) -> None:
         """Raises InputError for a model that cannot be compressed, and for one that another quantizer wrote."""
@@ -149,6 +151,31 @@ class MetaModel:
         return float(tensors + sum(layer.stored.decoded_bytes() for layer in compressed(self.model).values()))
 
     @property
+    def in_turn(self) -> dict[str, float]:
+        """Bytes of compressed blocks where they are worked at one after the other."""
+        if not self.shard:
+            return {"codes and codebooks": self.stored}
+        most = max(sum(one.nbytes for one in unique_tensors(block).values()) for block in blocks(self.model))
+        return {"codes and codebooks of a block": float(most)}
+
+    @property
+    def together(self) -> dict[str, float]:
+        """Bytes of compressed blocks where all learn together: with `shard` of codes a part, and those of one block.
+
+        Gathered codes are there twice for a moment.
+        """
+        if not self.shard or self.ranks == 1:
+            return {"codes and codebooks": self.stored}
+        codes = [float(sum(tensor.nbytes for _, _, tensor in in_parts(block))) for block in blocks(self.model)]
+        own = math.ceil(sum(codes) / self.ranks)
+        return {"codes and codebooks": self.stored - sum(codes) + own, "codes of a block, gathered": 2 * max(codes)}
+
+    @property
+    def in_the_end(self) -> dict[str, float]:
+        """Bytes of RAM in which, with `shard`, the first process puts the model together."""
+        return {"codes and codebooks": self.stored} if self.shard and self.compressed else {}
+
+    @property
     def writing(self) -> float:
         """Bytes that writing a checkpoint takes beside the model: what is not compressed, in 16 bits."""
         if self.dtype.itemsize == 2:
@@ -158,7 +185,9 @@ class MetaModel:
     @property
     def reading(self) -> float:
         """Bytes of mapped files that count as memory while a compressed model is read; on a GPU nothing waits there."""
-        return float(self.checkpoint_bytes()) if self.device == "cpu" else 0.0
+        if self.device != "cpu":
+            return 0.0
+        return float(self.checkpoint_bytes()) / (self.blocks if self.shard else 1)
 
     def places(self) -> list[dict[str, Place]]:
         """The dense linear layers of each block that its forward pass runs, by name: those that are compressed."""
@@ -295,9 +324,8 @@ class MetaModel:
         own = -(-batch_size // self.ranks)  # of a batch
         inside = self.training(own, length)
         state = 16.0 * trained if masters else 3.0 * self.dtype.itemsize * trained
-        kept = self.stored if self.compressed else self.all_numbers * self.dtype.itemsize - self.outside
-        device = {
-            "codes and codebooks" if self.compressed else "dense blocks": kept,
+        dense = {"dense blocks": self.all_numbers * self.dtype.itemsize - self.outside}
+        device = (self.together if self.compressed else dense) | {
             "embedding, head": self.outside,
             "masters, gradients, AdamW's state": state,
             "inputs of all blocks": self.blocks * self.stream(own, length),
@@ -311,4 +339,7 @@ class MetaModel:
         work += Work(traffic=40.0 * trained) * (batches / accumulation)
         work += (once + head) * (2 * held_out / own) + before * (1 / self.ranks)
         work += Work(read=float(self.checkpoint_bytes()))
-        return Cost(device, {}, work, "a smaller batch_size with more accumulation, or a smaller length")
+        relief = "a smaller batch_size with more accumulation, or a smaller length"
+        if self.device == "cpu":
+            return Cost(worst(device, self.in_the_end | {"embedding, head": self.outside}), {}, work, relief)
+        return Cost(device, self.in_the_end, work, relief)

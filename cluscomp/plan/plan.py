@@ -137,7 +137,7 @@ def plan(experiment: Any, config: PreTrainedConfig, dtype: torch.dtype, device: 
     can = limits(machine, device, Path(experiment.cache).expanduser())
     can = replace(can, rates=can.rates | {"flops": can.rates["flops"] / products})
     outline = MetaModel(config, dtype, device)
-    outline.ranks = experiment.ranks or processes()
+    outline.ranks, outline.shard = experiment.ranks or processes(), experiment.shard
     costs: dict[str, Cost | None] = {}
     known = True  # whether the outline is that of the model
     for name in ["original", *experiment.order]:

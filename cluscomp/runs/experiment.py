@@ -16,7 +16,7 @@ from cluscomp.store.records import NAME, content_key
 
 PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
 # and what is run, though it was before, and which yaml the settings are from: what decides nothing of a run's result
-ASIDE = (*PLACES, "ranks", "retry", "fresh", "choices", "from_environment")
+ASIDE = (*PLACES, "ranks", "shard", "retry", "fresh", "choices", "from_environment")
 
 TAKEN = {  # what a stage takes, in words
     "original": "one that is not compressed yet",
@@ -50,6 +50,7 @@ class Experiment:
     cache: str
     publish: str | None
     ranks: int | None = Field(ge=1)
+    shard: bool
     force: bool
     retry: bool
     fresh: bool

@@ -13,7 +13,7 @@ import logging
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from cluscomp.data.overlap import WORDS, Learned
 from cluscomp.errors import InputError
 from cluscomp.forms.layers import check_file, size_of
 from cluscomp.models import dense
+from cluscomp.models.opened import Opened
 from cluscomp.models.original import Original
 from cluscomp.process import peak_memory, reset_peak_memory
 from cluscomp.runs.capsule import commit, versions
@@ -204,7 +205,13 @@ class Runner:
         """The model after a stage; of a dense one, what reads it from its folder."""
         if self._is_dense(name):
             return self._dense(name)
+        if self.experiment.shard:
+            return self._opened(name)
         return checkpoint.load(self._folder(name) / CHECKPOINT, self.original.dtype, self.original.device)
+
+    def _opened(self, name: str) -> Opened:
+        """What reads the compressed model after a stage block by block."""
+        return Opened(self._folder(name) / CHECKPOINT, self.original.dtype, self.original.device)
 
     def _is_dense(self, name: str) -> bool:
         return name == "original" or self.experiment.stages[name].gives == "original"
@@ -222,6 +229,9 @@ class Runner:
         job = Job(work, self.experiment.seed, original, self.original)
         if self._is_dense(before[-1]):
             return original.model(), job
+        if self.experiment.shard and getattr(self.experiment.stages[name], "shards", False):
+            opened = self._opened(before[-1])
+            return opened.model(), replace(job, opened=opened)
         folder = self._folder(before[-1]) / CHECKPOINT
         return checkpoint.load(folder, self.original.dtype, self.original.device), job
 

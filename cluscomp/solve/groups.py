@@ -145,34 +145,37 @@ class Group:
     ) -> tuple[list[Tensor], Tensor]:
         """Codes (N,) and centroids (K, D) chosen by the error of the layers' outputs."""
         weights = [weight_OI.T.contiguous() for weight_OI in self.weights]
-        moments, bits = self._moments(), code_bits(len(centroids_KD))
+        bits = code_bits(len(centroids_KD))
         coded = [codes_N.view(len(weight_IO), -1) for codes_N, weight_IO in zip(codes, weights)]
         for number in range(descent + 1):
             stored_KD = centroid_values(centroids_KD[None], storage)[0]
             if number:
                 coded = [
                     descend_codes(weight_IO, codes_IG, stored_KD, moment_II)
-                    for weight_IO, codes_IG, moment_II in zip(weights, coded, moments)
+                    for weight_IO, codes_IG, moment_II in zip(weights, coded, self._moments())
                 ]
             elif hessian:
                 coded = [
-                    feedback_codes(weight_IO, stored_KD, moment_II) for weight_IO, moment_II in zip(weights, moments)
+                    feedback_codes(weight_IO, stored_KD, self._moment(layer))  # which takes it out of memory
+                    for weight_IO, layer in zip(weights, self._layers)
                 ]
             if least_squares:
                 packed = [pack(codes_IG.flatten(), bits) for codes_IG in coded]
-                layers = [Coded(*layer) for layer in zip(weights, packed, moments)]
+                layers = [Coded(*layer) for layer in zip(weights, packed, self._moments())]
                 centroids_KD = least_squares_codebook(layers, bits, centroids_KD, least_squares, ENOUGH)
         return [codes_IG.flatten() for codes_IG in coded], centroids_KD
 
     def _moments(self) -> list[Tensor]:
         """The damped second moment (I, I) of each layer's inputs, one for layers with one input."""
-        made: dict[int, Tensor] = {}
-        for layer in self._layers:
-            if layer.input not in made:
-                made[layer.input] = damped(layer.show().matrix_II, self._damping)
-                if len(self._layers) > 1:
-                    made[layer.input] /= self._mean(made[layer.input].diagonal())
+        made = {layer.input: self._moment(layer) for layer in {layer.input: layer for layer in self._layers}.values()}
         return [made[layer.input] for layer in self._layers]
+
+    def _moment(self, layer: Layer) -> Tensor:
+        """The damped second moment (I, I) of a layer's inputs."""
+        found_II = damped(layer.show().matrix_II, self._damping)
+        if len(self._layers) > 1:
+            found_II /= self._mean(found_II.diagonal())
+        return found_II
 
     def _mean(self, diagonal_I: Tensor) -> float:
         return float(diagonal_I.mean()) or 1.0 if len(self._layers) > 1 else 1.0

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cluscomp.data.overlap import Learned
+    from cluscomp.models.opened import Opened
     from cluscomp.models.original import Original
     from cluscomp.plan.cost import Cost
     from cluscomp.plan.meta import MetaModel
@@ -18,13 +19,15 @@ class Job:
     """What a stage works with besides the model: its folder (for parts that survive a kill), seed and original.
 
     `original` is what weights are read from: the model before all stages, or what the last dense stage made of it. In
-    the latter case `first` is the model before all stages.
+    the latter case `first` is the model before all stages. With `opened` the compressed model's blocks are not in
+    memory: it reads them, and whoever works at one drops it afterwards.
     """
 
     folder: Path
     seed: int
     original: "Original"
     first: "Original | None" = None
+    opened: "Opened | None" = None
 
     @property
     def teacher(self) -> "Original":
@@ -34,6 +37,8 @@ class Job:
 
 class Stage(Protocol):
     """One step of the pipeline: a frozen settings class. Same model in and out, changed; plain numbers back.
+
+    One that says `shards: ClassVar[bool] = True` works with `Job.opened`, too.
 
     `takes` and `gives` say what the model is before and after, from which alone follows in what order stages can stand.
     "original": a dense model, whose blocks are still in a file (`Job.original`). "compressed": a model whose layers are

@@ -55,6 +55,7 @@ class BlockFinetune(FromText):
     takes: ClassVar[Literal["compressed"]] = "compressed"
     gives: ClassVar[Literal["compressed"]] = "compressed"
     distributed: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
     target: Literal["fp_stream", "same_input", "both"]
     norms: bool
     learns: Literal["values", "means", "clipping", "rounding", "weights"]
@@ -119,8 +120,7 @@ class BlockFinetune(FromText):
         streams = 4 if self.target == "both" else 3
         windows = self.samples + self.held_out
         kept = outline.stream(windows, self.length) * (streams if self.streams == "memory" else 0)
-        always = {
-            "codes and codebooks": outline.stored,
+        always = outline.in_turn | {
             "embedding, head": outline.outside,
             "those of the original": outline.outside,
             "streams": kept,
@@ -137,17 +137,18 @@ class BlockFinetune(FromText):
             work += self._moving(outline, batches * self.epochs)
         files = outline.stream(windows, self.length)  # of two streams, which are hashed and written by the processor
         work += Work(read=4.0 * files) if outline.device == "cuda" else Work(traffic=6.0 * files)
+        here = outline.device == "cpu"
         device = worst(
             always | {"a dense block": outline.dense_block, "activations": once.peak},
             always
             | {"one block's training": train.peak, "masters and AdamW's state": 12.0 * trained}
             | {"what learns besides": besides},
-            always | {"writing the checkpoint": outline.writing},
+            always | (outline.in_the_end if here else {}) | {"writing the checkpoint": outline.writing},
             {name: part for name, part in always.items() if name != "streams"} | {"reading": outline.reading},
         )
         relief = "block_finetune.streams=disk or a smaller block_finetune.batch_size"
         read = Work(read=outline.all_numbers * outline.file_bytes + outline.checkpoint_bytes())
-        return Cost(device, {}, work * outline.blocks + read, relief)
+        return Cost(device, {} if here else outline.in_the_end, work * outline.blocks + read, relief)
 
     def _moving(self, outline: "MetaModel", steps: int) -> Work:
         """Of all layers of a block: sorting their shifts out, and the nearest centroids of those that may move."""

@@ -36,7 +36,7 @@ ATTEMPTS = 3  # at training a block, each with half the learning rate of the one
 def run(stage: BlockFinetune, model: PreTrainedModel, job: Job) -> dict[str, Any]:
     """Train block after block; see `BlockFinetune.run`."""
     ids_WT = torch.from_numpy(stage.windows(job.original.tokenizer, job.seed)).to(job.original.device)
-    walk, teacher = Walk(model), Walk(job.teacher.model(), job.teacher)
+    walk, teacher = Walk(model, job.opened), Walk(job.teacher.model(), job.teacher)
     shape_WTH = (len(ids_WT), *walk.embed(ids_WT[:1]).shape[1:])
     own = job.folder if ranks.rank() == 0 else job.folder / f"rank-{ranks.rank()}"  # for what the first does not see
     own.mkdir(exist_ok=True)
@@ -45,7 +45,7 @@ def run(stage: BlockFinetune, model: PreTrainedModel, job: Job) -> dict[str, Any
     for rows in all_batches(stage):
         teacher.embed(ids_WT[rows])  # its blocks' arguments
         student[rows] = walk.embed(ids_WT[rows])
-    work = Blockwise("block_finetune", job.folder, model)
+    work = Blockwise("block_finetune", job.folder, model, opened=job.opened)
     done, student, original = _resumed(work, streams) or ([], student, original)
     work.only_first(len(done))
     for index, stored in work:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from cluscomp import ranks
 from cluscomp.checkpoint import stored_state
 from cluscomp.errors import InputError
+from cluscomp.models.opened import Opened
 from cluscomp.models.original import block_names, blocks, linears
 from cluscomp.process import Progress, give_memory_back
 from cluscomp.stages import Job
@@ -26,11 +27,15 @@ class Blockwise:
 
     `numbers` holds, by index, what `finish` was given of each finished block. After each block memory is given back.
     Of the ranks of a run the first keeps what is finished; or, with `apart`, each keeps the blocks that are its own.
+    Blocks that are `opened` are in memory while they are yielded alone; in the end the first rank has all, in RAM.
     """
 
-    def __init__(self, stage: str, folder: Path, model: PreTrainedModel, *, apart: bool = False) -> None:
+    def __init__(
+        self, stage: str, folder: Path, model: PreTrainedModel, *, apart: bool = False, opened: Opened | None = None
+    ) -> None:
         """Look for finished blocks; one whose file is damaged, which the log tells, is made anew."""
         self.folder, self.blocks, self._apart = folder, blocks(model), apart
+        self._model, self._opened = model, opened
         self.numbers = ranks.agreed(self._finished)
         self._progress = Progress(
             stage, sum(index in self.numbers or self.mine(index) for index, _ in enumerate(self.blocks))
@@ -56,10 +61,18 @@ class Blockwise:
 
     def __iter__(self) -> Iterator[tuple[int, nn.Module]]:
         for index, block, finished in self.all():
-            if finished:
+            if self._opened is None:
+                if finished:
+                    self.put_back(index)
+                else:
+                    yield index, block
+            elif not finished:
+                with self._opened.block(self._model, index):
+                    yield index, block
+        if self._opened is not None and ranks.rank() == 0:
+            for index, _ in enumerate(self.blocks):
+                self._opened.load_block(self._model, index, torch.device("cpu"))
                 self.put_back(index)
-            else:
-                yield index, block
 
     def all(self) -> Iterator[tuple[int, nn.Module, bool]]:
         """Every block as it is, and whether it is finished; who asks for all puts back what is finished."""

@@ -200,7 +200,7 @@ def compress_block(
     following: Following | None = None,
     prices: dict[str, float] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Replace every linear layer of a block; without `places` each has an input of its own.
+    """Replace every linear layer of a block; without `places` each has an input of its own. Uses `statistics` up.
 
     `share` says what was chosen for its layers where bits are shared out over the model. With `following`, weights are
     corrected for the drift of their inputs: when all layers of an input are compressed, the next is looked at again.
@@ -221,6 +221,7 @@ def compress_block(
                 else:
                     put_in(block, layer, stored)
                 weight_OI = layers.pop(layer).weight_OI.float()
+                statistics.pop(layer, None)  # those of its inputs leave memory with the last layer that reads them
                 with torch.no_grad():
                     difference_OI = stored(torch.float32) - weight_OI
                 squares[layer] = [float(matrix.double().square().sum()) for matrix in (difference_OI, weight_OI)]

@@ -109,7 +109,7 @@ class Evaluate:
         read = outline.all_numbers * outline.file_bytes
         loading: dict[str, float] = {}
         if outline.compressed:
-            always |= {"codes and codebooks": outline.stored}
+            always |= outline.in_turn
             loading = {"reading": outline.reading}
             read = outline.checkpoint_bytes()
         block = {"rebuilt": outline.rebuilt} if outline.compressed else {"a dense block": outline.dense_block}

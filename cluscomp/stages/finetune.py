@@ -1,6 +1,8 @@
 """Stage finetune: the compressed model learns a task (paper, section 4.3), or the original does, to compare with."""
 
 import random
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, InstanceOf
@@ -84,11 +86,13 @@ class _Task(Steps):
             masters=masters,
         )
 
-    def _train(self, model: "PreTrainedModel", job: "Job", trained: "Trained") -> dict[str, Any]:
+    def _train(self, model: "PreTrainedModel", job: "Job", learns: "Callable[[], Trained]") -> dict[str, Any]:
         from cluscomp.train.on_answers import train_on_answers
 
         encoded, train, held_out = self._examples(job.original.tokenizer, job.seed)
-        found = train_on_answers(model, trained, train, held_out, self, folder=job.folder / "training", seed=job.seed)
+        found = train_on_answers(
+            model, learns, train, held_out, self, opened=job.opened, folder=job.folder / "training", seed=job.seed
+        )
         return {
             "instructions": self.instructions.name,
             "examples": len(encoded.examples),
@@ -108,6 +112,7 @@ class Finetune(_Task):
 
     takes: ClassVar[Literal["compressed"]] = "compressed"
     gives: ClassVar[Literal["compressed"]] = "compressed"
+    shards: ClassVar[bool] = True
     trainable: Literal["codebooks", "lora"]
     norms: bool
     rank: int = Field(ge=1)
@@ -133,13 +138,13 @@ class Finetune(_Task):
         from cluscomp.train.on_answers import with_adapters, with_codebooks
 
         if self.trainable == "codebooks":
-            trained = with_codebooks(model, norms_too=self.norms)
+            learns = partial(with_codebooks, model, norms_too=self.norms)
         else:
             dense = job.original if self.start == "loftq" else None
-            trained = with_adapters(
-                model, norms_too=self.norms, rank=self.rank, alpha=self.alpha, dense=dense, seed=job.seed
+            learns = partial(
+                with_adapters, model, norms_too=self.norms, rank=self.rank, alpha=self.alpha, dense=dense, seed=job.seed
             )
-        return self._train(model, job, trained)
+        return self._train(model, job, learns)
 
 
 @settings
@@ -160,4 +165,4 @@ class FullFinetune(_Task):
         """Load all blocks and train every parameter in place; returns losses, counts and deployed bytes."""
         from cluscomp.train.on_answers import with_everything
 
-        return self._train(model, job, with_everything(model, job.original))
+        return self._train(model, job, partial(with_everything, model, job.original))

@@ -80,12 +80,12 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
     tried = [one for one in _tried(stage.whole, outline) if one is not None]
     if len(tried) < outline.blocks:
         return None
-    observing = streams = moments = 0.0
+    observing = streams = moments = of_experts = 0.0
     pricing: dict[str, float] = {}
     gating: dict[str, float] = {}
     if stage.calibrated:
         looking = _looking(stage, outline)
-        moments = looking.kept
+        moments, of_experts = looking.kept, looking.of_experts
         streams = 2 * outline.stream(stage.samples, stage.length)
         once = outline.forward(stage.batch_size, stage.length)
         observing = once.peak + looking.captured + looking.added
@@ -122,11 +122,13 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
     finished = {"codes and codebooks": outline.stored}
     always = {"embedding, head": outline.outside} | (finished if here else {})
     working = {"a dense block": outline.dense_block, "streams": streams, "second moments": moments}
+    compared += moments - of_experts
+    at_one = {"second moments": of_experts, "one matrix and what is seen": max(compared, *(one.peak for one in tried))}
     device = worst(
         always | {"a dense block": outline.dense_block} | pricing,
         always | working | {"activations": observing},
         always | working | gating,
-        always | working | {"clustering one matrix": max(compared, *(found.peak for found in tried))},
+        always | working | at_one,
         always | {"writing the checkpoint": outline.writing},
     )
     relief = "fewer cluster.samples, or method=cluscomp_data_free" if stage.calibrated else ""
@@ -137,14 +139,15 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
 class Looking:
     """What it takes to see what enters the layers of a block, of one batch of windows.
 
-    Bytes are of the inputs that are `captured`, of statistics that are `kept` at once, and of what is `added` to these
-    at most. Statistics of experts are gathered in so many `turns`; `inputs` come one after the other where the weights
-    of each follow what is before it.
+    Bytes are of the inputs that are `captured`, of statistics that are `kept` at once, among them those `of_experts`,
+    and of what is `added` to these at most. Statistics of experts are gathered in so many `turns`; `inputs` come one
+    after the other where the weights of each follow what is before it.
     """
 
     work: Work
     captured: float
     kept: float
+    of_experts: float
     added: float
     turns: int
     inputs: int
@@ -172,4 +175,5 @@ def _looking_at(stage: Cluster, places: dict[str, Place], dtype: torch.dtype) ->
     turns = in_turn({name: one.in_features for name, one in places.items() if one.stack}, stage.sees, stage.room)
     at_once = max((sum(bytes_of(stage.sees, places[name].in_features) for name in turn) for turn in turns), default=0)
     together = sum(max(stack) for stack in kept.values())
-    return Looking(work, captured, sum(dense) + at_once + together, most, len(turns), len(dense) + len(kept))
+    of_experts = at_once + together
+    return Looking(work, captured, sum(dense) + of_experts, of_experts, most, len(turns), len(dense) + len(kept))

@@ -33,6 +33,7 @@ class Recover(TrainsOnText):
     takes: ClassVar[Literal["compressed"]] = "compressed"
     gives: ClassVar[Literal["compressed"]] = "compressed"
     distributed: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
     loss: Literal["ce", "kl", "ce_kl"]
     teacher_top: int = Field(ge=1)
     hidden: float = Field(ge=0)
@@ -59,8 +60,7 @@ class Recover(TrainsOnText):
             forward = outline.forward(self.batch_size, self.length)
             logits = outline.logits(self.batch_size, self.length)
             work = (forward.work * outline.blocks + logits.work) * (windows / self.batch_size)
-            teaching = {
-                "codes and codebooks": outline.stored,
+            teaching = outline.in_turn | {
                 "embedding, head": outline.outside,
                 "those of the original, a block": outline.outside + outline.dense_block,
                 "original's hidden states": outline.part_of_stream(windows, self.length),
@@ -82,6 +82,7 @@ class Recover(TrainsOnText):
             train,
             held_out,
             self,
+            opened=job.opened,
             cross_entropy="ce" in self.loss,
             kl="kl" in self.loss,
             teacher=job.teacher if self.taught else None,

@@ -22,6 +22,7 @@ from cluscomp.train.rounding import LearnedRounding, LearnedSigns, LearnedWeight
 Batch = TypeVar("Batch")
 Schedule = Literal["constant", "linear", "cosine"]
 State = list[dict[str, Tensor]]
+Kind = TypeVar("Kind", bound=Tensor)
 
 
 class Trained:
@@ -36,14 +37,15 @@ class Trained:
     ) -> None:
         self._model, self._others, self._masters = model, others, masters
         self._weights = [layer.stored for layer in compressed(model).values()] if codebooks else []
-        self._states = [weight.state_dict() for weight in self._weights]
+        self._states = [_held(weight.state_dict()) for weight in self._weights]
         self._data = {name: parameter.data for name, parameter in others.items()}
         self._cast = [name for name, data in self._data.items() if masters and data.dtype != torch.float32]
 
     @property
     def parameters(self) -> list[Parameter]:
         """All that is trained: the same objects before, during and after."""
-        parts = [*(part for weight in self._weights for part in weight.parameters()), *self._others.values()]
+        stored = (_held(dict(weight.named_parameters())).values() for weight in self._weights)
+        parts = [*(part for parts in stored for part in parts), *self._others.values()]
         return list({id(part): part for part in parts}.values())  # weights may share a codebook
 
     def start(self) -> None:
@@ -123,6 +125,11 @@ class Trained:
     def _place(self, name: str) -> tuple[nn.Module, str]:
         place, _, attribute = name.rpartition(".")
         return self._model.get_submodule(place), attribute
+
+
+def _held(tensors: dict[str, Kind]) -> dict[str, Kind]:
+    """Those tensors of a stored weight, by name, that no processes hold in parts (train/sharding.py)."""
+    return {name: tensor for name, tensor in tensors.items() if "parametrizations." not in name}
 
 
 def by_sign(parameter: Tensor) -> None:

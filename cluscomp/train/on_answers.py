@@ -1,5 +1,6 @@
 """Training of a whole model on instructions, of which the answers count; and what of a model learns from them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from cluscomp.forms import adapters
 from cluscomp.forms.layers import size_of
 from cluscomp.forms.linear import compressed
 from cluscomp.forms.multimodal import for_text
+from cluscomp.models.opened import Opened
 from cluscomp.models.original import Original, blocks, norms
 from cluscomp.train.masters import Trained
+from cluscomp.train.sharding import gathered, sharded
 from cluscomp.train.steps import Steps
 from cluscomp.train.whole import IGNORED, Example, Objective, train_whole
 
@@ -33,7 +36,8 @@ def with_adapters(
     layers = {f"{name}.weight": name for name in compressed(model)}
     adapters.add(model, rank=rank, alpha=alpha, seed=seed)
     for full, weight_OI in () if dense is None else dense.tensors(list(layers)):
-        adapters.start_from(model, layers[full], weight_OI)
+        with gathered(model, layers[full]):
+            adapters.start_from(model, layers[full], weight_OI)
     return Trained(model, codebooks=False, others=others | adapters.parameters(model))
 
 
@@ -46,39 +50,43 @@ def with_everything(model: PreTrainedModel, original: Original) -> Trained:
 
 def train_on_answers(
     model: PreTrainedModel,
-    trained: Trained,
+    learns: Callable[[], Trained],
     train: list[Tokens],
     held_out: list[Tokens],
     settings: Steps,
     *,
+    opened: Opened | None,
     folder: Path,
     seed: int,
 ) -> dict[str, Any]:
-    """Train what is `trained` of a model in place; returns counts, deployed bytes, and what `train_whole` does.
+    """Train what `learns` of a model in place; returns counts, deployed bytes, and what `train_whole` does.
 
     Args:
         model: the model.
-        trained: what of it learns.
+        learns: says what of it learns, and makes ready what is new.
         train: the examples of all steps, in their order.
         held_out: examples that are scored before and after.
         settings: batches, learning rate and so on.
+        opened: what reads the model's blocks, where they are not in memory (train/sharding.py).
         folder: where the state lies that a killed run goes on from.
         seed: of dropout.
     """
     first = Answers(held_out)[0]["input_ids"][None]
     tokens = sum(len(one.ids) for one in train)
-    found = train_whole(
-        model,
-        trained,
-        Objective(model, trained.parameters, cross_entropy=1, kl=0, ids_BT=first),
-        Answers(train),
-        Answers(held_out),
-        settings,
-        tokens=tokens,
-        name="finetune",
-        folder=folder,
-        seed=seed,
-    )
+    with sharded(model, opened):
+        trained = learns()
+        found = train_whole(
+            model,
+            trained,
+            Objective(model, trained.parameters, cross_entropy=1, kl=0, ids_BT=first),
+            Answers(train),
+            Answers(held_out),
+            settings,
+            tokens=tokens,
+            name="finetune",
+            folder=folder,
+            seed=seed,
+        )
     return {"tokens": tokens, "deployed_bytes": sum(size_of(model).ledger.values()) // 8} | found
 
 

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cluscomp.models.opened import Opened
 from cluscomp.models.original import Original, norms
 from cluscomp.models.predictions import Teacher, direction
 from cluscomp.models.walk import Walk
 from cluscomp.train.masters import Trained
+from cluscomp.train.sharding import sharded
 from cluscomp.train.steps import Steps
 from cluscomp.train.whole import IGNORED, Example, Objective, train_whole
 
@@ -23,6 +25,7 @@ def train_on_text(
     held_out_WT: np.ndarray,
     settings: Steps,
     *,
+    opened: Opened | None,
     cross_entropy: bool,
     kl: bool,
     teacher: Original | None,
@@ -39,6 +42,7 @@ def train_on_text(
         train_WT: windows (W, T) of token ids for all steps, in their order.
         held_out_WT: windows that are scored before and after.
         settings: batches, learning rate and so on.
+        opened: what reads the model's blocks, where they are not in memory (train/sharding.py).
         cross_entropy: whether next-token cross-entropy counts.
         kl: whether the teacher's predictions are to be met.
         teacher: the model whose predictions and hidden states are to be met, or None if none is.
@@ -53,15 +57,16 @@ def train_on_text(
     if teacher is not None:
         kept = Teacher(folder, torch.cat([train, held_out]), teacher_top, hidden=hidden > 0)
         kept.write(Walk(teacher.model(), teacher), batch_size=settings.batch_size)
-    trained = Trained(model, codebooks=True, others=norms(model) if norms_too else {})
     weights = {"cross_entropy": cross_entropy, "kl": kl}
-    if hidden:
-        objective: Objective = WithHidden(model, trained.parameters, hidden=hidden, ids_BT=held_out[:1], **weights)
-    else:
-        objective = Objective(model, trained.parameters, ids_BT=held_out[:1], **weights)
-    return train_windows(
-        model, trained, objective, train, held_out, settings, teacher=kept, name="recover", folder=folder, seed=seed
-    )
+    with sharded(model, opened):
+        trained = Trained(model, codebooks=True, others=norms(model) if norms_too else {})
+        if hidden:
+            objective: Objective = WithHidden(model, trained.parameters, hidden=hidden, ids_BT=held_out[:1], **weights)
+        else:
+            objective = Objective(model, trained.parameters, ids_BT=held_out[:1], **weights)
+        return train_windows(
+            model, trained, objective, train, held_out, settings, teacher=kept, name="recover", folder=folder, seed=seed
+        )
 
 
 def train_windows(

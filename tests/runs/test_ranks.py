@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -10,7 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from forks import until
+from safetensors.torch import load_file
 
 BLOCKS, ORDER = 3, ["cluster", "block_finetune"]
 SMALL = [
@@ -32,8 +35,14 @@ def ground(tmp_path_factory) -> Path:
     return folder
 
 
-def start(forks, ground: Path, name: str, world: int, *more: str) -> list[int]:
-    """The processes of a run whose outputs are in a folder of this name, with a log for each."""
+RECOVER = [
+    "order=[cluster,block_finetune,recover]", "recover=quick", "recover.tokens=1024", "recover.length=32",
+    "recover.held_out=4", "recover.save_every=2",
+]  # fmt: skip
+
+
+def start(forks, ground: Path, name: str, world: int, *more: str, script: str = "") -> list[int]:
+    """The processes of a run whose outputs are in a folder of this name, with a log for each; or of a script."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     found = []
@@ -41,7 +50,9 @@ def start(forks, ground: Path, name: str, world: int, *more: str) -> list[int]:
         variables = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         variables |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)} if world > 1 else {}
         command = [*SMALL, f"data.file={ground / 'text.txt'}", f"cache={ground / 'cache'}", f"outputs={ground / name}"]
-        found.append(forks.start(ground / f"{name}-{rank}.log", *command, *more, variables=variables))
+        arguments = more if script else (*command, *more)
+        log = ground / f"{name}-{rank}.log"
+        found.append(forks.start(log, *arguments, variables=variables, script=script))
     return found
 
 
@@ -58,7 +69,7 @@ def same(one: dict, other: dict) -> None:
     assert one["run"]["key"] == other["run"]["key"]
     first, second = (record["stages"]["cluster"] for record in (one, other))
     assert first["checkpoint_hash"] == second["checkpoint_hash"] and first["found"] == second["found"]
-    scores = [[row for row in record["scores"] if row["after"] != "block_finetune"] for record in (one, other)]
+    scores = [[row for row in record["scores"] if row["after"] in ("original", "cluster")] for record in (one, other)]
     assert scores[0] == scores[1] and len(scores[0]) > 4
     blocks = [record["stages"]["block_finetune"]["found"]["blocks"] for record in (one, other)]
     for here, there in zip(*blocks, strict=True):
@@ -97,3 +108,70 @@ def test_a_killed_rank_is_named_and_another_number_of_ranks_goes_on(forks, groun
             log.unlink()
         other = rng.choice([one for one in (1, 2, 3) if one != world])
         same(record_of(forks, ground, name, start(forks, ground, name, other)), alone)
+
+
+# held in parts
+
+IN_PARTS = """
+import json, sys
+from pathlib import Path
+import torch
+from torch.distributed.tensor import DTensor
+from cluscomp import checkpoint, ranks
+from cluscomp.models.opened import Opened
+from cluscomp.train.sharding import sharded
+
+folder, cpu, ids_BT = Path(sys.argv[1]), torch.device("cpu"), torch.arange(1, 25).view(2, 12)
+whole = checkpoint.load(folder, torch.float32, cpu)
+with ranks.joined("cpu"):
+    opened = Opened(folder, torch.float32, cpu)
+    model = opened.model()
+    with sharded(model, opened), torch.no_grad():
+        same = torch.equal(model(ids_BT).logits, whole(ids_BT).logits)
+        codes = {name: one for name, one in model.named_parameters() if isinstance(one, DTensor)}
+        own = {name.replace("parametrizations.", "").removesuffix(".original"): one.to_local().numel()
+               for name, one in codes.items()}
+    state = model.state_dict()
+    again = ranks.rank() > 0 or all(torch.equal(state[name], one) for name, one in whole.state_dict().items())
+print(json.dumps([same, own, again]))
+"""
+
+
+@pytest.mark.slow
+def test_each_of_two_ranks_holds_half_of_the_codes(forks, ground, alone):
+    """And the model computes to the bit as when it is whole; in the end the first rank has all again."""
+    (folder,) = (ground / "alone").glob("cluster-*/checkpoint")
+    pids = start(forks, ground, "parts", 2, str(folder), script=IN_PARTS)
+    logs = [ground / f"parts-{rank}.log" for rank in range(2)]
+    assert [forks.wait(pid) for pid in pids] == [0, 0], [log.read_text()[-2000:] for log in logs]
+    (same, first, again), (also, second, _) = (json.loads(log.read_text().splitlines()[-1]) for log in logs)
+    assert same and also and again
+    stored = load_file(folder / "model.safetensors")
+    large = {name: one.numel() for name, one in stored.items() if one.dtype == torch.uint8 and one.numel() >= 1024}
+    assert len(large) == 3 * BLOCKS  # of a block's MLP; those of attention are small here
+    assert {name: first[name] + second[name] for name in first} == large
+    assert all(first[name] - second[name] in (0, 1) for name in large)
+
+
+@pytest.mark.slow
+def test_ranks_that_share_the_codes_learn_what_one_process_learns(forks, ground, alone):
+    """Also where they are killed and one process that holds all goes on; before, each reads block after block."""
+    for name in ("recovered", "sharded"):
+        shutil.copytree(ground / "alone", ground / name, ignore=shutil.ignore_patterns("run-*"))
+    one = record_of(forks, ground, "recovered", start(forks, ground, "recovered", 1, *RECOVER))
+    two = record_of(forks, ground, "sharded", start(forks, ground, "sharded", 2, *RECOVER, "shard=true"))
+    pids = start(forks, ground, "stopped", 2, *RECOVER, "shard=true")
+    until(lambda: bool(list((ground / "stopped").glob("recover-*/training/attempt-0/checkpoint-4/whole.json"))))
+    os.kill(pids[0], signal.SIGKILL)
+    assert [forks.wait(pid) for pid in pids] == [-signal.SIGKILL, 1]
+    for log in ground.glob("stopped-*.log"):
+        log.unlink()
+    other = record_of(forks, ground, "stopped", start(forks, ground, "stopped", 1, *RECOVER))
+    assert "goes on after step" in (ground / "stopped-0.log").read_text()
+    for record in (two, other):
+        same(record, one)
+        here, there = (found["stages"]["recover"]["found"] for found in (record, one))
+        for name in ("loss_first", "loss_last", "held_out_before", "held_out_after"):
+            assert here[name] == pytest.approx(there[name], rel=1e-5)
+        ends = [[row["value"] for row in found["scores"] if row["after"] == "recover"] for found in (record, one)]
+        assert ends[0] == pytest.approx(ends[1], rel=1e-4) and len(ends[0]) > 2

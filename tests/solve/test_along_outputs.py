@@ -12,6 +12,7 @@ from cluscomp.solve.along_outputs import (
     damped,
     descend_codes,
     feedback_codes,
+    inverse_factor,
     least_squares_codebook,
     output_error,
 )
@@ -228,3 +229,15 @@ def test_least_squares_of_a_shared_codebook_is_the_solution_for_all_layers_toget
     found_KD = least_squares_codebook(coded, 3, start_KD, 200)
     reached = np.square(design @ found_KD.double().flatten().numpy() - target).sum()
     assert reached <= least + 1e-4 * np.square(target).sum()
+
+
+@pytest.mark.parametrize("inputs", [5, 193, 700])
+def test_the_factor_of_the_inverse_is_made_in_place_with_the_same_bits(inputs):
+    generator = torch.Generator().manual_seed(inputs)
+    x_TI = torch.randn(2 * inputs, inputs, generator=generator)
+    moment_II = damped(x_TI.T @ x_TI, 0.01)
+    before = moment_II.clone()
+    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(moment_II.double()))
+    expected = torch.linalg.cholesky(inverse_II, upper=True)
+    found = inverse_factor(moment_II)
+    assert torch.equal(found, expected) and found.stride() == expected.stride() and torch.equal(moment_II, before)
