@@ -1,4 +1,4 @@
-"""A compressed model in parts on the processes of a run: its codes, by PyTorch's FSDP2. What learns is whole on each."""
+"""A compressed model in parts on the processes of a run: its codes, by PyTorch's FSDP2; all that learns is whole."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -366,7 +366,7 @@ def test_llama_3_70b_goes_through_every_stage_on_eight_cards_of_24_gb(bits, tmp_
 
 
 def test_what_each_of_eight_ranks_holds_of_llama_3_70b(llama):
-    """By hand: of packed codes of 16 bits each rank has an eighth, of the float16 codebooks all, and a block's codes."""
+    """By hand: of packed 16-bit codes each rank has an eighth, of float16 codebooks all, and a block's codes."""
     rows = told(*TOGETHER)
     matrices = shapes(blocks(llama)[0])
     codes = sum(2 * i * o // D for o, i in matrices)
