@@ -10,10 +10,12 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cluscomp import ranks
 from cluscomp.models.original import Original
 from cluscomp.models.predictions import Predictions, last_hidden
 from cluscomp.models.walk import Walk
 from cluscomp.score.perplexity import Mean, Reference, mean_of, scored_bytes, window_scores
+from cluscomp.score.sharing import shared_out
 from cluscomp.score.tasks import Answers, Tasks, flipped, lm_eval_version
 from cluscomp.store import records
 from cluscomp.store.files import held_by_first
@@ -90,7 +92,10 @@ def task_scores(
     tasks: Tasks, model: PreTrainedModel, original: Original, *, after: str, before: Answers
 ) -> tuple[list[Score], Answers]:
     """Scores of the tasks, for each the share of answers that flipped from those `before`, and all answers."""
-    found, answers = tasks.ask(model, original.tokenizer)
+    asked = tasks.ask(model, original.tokenizer, shared_out)
+    first = ranks.agreed(lambda: asked)
+    assert first is not None  # lm-eval gives the first process what it found
+    found, answers = first
     settings = {key: value for key, value in tasks.describe().items() if key not in {"names", "mean"}}
     common = settings | {"lm_eval": lm_eval_version(), "partial": tasks.limit is not None}
     scores = [

@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
@@ -107,10 +107,17 @@ class Tasks:
         files = {path.name: file_hash(path) for path in own if path.is_file() and path.suffix != ".pyc"}
         return values | {"own_files": files}
 
-    def ask(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> "tuple[list[Found], list[Any]]":
+    def ask(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        shared_out: Callable[[type], type] = lambda kind: kind,
+    ) -> "tuple[list[Found], list[Any]] | None":
         """What lm-eval finds of a model, and every answer as a plain row. The settings have been checked before.
 
-        Where images are asked about, the model's folder gives the tokenizer, with what makes its inputs of images.
+        `shared_out` gives the kind of lm-eval's models that shares the work out (score/sharing.py). Only the first
+        process of a machine gets anything. Where images are asked about, the model's folder gives the tokenizer, with
+        what makes its inputs of images.
         """
         from lm_eval import simple_evaluate
         from lm_eval.models.hf_vlms import HFMultimodalLM
@@ -118,14 +125,15 @@ class Tasks:
 
         manager, images = _manager(self), self._known().images
         kind, own = (HFMultimodalLM, {}) if images else (HFLM, {"tokenizer": tokenizer})
-        lm = kind(
+        lm = shared_out(kind)(
             pretrained=model, batch_size=self.batch_size, add_bos_token=self.bos, max_length=self.max_length, **own
         )
         results = simple_evaluate(
             lm, tasks=self._load(manager), num_fewshot=self.shots, limit=self.limit, task_manager=manager,
             batch_size=self.batch_size, apply_chat_template=self.chat_template,
         )  # fmt: skip
-        assert results is not None  # only other processes than the first get None
+        if results is None:
+            return None
         for row in (row for rows in results["samples"].values() for row in rows if images):
             row["doc_hash"] = content_key(row["doc"])  # lm-eval's own is of where the image is in memory
         found = list(_numbers(results))

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,70 @@ def mirror(tmp_path_factory) -> Path:
     return place
 
 
+OTHERS = """task: colours_said
+output_type: generate_until
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs:
+  until: ["."]
+  max_gen_toks: 3
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+WHOLE = """task: colours_read
+output_type: loglikelihood_rolling
+doc_to_target: "{{question}}"
+metric_list:
+  - metric: word_perplexity
+"""
+IN_SHARES = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from cluscomp import ranks
+from cluscomp.score.sharing import shared_out
+from cluscomp.score.tasks import Tasks
+
+folder, settings = sys.argv[1], json.loads(sys.argv[2])
+model, calls = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), []
+model.register_forward_pre_hook(lambda _model, _args: calls.append(1))
+with ranks.joined("cpu"):
+    asked = Tasks(**settings).ask(model, AutoTokenizer.from_pretrained(folder), shared_out)
+print(json.dumps([len(calls), asked and [[(one.task, one.metric, one.value) for one in asked[0]], asked[1]]]))
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_batches_out_and_answers_are_the_same_to_the_bit(forks, mirror, tiny_folder, tmp_path):
+    """Likelihoods of choices and of whole texts, and what the model says itself."""
+    shutil.copytree(mirror / "tasks", tmp_path / "tasks")
+    head = (
+        TASK.partition("output_type")[0].partition("\n")[2]
+        + 'validation_split: validation\ndoc_to_text: "{{question}}"\n'
+    )
+    for name, text in (("said", OTHERS), ("read", WHOLE)):
+        first, _, rest = text.partition("\n")
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(f"{first}\n{head}{rest}")
+    names = ["colours", "colours_said", "colours_read"]
+    given = PLAIN | {"names": names, "include_path": str(tmp_path / "tasks"), "data_root": str(mirror / "hub")}
+    found = {}
+    for world in (1, 2):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        logs, pids = [tmp_path / f"{rank}-of-{world}" for rank in range(world)], []
+        for rank, log in enumerate(logs):
+            variables = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            numbers = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)} if world > 1 else {}
+            arguments = str(tiny_folder), json.dumps(given)
+            pids.append(forks.start(log, *arguments, variables=variables | numbers, script=IN_SHARES))
+        assert [forks.wait(pid) for pid in pids] == [0] * world, [log.read_text()[-2000:] for log in logs]
+        found[world] = [json.loads(log.read_text().splitlines()[-1]) for log in logs]
+    ((calls, asked),), ((one, first), (two, second)) = found[1], found[2]
+    assert first == asked and second is None and len(asked[1]) == 36
+    assert one + two == calls and min(one, two) > calls / 4
+
+
 def tasks(mirror: Path, **changes) -> Tasks:
     return Tasks(**PLAIN | {"include_path": str(mirror / "tasks"), "data_root": str(mirror / "hub")} | changes)
 
@@ -97,8 +162,9 @@ def test_lm_evals_own_command_knows_a_checkpoint_and_scores_what_evaluate_does(m
     arguments = f"pretrained={tmp_path / 'made'},dtype=float32"
     manager = _manager(settings)
     results = simple_evaluate(
-        harness.checkpoint.NAME, arguments, tasks=settings._load(manager), task_manager=manager, device="cpu"
-    )
+        harness.checkpoint.NAME, arguments, tasks=settings._load(manager), task_manager=manager, device="cpu",
+        batch_size=settings.batch_size,
+    )  # fmt: skip
     assert results["results"]["colours"]["acc,none"] == found.value
     theirs = [row["filtered_resps"] for row in results["samples"]["colours"]]
     assert theirs == [row["filtered_resps"] for row in answers]
