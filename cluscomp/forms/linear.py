@@ -131,9 +131,10 @@ def parts_of_stored(model: nn.Module) -> Callable[[str], bool]:
 def in_parts(block: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     """The tensors of a block that several processes hold in parts: codes, with module and name; small ones stay whole.
 
-    They are whole numbers and no process learns them.
+    They are whole numbers and no process learns them. Forms that stay decoded are left out: it would save little.
     """
-    modules = [module for layer in compressed(block).values() for module in layer.stored.modules()]
+    forms = [layer.stored for layer in compressed(block).values() if not layer.stored.decoded_bytes()]
+    modules = [module for form in forms for module in form.modules()]
     tensors = [(module, *pair) for module in modules for pair in module.named_buffers(recurse=False)]
     return [found for found in tensors if not found[2].is_floating_point() and found[2].numel() >= SMALL]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from cluscomp.forms.apart import stacks
 from cluscomp.forms.layers import put_in
 from cluscomp.forms.stored import Stored
 from cluscomp.methods import Compressed, Method, Offers
+from cluscomp.methods.each_layer import EachLayer
 from cluscomp.models.original import block_names, linears
 from cluscomp.models.walk import Walk
 from cluscomp.plan.places import Place
@@ -74,8 +76,9 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
             experts = stacks(block).items() if statistics else ()
             tokens = {stack: [statistics[one].own for one in layers if one in statistics] for stack, layers in experts}
             found = compress_block(
-                stage.whole, block, name, job.seed, statistics, all_places[index], share, following, prices
-            )
+                stage.whole, block, name, job.seed, statistics, all_places[index], share, following, prices,
+                together=not stage.apart,
+            )  # fmt: skip
             found |= {"experts": tokens} if tokens else {}
             originals.clear()  # of the next block there will be as many
             error = relative_error(found["squares"])
@@ -199,12 +202,14 @@ def compress_block(
     share: list[tuple[list[str], Option]] | None = None,
     following: Following | None = None,
     prices: dict[str, float] | None = None,
+    together: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Replace every linear layer of a block; without `places` each has an input of its own. Uses `statistics` up.
 
     `share` says what was chosen for its layers where bits are shared out over the model. With `following`, weights are
     corrected for the drift of their inputs: when all layers of an input are compressed, the next is looked at again.
-    `prices`: of errors of layers, by their names in the model.
+    `prices`: of errors of layers, by their names in the model. `together`: all processes of the run are at this block,
+    and share its layers out where the method makes each by itself.
     Returns `squares`, by layer the squared error and squared size of its weight, `distributed`, by layer how its
     entries and codes are, and `chosen`, by the names of layers that go together what the method chose for them.
     """
@@ -213,7 +218,8 @@ def compress_block(
     waiting: dict[str, Stored] = {}  # until the dense block need not run again to show what enters other layers
     again = following is None and any(isinstance(seen, Later) for seen in statistics.values())
     try:
-        for compressed in told(_compressed(method, layers, share), len(layers), name, "layer"):
+        parts = _compressed(method, layers, share, together=together, at_once=following is None)
+        for compressed in told(parts, len(layers), name, "layer"):
             read = {layers[layer].input for layer in compressed.stored}
             for layer, stored in compressed.stored.items():
                 if again:
@@ -277,15 +283,45 @@ def _layers(
 
 
 def _compressed(
-    method: Method, layers: dict[str, Layer], share: list[tuple[list[str], Option]] | None
+    method: Method,
+    layers: dict[str, Layer],
+    share: list[tuple[list[str], Option]] | None,
+    *,
+    together: bool = False,
+    at_once: bool = False,
 ) -> Iterator[Compressed]:
-    """What the method makes of the layers, with the settings that were chosen for some of them, if any were."""
-    if share is None:
+    """What the method makes of the layers, with the settings that were chosen for some of them, if any were.
+
+    `together`: each process makes some of the layers that read one input, or of all `at_once`, and gets the others.
+    """
+    together &= ranks.world() > 1
+    if share is None and not (together and isinstance(method, EachLayer)):
         yield from method.compress(layers)
         return
-    for names, option in share:
-        chosen = replace(method, **option.settings)  # type: ignore[type-var]
-        yield from chosen.compress({name: layers[name] for name in names})
+    parts: list[tuple[list[str], Method]] = [([name], method) for name in layers]
+    if share is not None:
+        parts = [(names, replace(method, **option.settings)) for names, option in share]  # type: ignore[type-var]
+
+    def make(part: tuple[list[str], Method]) -> list[Compressed]:
+        names, chosen = part
+        return list(chosen.compress({name: layers[name] for name in names}))
+
+    if not together:
+        for part in parts:
+            yield from make(part)
+        return
+    device = next(iter(layers.values())).weight_OI.device
+    for _, neighbours in groupby(parts, lambda part: at_once or layers[part[0][0]].input):
+        for made in ranks.each(list(neighbours), lambda part: [_moved(one, torch.device("cpu")) for one in make(part)]):
+            yield from (_moved(one, device) for one in made)
+
+
+def _moved(compressed: Compressed, device: torch.device) -> Compressed:
+    """The same with its tensors on a device; what was decoded stays behind."""
+    for stored in compressed.stored.values():
+        stored.forget()
+        stored.to(device)
+    return compressed
 
 
 def chosen_table(chosen: dict[str, dict[str, Any]], block_names: list[str]) -> str:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
@@ -33,13 +33,7 @@ def sharded(model: PreTrainedModel, opened: Opened | None) -> Iterator[None]:
     for index, block in enumerate(blocks(model)):
         opened.load_block(model, index)
         if ranks.world() > 1:
-            whole = set(block.parameters())
-            for module, key, codes in in_parts(block):
-                del module._buffers[key]
-                module.register_parameter(key, nn.Parameter(codes.flatten(), requires_grad=False))
-                parametrize.register_parametrization(module, key, _Shaped(codes.shape), unsafe=True)
-            mesh = init_device_mesh(model.device.type, (ranks.world(),))
-            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+            _shard(block, init_device_mesh(model.device.type, (ranks.world(),)))
             give_memory_back()
     yield
     if ranks.world() == 1 or ranks.rank() > 0:
@@ -56,6 +50,16 @@ def sharded(model: PreTrainedModel, opened: Opened | None) -> Iterator[None]:
         parametrize.remove_parametrizations(module, key, leave_parametrized=False)
         del module._parameters[key]
         module.register_buffer(key, codes)
+
+
+def _shard(block: nn.Module, mesh: DeviceMesh) -> None:
+    """Let FSDP2, which knows parameters alone and cuts their first dimension, have codes as rows of whole numbers."""
+    whole = set(block.parameters())
+    for module, key, codes in in_parts(block):
+        del module._buffers[key]
+        module.register_parameter(key, nn.Parameter(codes.flatten(), requires_grad=False))
+        parametrize.register_parametrization(module, key, _Shaped(codes.shape), unsafe=True)
+    fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
 
 
 @contextmanager
@@ -81,4 +85,5 @@ class _Shaped(nn.Module):
     def forward(self, row: Tensor) -> Tensor:
         if isinstance(row, DTensor):
             return torch.empty(self.shape, dtype=row.dtype, device="meta")
-        return row.view(self.shape)
+        codes = row.view(self.shape)
+        return codes.clone() if row.device.type == "cpu" else codes  # numpy, which kernels use, would keep it in memory

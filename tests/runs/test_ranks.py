@@ -41,7 +41,9 @@ RECOVER = [
 ]  # fmt: skip
 
 
-def start(forks, ground: Path, name: str, world: int, *more: str, script: str = "") -> list[int]:
+def start(
+    forks, ground: Path, name: str, world: int, *more: str, script: str = "", small: list[str] = SMALL
+) -> list[int]:
     """The processes of a run whose outputs are in a folder of this name, with a log for each; or of a script."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -49,8 +51,8 @@ def start(forks, ground: Path, name: str, world: int, *more: str, script: str = 
     for rank in range(world):
         variables = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         variables |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)} if world > 1 else {}
-        command = [*SMALL, f"data.file={ground / 'text.txt'}", f"cache={ground / 'cache'}", f"outputs={ground / name}"]
-        arguments = more if script else (*command, *more)
+        command = [*small, f"data.file={ground / 'text.txt'}", f"cache={ground / 'cache'}", f"outputs={ground / name}"]
+        arguments = more if script and not small else (*command, *more)
         log = ground / f"{name}-{rank}.log"
         found.append(forks.start(log, *arguments, variables=variables, script=script))
     return found
@@ -110,6 +112,46 @@ def test_a_killed_rank_is_named_and_another_number_of_ranks_goes_on(forks, groun
         same(record_of(forks, ground, name, start(forks, ground, name, other)), alone)
 
 
+# behind a compressed prefix
+
+BEHIND = [
+    "model=tiny", f"model.config.num_hidden_layers={BLOCKS}", "data=text", "device=cpu", "order=[cluster]",
+    "method=gptq", "bits=3", "cluster=corrected", "cluster.samples=4", "cluster.length=32", "cluster.batch_size=2",
+    "evaluate.after=[]",
+]  # fmt: skip
+COUNTED = """
+from cluscomp.__main__ import main
+from cluscomp.methods.gptq import Gptq
+
+made, compress = [], Gptq.compress
+
+def counting(self, layers):
+    made.extend(name for name, layer in layers.items() if not layer.weight_OI.is_meta)
+    yield from compress(self, layers)
+
+Gptq.compress = counting
+try:
+    main()
+finally:
+    print("made", len(made))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_share_a_blocks_layers_out_behind_a_compressed_prefix(forks, ground):
+    hashes, made = [], []
+    for world in (1, 2):
+        name = f"behind-{world}"
+        pids = start(forks, ground, name, world, script=COUNTED, small=BEHIND)
+        logs = [ground / f"{name}-{rank}.log" for rank in range(world)]
+        assert [forks.wait(pid) for pid in pids] == [0] * world, [log.read_text()[-2000:] for log in logs]
+        made.append([int(log.read_text().rpartition("made ")[2]) for log in logs])
+        (path,) = (ground / name).glob("cluster-*/metrics.json")
+        hashes.append(json.loads(path.read_text())["checkpoint_hash"])
+    assert hashes[0] == hashes[1]
+    assert made == [[7 * BLOCKS], [5 * BLOCKS, 2 * BLOCKS]]  # q and v of q, k, v; o; gate of gate, up; down
+
+
 # held in parts
 
 IN_PARTS = """
@@ -141,7 +183,7 @@ print(json.dumps([same, own, again]))
 def test_each_of_two_ranks_holds_half_of_the_codes(forks, ground, alone):
     """And the model computes to the bit as when it is whole; in the end the first rank has all again."""
     (folder,) = (ground / "alone").glob("cluster-*/checkpoint")
-    pids = start(forks, ground, "parts", 2, str(folder), script=IN_PARTS)
+    pids = start(forks, ground, "parts", 2, str(folder), script=IN_PARTS, small=[])
     logs = [ground / f"parts-{rank}.log" for rank in range(2)]
     assert [forks.wait(pid) for pid in pids] == [0, 0], [log.read_text()[-2000:] for log in logs]
     (same, first, again), (also, second, _) = (json.loads(log.read_text().splitlines()[-1]) for log in logs)
