@@ -22,7 +22,7 @@ SMALL = [
     "cluster.samples=4", "cluster.length=32", "cluster.batch_size=2", "block_finetune=quick",
     "block_finetune.length=32", "block_finetune.samples=7", "block_finetune.batch_size=4", "block_finetune.held_out=2",
     "block_finetune.epochs=2",
-    "evaluate.context=32", "evaluate.limit=5", "evaluate.batch_size=2", "evaluate.distance=true",
+    "evaluate.context=32", "evaluate.limit=5", "evaluate.batch_size=2", "evaluate.distance=true", "dtype=float32",
 ]  # fmt: skip
 KILLS = int(os.environ.get("CLUSCOMP_KILLS", "1"))
 
@@ -117,7 +117,7 @@ def test_a_killed_rank_is_named_and_another_number_of_ranks_goes_on(forks, groun
 BEHIND = [
     "model=tiny", f"model.config.num_hidden_layers={BLOCKS}", "data=text", "device=cpu", "order=[cluster]",
     "method=gptq", "bits=3", "cluster=corrected", "cluster.samples=4", "cluster.length=32", "cluster.batch_size=2",
-    "evaluate.after=[]",
+    "evaluate.after=[]", "evaluate.context=32", "dtype=float32",
 ]  # fmt: skip
 COUNTED = """
 from cluscomp.__main__ import main
