@@ -11,9 +11,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from cluscomp.forms.stored import Extent, Few, Single, Stored, without_padding
-from cluscomp.kernels.codebook import multiply, multiply_by_tables, rebuild
+from cluscomp.kernels.codebook import Product, multiply, multiply_by_tables, rebuild
 from cluscomp.kernels.codes import code_bits, pack, packed_bytes, unpack
-from cluscomp.kernels.loading import runs_triton
+from cluscomp.kernels.loading import native, runs_triton
 
 Axis = Literal["out", "in"]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,6 +91,11 @@ class CodebookWeight(Single):
         self.register_buffer("codes", codes)
         self.codebooks = nn.Parameter(codebooks, requires_grad=codebooks.is_floating_point())
         self.register_buffer("scales", scales)
+        self._held: Product | None = None  # of the last call, while codes and codebooks lie where they did
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is held: a copy has memory of its own."""
+        return self.__dict__ | {"_held": None}
 
     @classmethod
     def from_codes(
@@ -251,14 +256,21 @@ class CodebookWeight(Single):
 
         On the CPU centroids and sums are exact or float32 whatever dtype x has, and y is rounded to it.
         """
-        size = self.codebooks.shape[1]
-        served = x_BI.device.type == "cpu" or (runs_triton(x_BI) and self.axis == "out")
-        if not served or x_BI.dtype not in FLOATS or len(x_BI) > FEW_TOKENS:
+        if x_BI.dtype not in FLOATS or x_BI.shape[0] > FEW_TOKENS:
             return None
-        bits = code_bits(size)
+        if self._held is not None and x_BI.is_cpu and self._held.shares(self.codes, self.codebooks):
+            return self._held(x_BI, x_BI.dtype)
+        self._held = None
+        if not (x_BI.is_cpu or (runs_triton(x_BI) and self.axis == "out")):
+            return None
+        bits = code_bits(self.codebooks.shape[1])
         if self.axis == "in" and (bits != 8 or len(x_BI) > 1):
             return None
         books, outputs = self.codebooks if self.scales is None else self.centroids(torch.float32), self.out_features
+        if self.axis == "out" and len(books) == 1:
+            if x_BI.is_cpu and native is not None and self.scales is None and len(x_BI):
+                self._held = Product(self.codes[0], bits, books[0], outputs)
+            return multiply(x_BI, self.codes[0], bits, books[0], outputs, dtype=x_BI.dtype)
         if self.axis == "out":
             parts = [multiply(x_BI, codes, bits, book, outputs) for book, codes in zip(books, self.codes)]
         else:

@@ -92,19 +92,20 @@ class CompressedLinear(nn.Linear):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # tracing around compiled kernels takes long
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         """x W^T + b with the weight rebuilt in x's dtype: (..., I) -> (..., O); where asked, x W^T is normalised."""
-        if not self.stored.post_norm:
-            return self._product(x, self.bias)
-        y = F.layer_norm(self._product(x, None), (self.out_features,))
-        return y if self.bias is None else y + self.bias
+        stored, bias = self.stored, self.bias
+        if not stored.post_norm:
+            return self._product(x, stored, bias)
+        y = F.layer_norm(self._product(x, stored, None), (self.out_features,))
+        return y if bias is None else y + bias
 
-    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _product(self, x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
         if not torch.is_grad_enabled():
-            product_BO = self.stored.product(x.reshape(-1, self.in_features))
+            product_BO = stored.product(x.reshape(-1, self.in_features))
             if product_BO is not None:
                 return (product_BO if bias is None else product_BO + bias).view(*x.shape[:-1], self.out_features)
             if self.dense is not None and self.dense.dtype == x.dtype:
                 return F.linear(x, self.dense, bias)
-        return _RebuiltLinear.apply(x, bias, self.stored, *self.stored.parameters())  # type: ignore[no-any-return]
+        return _RebuiltLinear.apply(x, bias, stored, *stored.parameters())  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         """Shapes, for `print(model)`."""

@@ -9,6 +9,8 @@ version beside it, `<name>_reference`, which also serves where the kernels were 
 stay there, all on the same one: codebook_triton.py serves them, or the plain versions where Triton is not installed.
 """
 
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -74,12 +76,14 @@ def multiply(
     centroids_KD: torch.Tensor,
     O: int,
     *,
+    dtype: torch.dtype = torch.float32,
     threads: int | None = None,
 ) -> torch.Tensor:
-    """y_BO = x_BI @ weight_IO, float32, axis "out", without building the weight. Meant for B below some 16.
+    """y_BO = x_BI @ weight_IO, axis "out", without building the weight, in `dtype`. Meant for B below some 16.
 
-    A float16 codebook is read as such where possible: it is half as large, which counts at K = 65,500. On a CUDA
-    device the weight's entries are rounded to x's dtype.
+    The CPU takes x and gives y in float32, bfloat16 or float16; sums are float32. A float16 codebook is read as such
+    where possible: it is half as large, which counts at K = 65,500. On a CUDA device the weight's entries are rounded
+    to x's dtype.
 
     Raises:
         ValueError: sizes that do not agree.
@@ -90,19 +94,35 @@ def multiply(
         from cluscomp.kernels import codebook_triton
 
         if 0 < B <= codebook_triton.MOST_ROWS:
-            return codebook_triton.multiply(x_BI, packed, bits, centroids_KD.detach().to(x_BI.dtype), O)
+            return codebook_triton.multiply(x_BI, packed, bits, centroids_KD.detach().to(x_BI.dtype), O).to(dtype)
     if native is None or packed.is_cuda or B == 0:
-        return multiply_reference(x_BI, packed, bits, centroids_KD, O)
-    y_BO = torch.empty(B, O)
-    table_KD, halves_KD = None, None
-    if centroids_KD.dtype == torch.float16 and native.takes_halves(centroids_KD.shape[1], B):
-        halves_KD = centroids_KD.detach().contiguous().view(torch.uint16).numpy()
-    else:
-        table_KD = _table(centroids_KD).numpy()
-    # as numpy's, which are handed over in a tenth of the time: of a small layer that counts
-    arrays = packed.contiguous().numpy(), bits, table_KD, halves_KD, _table(x_BI).numpy(), y_BO.numpy()
-    native.multiply(*arrays, number_of_threads(threads))
-    return y_BO
+        return multiply_reference(x_BI, packed, bits, centroids_KD, O).to(dtype)
+    return Product(packed, bits, centroids_KD, O)(x_BI, dtype, threads)
+
+
+class Product:
+    """`multiply` by one layer on the CPU, call after call: its tensors are made ready for the compiled code once.
+
+    Where it `shares` their memory, what changes in them is seen.
+    """
+
+    def __init__(self, packed: torch.Tensor, bits: int, centroids_KD: torch.Tensor, O: int) -> None:
+        halves = centroids_KD.dtype == torch.float16 and native.takes_halves(centroids_KD.shape[1])  # type: ignore[union-attr]
+        tensors = packed.contiguous(), centroids_KD.detach().contiguous() if halves else _table(centroids_KD)
+        # as numpy's, which are handed over in a tenth of the time: of a small layer that counts
+        self._packed, self._bits, self._table, self._O = tensors[0].numpy(), bits, tensors[1].numpy(), O
+        self._places = tensors[0].data_ptr(), tensors[1].data_ptr()
+
+    def shares(self, packed: torch.Tensor, centroids: torch.Tensor) -> bool:
+        """Whether these tensors lie where its own do, whose memory it holds, so that nothing else can lie there."""
+        return (packed.data_ptr(), centroids.data_ptr()) == self._places
+
+    def __call__(self, x_BI: torch.Tensor, dtype: torch.dtype, threads: int | None = None) -> torch.Tensor:
+        """y_BO in `dtype`."""
+        y_BO = torch.empty(x_BI.shape[0], self._O, dtype=dtype)
+        arrays = self._packed, self._bits, self._table, _array(x_BI.detach().contiguous()), _array(y_BO)
+        native.multiply(*arrays, number_of_threads(threads))  # type: ignore[union-attr]
+        return y_BO
 
 
 def multiply_by_tables(
@@ -161,12 +181,17 @@ def _decoded(packed: torch.Tensor, bits: int, centroids_KD: torch.Tensor, I: int
     return decode_reference(packed, bits, centroids_KD, I, O)
 
 
+def _array(values: torch.Tensor) -> Any:
+    """The tensor as numpy's array, which shares its memory; bfloat16, which numpy lacks, as whole numbers."""
+    return (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
+
+
 def _table(values: torch.Tensor) -> torch.Tensor:
     return values.detach().to(device="cpu", dtype=torch.float32).contiguous()
 
 
 def _check_packed(packed: torch.Tensor, bits: int, count: int) -> None:
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) != packed_bytes(count, bits):
+    if packed.dtype != torch.uint8 or packed.shape != (packed_bytes(count, bits),):
         raise ValueError(
             f"packed codes are {packed.dtype} of shape {tuple(packed.shape)}; "
             f"{count} codes of {bits} bits take uint8 of shape {(packed_bytes(count, bits),)}"

@@ -1,6 +1,8 @@
 """Stored weights against a loop over entries, the compressed layer against nn.Linear on the dense weight."""
 
 import math
+import pickle
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -352,3 +354,33 @@ def test_codebooks_of_another_shape_or_of_8_bits_are_not_shared():
     )
     with pytest.raises(ValueError, match="cannot be those"):
         small.follow(small)
+
+
+def test_what_a_product_holds_of_its_layer_is_never_out_of_date():
+    weight = CodebookWeight.empty(
+        out_features=12, in_features=8, axis="out", vector_dim=4, codebook_size=4, codebooks=1, storage="float16"
+    )
+    weight.codes.zero_()
+    weight.codebooks.data.fill_(1)
+    x_BI = torch.ones(1, 8)
+
+    def product() -> float:
+        found_BO = weight.product(x_BI)
+        assert torch.equal(found_BO, x_BI @ weight(torch.float32).T)
+        return float(found_BO[0, 0])
+
+    assert product() == 8
+    copy = deepcopy(weight)
+    weight.codebooks.data.fill_(2)  # in place
+    assert product() == 16
+    weight.codebooks.data = torch.full_like(weight.codebooks, 3)  # other memory
+    assert product() == 24
+    weight.codebooks.data = weight.codebooks.data.bfloat16()  # of which a table is made for each call
+    assert product() == 24
+    weight.codebooks.data.fill_(4)
+    assert product() == 32
+    weight.codes = weight.codes.clone()
+    weight.to_masters()
+    assert product() == 32
+    assert float(copy.product(x_BI)[0, 0]) == 8
+    assert float(pickle.loads(pickle.dumps(weight)).product(x_BI)[0, 0]) == 32

@@ -21,6 +21,8 @@ LAYERS = [
     (70, 64, 4096, 2),
     (40, 256, 65536, 4),
     (9, 50, 31, 20),
+    (50, 72, 300, 8),
+    (64, 65536, 65500, 4),  # its codes are used where they lie
 ]
 
 
@@ -43,7 +45,7 @@ def test_decode_is_indexing(I, O, K, D):
 
 
 @pytest.mark.parametrize("I,O,K,D", LAYERS)
-@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("B", [1, 3, 8])
 def test_multiply_is_the_matrix_product(I, O, K, D, B):
     codes, centroids_KD, bits, packed = layer(I, O, K, D)
     x_BI = torch.randn(B, I, generator=torch.Generator().manual_seed(B))
@@ -89,22 +91,40 @@ def test_gradient_is_the_sum_over_all_places(I, O, K, D):
 @pytest.mark.skipif(native is None, reason="needs the compiled kernels")
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512vbmi"])
 def test_every_instruction_set_agrees(isa):
-    for (I, O, K, D), B in itertools.product(LAYERS, (1, 2)):
+    for (I, O, K, D), B in itertools.product(LAYERS, (1, 2, 15)):  # 15: eight rows, four, two and one
         codes, centroids_KD, bits, packed = layer(I, O, K, D)
         half_KD = centroids_KD.half()
         x_BI, y_BO, grad_KD = torch.randn(B, I), torch.empty(B, O), torch.empty(K, D)
         try:
-            native.multiply(packed, bits, half_KD.float(), None, x_BI, y_BO, 1, isa)
+            native.multiply(packed, bits, half_KD.float(), x_BI, y_BO, 1, isa)
         except ValueError as error:
             pytest.skip(str(error))
         assert torch.allclose(y_BO, codebook.multiply_reference(x_BI, packed, bits, half_KD, O), rtol=1e-4, atol=1e-4)
-        if isa != "base" and native.takes_halves(D, B):
+        if isa != "base" and native.takes_halves(D):
             again_BO = torch.empty(B, O)
-            native.multiply(packed, bits, None, half_KD.view(torch.uint16), x_BI, again_BO, 1, isa)
+            native.multiply(packed, bits, half_KD, x_BI, again_BO, 1, isa)
             assert torch.equal(again_BO, y_BO)
         grad_IO = torch.randn(I, O)
         native.gradient(packed, bits, grad_IO, grad_KD, 1, isa)
         assert torch.allclose(grad_KD, codebook.gradient_reference(grad_IO, packed, bits, K, D), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(native is None, reason="needs the compiled kernels")
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_of_16_bits_are_read_exactly_and_rounded_as_torch_does(isa, dtype):
+    bits_N = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16)
+    every_N = bits_N.view(dtype)  # infinite ones, those that are no numbers and the smallest, too
+    one_KD, packed = torch.ones(2, 1), pack(torch.zeros(1, dtype=torch.int64), 1)
+    between_N = torch.cat([every_N.float() * factor for factor in (1, 1 + 2**-12, 1 - 2**-12, 1 + 2**-8, 1 - 2**-9)])
+    for x_N, result in ((every_N, torch.float32), (between_N, dtype)):
+        y_N = torch.empty(len(x_N), dtype=result)
+        x, y = ((a.view(torch.uint16) if a.dtype == torch.bfloat16 else a).numpy()[:, None] for a in (x_N, y_N))
+        try:
+            native.multiply(packed, 1, one_KD, x, y, 1, isa)
+        except ValueError as error:
+            pytest.skip(str(error))
+        torch.testing.assert_close(y_N, x_N.to(result), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +156,7 @@ def test_no_call_of_the_compiled_code_can_crash(bits, n, threads):
     )
     for call in (
         lambda: native.decode(packed, bits, c, y, threads),
-        lambda: native.multiply(packed, bits, c, None, x, y, threads),
+        lambda: native.multiply(packed, bits, c, x, y, threads),
         lambda: native.multiply_by_tables(packed, c, torch.zeros(n[4]), torch.zeros(n[5]), threads),
         lambda: native.gradient(packed, bits, x, c, threads),
         lambda: native.unpack(packed, bits, torch.zeros(n[4], dtype=torch.int32)),

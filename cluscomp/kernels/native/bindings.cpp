@@ -34,7 +34,7 @@ static Kind kind_of(const Rows& a) {
   if (t == nb::dtype<float>()) return Kind::float32;
   if (t.bits == 16 && t.lanes == 1 && t.code == uint8_t(nb::dlpack::dtype_code::Float)) return Kind::float16;
   if (t.bits == 16 && t.lanes == 1 && t.code == uint8_t(nb::dlpack::dtype_code::Bfloat)) return Kind::bfloat16;
-  throw std::invalid_argument("points must be float32, bfloat16 or float16");
+  throw std::invalid_argument("numbers must be float32, bfloat16 or float16");
 }
 
 static Search search_of(const std::string& name) {
@@ -277,20 +277,32 @@ static void py_decode(Packed packed, int bits, FloatRows centroids, Out2<float> 
 }
 
 using HalfRows = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using AnyRows = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-static void py_multiply(Packed packed, int bits, std::optional<FloatRows> centroids, std::optional<HalfRows> halves, FloatRows x_BI,
-                        Out2<float> y_BO, int threads, const std::string& isa) {
-  require(centroids.has_value() != halves.has_value(), "centroids are given as float32 or as halves");
-  const int64_t K = halves ? halves->shape(0) : centroids->shape(0), D = halves ? halves->shape(1) : centroids->shape(1);
-  const int64_t B = x_BI.shape(0), I = x_BI.shape(1), O = y_BO.shape(1);
-  require(int64_t(y_BO.shape(0)) == B, "sizes differ");
+// Of numpy's arrays, which have no bfloat16: whole numbers of 16 bits are its bits.
+template <typename T>
+static Kind kind_or_bits(const T& a) {
+  return a.dtype() == nb::dtype<uint16_t>() ? Kind::bfloat16 : kind_of(Rows(a));
+}
+
+static void py_multiply(Packed packed, int bits, Rows centroids, Rows x_BI, AnyRows y_BO, int threads, const std::string& isa) {
+  const int64_t K = centroids.shape(0), D = centroids.shape(1), B = x_BI.shape(0), I = x_BI.shape(1), O = y_BO.shape(1);
+  require(B >= 1 && B < (1 << 24) && int64_t(y_BO.shape(0)) == B, "sizes differ");
   const Codes codes = layer_codes(packed, bits, K, D, I, O);
   const CodebookTiles& tile = codebook_tiles_of(isa);
-  require(!halves || takes_halves(D, B, tile), "halves are not taken for these sizes");
+  const Kind stored = kind_of(centroids), of_x = kind_or_bits(x_BI), of_y = kind_or_bits(y_BO);
+  require(stored == Kind::float32 || (stored == Kind::float16 && takes_halves(D, tile)), "such centroids are not taken for these sizes");
+  const float* table = stored == Kind::float32 ? static_cast<const float*>(centroids.data()) : nullptr;
+  const uint16_t* halves = table ? nullptr : static_cast<const uint16_t*>(centroids.data());
   const Workers workers = interruptible(threads);
-  const float* table = centroids ? centroids->data() : nullptr;
-  const uint16_t* half = halves ? halves->data() : nullptr;
-  without_gil([&] { multiply(codes, table, half, int(D), B, I, O, x_BI.data(), y_BO.data(), tile, workers); });
+  without_gil([&] {
+    std::vector<float> x(of_x == Kind::float32 ? 0 : B * I), y(of_y == Kind::float32 ? 0 : B * O);
+    if (!x.empty()) tile.widen(of_x == Kind::bfloat16, static_cast<const uint16_t*>(x_BI.data()), B * I, x.data());
+    const float* from = x.empty() ? static_cast<const float*>(x_BI.data()) : x.data();
+    float* to = y.empty() ? static_cast<float*>(y_BO.data()) : y.data();
+    multiply(codes, table, halves, int(D), B, I, O, from, to, tile, workers);
+    if (!y.empty()) tile.narrow(of_y == Kind::bfloat16, y.data(), B * O, static_cast<uint16_t*>(y_BO.data()));
+  });
 }
 
 static void py_multiply_by_tables(Packed packed, FloatRows centroids, FloatVector x_I, Out1<float> y_O, int threads,
@@ -395,9 +407,9 @@ NB_MODULE(_native, m) {
   m.def("pack", py_pack, nb::arg("codes"), nb::arg("bits"), nb::arg("packed"));
   m.def("unpack", py_unpack, nb::arg("packed"), nb::arg("bits"), nb::arg("codes"));
   m.def("decode", py_decode, nb::arg("packed"), nb::arg("bits"), nb::arg("centroids"), nb::arg("weight"), nb::arg("threads"), nb::arg("isa") = "");
-  m.def("takes_halves", [](int64_t D, int64_t B) { return takes_halves(D, B, codebook_tiles()); });
-  m.def("multiply", py_multiply, nb::arg("packed"), nb::arg("bits"), nb::arg("centroids").none(), nb::arg("halves").none(), nb::arg("x"),
-        nb::arg("y"), nb::arg("threads"), nb::arg("isa") = "");
+  m.def("takes_halves", [](int64_t D) { return takes_halves(D, codebook_tiles()); });
+  m.def("multiply", py_multiply, nb::arg("packed"), nb::arg("bits"), nb::arg("centroids"), nb::arg("x"), nb::arg("y"), nb::arg("threads"),
+        nb::arg("isa") = "");
   m.def("multiply_by_tables", py_multiply_by_tables, nb::arg("packed"), nb::arg("centroids"), nb::arg("x"), nb::arg("y"),
         nb::arg("threads"), nb::arg("isa") = "");
   m.def("round_rows", py_round_rows, nb::arg("wanted"), nb::arg("factor"), nb::arg("steps"), nb::arg("numbers"),

@@ -19,12 +19,11 @@ void pack(const int32_t* codes, int64_t n, int bits, uint8_t* packed) {
   }
 }
 
-bool takes_halves(int64_t D, int64_t B, const CodebookTiles& tile) { return D <= 8 && B == 1 && tile.add_halves; }
+bool takes_halves(int64_t D, const CodebookTiles& tile) { return D <= 8 && tile.add_four_halves; }
 
-// The table with the slack that tile.expand and tile.add_eights need.
-template <typename T>
-static std::vector<T> padded(const T* table_KD, int K, int D) {
-  std::vector<T> t(int64_t(K) * D + 16, 0);
+// The table with the slack that tile.expand needs.
+static std::vector<float> padded(const float* table_KD, int K, int D) {
+  std::vector<float> t(int64_t(K) * D + 16, 0);
   std::copy_n(table_KD, int64_t(K) * D, t.begin());
   return t;
 }
@@ -49,53 +48,64 @@ void decode(const Codes& codes, const float* table_KD, int D, int64_t I, int64_t
   });
 }
 
-// A table of float or uint16_t with its last entry repeated up to 2^16: any code of 16 bits may be looked up.
+// A table of float or uint16_t with an entry every `lanes` numbers; what follows the D of an entry is never used. The last
+// entry is repeated up to `size`.
 template <typename T>
-static const T* lengthened(const T* table, int K, int D) {
+static const T* spread(const T* table_KD, int K, int D, int lanes, int64_t size) {
   static thread_local std::vector<T> kept;  // fresh memory from the system would cost more than the work
-  kept.resize(int64_t(D) << 16);
-  std::copy_n(table, int64_t(K) * D, kept.begin());
-  for (int64_t k = K; k < 1 << 16; k++) std::copy_n(table + int64_t(K - 1) * D, D, kept.begin() + k * D);
-  return kept.data();
+  if (int64_t(kept.size()) < size * lanes) kept.resize(size * lanes);
+  T* to = kept.data();
+  // As many numbers at once as the compiler knows of, so long as they lie within the table.
+  const int64_t within = D == lanes ? 0 : std::max<int64_t>(0, K - (lanes + D - 1) / D);
+  for (int64_t k = 0; k < within && lanes == 4; k++) std::memcpy(to + k * 4, table_KD + k * D, 4 * sizeof(T));
+  for (int64_t k = 0; k < within && lanes == 8; k++) std::memcpy(to + k * 8, table_KD + k * D, 8 * sizeof(T));
+  if (D == lanes) std::copy_n(table_KD, int64_t(K) * D, to);
+  else for (int64_t k = within; k < K; k++) std::copy_n(table_KD + k * D, D, to + k * lanes);
+  for (int64_t k = K; k < size; k++) std::copy_n(to + int64_t(K - 1) * lanes, lanes, to + k * lanes);
+  return to;
 }
 
 void multiply(const Codes& codes, const float* table_KD, const uint16_t* halves_KD, int D, int64_t B, int64_t I, int64_t O,
               const float* x_BI, float* y_BO, const CodebookTiles& tile, const Workers& workers) {
-  const int64_t G = (O + D - 1) / D, rows = 8;
-  const bool fours = D == 4 && B == 1 && O % 4 == 0, eights = D <= 8 && B == 1 && !fours;
-  const bool in_place = fours && codes.bits == 16 && reinterpret_cast<uintptr_t>(codes.packed) % 2 == 0;
-  const std::vector<float> table = fours || halves_KD ? std::vector<float>() : padded(table_KD, codes.K, D);
-  const std::vector<uint16_t> halves = eights && halves_KD ? padded(halves_KD, codes.K, D) : std::vector<uint16_t>();
-  if (in_place && halves_KD) halves_KD = lengthened(halves_KD, codes.K, D);
-  else if (in_place) table_KD = lengthened(table_KD, codes.K, D);
+  const int64_t G = (O + D - 1) / D, inputs = B < 4 ? 8 : 32, lanes = D <= 4 ? 4 : D <= 8 ? 8 : 0;
+  // Codes of 16 bits are used where they lie, once the table has an entry for each: where that is less work than to read them.
+  const bool in_place = lanes && codes.bits == 16 && codes.count >= 16 << 16 && reinterpret_cast<uintptr_t>(codes.packed) % 2 == 0;
+  const bool exact = D == lanes && O % D == 0;  // sums are those of y, none is left over
+  std::vector<float> table;
+  if (!lanes) table = padded(table_KD, codes.K, D), table_KD = table.data();
+  if (lanes && (D != lanes || in_place)) {
+    const int64_t size = in_place ? 1 << 16 : codes.K;
+    if (halves_KD) halves_KD = spread(halves_KD, codes.K, D, int(lanes), size);
+    else table_KD = spread(table_KD, codes.K, D, int(lanes), size);
+  }
   std::fill_n(y_BO, B * O, 0.f);
   // A task owns some outputs, few enough for their sums to stay in the nearest cache, and goes through all inputs in
   // order: the same sums however they are shared out.
-  const int64_t wide = std::clamp<int64_t>((G + workers.threads - 1) / workers.threads, 64, eights ? 512 : 1024);
+  const int64_t most = lanes ? std::max<int64_t>(4096 / (lanes * B), 128) : 1024;
+  const int64_t wide = std::clamp<int64_t>((G + workers.threads - 1) / workers.threads, 64, most);
   workers.run((G + wide - 1) / wide, [&](int64_t task, int) {
     const int64_t g = task * wide, n = std::min(wide, G - g), first = g * D, outputs = std::min(n * D, O - first);
-    std::vector<uint16_t> some_codes(in_place ? 0 : rows * n);
-    std::vector<float> some(fours || eights ? 0 : rows * n * D + 16);
-    std::vector<float> sums(eights ? n * 8 : 0);  // of each sub-vector, with room for eight
-    for (int64_t i = 0; i < I; i += rows) {
-      const int64_t now = std::min(rows, I - i), stride = in_place ? G : n;
-      const uint16_t* code = some_codes.data();
-      if (in_place) code = reinterpret_cast<const uint16_t*>(codes.packed) + i * G + g;
+    std::vector<uint16_t> some_codes(in_place ? 0 : inputs * n);
+    std::vector<float> some(lanes ? 0 : inputs * n * D + 16), sums(lanes && !exact ? B * n * lanes : 0);
+    for (int64_t i = 0; i < I; i += inputs) {
+      const int64_t now = std::min(inputs, I - i);
       for (int64_t r = 0; r < now && !in_place; r++) codes.read(tile, (i + r) * G + g, n, &some_codes[r * n]);
-      if (eights && halves_KD) {
-        tile.add_eight_halves(x_BI + i, now, code, stride, n, halves.data(), D, sums.data());
-      } else if (halves_KD) {
-        tile.add_halves(x_BI + i, now, code, stride, n, halves_KD, y_BO + first);
-      } else if (fours) {
-        tile.add_fours(x_BI + i, now, code, stride, n, table_KD, y_BO + first);
-      } else if (eights) {
-        tile.add_eights(x_BI + i, now, code, stride, n, table.data(), D, sums.data());
-      } else {
-        tile.expand(code, now * n, table.data(), D, some.data());
+      Sums s{B, now, n, x_BI + i, I, some_codes.data(), n, y_BO + first, O, {}, codes.bits, G * codes.bits};
+      for (int64_t r = 0; r < 8; r++) s.soon[r] = codes.packed + (std::min(i + inputs + r, I - 1) * G + g) * codes.bits / 8;
+      if (in_place) s.code = reinterpret_cast<const uint16_t*>(codes.packed) + i * G + g, s.code_stride = G;
+      if (!exact) s.y = sums.data(), s.y_stride = n * lanes;
+      if (!lanes) {
+        tile.expand(some_codes.data(), now * n, table_KD, D, some.data());
         for (int64_t b = 0; b < B; b++) tile.add_rows(x_BI + b * I + i, now, some.data(), n * D, y_BO + b * O + first, outputs);
+      } else if (halves_KD) {
+        (lanes == 4 ? tile.add_four_halves : tile.add_eight_halves)(s, halves_KD);
+      } else {
+        (lanes == 4 ? tile.add_fours : tile.add_eights)(s, table_KD);
       }
     }
-    for (int64_t o = 0; eights && o < outputs; o++) y_BO[first + o] = sums[o / D * 8 + o % D];
+    for (int64_t b = 0; b < B && lanes && !exact; b++)
+      for (int64_t o = 0, at = b * n * lanes; o < outputs; o += D, at += lanes)
+        std::copy_n(&sums[at], std::min<int64_t>(D, outputs - o), y_BO + b * O + first + o);
   });
 }
 

@@ -28,7 +28,7 @@ void pack(const int32_t* codes, int64_t n, int bits, uint8_t* packed);
 void decode(const Codes&, const float* table_KD, int D, int64_t I, int64_t O, float* weight_IO, const CodebookTiles&, const Workers&);
 // y_BO = x_BI @ weight_IO without the weight, axis "out". halves_KD: the same table as float16 bits, or null; where
 // it is given (see `takes_halves`), table_KD is not looked at.
-bool takes_halves(int64_t D, int64_t B, const CodebookTiles&);
+bool takes_halves(int64_t D, const CodebookTiles&);
 void multiply(const Codes&, const float* table_KD, const uint16_t* halves_KD, int D, int64_t B, int64_t I, int64_t O, const float* x_BI, float* y_BO,
               const CodebookTiles&, const Workers&);
 // y_O = weight_OI @ x_I, axis "in", 8-bit codes: x's products with all centroids are tabled, then looked up.

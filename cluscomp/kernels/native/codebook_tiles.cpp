@@ -78,134 +78,200 @@ INLINE void expand_entries(const uint16_t* code, int64_t n, const float* table, 
   }
 }
 
-#if defined(__AVX512F__)
-// Four entries of four floats make one register.
-INLINE __m512 four_entries(const uint16_t* code, const float* table) {
-  __m256 a = _mm256_castps128_ps256(_mm_loadu_ps(table + 4 * int64_t(code[0])));
-  __m256 b = _mm256_castps128_ps256(_mm_loadu_ps(table + 4 * int64_t(code[2])));
-  a = _mm256_insertf128_ps(a, _mm_loadu_ps(table + 4 * int64_t(code[1])), 1);
-  b = _mm256_insertf128_ps(b, _mm_loadu_ps(table + 4 * int64_t(code[3])), 1);
-  return _mm512_insertf32x8(_mm512_castps256_ps512(a), b, 1);
-}
-INLINE __m512 four_entries(const uint16_t* code, const uint16_t* table) {
-  auto pair = [&](int i) {
-    double first, second;
-    memcpy(&first, table + 4 * int64_t(code[i]), 8), memcpy(&second, table + 4 * int64_t(code[i + 1]), 8);
-    return _mm_setr_pd(first, second);
-  };
-  return _mm512_cvtph_ps(_mm256_castpd_si256(_mm256_set_m128d(pair(2), pair(0))));
-}
-#elif defined(__AVX2__)
-// Two entries of four floats make one register.
-INLINE __m256 two_entries(const uint16_t* code, const float* table) {
-  const __m256 first = _mm256_castps128_ps256(_mm_loadu_ps(table + 4 * int64_t(code[0])));
-  return _mm256_insertf128_ps(first, _mm_loadu_ps(table + 4 * int64_t(code[1])), 1);
-}
-INLINE __m256 two_entries(const uint16_t* code, const uint16_t* table) {
-  double first, second;
-  memcpy(&first, table + 4 * int64_t(code[0]), 8), memcpy(&second, table + 4 * int64_t(code[1]), 8);
-  return _mm256_cvtph_ps(_mm_castpd_si128(_mm_setr_pd(first, second)));
-}
+// Entries of four numbers side by side in one register, as many as fit: one, two or four.
+struct Fours {
+  typedef vf Register;
+  static constexpr int LANES = 4;
+
+  INLINE vf entries(const uint16_t* code, const float* table) {
+#if defined(__AVX2__)
+    auto two = [&](int i) {
+      const __m256 first = _mm256_castps128_ps256(_mm_loadu_ps(table + 4 * int64_t(code[i])));
+      return _mm256_insertf128_ps(first, _mm_loadu_ps(table + 4 * int64_t(code[i + 1])), 1);
+    };
 #endif
+#if defined(__AVX512F__)
+    return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(two(0)), two(2), 1);
+#elif defined(__AVX2__)
+    return (vf)two(0);
+#else
+    vf one;
+    memcpy(&one, table + 4 * int64_t(code[0]), 16);
+    return one;
+#endif
+  }
+#if defined(__AVX2__)
+  INLINE vf entries(const uint16_t* code, const uint16_t* table) {
+    auto two = [&](int i) {
+      double first, second;
+      memcpy(&first, table + 4 * int64_t(code[i]), 8), memcpy(&second, table + 4 * int64_t(code[i + 1]), 8);
+      return _mm_castpd_si128(_mm_setr_pd(first, second));
+    };
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(_mm256_set_m128i(two(2), two(0)));
+#else
+    return (vf)_mm256_cvtph_ps(two(0));
+#endif
+  }
+#endif
+};
 
 INLINE void expand_fours(const uint16_t* code, int64_t n, const float* table, float* out) {
+  constexpr int N = W / 4;
   int64_t g = 0;
-#if defined(__AVX512F__)
-  for (; g + 4 <= n; g += 4) _mm512_storeu_ps(out + 4 * g, four_entries(code + g, table));
-#endif
+  for (; g + N <= n; g += N) {
+    const vf some = Fours::entries(code + g, table);
+    memcpy(out + 4 * g, &some, sizeof some);
+  }
   expand_entries<4>(code + g, n - g, table, out + 4 * g);
 }
 
-INLINE float widened(float v) { return v; }
-INLINE float widened(uint16_t v) {
-#if defined(__AVX2__)
-  return _mm256_cvtss_f32(_mm256_cvtph_ps(_mm_set1_epi16(v)));
-#else
-  return v;  // never used: add_halves is null here
-#endif
-}
-
-template <int ROWS, typename T>
-INLINE void add_entries(const float* a, const uint16_t* code, int64_t stride, int64_t n, const T* table, float* y) {
-  int64_t g = 0;
-#if defined(__AVX512F__)
-  for (; g + 4 <= n; g += 4) {
-    __m512 sum = _mm512_loadu_ps(y + 4 * g);
-    for (int r = 0; r < ROWS; r++) sum = _mm512_fmadd_ps(_mm512_set1_ps(a[r]), four_entries(code + r * stride + g, table), sum);
-    _mm512_storeu_ps(y + 4 * g, sum);
-  }
-#elif defined(__AVX2__)
-  for (; g + 2 <= n; g += 2) {
-    __m256 sum = _mm256_loadu_ps(y + 4 * g);
-    for (int r = 0; r < ROWS; r++) sum = _mm256_fmadd_ps(_mm256_set1_ps(a[r]), two_entries(code + r * stride + g, table), sum);
-    _mm256_storeu_ps(y + 4 * g, sum);
-  }
-#endif
-  for (; g < n; g++)
-    for (int r = 0; r < ROWS; r++)
-      for (int d = 0; d < 4; d++) y[4 * g + d] = fma(a[r], widened(table[4 * int64_t(code[r * stride + g]) + d]), y[4 * g + d]);
-}
-template <typename T>
-INLINE void add_all_entries(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const T* table, float* y) {
-  int64_t r = 0;
-  for (; r + 8 <= rows; r += 8) add_entries<8>(a + r, code + r * stride, stride, n, table, y);  // y is loaded and stored less often
-  for (; r < rows; r++) add_entries<1>(a + r, code + r * stride, stride, n, table, y);
-}
-void add_fours(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const float* table, float* y) {
-  add_all_entries(a, rows, code, stride, n, table, y);
-}
-#if defined(__AVX2__)
-void add_halves(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const uint16_t* table, float* y) {
-  add_all_entries(a, rows, code, stride, n, table, y);
-}
-#else
-constexpr auto add_halves = nullptr;
-#endif
-
 typedef float v8 __attribute__((vector_size(32)));
-INLINE v8 fma(float a, v8 b, v8 c) {
-#if defined(__AVX2__)
-  return (v8)_mm256_fmadd_ps(_mm256_set1_ps(a), (__m256)b, (__m256)c);
-#else
-  for (int d = 0; d < 8; d++) c[d] = fma(a, b[d], c[d]);
-  return c;
-#endif
-}
 
-INLINE v8 eight(const float* entry) {
-  v8 e;
-  memcpy(&e, entry, 32);
-  return e;
-}
-#if defined(__AVX2__)
-INLINE v8 eight(const uint16_t* entry) { return (v8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entry))); }
-#endif
+// One entry of eight numbers.
+struct Eights {
+  typedef v8 Register;
+  static constexpr int LANES = 8;
 
-template <int ROWS, typename T>
-INLINE void add_some_eights(const float* a, const uint16_t* code, int64_t stride, int64_t n, const T* table, int D, float* y) {
-  for (int64_t g = 0; g < n; g++) {
-    v8 sum = eight(y + 8 * g);
-    for (int r = 0; r < ROWS; r++) sum = fma(a[r], eight(table + int64_t(code[r * stride + g]) * D), sum);
-    memcpy(y + 8 * g, &sum, 32);
+  INLINE v8 entries(const uint16_t* code, const float* table) {
+    v8 one;
+    memcpy(&one, table + 8 * int64_t(code[0]), 32);
+    return one;
   }
-}
-template <typename T>
-INLINE void add_all_eights(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const T* table, int D,
-                           float* y) {
-  int64_t r = 0;
-  for (; r + 8 <= rows; r += 8) add_some_eights<8>(a + r, code + r * stride, stride, n, table, D, y);
-  for (; r < rows; r++) add_some_eights<1>(a + r, code + r * stride, stride, n, table, D, y);
-}
-void add_eights(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const float* table, int D, float* y) {
-  add_all_eights(a, rows, code, stride, n, table, D, y);
-}
 #if defined(__AVX2__)
-void add_eight_halves(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const uint16_t* table, int D,
-                      float* y) {
-  add_all_eights(a, rows, code, stride, n, table, D, y);
+  INLINE v8 entries(const uint16_t* code, const uint16_t* table) {
+    return (v8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 8 * int64_t(code[0]))));
+  }
+#endif
+};
+
+#if defined(__AVX512F__)
+INLINE v8 fma(v8 a, v8 b, v8 c) { return (v8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#elif !defined(__AVX2__)
+INLINE v8 fma(v8 a, v8 b, v8 c) {
+  for (int d = 0; d < 8; d++) c[d] = fma(a[d], b[d], c[d]);
+  return c;
 }
+#endif
+
+// ---- numbers of 16 bits ----
+
+INLINE float of_bits(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+INLINE uint32_t bits_of(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
+INLINE float widened(float v) { return v; }
+#if defined(__AVX2__)
+INLINE float widened(uint16_t half) { return _cvtsh_ss(half); }
+INLINE uint16_t narrowed(float f) { return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
 #else
-constexpr auto add_eight_halves = nullptr;
+INLINE float widened(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
+  if (exponent == 31) return of_bits(sign | 0x7f800000 | fraction << 13);
+  if (exponent == 0) return of_bits(sign | bits_of(float(fraction) * 5.9604644775390625e-8f));  // 2^-24
+  return of_bits(sign | (exponent + 112) << 23 | fraction << 13);
+}
+INLINE uint16_t narrowed(float f) {
+  const uint32_t sign = bits_of(f) >> 16 & 0x8000, size = bits_of(f) & 0x7fffffff;
+  if (size > 0x7f800000) return uint16_t(sign | 0x7e00);                                    // not a number
+  if (size >= 0x477ff000) return uint16_t(sign | 0x7c00);                                   // 65520 and more
+  if (size < 0x38800000) return uint16_t(sign | (bits_of(of_bits(size) + 0.5f) & 0x7fff));  // below 2^-14: 0.5's last bit is 2^-24
+  return uint16_t(sign | (size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13);
+}
+#endif
+
+void widen(bool brain, const uint16_t* from, int64_t n, float* to) {
+  int64_t i = 0;
+  if (brain) {
+    for (; i < n; i++) to[i] = of_bits(uint32_t(from[i]) << 16);
+    return;
+  }
+#if defined(__AVX2__)
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+  for (; i < n; i++) to[i] = widened(from[i]);
+}
+
+void narrow(bool brain, const float* from, int64_t n, uint16_t* to) {
+  int64_t i = 0;
+  if (brain) {
+    for (; i < n; i++) {
+      const uint32_t bits = bits_of(from[i]);
+      const bool number = (bits & 0x7fffffff) <= 0x7f800000;
+      to[i] = number ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
+    }
+    return;
+  }
+#if defined(__AVX2__)
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; i < n; i++) to[i] = narrowed(from[i]);
+}
+
+// ---- products straight from codes ----
+
+// B rows of x meet INPUTS inputs: the sums of a register's entries stay in registers meanwhile.
+template <typename E, int B, int INPUTS, typename T>
+INLINE void add_some(const Sums& s, int64_t b, int64_t i, const T* table) {
+  typedef typename E::Register V;
+  constexpr int LANES = E::LANES, N = sizeof(V) / 4 / LANES, FEW = B * INPUTS <= 16 ? B * INPUTS : 1;
+  const float* x = s.x + b * s.x_stride + i;
+  const int64_t x_stride = s.x_stride, y_stride = s.y_stride, stride = s.code_stride, n = s.n, bits = s.bits, eight = s.eight_inputs;
+  const uint16_t* code = s.code + i * stride;
+  float* y = s.y + b * y_stride;
+  V few[FEW];  // of few numbers of x all stay in registers
+  for (int k = 0; k < FEW && FEW > 1; k++) few[k] = x[k / INPUTS * x_stride + k % INPUTS] - V{};
+  int64_t g = 0, step = 0;
+  for (; g + N <= n; g += N, step++) {
+    for (int j = 0; j + 8 <= INPUTS; j += 8) __builtin_prefetch(s.soon[step & 7] + (i + j) / 8 * eight + (step >> 3) * N * bits);
+    V sum[B];
+    for (int r = 0; r < B; r++) memcpy(&sum[r], y + r * y_stride + g * LANES, sizeof(V));
+    for (int j = 0; j < INPUTS; j++) {
+      const V e = E::entries(code + j * stride + g, table);
+      for (int r = 0; r < B; r++) sum[r] = fma(FEW > 1 ? few[r * INPUTS + j] : x[r * x_stride + j] - V{}, e, sum[r]);
+    }
+    for (int r = 0; r < B; r++) memcpy(y + r * y_stride + g * LANES, &sum[r], sizeof(V));
+  }
+  for (; g < n; g++)
+    for (int r = 0; r < B; r++)
+      for (int j = 0; j < INPUTS; j++)
+        for (int d = 0; d < LANES; d++) {
+          float& sum = y[r * y_stride + g * LANES + d];
+          sum = fma(x[r * x_stride + j], widened(table[LANES * int64_t(code[j * stride + g]) + d]), sum);
+        }
+}
+
+template <typename E, int B, typename T>
+INLINE void add_inputs(const Sums& s, int64_t b, const T* table) {
+  constexpr int MANY = B < 4 ? 8 : 32;  // sums are loaded and stored less often
+  int64_t i = 0;
+  for (; i + MANY <= s.inputs; i += MANY) add_some<E, B, MANY>(s, b, i, table);
+  for (; i + 8 <= s.inputs; i += 8) add_some<E, B, 8>(s, b, i, table);
+  for (; i < s.inputs; i++) add_some<E, B, 1>(s, b, i, table);
+}
+
+template <typename E, typename T>
+INLINE void add_all(const Sums& s, const T* table) {
+  int64_t b = 0;
+  for (; b + 8 <= s.B; b += 8) add_inputs<E, 8>(s, b, table);
+  for (; b + 4 <= s.B; b += 4) add_inputs<E, 4>(s, b, table);
+  for (; b + 2 <= s.B; b += 2) add_inputs<E, 2>(s, b, table);
+  for (; b < s.B; b++) add_inputs<E, 1>(s, b, table);
+}
+void add_fours(const Sums& s, const float* table) { add_all<Fours>(s, table); }
+void add_eights(const Sums& s, const float* table) { add_all<Eights>(s, table); }
+#if defined(__AVX2__)
+void add_four_halves(const Sums& s, const uint16_t* table) { add_all<Fours>(s, table); }
+void add_eight_halves(const Sums& s, const uint16_t* table) { add_all<Eights>(s, table); }
+#else
+constexpr auto add_four_halves = nullptr, add_eight_halves = nullptr;
 #endif
 
 void expand(const uint16_t* code, int64_t n, const float* table, int D, float* out) {
@@ -347,7 +413,7 @@ void look_up(const uint8_t* code, int64_t stride, int64_t n, int64_t G, const ui
 #endif
 
 extern const CodebookTiles codebook_table;
-const CodebookTiles codebook_table = {NAME(CLUSCOMP_ISA), read, expand, add_rows, add_fours, add_halves, add_eights, add_eight_halves, scatter,
-                                      tabulate, look_up};
+const CodebookTiles codebook_table = {NAME(CLUSCOMP_ISA), read,   expand,   add_rows, add_fours, add_four_halves, add_eights, add_eight_halves,
+                                      widen, narrow, scatter, tabulate, look_up};
 
 }  // namespace CLUSCOMP_ISA

@@ -2,6 +2,19 @@
 #pragma once
 #include <stdint.h>
 
+// B rows of x, of `inputs` numbers each, meet as many rows of n codes; their sums are B rows of n entries.
+struct Sums {
+  int64_t B, inputs, n;
+  const float* x;
+  int64_t x_stride;
+  const uint16_t* code;
+  int64_t code_stride;
+  float* y;
+  int64_t y_stride;
+  const uint8_t* soon[8];  // where the packed codes of the next 8 inputs lie: they are asked for meanwhile
+  int64_t bits, eight_inputs;  // of a code; bytes from an input's packed codes to those of the eighth after it
+};
+
 struct CodebookTiles {
   const char* name;
   // Codes begin ... begin + n - 1 of a packed stream of `bytes` bytes; a code beyond `last` is read as `last`.
@@ -11,19 +24,16 @@ struct CodebookTiles {
   void (*expand)(const uint16_t* code, int64_t n, const float* table, int D, float* out);
   // y[i] += a[0] * x[i] + a[1] * x[stride + i] + ... of some rows of n floats, one row after the other.
   void (*add_rows)(const float* a, int64_t rows, const float* x, int64_t stride, float* y, int64_t n);
-  // y[4 g + d] += a[0] * table[4 * code[g] + d] + a[1] * table[4 * code[stride + g] + d] + ... of some rows of n codes;
-  // and the same from a table of float16 bits (null where the machine lacks AVX-512), which is half as large and so nearer
-  // to the processor.
-  void (*add_fours)(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const float* table, float* y);
-  void (*add_halves)(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const uint16_t* table,
-                     float* y);
-  // y[8 g + d] += a[0] * table[D * code[g] + d] + a[1] * table[D * code[stride + g] + d] + ... of D up to 8; all eight of
-  // each are written, and eight numbers read from every entry: the table needs that slack. And the same from a table of
-  // float16 bits (null where there is no add_halves).
-  void (*add_eights)(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const float* table, int D,
-                     float* y);
-  void (*add_eight_halves)(const float* a, int64_t rows, const uint16_t* code, int64_t stride, int64_t n, const uint16_t* table,
-                           int D, float* y);
+  // y[LANES g + d] += x[0] * table[LANES * code[g] + d] + x[1] * table[LANES * code[code_stride + g] + d] + ... for each
+  // row of x, in this order; LANES is 4 or 8. And the same from a table of float16 bits (null where the machine lacks
+  // AVX2), which is half as large and so nearer to the processor.
+  void (*add_fours)(const Sums&, const float* table);
+  void (*add_four_halves)(const Sums&, const uint16_t* table);
+  void (*add_eights)(const Sums&, const float* table);
+  void (*add_eight_halves)(const Sums&, const uint16_t* table);
+  // n numbers of 16 bits (bfloat16 or float16) as floats, and floats rounded to the nearest such numbers.
+  void (*widen)(bool brain, const uint16_t* from, int64_t n, float* to);
+  void (*narrow)(bool brain, const float* from, int64_t n, uint16_t* to);
   // sum[code[g] * D + d] += x[g * D + d] for n codes.
   void (*scatter)(const uint16_t* code, int64_t n, const float* x, int D, float* sum);
   // The products of each of G rows of x_GD with 256 centroids (by_axis: D rows of 256), as `look_up` wants them: 1024
