@@ -1,12 +1,13 @@
 """Tokens a second of `generate` beside the dense twin in the same dtype, in one run.
 
-    python benchmarks/generate.py [--rounds 3] [--tokens 24] [--threads 1] [--output FILE]
+    python benchmarks/generate.py [--rounds 3] [--tokens 24] [--threads 1] [--gguf FILE ...] [--output FILE]
 
 Models with random numbers, of SmolLM2-135M's shapes and of two blocks of Llama-3.2-1B's: every linear of their blocks
 has a codebook of its own and random codes (the worst case for caches), and the dense twin has the same weights;
 embeddings and head are dense in both. Batches of 1 and 8 sequences, a prompt of 8 tokens each. Medians of paired
 rounds, in turn. Speed is that of all tokens after the first: a call for all less one for a single token, so that the
-prompt does not count.
+prompt does not count. Beside them llama.cpp, where the package xllamacpp is installed: GGUF files of SmolLM2-135M of
+any type (`llama-quantize` makes Q4_0 and Q2_K), by default the demo's original, which is Q4_1.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from goals import Goal, Times, finish, paired, show_times
+from llama import Llama, files
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cluscomp.forms.codebook import CodebookWeight
@@ -72,12 +74,38 @@ def in_dtype(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
     return model
 
 
+def prompts(batch: int) -> torch.Tensor:
+    return torch.randint(0, 4096, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
+
+
 def tokens_a_second(rows: dict[str, Times], tokens: int, batch: int) -> dict[str, float]:
     """From the times of all tokens and of the first alone."""
+    ends = (f", {tokens} tokens", ", 1")
     return {
-        who: 1000 * batch * (tokens - 1) / (rows[f"{who}, {tokens} tokens"]["cpu_ms"] - rows[f"{who}, 1"]["cpu_ms"])
-        for who in ("ours", "dense")
+        who: 1000 * batch * (tokens - 1) / (rows[who + ends[0]]["cpu_ms"] - rows[who + ends[1]]["cpu_ms"])
+        for who in dict.fromkeys(name.removesuffix(ends[1]) for name in rows if name.endswith(ends[1]))
     }
+
+
+def of_llama(given: list[Path], batches: list[int], tokens: int, rounds: int) -> dict[str, Any]:
+    """llama.cpp's figures, one thread."""
+    figures: dict[str, Any] = {}
+    found, reason = files(given)
+    if reason:
+        print(reason)
+    for file, batch in itertools.product(found, batches):
+        model, ids = Llama(file, batch), prompts(batch)
+        calls = {
+            f"llama.cpp, {told}": lambda model=model, ids=ids, count=count: model.generate(ids, count)
+            for count, told in ((tokens, f"{tokens} tokens"), (1, "1"))
+        }
+        title = f"generate, {file.name}, batch {batch}, threads=1"
+        rows = paired(calls, rounds)
+        show_times(title, rows)
+        speed = tokens_a_second(rows, tokens, batch)
+        figures[title] = rows | {"tokens a second": speed}
+        print(f"  tokens a second: {speed['llama.cpp']:.1f}", flush=True)
+    return figures
 
 
 def main() -> None:
@@ -89,11 +117,12 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", default=[*SIZES])
     parser.add_argument("--dtypes", nargs="*", default=[*DTYPES])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
+    parser.add_argument("--gguf", nargs="*", type=Path, default=[], help="files that llama.cpp runs")
     parser.add_argument("--output", type=Path, default=Path("results/bench/generate.json"))
     options = parser.parse_args()
     began = datetime.now(UTC)
     torch.set_num_threads(options.threads)
-    figures: dict[str, Any] = {}
+    figures = of_llama(options.gguf, options.batches, options.tokens, options.rounds)
     goals = []
     for size, shape in itertools.product(options.sizes, options.shapes):
         D, K = map(int, shape.split("x"))
@@ -101,7 +130,7 @@ def main() -> None:
         for name in options.dtypes:
             ours, dense = (in_dtype(model, DTYPES[name]) for model in wide)
             for batch in options.batches:
-                ids = torch.randint(0, 4096, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
+                ids = prompts(batch)
 
                 def made(model: LlamaForCausalLM, tokens: int, ids: torch.Tensor = ids) -> torch.Tensor:
                     return model.generate(ids, max_new_tokens=tokens, do_sample=False)
