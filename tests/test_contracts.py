@@ -395,6 +395,7 @@ WHY = {  # libraries that may be imported late, and why
     "tokenizers": "slow, and only models made in code need it",
     "torch": "slow, and not needed to check settings",
     "transformers": "slow, and not needed to check settings",
+    "mlflow": "optional",
     "wandb": "optional",
 }
 
