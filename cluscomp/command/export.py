@@ -1,5 +1,6 @@
 """The command `export`."""
 
+from cluscomp.command.compose import quiet_libraries
 from cluscomp.command.records import place
 from cluscomp.errors import InputError
 
@@ -14,6 +15,7 @@ def exported(arguments: list[str]) -> None:
         raise InputError("cluscomp export CHECKPOINT format=NAME output=FOLDER [dtype=auto]: CHECKPOINT is its folder")
     from cluscomp.formats.export import export
 
+    quiet_libraries()
     for sentence in export(place(checkpoint), **given):
         print(f"lost: {sentence}")
     print(given["output"])

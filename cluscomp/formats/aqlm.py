@@ -31,10 +31,11 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         for name, form in forms.items()
     }
     books, bits, length = folders.the_same("aqlm", shapes, "codebooks, bits of a code and length are")
+    dense = folders.dense_linears(model)  # transformers 4 names their weights, transformers 5 the layers
     config = {
         "quant_method": "aqlm", "num_codebooks": books, "nbits_per_codebook": bits, "in_group_size": length,
         "out_group_size": 1,
-        "linear_weights_not_to_quantize": [f"{name}.weight" for name in folders.dense_linears(model)],
+        "linear_weights_not_to_quantize": [*dense, *(f"{name}.weight" for name in dense)],
     }  # fmt: skip
     lost = folders.write(model, tokenizer, folder, {name: _layer(form, bits) for name, form in forms.items()}, config)
     if bits not in (8, 16):

@@ -32,7 +32,13 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
         "config_groups": groups, "ignore": folders.dense_linears(model),
     }  # fmt: skip
-    return folders.write(model, tokenizer, folder, {name: _layer(form) for name, form in forms.items()}, config)
+    lost = folders.write(model, tokenizer, folder, {name: _layer(form) for name, form in forms.items()}, config)
+    if any(form.zeros is not None for form in forms.values()):
+        lost.append(
+            "loading: as it has zeros transformers takes it only with "
+            "quantization_config=CompressedTensorsConfig(dequantize=True)"
+        )
+    return lost
 
 
 def _layer(form: UniformWeight) -> dict[str, Tensor]:

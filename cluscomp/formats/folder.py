@@ -32,7 +32,8 @@ def write(
     """
     tensors = {name: _in_float16(name, tensor) for name, tensor in others(model).items()}
     tensors |= {f"{name}.{key}": tensor for name, parts in layers.items() for key, tensor in parts.items()}
-    save_torch_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, folder)
+    whole = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    save_torch_state_dict(whole, folder)  # it refuses a tensor that is a part of another's storage
     config = deepcopy(model.config)
     config.dtype = torch.float16
     config.quantization_config = quantization_config
@@ -64,7 +65,8 @@ def dense_linears(model: nn.Module) -> list[str]:
 
 def refused(name: str, form: Stored, format: str, holds: str) -> InputError:
     """The refusal of a layer in a form that a format cannot hold."""
-    return InputError(f"{name}: format={format} holds {holds}, not {form.kind} {form.spec()}; format=dense holds all")
+    shape = ", ".join(f"{key}={value}" for key, value in form.spec().items() if isinstance(value, int | str))
+    return InputError(f"{name}: format={format} holds {holds}; this is {form.kind} ({shape}); format=dense holds all")
 
 
 def grids(model: nn.Module, format: str) -> dict[str, UniformWeight]:

@@ -60,15 +60,19 @@ def made(folder, tmp_path_factory):
 
     def make(name):
         if name not in found:
-            original = Original(folder, torch.float32, torch.device("cpu"))
-            model = original.load_all()
-            for block_name, block in zip(block_names(model), blocks(model)):
-                compress_block(METHODS[name], block, block_name, seed=0, statistics={})
             found[name] = tmp_path_factory.mktemp("checkpoints") / "model"
-            checkpoint.save(model, original.tokenizer, found[name])
+            save(folder, METHODS[name], found[name])
         return found[name]
 
     return make
+
+
+def save(folder, method, place):
+    original = Original(folder, torch.float32, torch.device("cpu"))
+    model = original.load_all()
+    for name, block in zip(block_names(model), blocks(model)):
+        compress_block(method, block, name, seed=0, statistics={})
+    checkpoint.save(model, original.tokenizer, place)
 
 
 def logits(model, ids):
@@ -193,19 +197,32 @@ def test_compressed_tensors_holds_every_weight(made, tmp_path, name):
 @pytest.mark.parametrize("name", ["4 bits", "3 bits a row", "4 bits symmetric"])
 def test_transformers_loads_compressed_tensors(made, tmp_path, ids, name):
     pytest.importorskip("compressed_tensors")
-    export(made(name), format="compressed-tensors", output=tmp_path / "packed")
+    lost = export(made(name), format="compressed-tensors", output=tmp_path / "packed")
     as_dense = CompressedTensorsConfig(dequantize=True)  # only so it loads zeros, which it does not pack itself
     more = {} if "symmetric" in name else {"quantization_config": as_dense}
+    assert any("dequantize=True" in sentence for sentence in lost) == bool(more)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", **more)
     dense = checkpoint.load(made(name), torch.float16).dequantize()
     assert torch.equal(logits(model, ids), logits(dense, ids))
+
+
+def test_rows_that_fill_no_whole_words_are_written(families, tmp_path):
+    """A part of a packed tensor is another's storage, which no file of safetensors takes."""
+    folder = families("llama", hidden_size=64, intermediate_size=44, num_attention_heads=4, head_dim=16)
+    save(folder, METHODS["3 bits a row"], tmp_path / "model")
+    export(tmp_path / "model", format="compressed-tensors", output=tmp_path / "packed")
+    tensors, _, _ = written(tmp_path / "packed")
+    expected = weights(tmp_path / "model", torch.float16)["model.layers.0.mlp.up_proj"]
+    part = {key: tensors[f"model.layers.0.mlp.up_proj.weight_{key}"] for key in ("packed", "scale", "zero_point")}
+    steps_OI = by_hand(part["packed"], 3, 64) - by_hand(part["zero_point"].T, 3, 44).T
+    assert torch.equal((steps_OI * part["scale"].float()).half(), expected)
 
 
 def test_aqlm_holds_every_weight(made, tmp_path):
     export(made("one shape"), format="aqlm", output=tmp_path / "aqlm")
     tensors, _, said = written(tmp_path / "aqlm")
     assert (said["num_codebooks"], said["nbits_per_codebook"], said["in_group_size"]) == (1, 4, 4)
-    assert said["linear_weights_not_to_quantize"] == ["lm_head.weight"]
+    assert said["linear_weights_not_to_quantize"] == ["lm_head", "lm_head.weight"]
     for layer, weight_OI in weights(made("one shape"), torch.float16).items():
         codes_OGM = tensors[f"{layer}.codes"].long() % 2 ** said["nbits_per_codebook"]
         books_MKD = tensors[f"{layer}.codebooks"][:, :, 0]
@@ -221,6 +238,14 @@ def test_aqlm_is_what_its_own_package_reads(made, tmp_path):
         codes_OGM = utils.unpack_int_data(tensors[f"{layer}.codes"], said["nbits_per_codebook"])
         books, scales = tensors[f"{layer}.codebooks"].float(), tensors[f"{layer}.scales"].float()
         assert torch.equal(utils._dequantize_weight(codes_OGM, books, scales).half(), weight_OI), layer
+
+
+def test_transformers_loads_aqlm(made, tmp_path, ids):
+    pytest.importorskip("aqlm")
+    export(made("one shape"), format="aqlm", output=tmp_path / "aqlm")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "aqlm")
+    dense = checkpoint.load(made("one shape"), torch.float16).dequantize()
+    torch.testing.assert_close(logits(model, ids), logits(dense, ids), rtol=0.01, atol=0.01)
 
 
 TYPES = {  # of the file's matrices inside blocks
