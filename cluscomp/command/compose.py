@@ -235,6 +235,7 @@ def _told(error: ValidationError, prefix: Place, raw: dict[str, Any], read: dict
         message = problem["msg"].removeprefix("Value error, ")
         whole = problem["type"] in {"value_error", "missing"}
         value = "" if whole else f" = {read.get(path) or repr(problem['input'])}"
+        message += f": {name}=[{problem['input']}]" if problem["type"] == "list_type" else ""
         sentences.append(f"{name}{value}: {message}" if name else message)
     return "; ".join(sentences)
 
@@ -281,6 +282,8 @@ def _composition_problem(error: BaseException, given: Sequence[str]) -> str:
         keys = [key for key in keys if key != "_target_"]
         near = difflib.get_close_matches(wrong, keys, 1)
         hint = f"did you mean {'.'.join([*parents, near[0]])}? " if near else ""
+        others = [path.stem for path in (CONF / parents[0]).glob("*.yaml") if _has(path, wrong)] if parents else []
+        hint = hint or (f"it is one of {parents[0]}={min(others, key=len)}; " if others else "")
         return f"{override[1]}: there is no such setting; {hint}allowed here: {', '.join(keys) or 'nothing'}"
     option = re.search(
         r"Could not find '([^']+)'\s+Available options in '([\w/]+)':\s+(.*?)\s+Config search", text, re.S
@@ -290,15 +293,27 @@ def _composition_problem(error: BaseException, given: Sequence[str]) -> str:
         given_name = option[1].removeprefix(f"{group}/")
         near = difflib.get_close_matches(given_name, names, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        if group == "model" and "/" in given_name:
+        if group == "model" and ("/" in given_name or Path(given_name).is_dir()):
             hint = f"a model of the hub or a folder is given as model=hub model.id={given_name}; "
+        elif group == "data" and ("/" in given_name or Path(given_name).exists()):
+            hint = (
+                f"a text file is data=text data.file={given_name}, rows or a data set data=hub data.id={given_name}; "
+            )
         elif given_name in EXTRAS:
             hint = f"it comes with pip install 'cluscomp[{EXTRAS[given_name]}]'; "
         return f"{group}={given_name}: there is no such choice; {hint}allowed here: {', '.join(names)}"
+    plugin = re.search(r"Could not load '\w+/\w+/(\w+)'", text)
+    if plugin and plugin[1] in EXTRAS:
+        return f"{plugin[1]}: it comes with pip install 'cluscomp[{EXTRAS[plugin[1]]}]'"
     if missing := re.search(r"Missing mandatory value: ([\w.]+)", text):  # that another setting takes
         return f"{missing[1]} is required: give {missing[1]}=..."
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines).replace("\t", " ")
+
+
+def _has(yaml: Path, key: str) -> bool:
+    """Whether a choice of a group has this setting."""
+    return re.search(rf"^{re.escape(key)}:", yaml.read_text(), re.M) is not None
 
 
 def quiet_libraries() -> None:

@@ -102,13 +102,18 @@ def _records(results: Path, name: str) -> list[Record]:
     """The records of an experiment. Raises InputError, with the experiments there are, if it has none."""
     if not any((results / name).glob("*.json")):
         others = sorted({path.parent.name for path in results.glob("*/*.json")} - {"bench"})
-        raise InputError(f"no records in {results / name}; there are some of: {', '.join(others) or 'none'}")
+        raise InputError(
+            f"no records in {results / name}; there are some of: {', '.join(others) or 'none'}. Runs with "
+            f"publish={results} put theirs there, and so does `cluscomp collect` of a sweep"
+        )
     return read_folder(results / name)
 
 
 def choices_told(arguments: list[str]) -> None:
-    """Print the groups of settings and their choices, or the choices of one group."""
-    print(choices(CONF, *arguments[:1]))
+    """Print the groups of settings and their choices, the choices of one group, or the settings of one choice."""
+    if len(arguments) > 2:
+        raise InputError("cluscomp list [GROUP [CHOICE]]: more is given")
+    print(choices(CONF, *arguments))
 
 
 def lm_eval(arguments: list[str]) -> None:  # noqa: ARG001 (it reads sys.argv)

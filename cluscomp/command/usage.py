@@ -1,6 +1,10 @@
 """What the commands are called and take: help of each, the choices there are, and the nearest to what was mistyped."""
 
 import difflib
+import itertools
+import re
+import shutil
+import textwrap
 from pathlib import Path
 
 from cluscomp.errors import InputError
@@ -23,7 +27,8 @@ COMMANDS = {
     "dense, gguf, vptq, gptq, compressed-tensors or aqlm; says what is lost. FOLDER must be new or empty.",
     "lm_eval": "ARGUMENTS\n\nlm-evaluation-harness' own command, which then knows our checkpoints as --model cluscomp "
     "--model_args pretrained=FOLDER.",
-    "list": "[GROUP]\n\nThe groups of settings and their choices; of one group each choice with its first line.",
+    "list": "[GROUP [CHOICE]]\n\nThe groups of settings and their choices; of one group each choice with a sentence; of "
+    "one choice its settings, with a word on each.",
     "help": "[COMMAND]\n\nThe help of a command, or of all with the settings of a run.",
 }
 
@@ -43,8 +48,8 @@ def check_command(arguments: list[str]) -> None:
     raise InputError(f"{word}: no command; {hint}there are {', '.join(COMMANDS)}. A setting is key=value")
 
 
-def choices(conf: Path, group: str | None = None) -> str:
-    """The groups with their choices, or the choices of one group with what the first comment of each says."""
+def choices(conf: Path, group: str | None = None, choice: str | None = None) -> str:
+    """The groups with their choices; the choices of one group with a sentence of each; or one choice as its yaml has it."""
     found = {
         folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
         for folder in sorted(conf.iterdir())
@@ -54,11 +59,28 @@ def choices(conf: Path, group: str | None = None) -> str:
         return "\n".join(f"{name}: {', '.join(options)}" for name, options in found.items())
     if group not in found:
         raise InputError(f"cluscomp list {group}: no group of settings; there are {', '.join(found)}")
-    width = max(map(len, found[group]))
-    return "\n".join(f"{name:{width}}  {_said(conf / group / f'{name}.yaml')}".rstrip() for name in found[group])
+    if choice is not None and choice not in found[group]:
+        raise InputError(f"cluscomp list {group} {choice}: no such choice; there are {', '.join(found[group])}")
+    if choice is not None:
+        return (conf / group / f"{choice}.yaml").read_text().rstrip()
+    width = max(map(len, found[group])) + 2
+    columns = max(shutil.get_terminal_size((120, 24)).columns, width + 40)
+    return "\n".join(
+        textwrap.fill(
+            said(conf / group / f"{name}.yaml") or "-",
+            columns,
+            break_long_words=False,
+            break_on_hyphens=False,
+            initial_indent=f"{name:{width}}",
+            subsequent_indent=" " * width,
+        )  # fmt: skip
+        for name in found[group]
+    )
 
 
-def _said(path: Path) -> str:
-    """The first comment of a yaml, up to the end of its sentence or line."""
-    lines = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
-    return next((line for line in lines if not line.startswith("@package")), "")
+def said(path: Path) -> str:
+    """The first sentence of the comment that a yaml begins with."""
+    lines = path.read_text().splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    words = " ".join(line.removeprefix("#").strip() for line in comment if "@package" not in line)
+    return re.split(r"(?<=[.?])\s", words, maxsplit=1)[0].rstrip(".:")

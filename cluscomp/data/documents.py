@@ -101,6 +101,8 @@ class Documents:
         own = Path(self.id).expanduser()
         if own.exists():
             return str(own)
+        if self.data_root is None and own.suffix in READERS:
+            raise InputError(f"data.id={self.id}: there is no such file")
         if self.data_root is None:
             return self.id
         folder = Path(self.data_root).expanduser() / self.id

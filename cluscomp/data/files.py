@@ -10,6 +10,7 @@ from cluscomp.errors import InputError
 from cluscomp.settings import settings
 
 COLUMN = "text"  # of rows of JSON
+TABLES = (".csv", ".parquet")
 
 
 @settings
@@ -52,10 +53,16 @@ class FileText:
         return Text(f"{Path(self.file).name}/calibration", without_overlap(calibration, test), "\n\n")
 
     def _paragraphs(self, key: str, file: str) -> list[str]:
+        if file.endswith(TABLES):
+            raise InputError(
+                f"data.{key}={file}: a table; one of its columns: data=hub data.id={file} data.column=NAME"
+            )
         try:
             content = Path(file).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"data.{key}={file}: {error}") from error
+        except OSError as error:
+            raise InputError(f"data.{key}={file}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"data.{key}={file}: no text in UTF-8: {error}") from error
         if _is_json(content):
             return _documents(content, f"data.{key}={file}")
         return [part.strip() for part in re.split(r"\n\s*\n", content) if part.strip()]

@@ -165,7 +165,7 @@ class Original:
         """Raise InputError if a window of so many tokens is longer than the model takes; `key` is its setting."""
         most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if most is not None and tokens > most:
-            raise InputError(f"{key}={tokens} is longer than the {most} positions of {self.folder.name}")
+            raise InputError(f"{key}={tokens}: {self.folder.name} has {most} positions; give {key}={most} or less")
 
     @contextmanager
     def block(self, model: PreTrainedModel, index: int) -> Iterator[nn.Module]:

@@ -81,6 +81,10 @@ class HubModel:
         local = Path(self.id).expanduser()
         if local.is_dir():
             found = local
+        elif local.is_file():
+            raise InputError(
+                f"model.id={self.id}: a file; give its folder, or a GGUF file as model=gguf model.file=..."
+            )
         else:
             self._check_path()
             found = self._download()

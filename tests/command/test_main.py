@@ -20,7 +20,8 @@ from forks import until
 from safetensors.torch import load_file, save_file
 
 import cluscomp
-from cluscomp.command.compose import composed
+from cluscomp.command import usage
+from cluscomp.command.compose import CONF, composed
 from cluscomp.runs import preparation
 
 PARAGRAPH = "Paragraph {} says that the quick brown fox jumped over the lazy dog {} times."
@@ -103,6 +104,11 @@ SETTINGS = {
         ["bits=3", "model=meta-llama/Llama-2-7b-hf"],
         ["model=hub model.id=meta-llama/Llama-2-7b-hf"],
     ),
+    "a folder for a choice": (["bits=3", "model=/tmp"], ["model=hub model.id=/tmp"]),
+    "a file for a choice": (["bits=3", f"data={__file__}"], [f"data=text data.file={__file__}"]),
+    "a setting of another choice": (["bits=3", "model.id=a/b"], ["model.id", "it is one of model=hub"]),
+    "one stage without brackets": (["bits=3", "order=cluster"], ["order=[cluster]"]),
+    "no choice to list": (["list", "method", "gtpq"], ["gtpq", "gptq"]),
     "a word that is no command": (["tabel", "x"], ["tabel", "did you mean table?", "key=value"]),
     "help of what is no command": (["help", "plott"], ["plott", "did you mean plot?"]),
     "choices of no group": (["list", "methods"], ["list methods", "method, model"]),
@@ -183,6 +189,14 @@ def test_each_command_has_its_help_and_each_group_its_choices(cli):
     assert cli("help").out == cli("--help").out
     assert "\nmethod: aqlm, " in cli("list").out
     assert re.search(r"^rtn +Round to nearest", cli("list", "method").out, re.M)
+    assert "act_order: true        # inputs of large mean square first" in cli("list", "method", "gptq").out
+
+
+def test_each_choice_says_in_a_whole_sentence_what_it_is():
+    for path in (path for path in CONF.glob("*/*.yaml") if path.parent.name != "hydra"):
+        sentence = usage.said(path)
+        assert len(sentence) > 12 and not sentence.endswith((",", ";", "(")), path
+        assert sentence.count("(") == sentence.count(")") and "for plans without it" not in sentence, path
 
 
 def test_a_reader_that_has_had_enough_is_no_failure(place):

@@ -65,6 +65,7 @@ def test_a_file_and_a_folder_are_read_like_the_hub(root, tmp_path):
         ({"calibration": "validation"}, r"split 'validation': Bad split: validation. Available splits: .*train.*dev"),
         ({"config": "english"}, "english"),
         ({"id": "org/other"}, "data_root=.*: no folder org/other in it"),
+        ({"data_root": None, "id": "rows.csv"}, r"data.id=rows.csv: there is no such file$"),
         ({"data_root": None}, r"split 'train': cannot be read \(.*\). Without network give data_root=FOLDER"),
     ],
 )

@@ -77,10 +77,17 @@ def test_a_missing_test_file_is_named_by_its_own_key(tmp_path):
         source.text("test")
 
 
-@pytest.mark.parametrize("content", [None, b"caf\xe9 au lait"])
-def test_a_file_that_cannot_be_read_is_named_with_its_key(tmp_path, content):
-    file = tmp_path / "book.txt"
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("book.txt", None, "No such file or directory$"),
+        ("book.txt", b"caf\xe9 au lait", "no text in UTF-8: .* position 3"),
+        ("rows.csv", b"text\na\nb\n", r"a table; .*data=hub data\.id=.*rows\.csv data\.column=NAME"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_its_key_and_why(tmp_path, name, content, why):
+    file = tmp_path / name
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(InputError, match=r"data\.file=.*book\.txt"):
+    with pytest.raises(InputError, match=rf"data\.file=.*{name}: {why}"):
         FileText(name="text", file=str(file), test_file=None).text("test")
