@@ -27,8 +27,8 @@ COMMANDS = {
     "dense, gguf, vptq, gptq, compressed-tensors or aqlm; says what is lost. FOLDER must be new or empty.",
     "lm_eval": "ARGUMENTS\n\nlm-evaluation-harness' own command, which then knows our checkpoints as --model cluscomp "
     "--model_args pretrained=FOLDER.",
-    "list": "[GROUP [CHOICE]]\n\nThe groups of settings and their choices; of one group each choice with a sentence; of "
-    "one choice its settings, with a word on each.",
+    "list": "[GROUP [CHOICE]]\n\nThe groups of settings and their choices; of one group each choice with a sentence; of one "
+    "choice its settings, with a word on each.",
     "help": "[COMMAND]\n\nThe help of a command, or of all with the settings of a run.",
 }
 
@@ -49,7 +49,7 @@ def check_command(arguments: list[str]) -> None:
 
 
 def choices(conf: Path, group: str | None = None, choice: str | None = None) -> str:
-    """The groups with their choices; the choices of one group with a sentence of each; or one choice as its yaml has it."""
+    """The groups with their choices; the choices of one group with a sentence of each; or one choice as its yaml."""
     found = {
         folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
         for folder in sorted(conf.iterdir())
@@ -73,7 +73,7 @@ def choices(conf: Path, group: str | None = None, choice: str | None = None) -> 
             break_on_hyphens=False,
             initial_indent=f"{name:{width}}",
             subsequent_indent=" " * width,
-        )  # fmt: skip
+        )
         for name in found[group]
     )
 
