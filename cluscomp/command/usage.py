@@ -27,8 +27,8 @@ COMMANDS = {
     "dense, gguf, vptq, gptq, compressed-tensors or aqlm; says what is lost. FOLDER must be new or empty.",
     "lm_eval": "ARGUMENTS\n\nlm-evaluation-harness' own command, which then knows our checkpoints as --model cluscomp "
     "--model_args pretrained=FOLDER.",
-    "list": "[GROUP [CHOICE]]\n\nThe groups of settings and their choices; of one group each choice with a sentence; of one "
-    "choice its settings, with a word on each.",
+    "list": "[GROUP [CHOICE]]\n\nThe groups of settings and their choices; of one group each with a sentence; of "
+    "one choice its settings, with a word on each.",
     "help": "[COMMAND]\n\nThe help of a command, or of all with the settings of a run.",
 }
 

@@ -27,7 +27,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p"]
 GREY = "#9A9A9A"
 NAMED = 6  # methods with a colour and a name
-WIDTH = 25  # letters in each of the two lines that a name at a line's end has
+WIDTH = 25  # letters in each line of a name at a line's end
 PANEL = 3.6, 2.8  # inches
 BEYOND = 10  # times the median perplexity of a Pareto front, above which nothing is told apart
 STYLE: Any = {
@@ -131,12 +131,16 @@ def _lines(
 
 
 def _name_ends(axes: "Axes", ends: dict[str, tuple[float, float]], colours: dict[str, str]) -> None:
-    """Names right of the panel, in two lines at most, in the order of their lines' ends and as near as they can be."""
+    """Names right of the panel, in the order of their lines' ends and as near as they can be.
+
+    A name has three lines at most, two where there are many.
+    """
     axes.autoscale_view()
     place = axes.transData + axes.transAxes.inverted()
     heights = {name: min(max(float(place.transform(end)[1]), 0.0), 1.0) for name, end in ends.items()}
     names = sorted(heights, key=lambda name: heights[name])
-    texts = [textwrap.fill(name, WIDTH, max_lines=2, placeholder=" ...") for name in names]
+    most = 3 if len(names) <= NAMED // 2 else 2
+    texts = [textwrap.fill(name, WIDTH, max_lines=most, placeholder=" ...") for name in names]
     gaps = [0.0, *(0.0425 * (2 + "".join(pair).count("\n")) for pair in itertools.pairwise(texts))]  # to the one below
     told: list[float] = []
     thread = {"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
@@ -183,7 +187,7 @@ def layers(table: pd.DataFrame, column: str = "relative error") -> "Figure":
         flat = [axes for row in panels for axes in row]
         for axes, kind in zip(flat, kinds):
             here = table[table["layer"] == kind]
-            for number, (name, run) in enumerate(here.groupby(["method", "limit"], sort=False)):
+            for number, (name, run) in enumerate(here.groupby(["method", "limit"])):
                 values = run.groupby("block")[column].mean()
                 colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
                 axes.plot(

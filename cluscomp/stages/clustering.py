@@ -1,7 +1,6 @@
 """What stage cluster does: statistics of layers' inputs, block after block compressed."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -325,14 +324,23 @@ def _moved(compressed: Compressed, device: torch.device) -> Compressed:
 
 
 def chosen_table(chosen: dict[str, dict[str, Any]], block_names: list[str]) -> str:
-    """What was chosen, as text: for each kind of layers and each choice, in how many blocks."""
-    counts: Counter[tuple[Any, ...]] = Counter()
+    """What was chosen, as text: for each kind of layers the values, or the least and the most, over the blocks."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
     for layers, values in chosen.items():
         kind = next(layers.removeprefix(f"{name}.") for name in block_names if layers.startswith(f"{name}."))
-        counts[kind, *(f"{value:.3f}" if isinstance(value, float) else value for value in values.values())] += 1
-    head = ["layers", *next(iter(chosen.values())), "blocks"]
-    rows = [[*row, count] for row, count in counts.items()]
-    return str(tabulate(rows, head, "github", disable_numparse=True))
+        kinds.setdefault(kind, []).append(values)
+    head = [*next(iter(chosen.values()))]
+    rows = [
+        [kind, *(_range([one.get(key) for one in found]) for key in head), len(found)] for kind, found in kinds.items()
+    ]
+    return str(tabulate(rows, ["layers", *head, "blocks"], "github", disable_numparse=True))
+
+
+def _range(values: list[Any]) -> str:
+    """Values as they are told: one, or the least and the most; None is "none" and below all others."""
+    ends = sorted(set(values), key=lambda value: (value is not None, value))
+    told = [f"{value:.3f}" if isinstance(value, float) else str(value).lower() for value in (ends[0], ends[-1])]
+    return " to ".join(dict.fromkeys(told))
 
 
 def layer_seed(seed: int, name: str) -> int:

@@ -305,6 +305,13 @@ def test_the_six_best_methods_have_a_colour_and_a_name_at_the_end_of_their_line(
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["others (see the table)"]
 
 
+def test_long_names_are_told_whole_where_there_are_few():
+    names = ["ClusComp (allocation=uniform)", "ClusComp (allocation=uniform) + finetune (lora)"]
+    table = pareto([run_of("a", 30.0, method="gptq"), run_of("b", 40.0, method="awq")]).assign(method=names)
+    for axes in plots.pareto(table).axes:
+        assert [" ".join(text.get_text().split()) for text in axes.texts] == names
+
+
 def test_differences_below_the_spread_of_seeds_are_told():
     runs = [run_of(f"a{seed}", 30.0 + 2 * seed, seed=seed, method="gptq") for seed in (0, 1)]
     runs += [run_of(f"b{seed}", 32.5, seed=seed, method="awq") for seed in (0, 1)]

@@ -518,12 +518,12 @@ def test_settings_that_contradict_each_other_are_refused(changed, words):
         method(**changed)
 
 
-def test_what_was_chosen_is_counted_by_kind_of_layer():
-    found = {"layers.1.q": {"vector_dim": 4, "bits": 2.5}, "layers.10.q": {"vector_dim": 4, "bits": 2.5}}
-    found["layers.2.q"] = {"vector_dim": 3, "bits": 2.75}
+def test_what_was_chosen_is_told_in_one_row_for_each_kind_of_layer():
+    found = {"layers.1.q": {"size": 16, "bits": 2.5}, "layers.10.q": {"size": None, "bits": 2.5}}
+    found |= {"layers.2.q": {"size": 8, "bits": 2.75}, "layers.2.k": {"size": 8, "bits": 3.0}}
     table = chosen_table(found, [f"layers.{number}" for number in range(11)])
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()][2:] == [
-        ["q", "4", "2.500", "2"], ["q", "3", "2.750", "1"],
+        ["q", "none to 16", "2.500 to 2.750", "3"], ["k", "8", "3.000", "1"],
     ]  # fmt: skip
 
 
