@@ -16,12 +16,13 @@ def figures(records: list[Record]) -> dict[str, tuple[Figure, pd.DataFrame]]:
         of_text = f"\nlearned from {text}" if len(texts) > 1 else ""  # panels of its own
         made, scores = pareto.pareto(same), tables.scores(same)
         scores = scores[(scores["after"] == ORIGINAL) & (scores["metric"] == "perplexity")]
-        scores = scores[["dataset", "value"]].rename(columns={"dataset": "data"}).drop_duplicates("data")
+        told = {"dataset": "data", "value": "value", "linear_bits_per_weight": pareto.BITS}
+        scores = scores[[*told]].rename(columns=told).drop_duplicates("data")
         points.append(made.assign(data=made["data"] + of_text))
         originals.append(scores.assign(data=scores["data"] + of_text))
     if len(shown := pd.concat(points)):
         before = pd.concat(originals)
-        found["pareto"] = plots.pareto(shown, originals=before), pd.concat([shown, before])
+        found["pareto"] = plots.pareto(shown, originals=before), pd.concat([shown, before.drop(columns=pareto.BITS)])
     layers = by_layer.layer_table(records)
     if len(layers):
         found["layers"] = plots.layers(layers), layers

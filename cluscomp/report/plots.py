@@ -67,7 +67,7 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
     """Score against size, from `pareto.pareto`: a line a method; a row of panels a data set, against bits and bytes.
 
     The six methods that stand best (`pareto.standing`) have colours and their names at the lines' ends, all others are
-    thin and grey; points of trained models are open. `originals` (columns data and value) are dashed lines.
+    thin and grey; points of trained models are open. `originals` (columns data, value and `BITS`) are dashed lines.
     Perplexities of more than ten times the median of what nothing dominates tell nothing: such points stand on the
     panel's upper edge.
     """
@@ -88,8 +88,12 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
                 shown = here.assign(**{metric: here[metric].clip(upper=top)})
                 lines = {method: rows.groupby(size)[metric].mean() for method, rows in shown.groupby("method")}
                 ends = _lines(axes, lines, methods, colours, trained)
-                if originals is not None and (known := originals[originals["data"] == data]["value"]).size:
-                    axes.axhline(known.iloc[0], color="black", linestyle="--", linewidth=0.8, label="original, 16 bits")
+                if originals is not None and len(known := originals[originals["data"] == data]):
+                    original = known.iloc[0]
+                    axes.axhline(
+                        original["value"], color="black", linestyle="--", linewidth=0.8,
+                        label=f"original, {original[BITS]:.3g} bits",
+                    )  # fmt: skip
                 if sign > 0:
                     axes.set_yscale("log")
                     if (here[metric] > top).any():
@@ -180,6 +184,8 @@ def _logarithmic(axis: "Axis", ends: tuple[float, float]) -> None:
 
 def layers(table: pd.DataFrame, column: str = "relative error") -> "Figure":
     """A value of every block's layers, from `layers.layer_table`: a panel for each kind of layer, a line a run."""
+    from matplotlib.ticker import MaxNLocator
+
     table = table[table[column].notna()]
     kinds = list(dict.fromkeys(table["layer"]))
     columns = min(4, max(1, len(kinds)))
@@ -200,6 +206,7 @@ def layers(table: pd.DataFrame, column: str = "relative error") -> "Figure":
                 )
             axes.set_title(kind)
             axes.set_xlabel("block")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_ylabel(column)
             if column == "relative error":
                 axes.set_yscale("log")

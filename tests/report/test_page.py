@@ -23,7 +23,7 @@ from cluscomp.report.comparison import (
     zeroshot_table,
 )
 from cluscomp.report.names import method_name
-from cluscomp.report.pareto import pareto, seed_spread, standing
+from cluscomp.report.pareto import BITS, pareto, seed_spread, standing
 from cluscomp.report.published import Published
 from cluscomp.report.rendering import MISSING, for_terminal, rendered
 from cluscomp.report.tables import prediction_table
@@ -303,6 +303,13 @@ def test_the_six_best_methods_have_a_colour_and_a_name_at_the_end_of_their_line(
         assert heights == sorted(heights) and min(b - a for a, b in zip(heights, heights[1:])) > 0.08
         assert heights[0] >= 0 and heights[-1] <= 1
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["others (see the table)"]
+
+
+@pytest.mark.parametrize("bits", [16.0, 32.0])
+def test_the_original_stands_with_its_own_bits(bits):
+    table = pareto([run_of("a", 30.0)])
+    figure = plots.pareto(table, originals=pd.DataFrame([{"data": table["data"][0], "value": 20.0, BITS: bits}]))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"original, {bits:g} bits"]
 
 
 def test_long_names_are_told_whole_where_there_are_few():
