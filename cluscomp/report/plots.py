@@ -89,10 +89,9 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
                 lines = {method: rows.groupby(size)[metric].mean() for method, rows in shown.groupby("method")}
                 ends = _lines(axes, lines, methods, colours, trained)
                 if originals is not None and len(known := originals[originals["data"] == data]):
-                    original = known.iloc[0]
                     axes.axhline(
-                        original["value"], color="black", linestyle="--", linewidth=0.8,
-                        label=f"original, {original[BITS]:.3g} bits",
+                        known["value"].iloc[0], color="black", linestyle="--", linewidth=0.8,
+                        label=f"original, {known[BITS].iloc[0]:.3g} bits",
                     )  # fmt: skip
                 if sign > 0:
                     axes.set_yscale("log")
