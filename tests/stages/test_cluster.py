@@ -306,7 +306,7 @@ def test_a_codebook_of_a_block_serves_layers_of_any_size(tiny_folder, text, tmp_
     for factor in (1.0, 1000.0):
         block = blocks(original.load_all())[1]
         block.self_attn.v_proj.weight.data *= factor
-        squares = compress_block(cluster.method, block, "block", 0, statistics)["squares"]
+        squares = compress_block(cluster.method, block, "block", 0, dict(statistics))["squares"]
         errors[factor] = {name: error / size for name, (error, size) in squares.items()}
     for name, error in errors[1.0].items():
         assert errors[1000.0][name] == pytest.approx(error, rel=0.05)
