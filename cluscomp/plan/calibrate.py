@@ -52,8 +52,7 @@ def slowdown(dtype: torch.dtype) -> float:
         pairs = [(_busy(x_TI, w_OI), _busy(y_TI, v_OI)) for _ in range(8)]
     finally:
         torch.set_num_threads(threads)
-    plain, other = map(min, zip(*pairs[1:], strict=True))
-    return other / plain
+    return min(other for _, other in pairs[1:]) / min(plain for plain, _ in pairs[1:])
 
 
 def _busy(x_TI: torch.Tensor, w_OI: torch.Tensor) -> float:
