@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -168,9 +167,7 @@ def measured_error(points: Points, shape: Shape, recipe: Recipe, generator: torc
             kmeans(points_ND[:sample], shape.codebook_size, short, generator, some_n)
         return float(4.0 ** -expected_bits(shape))
     if sample < total:
-        drawn = np.random.default_rng(int(torch.randint(1 << 62, (), generator=generator)))
-        chosen = drawn.choice(total, sample, replace=False, shuffle=False)  # in a tenth of the time of torch.randperm
-        rows_n = torch.from_numpy(chosen).to(points_ND.device)
+        rows_n = torch.randperm(total, generator=generator)[:sample].to(points_ND.device)
         points_ND = points_ND[rows_n]
         weights_N = None if weights_N is None else weights_N[rows_n]
     found = kmeans(points_ND, shape.codebook_size, short, generator, weights_N)
