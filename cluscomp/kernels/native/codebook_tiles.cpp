@@ -11,14 +11,10 @@ namespace CLUSCOMP_ISA {
 #if defined(__AVX512BW__)
 // Sixteen codes at a time out of 64 bytes: two neighbouring words to each lane, shifted to the code's own start.
 INLINE int64_t read_sixteens(const uint8_t* packed, int64_t bytes, int bits, int64_t begin, int64_t n, int last, uint16_t* out) {
-  const int skip = int(begin * bits & 7);
-  alignas(64) uint16_t from[32];
-  alignas(64) int32_t shift[16];
-  for (int j = 0; j < 16; j++) {
-    for (int i = 0; i < 2; i++) from[2 * j + i] = uint16_t(((skip + j * bits) >> 4) + i);
-    shift[j] = (skip + j * bits) & 15;
-  }
-  const __m512i order = _mm512_load_si512(from), shifts = _mm512_load_si512(shift);
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i start = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(bits)), _mm512_set1_epi32(begin * bits & 7));
+  const __m512i word = _mm512_srli_epi32(start, 4), shifts = _mm512_and_si512(start, _mm512_set1_epi32(15));
+  const __m512i order = _mm512_or_si512(word, _mm512_slli_epi32(_mm512_add_epi32(word, _mm512_set1_epi32(1)), 16));
   const __m512i mask = _mm512_set1_epi32((1 << bits) - 1), most = _mm512_set1_epi32(last);
   int64_t i = 0;
   for (int64_t byte = begin * bits >> 3; i + 16 <= n && byte + 64 <= bytes; i += 16, byte += 2 * bits) {
