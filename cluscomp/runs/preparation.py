@@ -16,7 +16,8 @@ from cluscomp.runs.experiment import Experiment
 
 log = logging.getLogger("cluscomp")
 
-SLOW = 3.0  # times as long as in another type: worth a warning, or that type
+SLOW = 3.0  # times as long as in float32: worth a warning
+FAST = 1.5  # times as fast as in float32: worth bfloat16
 
 
 def device_of(name: str) -> torch.device:
@@ -32,12 +33,13 @@ def device_of(name: str) -> torch.device:
 def dtype_of(experiment: Experiment) -> torch.dtype:
     """The dtype all models compute in; it is part of all keys and protocols.
 
-    "auto" is bfloat16 on a GPU, and on a processor that takes `SLOW` times as long in float32, which is measured: one
-    with units for bfloat16's products (AMX) does, and no other comes near. Elsewhere it is float32.
+    "auto" is bfloat16 on a GPU, and on a processor that is measured to be `FAST` times as fast in it: those with
+    instructions for bfloat16's products are (AVX512_BF16 some 2 times, AMX more), and no other comes near. Elsewhere it
+    is float32.
     """
     if experiment.dtype != "auto":
         return getattr(torch, experiment.dtype)  # type: ignore[no-any-return]
-    if device_of(experiment.device).type == "cuda" or _slowdown(torch.bfloat16) < 1 / SLOW:
+    if device_of(experiment.device).type == "cuda" or _slowdown(torch.bfloat16) < 1 / FAST:
         return torch.bfloat16
     return torch.float32
 
