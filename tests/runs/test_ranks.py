@@ -20,7 +20,7 @@ SMALL = [
     "model=tiny", f"model.config.num_hidden_layers={BLOCKS}", "data=text", f"order=[{','.join(ORDER)}]", "device=cpu",
     "method.vector_dim=4", "method.codebook_size=64", "method.iterations=50", "method.assign=hessian",
     "cluster.samples=4", "cluster.length=32", "cluster.batch_size=2", "block_finetune=quick",
-    "block_finetune.length=32", "block_finetune.samples=7", "block_finetune.batch_size=4", "block_finetune.held_out=2",
+    "block_finetune.length=32", "block_finetune.samples=7", "block_finetune.batch_size=6", "block_finetune.held_out=2",
     "block_finetune.epochs=2",
     "evaluate.context=32", "evaluate.limit=5", "evaluate.batch_size=2", "evaluate.distance=true", "dtype=float32",
 ]  # fmt: skip
