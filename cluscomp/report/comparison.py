@@ -73,7 +73,7 @@ def overview_table(records: list[Record], metric: str = "perplexity") -> pd.Data
     if wide["method"].nunique() < 3 or wide["limit"].nunique() < 2:
         return pd.DataFrame()
     kinds = sorted(dict.fromkeys(zip(wide["data"], wide["limit"])), key=lambda one: one[0])
-    ranked = [one for one in kinds if one[0] in ranked_columns(table)]
+    ranked = [one for one in kinds if one[0] in ranked_columns(table)] or kinds  # only the original has those
     most = max(ranked, key=lambda one: int(((wide["data"] == one[0]) & (wide["limit"] == one[1])).sum()))
     rows = []
     for key, group in wide.groupby(alike, sort=False, dropna=False):

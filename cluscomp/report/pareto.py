@@ -94,7 +94,8 @@ def seed_spread(records: list[Record], metric: str = "perplexity") -> pd.DataFra
 
     The spread is the largest value less the smallest, NaN of one seed. `within the spread` is "yes" where the distance
     of the mean to the best one of the same limit is no more than the larger spread of both: it says nothing then.
-    Methods that were trained on unlike numbers of tokens are no rivals. Raises InputError as `pareto`.
+    Methods that were trained on unlike numbers of tokens are no rivals. Empty where nothing but an original has the
+    metric. Raises InputError as `pareto`.
     """
     rows = _ranked(records, metric)
     found: list[dict[str, Any]] = []
@@ -107,6 +108,8 @@ def seed_spread(records: list[Record], metric: str = "perplexity") -> pd.DataFra
             | {f"mean {metric}": float(values.mean()), "spread": spread}
         )
     table = pd.DataFrame(found)
+    if table.empty:
+        return table
     kinds = table[["model", "data", "limit", TRAINING]].fillna("-")
     sign = -1 if higher_is_better(metric) else 1
     distances, within = [], []

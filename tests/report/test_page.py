@@ -331,6 +331,12 @@ def test_differences_below_the_spread_of_seeds_are_told():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("rows", [[asked("cluster", "piqa", "acc", 0.5)], [score("original", 20.0)]])
+def test_seeds_of_runs_without_a_perplexity_of_their_own_leave_a_page(rows):
+    runs = [replace(run_of(f"a{seed}", 30.0, seed=seed), scores=rows) for seed in (0, 1)]
+    assert seed_spread(runs).empty and list(page.page("mine", runs, "md")) == ["tables.md"]
+
+
 def layered(method: str, error: float, **told: float) -> Record:
     made = run_of(method, 30.0, method=method)
     names = [f"model.layers.{block}.mlp.{layer}" for block in (0, 1) for layer in ("up_proj", "down_proj")]
@@ -442,6 +448,19 @@ def test_the_commands_write_tables_and_figures(results, capsys):
     assert all(str(results / "mine" / name) in written for name in names)
     assert all(Path(path).stat().st_size > 0 for path in written)
     assert not list((results / "mine").glob(".*"))  # nothing half-written
+
+
+def test_a_text_on_which_the_original_alone_was_scored_ranks_no_method():
+    seen = {"cluster": {"text": "pydoc", "in_domain": True, "overlap": 0.0}}
+    runs = [
+        run_of(f"{name}{bits}", 30.0 + bits, method=name, bits=bits)
+        for name in ("rtn", "gptq", "awq")
+        for bits in (3, 4)
+    ]
+    runs = [replace(one, scores=[one.scores[0], replace(one.scores[1], seen=seen)]) for one in runs]
+    runs[0].scores.append(score("original", 25.0, dataset="c4"))
+    found = overview_table(runs).set_index("method")
+    assert found["3 bits: pydoc (in-domain)"].to_dict() == {"original": 20.0, "RTN": 33.0, "GPTQ": 33.0, "AWQ": 33.0}
 
 
 def test_all_limits_at_a_glance_by_hand():
