@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from cluscomp.data.mirror import text_of
 from cluscomp.data.texts import Split, Text, fifth_apart, read_once, version, without_overlap
@@ -11,6 +12,7 @@ from cluscomp.settings import settings
 
 COLUMN = "text"  # of rows of JSON
 TABLES = (".csv", ".parquet")
+ENCODING = "utf-8-sig"  # UTF-8, with the mark at the beginning that some editors write or without
 
 
 @settings
@@ -58,7 +60,7 @@ class FileText:
                 f"data.{key}={file}: a table; one of its columns: data=hub data.id={file} data.column=NAME"
             )
         try:
-            content = Path(file).expanduser().read_text(encoding="utf-8")
+            content = Path(file).expanduser().read_text(encoding=ENCODING)
         except OSError as error:
             raise InputError(f"data.{key}={file}: {error.strerror}") from error
         except UnicodeDecodeError as error:
@@ -70,15 +72,24 @@ class FileText:
 
 def _documents(content: str, what: str) -> list[str]:
     """The texts of rows of JSON but those that are null or blank. Raises InputError that names what is no such row."""
-    lines = [line for line in content.splitlines() if line.strip()]
     try:
-        rows = json.loads(content) if content.lstrip().startswith("[") else [json.loads(line) for line in lines]
+        rows = json_rows(content)
         texts = [text_of(dict(row), COLUMN, f"{what}, row {number}") for number, row in enumerate(rows)]
     except (ValueError, TypeError) as error:
         raise InputError(f"{what}: begins with a row of JSON, but {error}") from error
     except InputError as error:
         raise InputError(f"{error}; another column: data=hub data.id=FILE data.column=NAME") from error
     return [text for text in texts if text and text.strip()]
+
+
+def json_rows(content: str) -> list[Any]:
+    """The values of a JSON list, or of JSON lines. Raises ValueError for what is neither.
+
+    Only a line feed ends a line: texts may hold other separators (U+2028), which JSON allows in a string.
+    """
+    if content.lstrip().startswith("["):
+        return list(json.loads(content))
+    return [json.loads(line) for line in content.split("\n") if line.strip()]
 
 
 def _is_json(content: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import InstanceOf
 
+from cluscomp.data.files import ENCODING, json_rows
 from cluscomp.data.mirror import copies_told, own_cache
 from cluscomp.data.texts import Source, tokenize
 from cluscomp.errors import InputError
@@ -197,14 +198,12 @@ class Plain:
 def _read_json(path: Path, place: str) -> list[dict[str, Any]]:
     """Rows of a JSON list, or of a file with one JSON object a line."""
     try:
-        content = path.read_text(encoding="utf-8")
-        whole = content.lstrip().startswith("[")
-        rows = json.loads(content) if whole else [json.loads(line) for line in content.splitlines() if line.strip()]
+        rows = json_rows(path.read_text(encoding=ENCODING))
     except (OSError, ValueError) as error:
         raise InputError(f"{place}: {error}") from error
     if not rows:
         raise InputError(f"{place}: no rows in it")
-    return list(rows)
+    return rows
 
 
 def _text(row: dict[str, Any], key: str) -> str:

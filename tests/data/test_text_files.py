@@ -6,6 +6,7 @@ import pytest
 from test_texts import LONG
 
 from cluscomp.data.files import FileText
+from cluscomp.data.instructions import Rows
 from cluscomp.errors import InputError
 
 
@@ -18,6 +19,19 @@ def test_rows_of_json_are_documents(tmp_path):
     for path in (lines, listed):
         source = FileText(name="text", file=str(path), test_file=None)
         assert source.text("calibration").rows == ["one\n\ntwo", "three"] and source.text("test").rows == ["four"]
+
+
+def test_a_row_of_json_ends_where_its_line_does(tmp_path):
+    """Texts hold separators that Python takes for ends of lines, and some editors begin a file with a mark."""
+    texts = ["one\u2028still one", "two\x85still two", "three"]
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"text": text, "prompt": text, "completion": "."}, ensure_ascii=False) for text in texts]
+    path.write_text("\ufeff" + "\r\n".join(lines) + "\r\n", encoding="utf-8", newline="")
+    assert FileText(name="text", file=str(path), test_file=str(path)).text("test").rows == texts
+    rows = Rows(
+        name="rows", format="prompt_completion", file=str(path), id=None, config=None, split="train", data_root=None
+    )
+    assert [row["prompt"] for row in rows._rows()] == texts
 
 
 def test_a_file_gives_its_last_fifth_to_the_test(tmp_path):
