@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 log = logging.getLogger(__name__)
+VERSION = 2  # of how texts are written: those of another are written anew
 
 
 @runtime_checkable
@@ -68,7 +69,7 @@ class OwnSamples:
 
         cache = Path(self.cache).expanduser()
         folder = self.model.folder(cache)
-        content = json.dumps([state_of(folder), described(self), _arithmetic()])
+        content = json.dumps([state_of(folder), described(self), _arithmetic(), VERSION])
         path = cache / f"own-{hashlib.sha256(content.encode()).hexdigest()[:16]}.jsonl"
         with FileLock(f"{path}.lock"):
             if not path.is_file():
@@ -109,7 +110,9 @@ class OwnSamples:
                     start + count,
                     self.documents,
                 )
-                ids_BT = model.generate(torch.full((count, 1), first, device=device), generation_config=plain)
+                begun_B1 = torch.full((count, 1), first, device=device)
+                seen_B1 = torch.ones_like(begun_B1)  # else transformers takes the first token for padding
+                ids_BT = model.generate(begun_B1, attention_mask=seen_B1, generation_config=plain)
                 yield from filter(str.strip, tokenizer.batch_decode(ids_BT, skip_special_tokens=True))
 
 

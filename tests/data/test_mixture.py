@@ -1,13 +1,19 @@
 """Mixtures: shares of characters, also at the end that is held out; and the original's own samples among them."""
 
+import shutil
+
 import pytest
+import torch
 from pipelines import composed, pipeline
 from test_texts import hub, mirror
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp.data.mixture import Mixture
 from cluscomp.data.overlap import same_domain
+from cluscomp.data.own import OwnSamples
 from cluscomp.data.texts import PydocText, split
 from cluscomp.errors import InputError
+from cluscomp.models.sources import HubModel
 from cluscomp.report.learned import learned_from
 from cluscomp.runs.experiment import stage_keys
 
@@ -95,6 +101,23 @@ def test_half_of_what_is_learned_from_are_the_originals_own_samples(tmp_path):
     root = {"model": "the same"}
     assert stage_keys(other, root)["recover"] != stage_keys(experiment, root)["recover"]
     assert len([*(tmp_path / "cache").glob("own-*.jsonl")]) == 2
+
+
+def test_own_samples_begin_as_the_model_goes_on_after_its_first_token(families, tmp_path):
+    """Of a model whose BOS is not its EOS, too: by the likeliest tokens, found one by one."""
+    folder = tmp_path / "model"
+    shutil.copytree(families("llama", initializer_range=0.5), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, bos_token="!")
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([[tokenizer.bos_token_id]])
+    for _ in range(8):
+        ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    source = OwnSamples(
+        name="own", model=HubModel(id=str(folder), revision=None, config=None), documents=1, length=8,
+        temperature=1e-4, batch_size=1, seed=0, cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert source.text("calibration").rows == [tokenizer.decode(ids[0], skip_special_tokens=True)]
 
 
 def test_own_samples_are_not_scored(tmp_path):
