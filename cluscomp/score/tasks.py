@@ -71,7 +71,7 @@ class Tasks:
     data_root: str | None
 
     def check(self, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Raise InputError if tokenizer or processor lack what is asked of them; they and `folder` are the model's."""
+        """Raise InputError if tokenizer, processor or tasks lack what is asked of them; `folder` is the model's."""
         if not self.names:
             return
         if tokenizer.eos_token_id is None:
@@ -83,8 +83,14 @@ class Tasks:
             raise InputError(f"tasks.bos=true: the tokenizer of {folder} has no BOS token")
         if self.chat_template and not getattr(tokenizer, "chat_template", None):
             raise InputError(f"tasks.chat_template=true: the tokenizer of {folder} has no chat template")
-        if self._known().images:
+        known = self._known()
+        if known.images:
             check_processor(folder)
+        if self.mean is not None and not known.accuracy:
+            raise InputError(
+                f"tasks.mean={self.mean}: the mean of the tasks' acc, which none of {', '.join(self.names)} has; "
+                "give tasks.mean=null"
+            )
 
     def rows(self) -> str:
         """A hash of all rows that are asked or shown as examples, whichever way they come; a process reads them once.
@@ -97,7 +103,8 @@ class Tasks:
         name = repr(self)
         if name not in _ROWS:
             tasks = _leaf_tasks(self._load(_manager(self)))
-            _ROWS[name] = _Rows(content_key([_rows(one, self.shots) for one in tasks]), any(map(sees, tasks)))
+            rows = content_key([_rows(one, self.shots) for one in tasks])
+            _ROWS[name] = _Rows(rows, any(map(sees, tasks)), any("acc" in one.aggregation() for one in tasks))
         return _ROWS[name]
 
     def describe(self) -> dict[str, Any]:
@@ -164,10 +171,11 @@ class Tasks:
 
 @plain_dataclass(frozen=True)
 class _Rows:
-    """A hash of all rows of some tasks, and whether one of them asks about images."""
+    """A hash of all rows of some tasks, whether one of them asks about images, and whether one has an acc."""
 
     hash: str
     images: bool
+    accuracy: bool
 
 
 _ROWS: dict[str, _Rows] = {}

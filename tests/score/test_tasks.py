@@ -287,6 +287,8 @@ def test_images_are_asked_about_through_the_models_processor(tmp_path, tiny_fold
     task = task.replace("{{question}}", "<image>{{question}}").replace("- metric: acc", "- metric: exact_match")
     (tmp_path / "tasks" / "pictures.yaml").write_text(task + "generation_kwargs: {max_gen_toks: 4, until: []}\n")
     settings = tasks(tmp_path, names=["pictures"], batch_size=1)
+    with pytest.raises(InputError, match=r"tasks.mean=all: .* which none of pictures has; give tasks.mean=null"):
+        tasks(tmp_path, names=["pictures"], mean="all").check(folder, tokenizer)
     settings.check(folder, tokenizer)
     model = transformers.LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     (found, *_), answers = settings.ask(model, tokenizer)
