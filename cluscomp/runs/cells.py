@@ -86,8 +86,11 @@ def at_work(
 
 def read_cell(folder: Path) -> Cell:
     """What a cell tells. One that says it is running while nobody holds it was killed: it was interrupted."""
-    cell = Cell(**json.loads((folder / FILE).read_text()))
-    return replace(cell, state="interrupted") if cell.state == "running" and not is_held(folder) else cell
+    cell = _read(folder)
+    if cell.state == "running" and not is_held(folder):
+        cell = _read(folder)  # it may have ended since
+        return replace(cell, state="interrupted") if cell.state == "running" else cell
+    return cell
 
 
 def read_cells(outputs: Path, name: str) -> dict[Path, Cell]:
@@ -159,6 +162,10 @@ def _is_finished(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     return cell.state == "finished" and (folder / cell.record).is_file()
+
+
+def _read(folder: Path) -> Cell:
+    return Cell(**json.loads((folder / FILE).read_text()))
 
 
 def _write(folder: Path, cell: Cell) -> None:

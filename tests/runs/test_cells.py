@@ -10,7 +10,9 @@ import time
 import pytest
 
 from cluscomp.errors import InputError
+from cluscomp.runs import cells
 from cluscomp.runs.cells import announce, at_work, collect, folder_of, read_cell, read_cells, status_table
+from cluscomp.store.files import is_held
 from cluscomp.store.records import SCHEMA, Record, read, write
 
 
@@ -83,6 +85,19 @@ def test_of_a_killed_process_the_cell_says_it_was_interrupted(tmp_path):
     process.join()
     assert read_cell(folder).state == "interrupted"
     finish(tmp_path, "bits", 5)
+    assert read_cell(folder).state == "finished"
+
+
+def test_a_cell_that_ends_while_it_is_looked_at_was_not_interrupted(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path, "bits", {"seed": 5})
+    work = at_work(folder, ["seed=5"], told)
+    work.__enter__().append(record(tmp_path / "run-5" / "record.json"))
+
+    def held_until_now(place):
+        work.__exit__(None, None, None)
+        return is_held(place)
+
+    monkeypatch.setattr(cells, "is_held", held_until_now)
     assert read_cell(folder).state == "finished"
 
 
