@@ -119,13 +119,13 @@ def give_memory_back() -> None:
 def ram_for_this_process() -> float:
     """Bytes of RAM this process may have in all: what it has and what is free, or less in a container.
 
-    Of several processes of one run on this machine each may have an equal share.
+    Of what is free, and of a container's limit, the processes of one run on this machine have equal shares.
     """
-    fields = _kilobytes("/proc/meminfo")
-    most = fields["MemAvailable"] + resident() if "MemAvailable" in fields else math.inf
+    fields, here = _kilobytes("/proc/meminfo"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    most = fields["MemAvailable"] / here + resident() if "MemAvailable" in fields else math.inf
     with contextlib.suppress(OSError, ValueError):  # no such limit
-        most = min(most, float(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return most / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        most = min(most, float(Path("/sys/fs/cgroup/memory.max").read_text()) / here)
+    return most
 
 
 def _kilobytes(path: str) -> dict[str, float]:

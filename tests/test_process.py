@@ -101,6 +101,15 @@ def test_a_missing_module_is_named_with_the_folders_that_cannot_be_read(tmp_path
     assert "no_such_module" in told and "may not read" in told and str(tmp_path / "site-packages") in told
 
 
+def test_processes_of_a_run_share_what_is_free_and_keep_what_they_have(monkeypatch):
+    """Each has 2 MiB already, which are no longer free."""
+    told = {"/proc/meminfo": {"MemAvailable": 8.0 * 2**20}, "/proc/self/status": {"VmRSS": 2.0 * 2**20}}
+    monkeypatch.setattr(process, "_kilobytes", told.__getitem__)
+    for count, mebibytes in ((1, 10), (4, 4)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
+        assert process.ram_for_this_process() == mebibytes * 2**20
+
+
 def test_a_log_gets_a_sign_of_life_with_the_time_left(monkeypatch, caplog):
     """Each thing takes 50 seconds here; a line comes when a minute has passed."""
     clock = iter(range(0, 1000, 50))
