@@ -186,7 +186,8 @@ class Evaluate:
                     protocol=protocol | self._protocol(windows_WT, original),
                     seen=seen[source.name],
                 )
-        if not self.tasks.names and self.prompt is None:
+        prompt = self.prompt if rank() == 0 else None  # what the first process makes of it is kept
+        if not self.tasks.names and prompt is None:
             return Evaluation(scores, [], None)
         whole = evaluation.whole(model)
         answers: Answers = []
@@ -194,8 +195,8 @@ class Evaluate:
         if self.tasks.names:
             asked, answers = evaluation.task_scores(self.tasks, whole, original, after=after, before=before)
             scores += asked
-        if self.prompt is not None and rank() == 0:
-            sample = perplexity.continuation(whole, original.tokenizer, self.prompt, self.prompt_tokens)
+        if prompt is not None:
+            sample = perplexity.continuation(whole, original.tokenizer, prompt, self.prompt_tokens)
         return Evaluation(scores, answers, sample)
 
     def _protocol(self, windows_WT: np.ndarray, original: "Original") -> dict[str, Any]:

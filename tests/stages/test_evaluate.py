@@ -160,3 +160,14 @@ def test_a_plain_model_is_scored_as_it_is(ground, tiny_folder, tmp_path):
     assert [row.after for row in longer.scores][-1] == "cluster"
     with pytest.raises(InputError, match=r"order.*order=\[evaluate\]"):
         composed(*command, *how, "order=[]")
+
+
+def test_the_first_process_alone_loads_all_blocks_to_continue_a_prompt(ground, tiny_folder, tmp_path, monkeypatch):
+    loaded, whole = [], Original.load_all
+    monkeypatch.setattr(Original, "load_all", lambda original: loaded.append(original) or whole(original))
+    settings = evaluate(ground, "evaluate.prompt=The", "evaluate.prompt_tokens=2")
+    for rank, count in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        original = opened(tiny_folder)
+        found = settings.evaluate(original, original, "original", {}, tmp_path, seed=0)
+        assert len(loaded) == count and (found.sample is not None) == bool(count) and found.scores
