@@ -295,8 +295,10 @@ def _is_ours(folder: Path) -> bool:
 def verify(folder: Path) -> dict[str, str]:
     """The folder's hashes by file name, after comparing them. Raises InputError if a file is missing or altered."""
     try:
-        hashes: dict[str, str] = json.loads((folder / MANIFEST).read_text())["sha256"]
-    except (OSError, ValueError, KeyError) as error:
+        hashes: dict[str, str] = dict(json.loads((folder / MANIFEST).read_text())["sha256"])
+        if not hashes:
+            raise ValueError("it names no file")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: no readable {MANIFEST}, so this is no checkpoint of cluscomp") from error
     for name, expected in hashes.items():
         path = folder / name

@@ -322,6 +322,13 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tiny_folder, tmp_path):
             checkpoint.load(folder)
 
 
+@pytest.mark.parametrize("content", ["[]", '{"sha256": 3}', '{"sha256": ["ab", 1]}', '{"sha256": {}}', "{", "{}"])
+def test_a_manifest_that_holds_no_hashes_is_refused(copy, content):
+    (copy / checkpoint.MANIFEST).write_text(content)
+    with pytest.raises(InputError, match=r"no readable cluscomp\.json"):
+        checkpoint.verify(copy)
+
+
 class Trap:
     """Leaves a file behind when it is unpickled."""
 
