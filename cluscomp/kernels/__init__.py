@@ -1,1 +1,1 @@
-"""The fast inner loops behind kmeans.py and weights.py, each with a plain reference beside it."""
+"""The inner loops, many of them compiled, each with a plain reference beside it."""

@@ -149,8 +149,9 @@ class GgufModel:
                 "model.of it is an original, and can be compressed"
             )
         path = self._path()
-        target = cache / f"gguf-{file_hash(path)[:16]}"
-        if to_score and (self.of is not None or _quantised(path, file_hash(path))):
+        content = file_hash(path)
+        target = cache / f"gguf-{content[:16]}"
+        if to_score and (self.of is not None or _quantised(path, content)):
             return _counted(path, target.with_name(f"{target.name}-counted"))
         if not (target / "gguf.json").is_file():
             with opened_once(path):

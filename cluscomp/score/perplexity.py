@@ -48,7 +48,7 @@ def mean_of(sums_W: Float[Tensor, " W"], tokens: int) -> Mean:
 class Reference:
     """The original's logits, made again from its last hidden states on disk; of its model only norm and head are used.
 
-    `walk` is the original's, `kept` holds "hidden" of the windows that are scored (`teacher.last_hidden`).
+    `walk` is the original's, `kept` holds "hidden" of the windows that are scored (`predictions.last_hidden`).
     """
 
     def __init__(self, walk: Walk, kept: Predictions) -> None:

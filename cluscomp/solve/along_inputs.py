@@ -1,7 +1,7 @@
 """Codes and codebooks along the inputs (axis "in"), chosen by what the layer's output loses, tr(E H E^T).
 
 The weight is the sum of M codebooks' sub-vectors. Codes are (M, J, O): of codebook m, for the inputs j D to j D + D - 1
-of an output. H (I, I) is the second moment of the layer's inputs, as in `output_error`.
+of an output. H (I, I) is the second moment of the layer's inputs, as in `along_outputs`.
 """
 
 import torch
@@ -124,7 +124,7 @@ def feedback_vectors(
     """Codes (J, O) chosen D inputs at a time, each error handed on to the inputs to come (GPTVQ, arXiv 2402.15319).
 
     A sub-vector's code is the one after which the output loses least, all later inputs being at their best: the nearest
-    in the metric of `output_error.feedback`'s factor. Shapes: (O, I), (K, D), (I, I) positive definite.
+    in the metric of `along_outputs.feedback`'s factor. Shapes: (O, I), (K, D), (I, I) positive definite.
     """
     dim = centroids_KD.shape[1]
     codes = []

@@ -1,4 +1,4 @@
-"""Bits: the ledger of a whole model, and the choice of codebook sizes that meets a bit target."""
+"""Lengths and sizes of codebooks: the bits that they store, and the choice that meets a limit of bits."""
 
 import math
 from collections.abc import Callable, Sequence

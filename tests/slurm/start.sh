@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real Slurm on this one machine, with two pretend GPUs, for tests/test_slurm.py. Needs root and Debian or Ubuntu:
+# A real Slurm on this one machine, with two pretend GPUs, for tests/command/test_slurm.py. Needs root and Debian or Ubuntu:
 #   tests/slurm/start.sh         installs slurm-wlm and munge if need be, and starts the daemons
 #   tests/slurm/start.sh stop    ends them
 set -euo pipefail
