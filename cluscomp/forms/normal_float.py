@@ -102,10 +102,6 @@ class NormalFloatWeight(PackedWeight):
         """The scales in 8 bits, their steps and mean. Raises ValueError if one is not finite or does not fit."""
         return dict(zip(("scales", "steps", "mean"), in_8_bits(values)))
 
-    def lies_on(self, *, width: int, group: int) -> bool:  # noqa: ARG002
-        """No: its levels are on no uniform grid."""
-        return False
-
     def _decoded(self) -> Float[Tensor, "O G"]:
         if self.values.is_floating_point():
             return self.values

@@ -1,6 +1,5 @@
 """Weights as whole numbers of a few bits on uniform grids: what round-to-nearest, GPTQ and AWQ store."""
 
-from abc import abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal
@@ -55,10 +54,6 @@ class PackedWeight(Single):
     def rounded(self, values: Tensor) -> dict[str, Tensor]:
         """The values in 16 bits. Raises ValueError if one is not finite or does not fit."""
         return {self.trained: in_16_bits(values)}
-
-    @abstractmethod
-    def lies_on(self, *, width: int, group: int) -> bool:
-        """Whether every group can hold what lies on a grid of `width` in groups of `group` inputs, without loss."""
 
     def divides(self, group: int) -> bool:
         """Whether every group is a part of one of `group` neighbouring inputs."""

@@ -79,11 +79,6 @@ class Count(TorchDispatchMode):
         self.work += work * self.times
         return result
 
-    def take_in(self, tensors: Iterator[Tensor]) -> None:
-        """Count these as alive from now on, until nobody has them."""
-        for tensor in tensors:
-            self._born(tensor)
-
     def leave_out(self, tensors: Iterator[Tensor]) -> None:
         """Count these no longer as alive: whoever has them counts them."""
         for tensor in tensors:

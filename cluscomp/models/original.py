@@ -79,11 +79,7 @@ class Original:
 
     @cached_property
     def _outline(self) -> PreTrainedModel:
-        """The model as transformers makes it, without numbers."""
-        with made_of(self.config), torch.device("meta"):
-            model: PreTrainedModel = opener(self.config).from_config(deepcopy(self.config))
-            reshape(model, shapes_of(self.config))
-        return model
+        return without_numbers(self.config)
 
     @cached_property
     def _sources(self) -> dict[str, Source]:
@@ -228,6 +224,14 @@ class Original:
     def _fill(self, model: nn.Module, names: list[str]) -> None:
         for name, tensor in self.tensors(names):
             place(model, name, tensor)
+
+
+def without_numbers(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model that transformers makes of a config, on the meta device. Raises InputError if none can be made."""
+    with made_of(config), torch.device("meta"):
+        model: PreTrainedModel = opener(config).from_config(deepcopy(config))  # which changes it
+        reshape(model, shapes_of(config))
+    return model
 
 
 def quantizer(config: PreTrainedConfig) -> str | None:

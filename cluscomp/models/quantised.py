@@ -29,7 +29,7 @@ from cluscomp.forms.linear import unique_tensors
 from cluscomp.forms.multimodal import opener
 from cluscomp.models.files import weight_files
 from cluscomp.models.gguf_file import COUNTED, matrices_in
-from cluscomp.models.original import Original, block_names, blocks, linears, quantizer
+from cluscomp.models.original import Original, block_names, blocks, linears, quantizer, without_numbers
 from cluscomp.models.sources import read_config
 from cluscomp.settings import settings
 
@@ -259,8 +259,7 @@ def _parents(name: str) -> Iterator[str]:
 
 def dense_outline(config: PreTrainedConfig) -> PreTrainedModel:
     """The dense model of a config, on the meta device."""
-    with torch.device("meta"):
-        model: PreTrainedModel = opener(config).from_config(config)
+    model = without_numbers(config)
     take_apart(model)
     model.tie_weights()
     return model

@@ -7,12 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from cluscomp.checkpoint import shapes_of
 from cluscomp.errors import InputError
-from cluscomp.forms.layers import reshape
-from cluscomp.forms.multimodal import opener
-from cluscomp.models.original import block_names, blocks, check_supported, linears
-from cluscomp.models.untrusted import made_of
+from cluscomp.models.original import block_names, blocks, check_supported, linears, without_numbers
 
 MLPS = (  # what makes the units of an MLP, and what reads them
     (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
@@ -105,9 +101,7 @@ def frequencies(model: nn.Module) -> Tensor | None:
 
 
 def _made(config: PreTrainedConfig) -> PreTrainedModel:
-    with made_of(config), torch.device("meta"):
-        model: PreTrainedModel = opener(config).from_config(deepcopy(config))
-        reshape(model, shapes_of(config))
+    model = without_numbers(config)
     check_supported(model)
     return model
 

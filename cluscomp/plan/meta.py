@@ -59,6 +59,7 @@ class MetaModel:
         if quantizer(config) not in (None, checkpoint.NAME):
             raise InputError(f"{config.name_or_path}: what layers of '{quantizer(config)}' take is not known")
         self.config, self.dtype, self.device = deepcopy(config), dtype, device
+        config = deepcopy(config)  # a model that is made of one changes it
         self._name = type(config).__name__, config.to_json_string(use_diff=False), dtype
         with made_of(config):
             of_file = getattr(config, "dtype", None) or torch.bfloat16  # before a model is made, which changes it

@@ -22,6 +22,7 @@ from cluscomp.methods import Compressed, Method, Offers
 from cluscomp.methods.each_layer import EachLayer
 from cluscomp.models.original import block_names, linears
 from cluscomp.models.walk import Walk
+from cluscomp.plan.meta import MetaModel
 from cluscomp.plan.places import Place
 from cluscomp.process import Progress, give_memory_back, told
 from cluscomp.solve.allocate import Option
@@ -32,7 +33,6 @@ from cluscomp.stages import Job
 from cluscomp.stages import prices as price
 from cluscomp.stages.blockwise import Blockwise, relative_error
 from cluscomp.stages.cluster import Cluster
-from cluscomp.stages.foreseeing import outline_of
 from cluscomp.stages.gating import gated
 from cluscomp.stages.menus import Menus, Shares
 from cluscomp.stages.observing import Following, observe, through
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
     """Compress the model block after block; returns and raises as `Cluster.run` says."""
-    outline = outline_of(job.original)
+    outline = MetaModel(job.original.config, job.original.dtype, job.original.device.type)
     all_places = outline.places()
     if stays := outline.kept():
         log.info("stay in 16 bits inside the blocks: %s", ", ".join(stays))

@@ -29,7 +29,7 @@ from cluscomp.stages import Job
 from cluscomp.stages.clustering import compress_block
 from cluscomp.stages.cut import Cut
 from cluscomp.stages.observing import observe
-from cluscomp.stages.ranking import check_reach, outline_of
+from cluscomp.stages.ranking import check_reach
 
 SIDES = "right", "left"  # of a weight, in the order that an input goes through
 
@@ -39,7 +39,7 @@ def check_cut(stage: Cut, original: Original) -> None:
     check_reach("cut.ratio", stage.ratio, original)
     if stage.method is None:
         return
-    outline = outline_of(original)
+    outline = MetaModel(original.config, original.dtype, original.device.type)
     for name, places in zip(block_names(outline.model), outline.places()):
         try:
             dry.compress(stage.method, _factors(places, stage.ratio), outline.dtype)

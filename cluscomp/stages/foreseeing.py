@@ -1,7 +1,6 @@
 """What stage cluster will do, from shapes alone: what it refuses, and what it costs."""
 
 import math
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,7 @@ from cluscomp.stages.observing import bytes_of, in_turn
 
 def check_method(stage: Cluster, original: Original) -> None:
     """Try the stage's method on every block's shapes. Raises InputError, naming the layer, for what it cannot do."""
-    outline = outline_of(original)
+    outline = MetaModel(original.config, original.dtype, original.device.type)
     tried = _tried(stage.whole, outline)
     shares = isinstance(stage.whole, Offers) and stage.whole.bits is not None
     if stage.over_the_model and not shares:
@@ -39,11 +38,6 @@ def check_method(stage: Cluster, original: Original) -> None:
             "nothing beside it, and bits="
         )
     _check_grids(block_names(outline.model), tried, quantised_types(original.folder))
-
-
-def outline_of(original: Original) -> MetaModel:
-    """The model without its numbers."""
-    return MetaModel(deepcopy(original.config), original.dtype, original.device.type)
 
 
 def _tried(method: Method, outline: MetaModel) -> list[Dry | None]:

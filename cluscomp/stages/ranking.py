@@ -1,6 +1,5 @@
 """What stage rank does: every weight taken apart into its directions, which learn what they are worth."""
 
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from cluscomp.train.ranking import Directions, rank_directions
 
 def check_reach(key: str, ratio: float, original: Original) -> None:
     """Raise InputError, naming the setting, if not even one direction of each matrix has so few numbers."""
-    outline = outline_of(original)
+    outline = MetaModel(original.config, original.dtype, original.device.type)
     names = block_names(outline.model)
     shapes = {
         f"{name}.{layer}": place[:2] for name, places in zip(names, outline.places()) for layer, place in places.items()
@@ -34,11 +33,6 @@ def check_reach(key: str, ratio: float, original: Original) -> None:
         low_rank.check_share(ratio, shapes)
     except ValueError as error:
         raise InputError(f"{key}={error}; take more") from error
-
-
-def outline_of(original: Original) -> MetaModel:
-    """The model without its numbers."""
-    return MetaModel(deepcopy(original.config), original.dtype, original.device.type)
 
 
 def cost(stage: Rank, outline: MetaModel) -> Cost:
@@ -66,7 +60,8 @@ def cost(stage: Rank, outline: MetaModel) -> Cost:
 
 def run(stage: Rank, model: PreTrainedModel, job: Job) -> dict[str, Any]:
     """Take the weights apart, and train; returns and raises as `Rank.run` says."""
-    outline, names = outline_of(job.original), block_names(model)
+    outline = MetaModel(job.original.config, job.original.dtype, job.original.device.type)
+    names = block_names(model)
     progress = Progress("rank", len(names))
     learning: dict[str, Directions] = {}
     for index, (block, places) in enumerate(zip(blocks(model), outline.places())):
