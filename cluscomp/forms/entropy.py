@@ -7,8 +7,7 @@ from jaxtyping import Float, Float16, Int8, UInt8
 from torch import Tensor, nn
 
 from cluscomp.forms.codebook import TILE
-from cluscomp.forms.stored import Extent, Single
-from cluscomp.forms.uniform import in_16_bits
+from cluscomp.forms.stored import Extent, Single, in_16_bits
 from cluscomp.kernels.entropy import Plan, read, write
 
 
@@ -133,10 +132,6 @@ class EntropyWeight(Single):
         inputs = inputs or slice(None)
         dense_IO = self.numbers()[inputs] * self.scales[inputs].float()[:, None]
         return (dense_IO if self.outputs is None else dense_IO * self.outputs.float()).to(dtype).T
-
-    def rounded(self, values: Tensor) -> dict[str, Tensor]:
-        """The scales in 16 bits. Raises ValueError if one is not finite or does not fit."""
-        return {self.trained: in_16_bits(values)}
 
     def check(self) -> None:
         """Raise ValueError if a scale is not finite or the stream is none of these numbers (a damaged file)."""

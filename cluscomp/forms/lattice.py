@@ -11,8 +11,7 @@ from jaxtyping import Float, UInt8
 from pydantic import Field
 from torch import Tensor, nn
 
-from cluscomp.forms.stored import Extent, Single
-from cluscomp.forms.uniform import in_16_bits
+from cluscomp.forms.stored import Extent, Single, in_16_bits
 
 DIM = 8
 PADDED = 29  # of the table's 256 rows, beside the 227 of squared norm 10 at most
@@ -125,10 +124,6 @@ class LatticeWeight(Single):
         vectors_JOD = torch.cat(parts).view(-1, self.out_features, DIM)
         dense_OI = vectors_JOD.transpose(0, 1).flatten(1)[:, : self.in_features]
         return (dense_OI * self.scales.float()[:, None]).to(dtype)
-
-    def rounded(self, values: Tensor) -> dict[str, Tensor]:
-        """The scales in 16 bits. Raises ValueError if one is not finite or does not fit."""
-        return {self.trained: in_16_bits(values)}
 
 
 def vector_count(out_features: int, in_features: int) -> int:

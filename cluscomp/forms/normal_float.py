@@ -9,8 +9,8 @@ from jaxtyping import Float, Int8, UInt8
 from pydantic import Field
 from torch import Tensor
 
-from cluscomp.forms.stored import Extent
-from cluscomp.forms.uniform import PackedWeight, divisor, in_16_bits, of_groups, spread
+from cluscomp.forms.stored import Extent, in_16_bits
+from cluscomp.forms.uniform import PackedWeight, divisor, of_groups, spread
 from cluscomp.kernels.codes import pack, packed_bytes
 
 TOGETHER = 256  # scales that share a step

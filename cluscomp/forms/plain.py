@@ -7,7 +7,6 @@ from jaxtyping import Float, Float16
 from torch import Tensor, nn
 
 from cluscomp.forms.stored import Extent, Single
-from cluscomp.forms.uniform import in_16_bits
 
 
 class PlainWeight(Single):
@@ -38,7 +37,3 @@ class PlainWeight(Single):
     def forward(self, dtype: torch.dtype, inputs: slice | None = None) -> Float[Tensor, "O I"]:  # noqa: ARG002
         """The weight (O, I) in `dtype`; `inputs` is all of them (see `tiles`)."""
         return self.numbers.to(dtype)
-
-    def rounded(self, values: Tensor) -> dict[str, Tensor]:
-        """The numbers in 16 bits. Raises ValueError if one is not finite or does not fit."""
-        return {self.trained: in_16_bits(values)}

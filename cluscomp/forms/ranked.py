@@ -8,8 +8,7 @@ from torch import Tensor
 
 from cluscomp.forms.low_rank import LowRank
 from cluscomp.forms.plain import PlainWeight
-from cluscomp.forms.stored import Stored, build
-from cluscomp.forms.uniform import in_16_bits
+from cluscomp.forms.stored import Stored, build, in_16_bits
 
 
 class Ranked(LowRank):

@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from cluscomp.forms.stored import Extent, Single
-from cluscomp.forms.uniform import in_16_bits
+from cluscomp.forms.stored import Extent, Single, in_16_bits
 from cluscomp.kernels.codes import pack, packed_bytes, unpack
 
 
@@ -140,10 +139,6 @@ class SignWeight(Single):
         """Of such scales (S,) those of outputs (O,) and of inputs (I,), where there are any."""
         outputs_O = scales_S[: self.out_features] if self.scaled_outputs else None
         return outputs_O, scales_S[-self.in_features :] if self.scaled_inputs else None
-
-    def rounded(self, values: Tensor) -> dict[str, Tensor]:
-        """The scales in 16 bits. Raises ValueError if one is not finite or does not fit."""
-        return {self.trained: in_16_bits(values)}
 
 
 def _scale_count(out_features: int, in_features: int, scaled_outputs: bool, scaled_inputs: bool) -> int:

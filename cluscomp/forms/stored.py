@@ -16,6 +16,7 @@ KINDS: dict[str, type["Stored"]] = {}  # forms by their name in config.json; for
 Extent = Annotated[int, Field(ge=1, lt=2**31)]
 Few = Annotated[int, Field(ge=1, le=256)]
 Width = Annotated[int, Field(ge=1, le=8)]
+MOST = 65_504.0  # of a 16-bit float
 
 
 class Stored(nn.Module, ABC):
@@ -110,12 +111,12 @@ class Single(Stored):
 
     trained: ClassVar[str]
 
-    @abstractmethod
     def rounded(self, values: Tensor) -> dict[str, Tensor]:
-        """Trained values as they are stored, with other tensors that follow from them, by name.
+        """Trained values as they are stored, in 16 bits, with other tensors that follow from them, by name.
 
         Raises ValueError if they are not finite or do not fit.
         """
+        return {self.trained: in_16_bits(values)}
 
     def masters(self) -> dict[str, Tensor]:
         """The values to be trained in float32, with other tensors that change with them, by name."""
@@ -224,6 +225,13 @@ class Combined(Stored):
         """Raise ValueError if one of its parts is damaged."""
         for part in self.parts:
             part.check()
+
+
+def in_16_bits(values: Tensor) -> Tensor:
+    """Scales of any shape as 16-bit floats. Raises ValueError if one is not finite or does not fit."""
+    if not bool((values.abs() <= MOST).all()):
+        raise ValueError(f"a scale of size {float(values.abs().max()):.3g} does not fit a 16-bit float")
+    return values.to(torch.float16)
 
 
 def described(form: Stored) -> dict[str, Any]:

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from cluscomp.forms.stored import Extent, Width
-from cluscomp.forms.uniform import PackedWeight, in_16_bits, of_groups, spread
+from cluscomp.forms.stored import Extent, Width, in_16_bits
+from cluscomp.forms.uniform import PackedWeight, of_groups, spread
 from cluscomp.kernels.codes import pack, packed_bytes
 from cluscomp.kernels.levels import best_levels
 

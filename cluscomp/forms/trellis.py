@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from cluscomp.forms.stored import Extent, Single
-from cluscomp.forms.uniform import in_16_bits
+from cluscomp.forms.stored import Extent, Single, in_16_bits
 from cluscomp.kernels.trellis import MOST_STATE_BITS, Code, code_values, pack_paths, path_bytes, path_numbers
 
 MOST_WIDTH = 8
@@ -165,10 +164,6 @@ class TrellisWeight(Single):
         if width == 0:
             return values_N.new_zeros(tiles, length)
         return path_numbers(packed.view(tiles, -1), values_N, width)
-
-    def rounded(self, values: Tensor) -> dict[str, Tensor]:
-        """The scales in 16 bits. Raises ValueError if one is not finite or does not fit."""
-        return {self.trained: in_16_bits(values)}
 
 
 def tile_count(out_features: int, in_features: int, tile_outputs: int, tile_inputs: int) -> int:

@@ -8,10 +8,9 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from cluscomp.forms.stored import Extent, Single, Width
+from cluscomp.forms.stored import Extent, Single, Width, in_16_bits
 from cluscomp.kernels.codes import pack, packed_bytes, unpack
 
-MOST = 65_504.0  # of a 16-bit float
 Zeros = Literal["none", "whole", "float16"]
 
 
@@ -50,10 +49,6 @@ class PackedWeight(Single):
     def unpacked(self) -> Int[Tensor, "O I"]:
         """The numbers as int32 (O, I)."""
         return unpack(self.codes, self.width, self.out_features * self.in_features).view(-1, self.in_features)
-
-    def rounded(self, values: Tensor) -> dict[str, Tensor]:
-        """The values in 16 bits. Raises ValueError if one is not finite or does not fit."""
-        return {self.trained: in_16_bits(values)}
 
     def divides(self, group: int) -> bool:
         """Whether every group is a part of one of `group` neighbouring inputs."""
@@ -185,13 +180,6 @@ class UniformWeight(PackedWeight):
     def lies_on(self, *, width: int, group: int) -> bool:
         """Whether every group of this grid is a part of one of `group` inputs on a grid of the same width."""
         return self.width == width and self.inputs is None and self.divides(group)
-
-
-def in_16_bits(values: Tensor) -> Tensor:
-    """Scales of any shape as 16-bit floats. Raises ValueError if one is not finite or does not fit."""
-    if not bool((values.abs() <= MOST).all()):
-        raise ValueError(f"a scale of size {float(values.abs().max()):.3g} does not fit a 16-bit float")
-    return values.to(torch.float16)
 
 
 def middle(width: int) -> float:

@@ -11,9 +11,8 @@ from cluscomp.forms.codebook import CodebookWeight, sub_vectors
 from cluscomp.forms.low_rank import LowRank
 from cluscomp.forms.masked import Masked, places_of
 from cluscomp.forms.plain import PlainWeight
-from cluscomp.forms.stored import Stored
+from cluscomp.forms.stored import Stored, in_16_bits
 from cluscomp.forms.sum import Sum
-from cluscomp.forms.uniform import in_16_bits
 from cluscomp.solve import low_rank
 from cluscomp.solve.kmeans import Recipe, kmeans
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cluscomp.forms.lattice import DIM, TABLES, LatticeWeight, table
-from cluscomp.forms.uniform import in_16_bits
+from cluscomp.forms.stored import in_16_bits
 from cluscomp.kernels.lloyd import spatial_order
 from cluscomp.solve.along_outputs import Wanted, best_factors, feedback
 from cluscomp.solve.kmeans import nearest

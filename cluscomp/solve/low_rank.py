@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cluscomp.forms.low_rank import LowRank
 from cluscomp.forms.plain import PlainWeight
-from cluscomp.forms.stored import Stored
-from cluscomp.forms.uniform import UniformWeight, grids_for, in_16_bits, rounded_weight
+from cluscomp.forms.stored import Stored, in_16_bits
+from cluscomp.forms.uniform import UniformWeight, grids_for, rounded_weight
 from cluscomp.kernels.counting import error_asked
 
 PLAIN = 16  # bits of a number that is on no grid

@@ -4,13 +4,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cluscomp.forms.stored import in_16_bits
 from cluscomp.forms.uniform import (
     UniformWeight,
     bounds,
     divisor,
     grid_for,
     grids_for,
-    in_16_bits,
     middle,
     nearest,
     of_groups,

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from cluscomp.forms.low_rank import LowRank
 from cluscomp.forms.signs import SignWeight
-from cluscomp.forms.uniform import MOST, divisor
+from cluscomp.forms.stored import MOST
+from cluscomp.forms.uniform import divisor
 from cluscomp.kernels.counting import alike, error_asked, times
 from cluscomp.solve.along_outputs import output_error
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from cluscomp.forms.stored import in_16_bits
 from cluscomp.forms.trellis import TrellisWeight, tile_count
-from cluscomp.forms.uniform import in_16_bits
 from cluscomp.kernels.trellis import Code, best_paths, code_values
 from cluscomp.solve.along_outputs import Wanted, best_factors, feedback
 

@@ -9,7 +9,7 @@ from cluscomp.errors import InputError
 from cluscomp.forms.layers import put_in
 from cluscomp.forms.plain import PlainWeight
 from cluscomp.forms.ranked import Ranked
-from cluscomp.forms.uniform import in_16_bits
+from cluscomp.forms.stored import in_16_bits
 from cluscomp.kernels.counting import Count
 from cluscomp.kernels.work import Work
 from cluscomp.models.original import Original, block_names, blocks, linears

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from cluscomp.forms.linear import compressed
 from cluscomp.forms.plain import PlainWeight
 from cluscomp.forms.ranked import Ranked
-from cluscomp.forms.uniform import in_16_bits
+from cluscomp.forms.stored import in_16_bits
 from cluscomp.solve import low_rank
 from cluscomp.train.masters import Trained
 from cluscomp.train.on_text import train_windows

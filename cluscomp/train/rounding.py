@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cluscomp.forms.signs import SignWeight
-from cluscomp.forms.stored import Stored
-from cluscomp.forms.uniform import UniformWeight, bounds, divisor, in_16_bits, middle, spread
+from cluscomp.forms.stored import Stored, in_16_bits
+from cluscomp.forms.uniform import UniformWeight, bounds, divisor, middle, spread
 
 START = 4.0  # of what a sigmoid makes of it: 0.982 of the range
 EDGE = 0.499  # of a step: how far a dense weight may begin from the number that is stored of it
