@@ -10,6 +10,7 @@ from cluscomp.errors import InputError
 from cluscomp.kernels.work import Work
 from cluscomp.process import cores, ram_for_this_process
 from cluscomp.settings import settings
+from cluscomp.store.files import new_file
 
 GIB = 2**30
 CALIBRATION = "machine.json"  # in the cache: what `cluscomp plan --calibrate` measured on this machine
@@ -71,19 +72,18 @@ def limits(machine: Machine, device: str, cache: Path) -> Limits:
 
 def write_calibration(cache: Path, rates: dict[str, float]) -> Path:
     """Keep measured rates of this machine's cores; returns the file."""
-    path = cache / CALIBRATION
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"cores": cores(), "rates": rates}, indent=1) + "\n")
-    return path
+    with new_file(cache / CALIBRATION) as unfinished:
+        unfinished.write_text(json.dumps({"cores": cores(), "rates": rates}, indent=1) + "\n")
+    return cache / CALIBRATION
 
 
 def _measured(cache: Path, rates: dict[str, float]) -> tuple[dict[str, float], bool]:
     try:
         found = json.loads((cache / CALIBRATION).read_text())
-        known = {name: float(found["rates"][name]) for name in rates}
+        known, here = {name: float(found["rates"][name]) for name in rates}, found["cores"] == cores()
     except (OSError, ValueError, KeyError, TypeError):
         return rates, False
-    return (known, True) if found["cores"] == cores() and all(known.values()) else (rates, False)
+    return (known, True) if here and min(known.values()) > 0 else (rates, False)
 
 
 def _vram() -> float:

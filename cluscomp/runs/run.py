@@ -173,6 +173,7 @@ def _log_into(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for old in [handler for handler in log.handlers if handler.name == LOG]:
         log.removeHandler(old)
+        old.close()
     handler = log_file(folder / LOG)
     handler.set_name(LOG)
     log.addHandler(handler)

@@ -1,6 +1,7 @@
 """The planner against files that were written, and against its own pipeline walked on the meta device."""
 
 import importlib.util
+import json
 import math
 import weakref
 
@@ -168,8 +169,10 @@ def test_a_calibration_counts_for_this_machine_alone(tmp_path):
     assert found.seconds(Work(flops=CORE["flops"], read=4 * CORE["read"])) == pytest.approx(0.5 + 2)
     card = Machine(name="card", ram=64.0, vram=24.0, tflops=100.0, bandwidth=500.0)
     assert limits(card, "cuda", tmp_path).vram == 24 * GIB and not limits(card, "cuda", tmp_path).calibrated
-    path.write_text("{")
-    assert not limits(here, "cpu", tmp_path).calibrated
+    of_no_cores = json.dumps({"rates": rates})
+    for content in ("{", "[]", of_no_cores, path.read_text().replace(str(rates["read"]), "-1.0")):
+        path.write_text(content)
+        assert not limits(here, "cpu", tmp_path).calibrated
 
 
 def test_the_worst_moment_and_durations():
