@@ -24,6 +24,7 @@ Thing = TypeVar("Thing")
 Made = TypeVar("Made")
 LONGEST = timedelta(days=7)  # that ranks wait for one another: that one has ended is seen by other means
 MOMENT = 1.0  # seconds in which the end of one rank is seen by the others
+GREETING = 10.0  # seconds in which who connects has to say which rank it is
 BYE, FAILED = b".", b"!"  # last words of a rank: it is done; it has failed, and said so itself
 _alone = False
 
@@ -147,7 +148,11 @@ class _Watch:
             with server:
                 while len(self._peers) < world() - 1:
                     peer, _ = server.accept()
-                    self._peers[int.from_bytes(peer.recv(4, socket.MSG_WAITALL))] = peer
+                    number = _greeting(peer)
+                    if 0 < number < world() and number not in self._peers:
+                        self._peers[number] = peer
+                    else:
+                        peer.close()  # whoever looks for open ports, say
         for number, peer in self._peers.items():
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             threading.Thread(target=self._look, args=(number, peer), daemon=True).start()
@@ -175,3 +180,14 @@ class _Watch:
             )  # fmt: skip
         self.say(FAILED)
         os._exit(1)
+
+
+def _greeting(peer: socket.socket) -> int:
+    """The rank that who has connected says it is, 0 if it says none in time."""
+    peer.settimeout(GREETING)
+    try:
+        said = peer.recv(4, socket.MSG_WAITALL)
+    except OSError:
+        return 0
+    peer.settimeout(None)
+    return int.from_bytes(said) if len(said) == 4 else 0

@@ -112,6 +112,28 @@ def test_a_killed_rank_is_named_and_another_number_of_ranks_goes_on(forks, groun
         same(record_of(forks, ground, name, start(forks, ground, name, other)), alone)
 
 
+STRANGER = """
+import socket
+from cluscomp import ranks
+
+connect = socket.create_connection
+
+def after_a_stranger(place):
+    connect(place).close()
+    return connect(place)
+
+socket.create_connection = after_a_stranger
+with ranks.joined("cpu"):
+    assert ranks.gathered(ranks.rank()) == [0, 1]
+"""
+
+
+def test_who_else_connects_is_no_rank(forks, ground):
+    """A scan of open ports, say, which says nothing and leaves."""
+    pids = start(forks, ground, "stranger", 2, script=STRANGER, small=[])
+    assert [forks.wait(pid) for pid in pids] == [0, 0]
+
+
 # behind a compressed prefix
 
 BEHIND = [
