@@ -14,8 +14,8 @@ from cluscomp.plan.machine import Machine
 from cluscomp.settings import described, settings
 from cluscomp.store.records import NAME, content_key
 
-PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, not what is done
-# and what is run, though it was before, and which yaml the settings are from: what decides nothing of a run's result
+PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, of texts and tasks, too
+# and of a run alone: what is run, though it was before, and which yaml settings are from; none decides its result
 ASIDE = (*PLACES, "ranks", "shard", "retry", "fresh", "choices", "from_environment")
 
 TAKEN = {  # what a stage takes, in words
@@ -94,7 +94,7 @@ class Experiment:
 
 def settings_of(experiment: Experiment) -> dict[str, Any]:
     """The resolved settings and their classes as plain values, by which cells are told apart: all but `ASIDE`."""
-    return dict(_without_aside(described(experiment)))
+    return _without(ASIDE, described(experiment))
 
 
 def config_of(experiment: Experiment) -> dict[str, Any]:
@@ -125,13 +125,16 @@ def without_places(values: dict[str, Any]) -> dict[str, Any]:
             return [short(part) for part in value]
         return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
-    return dict(short(_without_aside(values)))
+    return dict(short(_without(ASIDE, values)))
 
 
-def _without_aside(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_aside(part) for key, part in value.items() if key not in ASIDE}
-    return value
+def _without(names: tuple[str, ...], values: dict[str, Any]) -> dict[str, Any]:
+    """Values without those of some names, and inside them without `PLACES`: a method may call a setting `ranks`."""
+    return {
+        key: _without(PLACES, part) if isinstance(part, dict) else part
+        for key, part in values.items()
+        if key not in names
+    }
 
 
 def stage_keys(experiment: Experiment, root: dict[str, Any]) -> dict[str, str]:

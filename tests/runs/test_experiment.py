@@ -140,6 +140,21 @@ def test_two_methods_with_equal_settings_share_nothing(ground, tmp_path, monkeyp
     assert second.record.choices["method"] == {"yaml": "rtn", "differs": {"_target_": "zeros.Zeros"}}
 
 
+def test_a_setting_of_a_users_own_may_be_named_as_one_of_runs(ground, tmp_path, monkeypatch):
+    """`ranks` of a run decides nothing of its result, `ranks` of a method does."""
+    named = ZEROS.replace('is zero."""', 'is zero."""\n\n    ranks: int')
+    (tmp_path / "ranked_zeros.py").write_text(named)
+    monkeypatch.syspath_prepend(tmp_path)
+    given = ["model=tiny", "data=text", "method=rtn", "bits=4", f"data.file={ground / 'text.txt'}"]
+    given += ["method._target_=ranked_zeros.Zeros", "trust=ranked_zeros"]
+    one, other, more = (
+        pipelines.composed(*given, f"+method.ranks={ranks}", f"ranks={processes}")
+        for ranks, processes in ((1, 1), (2, 1), (1, 2))
+    )
+    assert settings_of(one) == settings_of(more) != settings_of(other)
+    assert config_of(other)["stages"]["cluster"]["method"]["ranks"] == 2
+
+
 def test_cells_tell_folders_of_one_name_apart_and_records_name_neither(tmp_path):
     given = ["bits=3", "model=hub", "data=text"]
     for name in "ab":
