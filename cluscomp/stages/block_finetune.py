@@ -1,4 +1,4 @@
-"""Stage block_finetune: the codebooks of each block learn to reproduce the original block (paper, section 3.3)."""
+"""Stage block_finetune: the codebooks of each block learn to reproduce the original block (paper, section 3.2)."""
 
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
