@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cluscomp.solve.layer import Layer
     from cluscomp.solve.signs import Factors, Inputs
 
+LEAST_BITS = 0.05
 STEPS = (0.8, 1.0, 1.25)  # of `bits`, at which a menu's errors are measured
 SHORT = 6  # rounds of such a measurement, at most
 
@@ -38,7 +39,7 @@ class LowRankBinary:
     against signs, and signs descend. Outputs do not count by gradients. Training is that of the stages: scales learn.
     """
 
-    bits: float | None = Field(ge=0.05, le=8)
+    bits: float | None = Field(ge=LEAST_BITS, le=8)
     rank: int | None = Field(ge=1)
     allocation: Literal["uniform", "fill"]
     floor: float = Field(ge=0, le=1)
@@ -77,10 +78,10 @@ class LowRankBinary:
             errors = []
             with named([name]):
                 for step in STEPS:
-                    bits = min(step * self.bits, 8.0)
+                    bits = min(max(step * self.bits, LEAST_BITS), 8.0)
                     found = replace(self, bits=bits)._factored(layers[name], inputs, min(self.rounds, SHORT), 0)
                     errors.append((bits, solve.signs.relative_error(weight_OI, inputs.moment_II, found)))
-            yield solve.allocate.rates_menu(name, layers[name], errors, self.bits, self.floor)
+            yield solve.allocate.rates_menu(name, layers[name], errors, self.bits, self.floor, LEAST_BITS)
 
     def _factored(self, layer: "Layer", inputs: "Inputs", rounds: int, descents: int) -> "Factors":
         outputs, columns = layer.weight_OI.shape

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from cluscomp.solve.layer import Layer
     from cluscomp.solve.water_filling import WaterFilling
 
+LEAST_BITS = 0.25
+
 
 @settings
 class WaterSic:
@@ -37,7 +39,7 @@ class WaterSic:
     errors in the place of one c for the model; nothing is corrected for the drift of inputs or weighted by attention.
     """
 
-    bits: float = Field(ge=0.25, le=8)
+    bits: float = Field(ge=LEAST_BITS, le=8)
     allocation: Literal["uniform", "fill"]
     floor: float = Field(ge=0, le=1)
     damping: float = Field(gt=0, le=1)
@@ -67,7 +69,7 @@ class WaterSic:
         for name, opened in self._opened(layers):
             with named([name]):
                 errors = opened.errors(self.bits)
-            yield solve.allocate.rates_menu(name, layers[name], errors, self.bits, self.floor)
+            yield solve.allocate.rates_menu(name, layers[name], errors, self.bits, self.floor, LEAST_BITS)
 
     def _opened(self, layers: "dict[str, Layer]") -> "Iterator[tuple[str, WaterFilling]]":
         """One layer after the other, made ready."""

@@ -149,17 +149,21 @@ def expected_menu(
     return Menu(list(names), weights, options)
 
 
-def rates_menu(name: str, layer: Layer, errors: Sequence[tuple[float, float]], bits: float, floor: float) -> Menu:
+def rates_menu(
+    name: str, layer: Layer, errors: Sequence[tuple[float, float]], bits: float, floor: float, least: float
+) -> Menu:
     """What a layer that may have any number of bits is offered: `bits` first, then up to a bit more or less.
 
     Of a layer with a price, which may be many times another's, up to three more. `errors` are bits a weight with the
     relative error that they leave; between them its logarithm is a straight line, and of a single one nothing but
-    `bits` follows. Nothing below the share `floor` of `bits` is offered.
+    `bits` follows. Nothing below the share `floor` of `bits` is offered,
+    nor below `least`, the lowest setting of the method.
     """
     offered = [bits]
     if len(errors) > 1:
+        lowest = max(floor * bits, least)
         more = 16 if layer.price is None else 48
-        offered += [bits + n / 16 for n in range(-16, more + 1) if n and floor * bits <= bits + n / 16 <= 8]
+        offered += [bits + n / 16 for n in range(-16, more + 1) if n and lowest <= bits + n / 16 <= 8]
     points, weights = sorted(errors), layer.weight_OI.numel()
     options = [Option(int(each * weights), layer.worth * _between(points, each), {"bits": each}) for each in offered]
     return Menu([name], weights, options)

@@ -247,6 +247,12 @@ def test_a_menu_has_the_limit_first_and_nothing_below_the_floor():
         assert all(a.damage > b.damage for a, b in zip(by_bits, by_bits[1:]))
 
 
+def test_a_menu_near_the_least_bits_offers_only_what_can_be_set():
+    wide = {"wide": Layer(torch.randn(1024, 1024), 0, statistic_of(torch.randn(40, 1024)), torch.Generator())}
+    (menu,) = replace(METHOD, bits=0.06, rounds=1).offers(wide)
+    assert min(replace(METHOD, **option.settings).bits for option in menu.options) >= 0.05
+
+
 def test_settings_that_cannot_be_are_refused():
     for wrong in ({"bits": None}, {"rank": 2}):
         with pytest.raises(ValueError, match=r"method\.rank"):

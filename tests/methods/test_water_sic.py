@@ -1,6 +1,7 @@
 """WaterSIC against the theory of entropy-coded uniform quantisers, against one step for all, and at its limits."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -171,6 +172,12 @@ def test_bits_shared_out_leave_less_relative_error_within_the_limit():
     assert 1.97 < spent <= 2
     assert max(map(bits_of, uniform.values())) <= 2 < max(map(bits_of, filled.values()))
     assert errors(filled) < 0.95 * errors(uniform)
+
+
+def test_a_menu_offers_only_what_can_be_set():
+    method = WaterSic(states=1, bits=0.6, **PLAIN | {"floor": 0.0})
+    for menu in method.offers(block()):
+        assert min(replace(method, **option.settings).bits for option in menu.options) < 0.3
 
 
 def test_a_menu_tells_what_its_options_leave():
