@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from cluscomp import solve
-from cluscomp.errors import named
 from cluscomp.methods import Compressed, Method
 
 if TYPE_CHECKING:  # torch is not needed to check settings
@@ -59,5 +58,11 @@ class Turned:
         """The method at what the seed leaves it of the limit. Raises ValueError if that is less than it can."""
         if self.bits is None:
             return self.method
-        with named(names):
-            return replace(self.method, bits=self.bits - seed_bits)  # type: ignore[type-var]
+        left = self.bits - seed_bits
+        try:
+            return replace(self.method, bits=left)  # type: ignore[type-var]
+        except ValueError as error:
+            raise ValueError(
+                f"{names[0]}: bits={self.bits} is out of reach with cluster.rotation={self.side}: its seed leaves "
+                f"{left:.3f}, less than this method takes"
+            ) from error

@@ -84,6 +84,13 @@ def test_what_cannot_be_is_told_before_any_work():
     assert isinstance(compressing("awq", "outputs"), Turned)
 
 
+def test_a_seed_that_leaves_too_little_is_told_in_a_sentence(case):
+    weight_OI, x_TI = case
+    tight = compressing("rtn", "both", "bits=1")
+    with pytest.raises(ValueError, match=r"^w: bits=1\.0 is out of reach .*=both: its seed leaves 0\.9"):
+        made(tight, {"w": weight_OI}, x_TI)
+
+
 def test_a_run_plans_it_and_stores_no_more_than_its_limit(text, tmp_path):
     outcome = pipeline(
         "model=tiny", "bits=3", "method=gptq", "cluster.rotation=both", "data=text", f"data.file={text.file}",
