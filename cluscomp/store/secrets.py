@@ -73,8 +73,9 @@ def printable(text: str) -> str:
 def hide(text: str) -> str:
     """The text without what came from the environment, values of secret variables, and what looks like a token."""
     text = _Read.lines.sub(lambda found: _Read.instead[found[0]], text)
-    for name in filter(_is_secret, os.environ):
-        if len(value := os.environ[name]) >= SHORTEST:
+    secret = {os.environ[name] for name in filter(_is_secret, os.environ)}
+    for value in sorted(secret, key=len, reverse=True):  # of one that begins another no end is left
+        if len(value) >= SHORTEST:
             text = text.replace(value, HIDDEN)
     return SHAPES.sub(HIDDEN, text)
 

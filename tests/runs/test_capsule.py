@@ -101,8 +101,10 @@ def test_a_capsule_holds_what_the_run_was_made_with_and_collect_takes_clean_runs
 def test_what_is_secret_is_told_by_names_by_the_environment_and_by_shape(monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "a-long-value")
     monkeypatch.setenv("SHORT_TOKEN", "abc")
+    monkeypatch.setenv("LONGER_TOKEN", "a-long-value-and-more")
     monkeypatch.setenv("CLUSCOMP_NAME", "an-open-value")
     assert hide("with a-long-value, abc and an-open-value") == f"with {HIDDEN}, abc and an-open-value"
+    assert hide("a-long-value-and-more") == HIDDEN
     assert hide("hf_" + "a" * 30 + " at https://me:word@host/x") == f"{HIDDEN} at https://{HIDDEN}@host/x"
     assert hide("https:/me:word@host/x") == f"https:/{HIDDEN}@host/x" and hide("at 10:30 me@host") == "at 10:30 me@host"
     assert hide_override("+hydra.job.env_set.WANDB_API_KEY=xyz") == f"+hydra.job.env_set.WANDB_API_KEY={HIDDEN}"
