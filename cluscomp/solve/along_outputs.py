@@ -22,6 +22,7 @@ from cluscomp.kernels.feedback import Feedback
 from cluscomp.kernels.work import Work
 
 BATCH = 64  # inputs whose feedback is gathered before it reaches the rest of the weight
+ROSE = 1e6  # times the least residual: it was of rounding errors, and the steps since followed them
 
 Wanted = Callable[[int], Tensor]
 Choose = Callable[[int, Wanted, Tensor], Tensor]
@@ -218,7 +219,9 @@ def conjugate_gradients(
 ) -> Tensor:
     """The minimum of a quadratic form after at most `steps` of conjugate gradients, from `start` on; all of one shape.
 
-    A step that lowers the form by no more than a share `enough` of what all did so far is the last.
+    A step that lowers the form by no more than a share `enough` of what all did so far is the last. Where the matrix is
+    singular, as with codebooks that are added up, steps along rounding errors grow without bounds: when the residual
+    has risen by so much, what was there at its least counts.
 
     `residual` is the form's negative gradient at the start, `times_matrix` its matrix times a direction, and `diagonal`
     (not negative) a part of the matrix' diagonal, the preconditioner; where it is 0 the start stays. `apart`: the
@@ -236,6 +239,7 @@ def conjugate_gradients(
     if start.is_meta and steps:  # one step stands for all
         with times(steps / 2 if enough else steps):
             return x + size / product(direction, times_matrix(direction)) * direction
+    least, best = float(first.sum()), x
     for _ in range(steps):
         if bool((size <= 1e-10 * first).all()):
             break
@@ -249,4 +253,8 @@ def conjugate_gradients(
         scaled = scale * residual
         before, size = size, product(residual, scaled)
         direction = scaled + size / before.clamp(min=tiny) * direction
+        if (total := float(size.sum())) < least:
+            least, best = total, x
+        elif total > ROSE * least:
+            return best
     return x

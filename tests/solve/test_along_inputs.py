@@ -187,6 +187,19 @@ def test_gptvq_cuts_the_output_error_of_kmeans(storage, much):
     assert errors[1] < errors[0] < much * relative_error(weight_OI, plain_kmeans(weight_OI, 4, 256), x_TI)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_codebooks_that_are_solved_for_stay_where_they_are(seed):
+    """Two that are added up: what one has more and the other less changes nothing, and must not grow."""
+    generator = torch.Generator().manual_seed(seed)
+    weight_OI = torch.randn(40, 24, generator=generator)
+    codes_MJO = torch.randint(0, 8, (2, 12, 40), generator=generator, dtype=torch.int32)
+    books_MKD = torch.zeros(2, 8, 2)
+    for _ in range(3):
+        before_MKD = books_MKD
+        books_MKD = along_inputs.least_squares_codebooks(weight_OI, codes_MJO, before_MKD, torch.eye(24), 20)
+    torch.testing.assert_close(books_MKD, before_MKD, rtol=1e-4, atol=1e-5)
+
+
 def test_every_round_of_aqlm_lowers_the_error():
     weight_OI, x_TI = heavy_tailed(128)
     errors = []
