@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cluscomp.forms.lattice import DIM, TABLES, LatticeWeight, table
 from cluscomp.forms.stored import in_16_bits
+from cluscomp.forms.uniform import divisor
 from cluscomp.kernels.lloyd import spatial_order
 from cluscomp.solve.along_outputs import Wanted, best_factors, feedback
 from cluscomp.solve.kmeans import nearest
@@ -36,7 +37,7 @@ def with_feedback(
     """
     outputs, inputs = weight_OI.shape
     size_C = weight_OI.square().mean(1 if scaled_outputs else None).sqrt().view(-1)
-    scales_C = in_16_bits(torch.where(size_C > 0, size_C, 1.0)).float()
+    scales_C = divisor(in_16_bits(size_C).float())
     narrow_codes: list[list[Tensor]] = [[] for _ in TABLES[width - 1]]
     wide_codes: list[list[Tensor]] = [[] for _ in TABLES[width]]
 

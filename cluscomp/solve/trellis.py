@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cluscomp.forms.stored import in_16_bits
 from cluscomp.forms.trellis import TrellisWeight, tile_count
+from cluscomp.forms.uniform import divisor
 from cluscomp.kernels.trellis import Code, best_paths, code_values
 from cluscomp.solve.along_outputs import Wanted, best_factors, feedback
 
@@ -52,7 +53,7 @@ def with_feedback(
     size_S = weight_OI.square().mean(1 if scaled_outputs else None).sqrt().view(-1)
     tiles = tile_count(outputs, inputs, tile_outputs, tile_inputs)
     spread = _spread(width, narrow / tiles) / float(values_N.std())
-    scales_S = in_16_bits(torch.where(size_S > 0, size_S * spread, 1.0)).float()
+    scales_S = divisor(in_16_bits(size_S * spread).float())
     narrow_states, wide_states = [], []
 
     def choose(i: int, wanted: Wanted, factor_ii: Tensor) -> Tensor:

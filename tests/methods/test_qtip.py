@@ -82,9 +82,11 @@ def test_the_result_follows_from_the_seed():
     assert not torch.equal(first.seed, other.seed)
 
 
-def test_a_weight_of_zeros_stays_zero():
-    form = made(SMALL, torch.zeros(32, 32), torch.eye(32))
-    assert not bool(form(torch.float32).any())
+@pytest.mark.parametrize("scales", ["matrix", "output"])
+def test_a_weight_of_zeros_and_one_too_small_for_16_bits_become_zero(scales):
+    for weight_OI in (torch.zeros(32, 32), torch.randn(32, 32) * 1e-9):
+        form = made(replace(SMALL, bits=3.0, scales=scales), weight_OI, torch.eye(32))
+        assert not bool(form(torch.float32).any())
 
 
 @pytest.mark.parametrize("number", [1, 6])

@@ -97,6 +97,13 @@ def test_more_bits_lose_less_and_all_less_than_rounding():
     assert lost[2.0] < 0.3 * relative_error(weight_OI, rounded_OI, x_TI)
 
 
+@pytest.mark.parametrize("scales", ["matrix", "output"])
+def test_a_weight_of_zeros_and_one_too_small_for_16_bits_become_zero(scales):
+    for weight_OI in (torch.zeros(32, 32), torch.randn(32, 32) * 1e-9):
+        form = made(replace(METHOD, bits=3.0, scales=scales), weight_OI, torch.eye(32))
+        assert not bool(form(torch.float32).any())
+
+
 def test_settings_that_cannot_be_are_refused():
     for wrong in ({"bits": None}, {"width": 2}):
         with pytest.raises(ValueError, match=r"method\.width"):
