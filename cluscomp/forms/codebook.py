@@ -264,11 +264,11 @@ class CodebookWeight(Single):
         if not (x_BI.is_cpu or (runs_triton(x_BI) and self.axis == "out")):
             return None
         bits = code_bits(self.codebooks.shape[1])
-        if self.axis == "in" and (bits != 8 or len(x_BI) > 1):
+        if self.axis == "in" and (bits != 8 or len(x_BI) != 1):
             return None
         books, outputs = self.codebooks if self.scales is None else self.centroids(torch.float32), self.out_features
         if self.axis == "out" and len(books) == 1:
-            if x_BI.is_cpu and native is not None and self.scales is None and len(x_BI):
+            if x_BI.is_cpu and native is not None and self.scales is None:
                 self._held = Product(self.codes[0], bits, books[0], outputs)
             return multiply(x_BI, self.codes[0], bits, books[0], outputs, dtype=x_BI.dtype)
         if self.axis == "out":

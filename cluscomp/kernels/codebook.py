@@ -95,7 +95,7 @@ def multiply(
 
         if 0 < B <= codebook_triton.MOST_ROWS:
             return codebook_triton.multiply(x_BI, packed, bits, centroids_KD.detach().to(x_BI.dtype), O).to(dtype)
-    if native is None or packed.is_cuda or B == 0:
+    if native is None or packed.is_cuda:
         return multiply_reference(x_BI, packed, bits, centroids_KD, O).to(dtype)
     return Product(packed, bits, centroids_KD, O)(x_BI, dtype, threads)
 
@@ -120,6 +120,8 @@ class Product:
     def __call__(self, x_BI: torch.Tensor, dtype: torch.dtype, threads: int | None = None) -> torch.Tensor:
         """y_BO in `dtype`."""
         y_BO = torch.empty(x_BI.shape[0], self._O, dtype=dtype)
+        if not len(x_BI):  # an expert that no token was sent to
+            return y_BO
         arrays = self._packed, self._bits, self._table, _array(x_BI.detach().contiguous()), _array(y_BO)
         native.multiply(*arrays, number_of_threads(threads))  # type: ignore[union-attr]
         return y_BO

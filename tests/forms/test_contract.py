@@ -209,6 +209,8 @@ def test_the_dense_weight_comes_in_every_dtype_in_tiles_and_as_a_product(spec_of
     product_BO = form.product(x_BI)
     if product_BO is not None:
         torch.testing.assert_close(product_BO, x_BI @ dense_OI.T, rtol=1e-4, atol=1e-5)
+    none_BO = form.product(x_BI[:0])  # of an expert that no token was sent to
+    assert none_BO is None or none_BO.shape == (0, 24)
 
 
 @torch.no_grad()
