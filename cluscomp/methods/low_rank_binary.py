@@ -76,12 +76,13 @@ class LowRankBinary:
         for name, inputs in with_moments(layers, self.damping, solve.signs.Inputs):
             weight_OI = layers[name].weight_OI.float()
             errors = []
+            least = max(LEAST_BITS, solve.signs.least_bits(*weight_OI.shape))
             with named([name]):
                 for step in STEPS:
-                    bits = min(max(step * self.bits, LEAST_BITS), 8.0)
+                    bits = min(max(step * self.bits, least), 8.0)
                     found = replace(self, bits=bits)._factored(layers[name], inputs, min(self.rounds, SHORT), 0)
                     errors.append((bits, solve.signs.relative_error(weight_OI, inputs.moment_II, found)))
-            yield solve.allocate.rates_menu(name, layers[name], errors, self.bits, self.floor, LEAST_BITS)
+            yield solve.allocate.rates_menu(name, layers[name], errors, self.bits, self.floor, least)
 
     def _factored(self, layer: "Layer", inputs: "Inputs", rounds: int, descents: int) -> "Factors":
         outputs, columns = layer.weight_OI.shape

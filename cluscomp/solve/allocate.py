@@ -157,7 +157,7 @@ def rates_menu(
     Of a layer with a price, which may be many times another's, up to three more. `errors` are bits a weight with the
     relative error that they leave; between them its logarithm is a straight line, and of a single one nothing but
     `bits` follows. Nothing below the share `floor` of `bits` is offered,
-    nor below `least`, the lowest setting of the method.
+    nor below `least`, of which the method can do no less.
     """
     offered = [bits]
     if len(errors) > 1:

@@ -8,6 +8,7 @@ against its real numbers, and the singular vectors that they start from are turn
 descend in turn.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,6 +95,12 @@ def rank_within(bits: float, out_features: int, in_features: int) -> int:
             f"the scales of outputs and inputs {16 * sides}"
         )
     return rank
+
+
+def least_bits(out_features: int, in_features: int) -> float:
+    """Bits a weight (O, I) at which `rank_within` gives 1, and none below."""
+    stored = sum(LowRank.bits(**spec(out_features, in_features, 1)).values())
+    return math.nextafter(stored / (out_features * in_features), math.inf)
 
 
 def spec(out_features: int, in_features: int, rank: int) -> dict[str, dict[str, object]]:

@@ -247,10 +247,16 @@ def test_a_menu_has_the_limit_first_and_nothing_below_the_floor():
         assert all(a.damage > b.damage for a, b in zip(by_bits, by_bits[1:]))
 
 
-def test_a_menu_near_the_least_bits_offers_only_what_can_be_set():
-    wide = {"wide": Layer(torch.randn(1024, 1024), 0, statistic_of(torch.randn(40, 1024)), torch.Generator())}
-    (menu,) = replace(METHOD, bits=0.06, rounds=1).offers(wide)
-    assert min(replace(METHOD, **option.settings).bits for option in menu.options) >= 0.05
+@pytest.mark.parametrize("outputs, inputs, bits", [(1024, 1024, 0.06), (96, 288, 0.25), (33, 65, 0.9)])
+def test_a_menu_near_the_least_bits_offers_only_what_can_be_had(outputs, inputs, bits):
+    layer = Layer(torch.randn(outputs, inputs), 0, statistic_of(torch.randn(40, inputs)), torch.Generator())
+    (menu,) = replace(METHOD, bits=bits, rounds=1).offers({"layer": layer})
+    for option in menu.options:
+        assert planned(replace(METHOD, **option.settings), outputs, inputs).left.in_features >= 1
+    least = signs.least_bits(outputs, inputs)
+    assert signs.rank_within(least, outputs, inputs) == 1
+    with pytest.raises(ValueError, match="out of reach"):
+        signs.rank_within(math.nextafter(least, 0) - 1e-9, outputs, inputs)
 
 
 def test_settings_that_cannot_be_are_refused():
