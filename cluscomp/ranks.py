@@ -72,7 +72,9 @@ def joined(device: str) -> Iterator[None]:
         wait()
         watch.say(BYE)
     except BaseException:
-        time.sleep(MOMENT)  # if it is that another rank ended, this process ends now
+        # If it is that another rank ended, this process ends now; if all of them failed, the first alone says so.
+        time.sleep(MOMENT if rank() == 0 else 2 * MOMENT)
+        watch.leaving = True
         watch.say(FAILED)
         raise
 
@@ -141,6 +143,7 @@ class _Watch:
         server = socket.create_server((host, 0)) if rank() == 0 else None
         port = agreed(lambda: server.getsockname()[1] if server else 0)
         self._peers: dict[int, socket.socket] = {}
+        self.leaving = False  # this process has failed, and is about to say so
         if server is None:
             self._peers[0] = socket.create_connection((host, port))
             self._peers[0].sendall(rank().to_bytes(4))
@@ -170,7 +173,7 @@ class _Watch:
             word = peer.recv(1)
         except OSError:
             word = b""
-        if word == BYE:
+        if word == BYE or self.leaving:
             return
         if not word and rank() in (0, 1):
             print(

@@ -134,6 +134,44 @@ def test_who_else_connects_is_no_rank(forks, ground):
     assert [forks.wait(pid) for pid in pids] == [0, 0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_that_all_stop_say_why_once(forks, ground, world):
+    """Ctrl-C reaches all of them at once, and so does an error that all meet: the first alone says it, always."""
+    name = f"pressed-{world}"
+    pids = start(forks, ground, name, world, "block_finetune.epochs=100000")
+    until(lambda: bool(list((ground / name).glob("block_finetune-*/lock"))))
+    time.sleep(0.5)
+    for pid in pids:
+        os.kill(pid, signal.SIGINT)
+    assert [forks.wait(pid) for pid in pids] == [130] + [1] * (world - 1)
+    told = [(ground / f"{name}-{rank}.log").read_text() for rank in range(world)]
+    assert told[0].splitlines()[-1].startswith("cluscomp: interrupted") and "cluscomp: " not in "".join(told[1:])
+
+
+FAILING = """
+import time
+from cluscomp.ranks import joined, rank, wait
+
+try:
+    with joined("cpu"):
+        if rank() == 1:
+            raise ValueError
+        wait()
+except ValueError:
+    time.sleep(1)  # a tracker may need as long to end
+    print("said by rank 1", flush=True)
+    raise
+"""
+
+
+def test_an_error_of_one_rank_is_said_by_it(forks, ground):
+    pids = start(forks, ground, "one", 2, script=FAILING, small=[])
+    assert [forks.wait(pid) for pid in pids] == [1, 1]
+    told = [(ground / f"one-{rank}.log").read_text() for rank in range(2)]
+    assert told[0] == "" and told[1].startswith("said by rank 1")
+
+
 # behind a compressed prefix
 
 BEHIND = [
