@@ -52,17 +52,17 @@ class Documents:
 
     def _read(self, split: Split) -> Text:
         if self.test is not None:
-            calibration, test = self._drawn(self.calibration), self._drawn(self.test)
+            calibration, test = self._drawn("calibration", self.calibration), self._drawn("test", self.test)
         else:
-            rows = self._drawn(self.calibration)
+            rows = self._drawn("calibration", self.calibration)
             if len(rows) < 2:
                 raise InputError(f"data.id={self.id}: one row of text cannot be split into two texts; give data.test")
             calibration, test = fifth_apart(rows)
         named = f"{self.id}/{self.calibration if split == 'calibration' else self.test or f'{self.calibration} (end)'}"
         return Text(named, test if split == "test" else without_overlap(calibration, test), self.separator)
 
-    def _drawn(self, split: str) -> list[str]:
-        what = f"data.id={self.id}, split '{split}'"
+    def _drawn(self, role: Split, split: str) -> list[str]:
+        what = f"data.id={self.id}, data.{role}={split}"
         key = (self, "drawn", split, version(self._place()))
         return read_once(key, lambda: Text(what, list(self._stream(split, what)), self.separator)).rows
 

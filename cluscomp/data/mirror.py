@@ -63,10 +63,10 @@ def rows_told(what: str) -> Iterator[None]:
         if isinstance(error, OSError) and not isinstance(error, network):
             raise  # of this machine: see `copies_told`
         if isinstance(error, ValueError | KeyError) and not isinstance(error, network):
-            raise InputError(f"{what}: {_first_line(error)}") from error
+            raise InputError(f"{what}: {_first_lines(error, 2)}") from error  # the second says what there is
         raise InputError(
-            f"{what}: cannot be read ({_first_line(error)}). Without network give data_root=FOLDER, a mirror laid out "
-            "like the hub, or data=text data.file=FILE.jsonl, or take data=pydoc"
+            f"{what}: cannot be read ({_first_lines(error, 1)}). Without network give data_root=FOLDER, a mirror laid "
+            "out like the hub, or data=text data.file=FILE.jsonl, or take data=pydoc"
         ) from error
 
 
@@ -100,5 +100,5 @@ def with_text(rows: list[Any], what: str, column: str) -> list[str]:
     return found
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _first_lines(error: Exception, count: int) -> str:
+    return " ".join(str(error).splitlines()[:count]) or type(error).__name__

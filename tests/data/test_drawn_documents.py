@@ -1,6 +1,7 @@
 """Documents drawn from a stream: of a mirror, a folder and a file, by seed; and what is told of bad ones."""
 
 import json
+from pathlib import Path
 
 import pytest
 from pipelines import composed
@@ -61,17 +62,29 @@ def test_a_file_and_a_folder_are_read_like_the_hub(root, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"column": "body"}, r"data.id=org/name, split 'train', row 0: has no column 'body'; its columns are text$"),
-        ({"calibration": "validation"}, r"split 'validation': Bad split: validation. Available splits: .*train.*dev"),
+        ({"column": "body"}, r"=org/name, data.calibration=train, row 0: has no column 'body'; its columns are text$"),
+        ({"calibration": "validation"}, r"data.calibration=validation: Bad split: .* Available splits: .*train.*dev"),
         ({"config": "english"}, "english"),
         ({"id": "org/other"}, "data_root=.*: no folder org/other in it"),
         ({"data_root": None, "id": "rows.csv"}, r"data.id=rows.csv: there is no such file$"),
-        ({"data_root": None}, r"split 'train': cannot be read \(.*\). Without network give data_root=FOLDER"),
+        ({"data_root": None}, r"data.calibration=train: cannot be read \(.*\). Without network give data_root=FOLDER"),
     ],
 )
 def test_what_cannot_be_read_is_told_in_a_sentence(root, changes, words):
     with pytest.raises(InputError, match=words) as caught:
         documents(**{"data_root": root} | changes).text("calibration")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_of_several_configurations_names_them(root):
+    (Path(root) / "two" / "en").mkdir(parents=True)
+    (Path(root) / "two" / "de").mkdir()
+    for name in ("en", "de"):
+        (Path(root) / "two" / name / "train.jsonl").write_text('{"text": "one"}\n')
+    told = "configs: [{config_name: en, data_files: en/*}, {config_name: de, data_files: de/*}]"
+    (Path(root) / "two" / "README.md").write_text(f"---\n{told}\n---\n")
+    with pytest.raises(InputError, match=r"Config name is missing.*'en', 'de'.*") as caught:
+        documents(data_root=root, id="two").text("calibration")
     assert "\n" not in str(caught.value)
 
 
@@ -81,7 +94,7 @@ def test_rows_without_text_and_one_split_for_both_are_refused(tmp_path):
         documents(data_root=root).text("calibration")
     with pytest.raises(InputError, match=r"one row of text cannot be split into two texts; give data.test"):
         documents(data_root=root, calibration="dev").text("test")
-    with pytest.raises(InputError, match=r"split 'numbers', row 0: column 'text' holds int, no text"):
+    with pytest.raises(InputError, match=r"data.calibration=numbers, row 0: column 'text' holds int, no text"):
         documents(data_root=mirror(tmp_path / "other", numbers=[3, 4]), calibration="numbers").text("test")
     with pytest.raises(ValueError, match=r"data\.calibration and data\.test are both 'dev'"):
         documents(calibration="dev", test="dev")
