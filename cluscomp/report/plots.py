@@ -29,6 +29,7 @@ GREY = "#9A9A9A"
 NAMED = 6  # methods with a colour and a name
 WIDTH = 25  # letters in each line of a name at a line's end
 PANEL = 3.6, 2.8  # inches
+ALIKE = 0.02  # of a size: a smaller range is not spread over a whole panel
 BEYOND = 10  # times the median perplexity of a Pareto front, above which nothing is told apart
 STYLE: Any = {
     "font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7, "lines.linewidth": 1.2, "lines.markersize": 5,
@@ -98,6 +99,9 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
                     if (here[metric] > top).any():
                         axes.set_ylim(top=top)
                     _logarithmic(axes.yaxis, axes.get_ylim())
+                low, high = axes.get_xlim()
+                if (lacking := ALIKE * high - (high - low)) > 0:
+                    axes.set_xlim(low - lacking / 2, high + lacking / 2)
                 axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
                 axes.set_xlabel(UNITS[size])
                 axes.set_title(f"{model}, {data}{_domain(here[IN_DOMAIN])}")

@@ -280,6 +280,14 @@ def test_a_perplexity_beyond_all_use_stands_on_the_panels_edge_and_hides_no_othe
     assert not plots.pareto(pareto(runs[:2])).legends
 
 
+def test_sizes_that_hardly_differ_stand_together():
+    """2.91 and 2.92 bits take less than a fifth of a panel, 2 and 3 all of it."""
+    for sizes, widest in (((2.91, 2.92), 0.2), ((2.0, 3.0), 1.0)):
+        runs = [run_of(f"a{bits}", 30.0, bits, method=method) for bits, method in zip(sizes, ("gptq", "rtn"))]
+        low, high = plots.pareto(pareto(runs)).axes[0].get_xlim()
+        assert 0.8 * widest < (sizes[1] - sizes[0]) / (high - low) <= widest
+
+
 def test_the_six_best_methods_have_a_colour_and_a_name_at_the_end_of_their_line():
     """Best over all sizes: one that was run at a single size counts as the median elsewhere."""
     names = ["gptq", "awq", "rtn", "hqq", "aqlm", "squeezellm", "gptvq", "vptq"]
