@@ -81,7 +81,11 @@ def grids(model: nn.Module, format: str) -> dict[str, UniformWeight]:
         whole = isinstance(form, UniformWeight) and form.kind_of_zeros != "float16" and form.width > 1
         if not whole or form.inputs is not None or form.in_features % form.groups:
             raise refused(
-                name, form, format, "numbers of 2 to 8 bits on grids with whole zeros and groups of equal size"
+                name,
+                form,
+                format,
+                "numbers of 2 to 8 bits on grids with whole zeros and groups of equal size, "
+                "as bits=null method.width=4 method.group=64 gives",
             )
         found[name] = form
     return found

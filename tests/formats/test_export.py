@@ -292,7 +292,7 @@ REFUSED = {
     "the other axis for vptq": ("one shape", "vptq", ["q_proj", "along the outputs"]),
     "codebooks for gptq": ("codebooks", "gptq", ["q_proj", "format=gptq", "codebook"]),
     "six bits for gptq": ("6 bits", "gptq", ["q_proj", "2, 3, 4 or 8 bits"]),
-    "unequal groups for gptq": ("groups of 20", "gptq", ["down_proj", "group"]),
+    "unequal groups for gptq": ("groups of 20", "gptq", ["down_proj", "method.group=64"]),
     "codebooks for compressed-tensors": ("codebooks", "compressed-tensors", ["q_proj", "codebook"]),
     "the other axis for aqlm": ("codebooks", "aqlm", ["q_proj", "along the inputs"]),
 }
