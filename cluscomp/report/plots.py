@@ -140,15 +140,18 @@ def _lines(
 def _name_ends(axes: "Axes", ends: dict[str, tuple[float, float]], colours: dict[str, str]) -> None:
     """Names right of the panel, in the order of their lines' ends and as near as they can be.
 
-    A name has three lines at most, two where there are many.
+    A name has three lines at most, two where three do not fit.
     """
     axes.autoscale_view()
     place = axes.transData + axes.transAxes.inverted()
     heights = {name: min(max(float(place.transform(end)[1]), 0.0), 1.0) for name, end in ends.items()}
     names = sorted(heights, key=lambda name: heights[name])
-    most = 3 if len(names) <= NAMED // 2 else 2
-    texts = [textwrap.fill(name, WIDTH, max_lines=most, placeholder=" ...") for name in names]
-    gaps = [0.0, *(0.0425 * (2 + "".join(pair).count("\n")) for pair in itertools.pairwise(texts))]  # to the one below
+    for most in (3, 2):
+        texts = [textwrap.fill(name, WIDTH, max_lines=most, placeholder=" ...") for name in names]
+        breaks = [text.count("\n") for text in texts]
+        gaps = [0.0, *(0.0425 * (2 + sum(pair)) for pair in itertools.pairwise(breaks))]  # to the one below
+        if sum(gaps) <= 1:
+            break
     told: list[float] = []
     thread = {"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
     for name, gap in zip(names, gaps):  # from below, each above the one before

@@ -327,6 +327,14 @@ def test_long_names_are_told_whole_where_there_are_few():
         assert [" ".join(text.get_text().split()) for text in axes.texts] == names
 
 
+def test_six_names_are_told_whole_where_the_panel_has_room():
+    """A second line of one word and dots would be too long: in two lines that name would be cut to its first word."""
+    names = ["ClusComp- (allocation=sensitivity, floor=0)", "GPTQ", "AWQ", "RTN", "HQQ", "ClusComp- (floor=0)"]
+    runs = [run_of(name, 30.0 + number, method="gptq", seed=number) for number, name in enumerate(names)]
+    for axes in plots.pareto(pareto(runs).assign(method=names)).axes:
+        assert {" ".join(text.get_text().split()) for text in axes.texts} == set(names)
+
+
 def test_differences_below_the_spread_of_seeds_are_told():
     runs = [run_of(f"a{seed}", 30.0 + 2 * seed, seed=seed, method="gptq") for seed in (0, 1)]
     runs += [run_of(f"b{seed}", 32.5, seed=seed, method="awq") for seed in (0, 1)]
