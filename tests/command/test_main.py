@@ -427,9 +427,8 @@ def test_a_type_that_this_processor_is_slow_in_is_told(cli, tmp_path, monkeypatc
     monkeypatch.setattr(preparation, "SLOW", 1e9)
     assert told not in cli(*arguments, "dtype=bfloat16").err
     experiment = composed([*TINY, "device=cpu", "dtype=auto"])
-    monkeypatch.setattr(preparation, "FAST", 1e9)
     assert preparation.dtype_of(experiment) == torch.float32
-    monkeypatch.setattr(preparation, "FAST", 1e-9)
+    monkeypatch.setattr(preparation, "SLOW", 1e-9)
     assert preparation.dtype_of(experiment) == torch.bfloat16
 
 
