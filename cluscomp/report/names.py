@@ -72,7 +72,7 @@ def _of_cluster(record: Record) -> dict[str, Any]:
     """What stage cluster's settings make of a method: inputs that it saw, what stands beside it, bits shared out."""
     chosen = record.choices["cluster"]
     allocation = record.config["stages"]["cluster"].get("allocation", {})
-    scope = allocation.get("formula", allocation.get("scope", "block"))
+    scope = allocation.get("formula", "gates" if "levels" in allocation else allocation.get("scope", "block"))
     told = {key: chosen["differs"][key] for key in ("prefix", "drift", "price", "rotation") if key in chosen["differs"]}
     beside = record.choices.get("beside", {"yaml": "none", "differs": {}})
     told |= {"beside": beside["yaml"], **{f"beside.{key}": value for key, value in beside["differs"].items()}}

@@ -239,12 +239,20 @@ def prediction_table(records: list[Record]) -> pd.DataFrame:
 def cost_table(records: list[Record]) -> pd.DataFrame:
     """One row for each run and stage: settings that differ, relative squared error of weights, seconds, peak memory.
 
-    Seconds are those on the clock, and those of all cores together, which tell more where a machine was shared.
+    Of stages that only some runs have, those settings that differ among these. Seconds are those on the clock, and
+    those of all cores together, which tell more where a machine was shared.
     """
+    told = settings_that_differ(records)
+
+    def differs(key: str) -> bool:
+        having = [key.partition(".")[0] in record.config["order"] for record in records]
+        return len({repr(one[key]) for one, has in zip(told, having) if has}) > 1
+
+    columns = [key for key in told[0] if differs(key)] if told else []
     return pd.DataFrame(
         [
             {"run": record.run["name"]}
-            | differing
+            | {key: differing[key] for key in columns}
             | {
                 "stage": stage,
                 "relative error": record.stages.get(stage, {}).get("found", {}).get("relative_error"),
@@ -252,7 +260,7 @@ def cost_table(records: list[Record]) -> pd.DataFrame:
                 "CPU seconds": round(record.run.get("cpu_seconds", {}).get(stage, math.nan), 1),
                 "peak RAM, GiB": round(record.machine["peak_ram"][stage] / 2**30, 2),
             }
-            for record, differing in zip(records, settings_that_differ(records))
+            for record, differing in zip(records, told)
             for stage, seconds in record.run["seconds"].items()
         ]
     )

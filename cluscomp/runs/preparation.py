@@ -33,8 +33,8 @@ def dtype_of(experiment: Experiment) -> torch.dtype:
     """The dtype all models compute in; it is part of all keys and protocols.
 
     "auto" is bfloat16 on a GPU, and on a processor that takes `SLOW` times as long in float32, which is measured: one
-    with units for bfloat16's products (AMX) does. Elsewhere it is float32: AVX512_BF16 is twice as fast in bfloat16, but
-    perplexity moves by 0.1 % and more.
+    with units for bfloat16's products (AMX) does. Elsewhere it is float32: AVX512_BF16 is twice as fast in bfloat16,
+    but perplexity moves by 0.1 % and more.
     """
     if experiment.dtype != "auto":
         return getattr(torch, experiment.dtype)  # type: ignore[no-any-return]
