@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluscomp import __version__
-from cluscomp.store.files import new_file
+from cluscomp.store.files import new_file, written_alone
 from cluscomp.store.records import content_key, to_json
 from cluscomp.store.secrets import hide, hide_all, hide_override
 
@@ -74,9 +74,10 @@ def seal(folder: Path, overrides: list[str], found: dict[str, Any]) -> Path:
         "packages": packages(),
     }
     path = folder / f"capsule-{content_key(contents)}.json"
-    if not path.is_file():
-        with new_file(path) as unfinished:
-            unfinished.write_text(to_json(contents) + "\n")
+    with written_alone(path):
+        if not path.is_file():
+            with new_file(path) as unfinished:
+                unfinished.write_text(to_json(contents) + "\n")
     return path
 
 

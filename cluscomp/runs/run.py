@@ -29,7 +29,7 @@ from cluscomp.runs.experiment import Experiment, config_of, stage_keys, without_
 from cluscomp.runs.preparation import device_of, dtype_of, foreseen
 from cluscomp.runs.runner import Runner, tell_of_other_code
 from cluscomp.runs.trackers import Forgiving, NoTracker, Session, listening
-from cluscomp.store.files import held_alone, writable
+from cluscomp.store.files import held_alone, writable, written_alone
 from cluscomp.store.records import EXTERNAL, SCHEMA, Record, Score, read, write
 from cluscomp.store.secrets import hide_all, log_file
 
@@ -118,7 +118,8 @@ def _run(
         if first:
             for name, place in answers.items():
                 shutil.copy(place, run_folder / f"answers-{name}.jsonl.gz")
-            write(record, path)
+            with written_alone(path):
+                write(record, path)
     if publish is not None:
         write(record, publish / experiment.name / f"{runner.key}.json")
     summary = {f"{row.after}/{row.dataset}/{row.metric}": row.value for row in record.scores} | record.size

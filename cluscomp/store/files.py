@@ -100,6 +100,18 @@ def held_alone(folder: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def written_alone(target: Path) -> Iterator[None]:
+    """`held_alone` in the folder of a file, to write it; what killed processes left half-written of it goes first.
+
+    All who write this file have to do it so: what is unfinished then belongs to nobody.
+    """
+    with held_alone(target.parent, target.name):
+        for unfinished in target.parent.glob(f".{target.name}-*"):
+            unfinished.unlink()
+        yield
+
+
 def held_by_first(folder: Path, what: str) -> AbstractContextManager[None]:
     """`held_alone`, by the first process of a run for all of them: the others do what it says, when it says so."""
     return held_alone(folder, what) if rank() == 0 else nullcontext()

@@ -110,3 +110,24 @@ def test_a_holder_that_was_stopped_and_replaced_is_interrupted_and_leaves_the_ot
     assert first.returncode != 0 and "KeyboardInterrupt" in told and "another process has taken" in told
     assert not (tmp_path / "one worked").exists() and (tmp_path / "lock").exists()
     assert second.wait() == 0 and (tmp_path / "two worked").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cluscomp.store.files import new_file, written_alone
+
+with written_alone(Path(sys.argv[1])), new_file(Path(sys.argv[1])) as unfinished:
+    unfinished.write_text("hal")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_half_written_goes_with_the_next_that_writes_the_file(tmp_path):
+    target, other = tmp_path / "record.json", tmp_path / ".other.json-0"
+    other.touch()
+    assert subprocess.run([sys.executable, "-c", KILLED, str(target)], check=False).returncode == -signal.SIGKILL
+    assert [path.read_text() for path in tmp_path.glob(".record.json-*")] == ["hal"] and not target.exists()
+    with files.written_alone(target), files.new_file(target) as unfinished:
+        unfinished.write_text("whole")
+    assert target.read_text() == "whole" and {*tmp_path.iterdir()} == {target, other}
