@@ -239,20 +239,12 @@ def prediction_table(records: list[Record]) -> pd.DataFrame:
 def cost_table(records: list[Record]) -> pd.DataFrame:
     """One row for each run and stage: settings that differ, relative squared error of weights, seconds, peak memory.
 
-    Of stages that only some runs have, those settings that differ among these. Seconds are those on the clock, and
-    those of all cores together, which tell more where a machine was shared.
+    Seconds are those on the clock, and those of all cores together, which tell more where a machine was shared.
     """
-    told = settings_that_differ(records)
-
-    def differs(key: str) -> bool:
-        having = [key.partition(".")[0] in record.config["order"] for record in records]
-        return len({repr(one[key]) for one, has in zip(told, having) if has}) > 1
-
-    columns = [key for key in told[0] if differs(key)] if told else []
     return pd.DataFrame(
         [
             {"run": record.run["name"]}
-            | {key: differing[key] for key in columns}
+            | differing
             | {
                 "stage": stage,
                 "relative error": record.stages.get(stage, {}).get("found", {}).get("relative_error"),
@@ -260,7 +252,7 @@ def cost_table(records: list[Record]) -> pd.DataFrame:
                 "CPU seconds": round(record.run.get("cpu_seconds", {}).get(stage, math.nan), 1),
                 "peak RAM, GiB": round(record.machine["peak_ram"][stage] / 2**30, 2),
             }
-            for record, differing in zip(records, told)
+            for record, differing in zip(records, settings_that_differ(records))
             for stage, seconds in record.run["seconds"].items()
         ]
     )
@@ -303,12 +295,19 @@ def method_table(records: list[Record], metric: str = "perplexity") -> pd.DataFr
 
 
 def settings_that_differ(records: list[Record]) -> list[dict[str, Any]]:
-    """For each record those settings of its stages that are not the same in all of them, by their dotted name."""
+    """For each record those settings of its stages that are not the same in all of them, by their dotted name.
+
+    Of a stage that only some records have, those that are not the same in these.
+    """
     flat = [
         _flat({stage: record.config["stages"][stage] for stage in record.config["order"]}, "") for record in records
     ]
-    keys = dict.fromkeys(key for values in flat for key in values)
-    differing = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
+
+    def values_of(key: str) -> set[str]:
+        stage = key.partition(".")[0]
+        return {repr(values.get(key)) for record, values in zip(records, flat) if stage in record.config["order"]}
+
+    differing = [key for key in dict.fromkeys(key for values in flat for key in values) if len(values_of(key)) > 1]
     return [{key: values.get(key) for key in differing} for values in flat]
 
 

@@ -263,6 +263,9 @@ def test_only_settings_of_stages_that_were_run_and_differ_are_shown():
         {"cluster.method.init": "random_points", "cluster.method.weighting": "none"},
     ]
     assert settings_that_differ(records[:1]) == [{}]
+    other = record()
+    other.config.update(order=["tune"], stages={"tune": {"lr": 1}})  # nothing of cluster differs where it was run
+    assert settings_that_differ([records[0], other]) == [{}, {}]
 
 
 def method_record(name: str, method: str, bits: float | None, value: float, stored: float) -> Record:
