@@ -46,8 +46,8 @@ def run(stage: BlockFinetune, model: PreTrainedModel, job: Job) -> dict[str, Any
         teacher.embed(ids_WT[rows])  # its blocks' arguments
         student[rows] = walk.embed(ids_WT[rows])
     for own, share in map(own_part, batches(stage)):
-        if share:
-            walk.embed(ids_WT[own])  # the arguments for so many windows
+        if 0 < share < 1:
+            walk.embed(ids_WT[own])  # the arguments for a part of a batch
     work = Blockwise("block_finetune", job.folder, model, opened=job.opened)
     done, student, original = _resumed(work, streams) or ([], student, original)
     work.only_first(len(done))
