@@ -4,10 +4,11 @@
 
 Models with random numbers, of SmolLM2-135M's shapes and of two blocks of Llama-3.2-1B's: every linear of their blocks
 has a codebook of its own and random codes (the worst case for caches), and the dense twin has the same weights;
-embeddings and head are dense in both. Batches of 1 and 8 sequences, a prompt of 8 tokens each. Medians of paired
-rounds, in turn. Speed is that of all tokens after the first: a call for all less one for a single token, so that the
-prompt does not count. Beside them llama.cpp, where the package xllamacpp is installed: GGUF files of SmolLM2-135M of
-any type (`llama-quantize` makes Q4_0 and Q2_K), by default the demo's original, which is Q4_1.
+embeddings and head are dense in both, with numbers that 16 bits hold, as a checkpoint's are. Batches of 1 and 8
+sequences, a prompt of 8 tokens each. Medians of paired rounds, in turn. Speed is that of all tokens after the first:
+a call for all less one for a single token, so that the prompt does not count. Beside them llama.cpp, where the
+package xllamacpp is installed: GGUF files of SmolLM2-135M of any type (`llama-quantize` makes Q4_0 and Q2_K), by
+default the demo's original, which is Q4_1.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from llama import Llama, files
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cluscomp.forms.codebook import CodebookWeight
+from cluscomp.forms.head import put_head_in
 from cluscomp.forms.layers import put_in, take_out
 from cluscomp.forms.linear import compressed
 
@@ -58,9 +60,12 @@ def twins(size: str, D: int, K: int) -> tuple[LlamaForCausalLM, LlamaForCausalLM
             name,
             CodebookWeight.from_codes(codes_MN, books_MKD, out_features=O, in_features=I, axis="out"),
         )
+    embeddings = model.get_input_embeddings().weight
+    embeddings.data = embeddings.data.bfloat16().float()  # as a checkpoint holds them
     dense = deepcopy(model)
     for name in compressed(dense):
         take_out(dense, name, torch.float32)
+    put_head_in(model)  # as `load` does
     return model.eval(), dense.eval()
 
 

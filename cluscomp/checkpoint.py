@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from cluscomp.errors import InputError
 from cluscomp.forms import adapters
 from cluscomp.forms.apart import take_apart
+from cluscomp.forms.head import put_head_in
 from cluscomp.forms.layers import check_values, empty_layers, reshape, specs, take_out
 from cluscomp.forms.linear import BASE, MARK, compressed, parts_of_stored, storage_dtype, unique_tensors
 from cluscomp.forms.multimodal import copy_processor, opener
@@ -96,6 +97,7 @@ class CompressedQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
         take_apart(model)
+        put_head_in(model)
         reshape(model, shapes_of(model.config))
         shared = empty_layers(model, self.quantization_config.weights, torch.get_default_dtype())
         model.all_tied_weights_keys |= shared  # transformers reads them once and ties them
@@ -191,7 +193,7 @@ def save(
     """Write model and tokenizer as a Hugging Face folder with hashes; the folder appears whole or not at all.
 
     Tensors that are not compressed are stored in the narrowest 16-bit type that holds them exactly: loaded in the dtype
-    that the model computes in, it gives the same logits, bit by bit.
+    that the model computes in, it gives the same logits, bit by bit (up to 16 tokens: to rounding; see `forms.head`).
 
     Args:
         model: with compressed layers.

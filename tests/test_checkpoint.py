@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
+from cluscomp.forms.head import Head
 from cluscomp.forms.layers import size_of
 from cluscomp.forms.linear import CompressedLinear, compressed
 from cluscomp.methods.cluscomp import ClusComp
@@ -134,6 +135,21 @@ def test_generation_is_greedy_search_by_hand(tiny_saved, ids):
         sequence = torch.cat([sequence, logits(model, sequence)[:, -1].argmax(1, keepdim=True)], 1)
     made = loaded.generate(ids[:1], max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=None)
     assert torch.equal(made, sequence)
+
+
+def test_a_loaded_checkpoint_has_a_head_that_reads_16_bits_tied_or_not(saved, ids):
+    _, folder, _ = saved
+    loaded = checkpoint.load(folder, torch.float32)
+    layer = loaded.get_output_embeddings()
+    assert type(layer) is Head
+    embeddings = loaded.get_input_embeddings().weight
+    assert (layer.weight is embeddings) == bool(loaded.config.get_text_config().tie_word_embeddings)
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.bfloat16())
+        few = loaded(input_ids=ids[:1, :4]).logits
+        assert layer._halves is not None
+        layer.__class__ = torch.nn.Linear
+        torch.testing.assert_close(few, loaded(input_ids=ids[:1, :4]).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_and_masks(saved, ids):

@@ -251,16 +251,22 @@ class CodebookWeight(Single):
             return rows.T
         return rows.view(lines, self.out_features, -1).transpose(0, 1).flatten(1)[:, : self.in_features]
 
-    def product(self, x_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B O"] | None:
-        """x W^T of a few tokens without building W: (B, I) -> (B, O); None where rebuilding W is the faster way.
+    def product(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"] | None:
+        """x W^T of a few tokens without building W: (..., I) -> (..., O); None where rebuilding W is the faster way.
 
         On the CPU centroids and sums are exact or float32 whatever dtype x has, and y is rounded to it.
         """
-        if x_BI.dtype not in FLOATS or x_BI.shape[0] > FEW_TOKENS:
+        if x.dtype not in FLOATS or x.numel() > FEW_TOKENS * self.in_features:
             return None
-        if self._held is not None and x_BI.is_cpu and self._held.shares(self.codes, self.codebooks):
-            return self._held(x_BI, x_BI.dtype)
+        # their dictionaries: torch's look-up of an attribute takes longer than the product of a small layer
+        codes, codebooks = self._buffers.get("codes"), self._parameters.get("codebooks")
+        if self._held is not None and x.is_cpu and self._held.shares(codes, codebooks):
+            return self._held(x, x.dtype)
         self._held = None
+        product_BO = self._product_of_rows(x.reshape(-1, self.in_features))
+        return None if product_BO is None else product_BO.view(*x.shape[:-1], self.out_features)
+
+    def _product_of_rows(self, x_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B O"] | None:
         if not (x_BI.is_cpu or (runs_triton(x_BI) and self.axis == "out")):
             return None
         bits = code_bits(self.codebooks.shape[1])

@@ -41,7 +41,7 @@ class LowRank(Combined):
         dense_OI: Tensor = self.left(torch.float32) @ self.right(torch.float32)
         return dense_OI.to(dtype)
 
-    def product(self, x_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B O"]:
-        """x W^T by way of the R numbers between the factors: (B, I) -> (B, O)."""
-        product_BO: Tensor = x_BI @ self.right(x_BI.dtype).T @ self.left(x_BI.dtype).T
-        return product_BO
+    def product(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
+        """x W^T by way of the R numbers between the factors: (..., I) -> (..., O)."""
+        product: Tensor = x @ self.right(x.dtype).T @ self.left(x.dtype).T
+        return product

@@ -60,15 +60,15 @@ class Rotated(Combined):
             dense_OI = turned_back(dense_OI.T, signs_of_outputs(self.seed, self.out_features)).T
         return dense_OI.to(dtype)  # type: ignore[no-any-return]
 
-    def product(self, x_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B O"] | None:
-        """x W^T by turning x and what `inner` makes of it, (B, I) -> (B, O); None where `inner` gives none."""
-        x_BF = x_BI.float()
+    def product(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"] | None:
+        """x W^T by turning x and what `inner` makes of it, (..., I) -> (..., O); None where `inner` gives none."""
+        x_BI = x.reshape(-1, self.in_features).float()
         product_BO = self.inner.product(
-            turned(x_BF, signs_of_inputs(self.seed, self.in_features)) if self.inputs else x_BF
+            turned(x_BI, signs_of_inputs(self.seed, self.in_features)) if self.inputs else x_BI
         )
         if product_BO is not None and self.outputs:
             product_BO = turned_back(product_BO, signs_of_outputs(self.seed, self.out_features))
-        return None if product_BO is None else product_BO.to(x_BI.dtype)
+        return None if product_BO is None else product_BO.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
 def rotated(

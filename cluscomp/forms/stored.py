@@ -68,8 +68,8 @@ class Stored(nn.Module, ABC):
         """Ranges of inputs, together all, to be rebuilt one after the other; a single one where that is as well."""
         return [slice(0, self.in_features)]
 
-    def product(self, x_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B O"] | None:  # noqa: ARG002
-        """x W^T for a few tokens without the dense weight, (B, I) -> (B, O), or None where there is no faster way."""
+    def product(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"] | None:  # noqa: ARG002
+        """x W^T for a few tokens without the dense weight, (..., I) -> (..., O), or None where no way is faster."""
         return None
 
     def ledger(self) -> dict[str, int]:

@@ -43,12 +43,12 @@ class Sum(Combined):
         first, *others = (part(torch.float32) for part in self.parts)
         return sum(others, start=first).to(dtype)  # type: ignore[no-any-return]
 
-    def product(self, x_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B O"] | None:
-        """x W^T as the sum of what the parts give, (B, I) -> (B, O); None where one of them gives none."""
+    def product(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"] | None:
+        """x W^T as the sum of what the parts give, (..., I) -> (..., O); None where one of them gives none."""
         products = []
         for part in self.parts:
-            product_BO = part.product(x_BI)
-            if product_BO is None:
+            product = part.product(x)
+            if product is None:
                 return None
-            products.append(product_BO)
+            products.append(product)
         return torch.stack(products).sum(0)

@@ -113,18 +113,20 @@ class Product:
         self._packed, self._bits, self._table, self._O = tensors[0].numpy(), bits, tensors[1].numpy(), O
         self._places = tensors[0].data_ptr(), tensors[1].data_ptr()
 
-    def shares(self, packed: torch.Tensor, centroids: torch.Tensor) -> bool:
+    def shares(self, packed: torch.Tensor | None, centroids: torch.Tensor | None) -> bool:
         """Whether these tensors lie where its own do, whose memory it holds, so that nothing else can lie there."""
+        if packed is None or centroids is None:
+            return False
         return (packed.data_ptr(), centroids.data_ptr()) == self._places
 
-    def __call__(self, x_BI: torch.Tensor, dtype: torch.dtype, threads: int | None = None) -> torch.Tensor:
-        """y_BO in `dtype`."""
-        y_BO = torch.empty(x_BI.shape[0], self._O, dtype=dtype)
-        if not len(x_BI):  # an expert that no token was sent to
-            return y_BO
-        arrays = self._packed, self._bits, self._table, _array(x_BI.detach().contiguous()), _array(y_BO)
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype, threads: int | None = None) -> torch.Tensor:
+        """y = x @ weight_IO in `dtype`: (..., I) -> (..., O)."""
+        y = torch.empty(*x.shape[:-1], self._O, dtype=dtype)
+        if not y.numel():  # an expert that no token was sent to
+            return y
+        arrays = self._packed, self._bits, self._table, as_array(x.detach().contiguous()), as_array(y)
         native.multiply(*arrays, number_of_threads(threads))  # type: ignore[union-attr]
-        return y_BO
+        return y
 
 
 def multiply_by_tables(
@@ -183,7 +185,7 @@ def _decoded(packed: torch.Tensor, bits: int, centroids_KD: torch.Tensor, I: int
     return decode_reference(packed, bits, centroids_KD, I, O)
 
 
-def _array(values: torch.Tensor) -> Any:
+def as_array(values: torch.Tensor) -> Any:
     """The tensor as numpy's array, which shares its memory; bfloat16, which numpy lacks, as whole numbers."""
     return (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from cluscomp import checkpoint
 from cluscomp.forms import adapters
 from cluscomp.forms.apart import take_apart
+from cluscomp.forms.head import put_head_in
 from cluscomp.forms.layers import empty_layers, place, reshape
 from cluscomp.forms.linear import BASE, MARK, compressed, parts_of_stored
 from cluscomp.forms.multimodal import opener
@@ -37,6 +38,7 @@ class Opened(Original):
         with made_of(self.config), init_empty_weights(include_buffers=False):
             model: PreTrainedModel = opener(self.config).from_config(self.config, dtype=self.dtype)
         take_apart(model)
+        put_head_in(model)
         reshape(model, checkpoint.shapes_of(self.config))
         self._shared = empty_layers(model, said["weights"], self.dtype)
         self._adapted: dict[str, Tensor] = {}

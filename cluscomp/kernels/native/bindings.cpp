@@ -29,7 +29,8 @@ static void require(bool good, const char* what) {
   if (!good) throw std::invalid_argument(what);
 }
 
-static Kind kind_of(const Rows& a) {
+template <typename T>
+static Kind kind_of(const T& a) {
   const auto t = a.dtype();
   if (t == nb::dtype<float>()) return Kind::float32;
   if (t.bits == 16 && t.lanes == 1 && t.code == uint8_t(nb::dlpack::dtype_code::Float)) return Kind::float16;
@@ -277,17 +278,20 @@ static void py_decode(Packed packed, int bits, FloatRows centroids, Out2<float> 
 }
 
 using HalfRows = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using AnyRows = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Tokens = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;  // (..., I)
+using Products = nb::ndarray<nb::c_contig, nb::device::cpu>;         // (..., O)
 
 // Of numpy's arrays, which have no bfloat16: whole numbers of 16 bits are its bits.
 template <typename T>
 static Kind kind_or_bits(const T& a) {
-  return a.dtype() == nb::dtype<uint16_t>() ? Kind::bfloat16 : kind_of(Rows(a));
+  return a.dtype() == nb::dtype<uint16_t>() ? Kind::bfloat16 : kind_of(a);
 }
 
-static void py_multiply(Packed packed, int bits, Rows centroids, Rows x_BI, AnyRows y_BO, int threads, const std::string& isa) {
-  const int64_t K = centroids.shape(0), D = centroids.shape(1), B = x_BI.shape(0), I = x_BI.shape(1), O = y_BO.shape(1);
-  require(B >= 1 && B < (1 << 24) && int64_t(y_BO.shape(0)) == B, "sizes differ");
+static void py_multiply(Packed packed, int bits, Rows centroids, Tokens x_BI, Products y_BO, int threads, const std::string& isa) {
+  require(x_BI.ndim() >= 1 && y_BO.ndim() >= 1 && x_BI.size() >= 1, "no numbers");
+  const int64_t K = centroids.shape(0), D = centroids.shape(1), I = x_BI.shape(x_BI.ndim() - 1), O = y_BO.shape(y_BO.ndim() - 1);
+  const int64_t B = x_BI.size() / I;
+  require(B < (1 << 24) && int64_t(y_BO.size()) == B * O, "sizes differ");
   const Codes codes = layer_codes(packed, bits, K, D, I, O);
   const CodebookTiles& tile = codebook_tiles_of(isa);
   const Kind stored = kind_of(centroids), of_x = kind_or_bits(x_BI), of_y = kind_or_bits(y_BO);
@@ -302,6 +306,24 @@ static void py_multiply(Packed packed, int bits, Rows centroids, Rows x_BI, AnyR
     float* to = y.empty() ? static_cast<float*>(y_BO.data()) : y.data();
     multiply(codes, table, halves, int(D), B, I, O, from, to, tile, workers);
     if (!y.empty()) tile.narrow(of_y == Kind::bfloat16, y.data(), B * O, static_cast<uint16_t*>(y_BO.data()));
+  });
+}
+
+// Arguments of numpy, as `py_multiply`'s.
+static void py_multiply_halves(Rows weight_OI, FloatRows x_BI, Out2<float> y_BO, int threads, const std::string& isa) {
+  const int64_t O = weight_OI.shape(0), I = weight_OI.shape(1), B = x_BI.shape(0);
+  require(int64_t(x_BI.shape(1)) == I && int64_t(y_BO.shape(0)) == B && int64_t(y_BO.shape(1)) == O, "sizes differ");
+  const Kind kind = kind_or_bits(weight_OI);
+  require(kind != Kind::float32, "the weight must have numbers of 16 bits");
+  const uint16_t* weight = static_cast<const uint16_t*>(weight_OI.data());
+  const CodebookTiles& tile = codebook_tiles_of(isa);
+  const Workers workers = interruptible(threads);
+  constexpr int64_t SOME = 512;  // outputs of a task
+  without_gil([&] {
+    workers.run((O + SOME - 1) / SOME, [&](int64_t task, int) {
+      const int64_t o = task * SOME;
+      tile.multiply_halves(kind == Kind::bfloat16, weight + o * I, std::min(SOME, O - o), I, x_BI.data(), B, y_BO.data() + o, O);
+    });
   });
 }
 
@@ -410,6 +432,7 @@ NB_MODULE(_native, m) {
   m.def("takes_halves", [](int64_t D) { return takes_halves(D, codebook_tiles()); });
   m.def("multiply", py_multiply, nb::arg("packed"), nb::arg("bits"), nb::arg("centroids"), nb::arg("x"), nb::arg("y"), nb::arg("threads"),
         nb::arg("isa") = "");
+  m.def("multiply_halves", py_multiply_halves, nb::arg("weight"), nb::arg("x"), nb::arg("y"), nb::arg("threads"), nb::arg("isa") = "");
   m.def("multiply_by_tables", py_multiply_by_tables, nb::arg("packed"), nb::arg("centroids"), nb::arg("x"), nb::arg("y"),
         nb::arg("threads"), nb::arg("isa") = "");
   m.def("round_rows", py_round_rows, nb::arg("wanted"), nb::arg("factor"), nb::arg("steps"), nb::arg("numbers"),

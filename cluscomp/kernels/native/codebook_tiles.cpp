@@ -211,6 +211,74 @@ void narrow(bool brain, const float* from, int64_t n, uint16_t* to) {
   for (; i < n; i++) to[i] = narrowed(from[i]);
 }
 
+// W numbers of 16 bits as floats.
+template <bool BRAIN>
+INLINE vf widened_register(const uint16_t* from) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return BRAIN ? (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16) : (vf)_mm512_cvtph_ps(bits);
+#elif defined(__AVX2__)
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return BRAIN ? (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16) : (vf)_mm256_cvtph_ps(bits);
+#else
+  vf r;
+  for (int i = 0; i < W; i++) r[i] = BRAIN ? of_bits(uint32_t(from[i]) << 16) : widened(from[i]);
+  return r;
+#endif
+}
+
+// Rows b ... b + B - 1 of x and o ... o + O - 1 of the weight: a sum of sixteen lanes each, then of what is left.
+template <bool BRAIN, int B, int O>
+INLINE void multiply_some(const uint16_t* weight, int64_t I, const float* x, float* y, int64_t y_stride) {
+  F sums[B][O];
+  for (int b = 0; b < B; b++)
+    for (int o = 0; o < O; o++) sums[b][o] = all(0);
+  int64_t i = 0;
+  for (; i + 16 <= I; i += 16)
+    for (int o = 0; o < O; o++)
+      for (int p = 0; p < P; p++) {
+        const vf w = widened_register<BRAIN>(weight + o * I + i + p * W);
+        for (int b = 0; b < B; b++) {
+          vf some;
+          memcpy(&some, x + b * I + i + p * W, sizeof some);
+          sums[b][o].p[p] = fma(some, w, sums[b][o].p[p]);
+        }
+      }
+  for (int b = 0; b < B; b++)
+    for (int o = 0; o < O; o++) {
+      float lanes[16];
+      store(lanes, sums[b][o]);
+      for (int half = 8; half; half /= 2)
+        for (int l = 0; l < half; l++) lanes[l] += lanes[l + half];
+      for (int64_t j = i; j < I; j++) {
+        const uint16_t w = weight[o * I + j];
+        lanes[0] = fma(x[b * I + j], BRAIN ? of_bits(uint32_t(w) << 16) : widened(w), lanes[0]);
+      }
+      y[b * y_stride + o] = lanes[0];
+    }
+}
+
+// Eight sums at a time keep the multipliers busy.
+template <bool BRAIN, int B>
+INLINE void multiply_rows(const uint16_t* weight, int64_t O, int64_t I, const float* x, float* y, int64_t y_stride) {
+  int64_t o = 0;
+  for (; o + 8 / B <= O; o += 8 / B) multiply_some<BRAIN, B, 8 / B>(weight + o * I, I, x, y + o, y_stride);
+  for (; o < O; o++) multiply_some<BRAIN, B, 1>(weight + o * I, I, x, y + o, y_stride);
+}
+
+template <bool BRAIN>
+INLINE void multiply_all(const uint16_t* weight, int64_t O, int64_t I, const float* x, int64_t B, float* y, int64_t y_stride) {
+  int64_t b = 0;
+  for (; b + 8 <= B; b += 8) multiply_rows<BRAIN, 8>(weight, O, I, x + b * I, y + b * y_stride, y_stride);
+  for (; b + 4 <= B; b += 4) multiply_rows<BRAIN, 4>(weight, O, I, x + b * I, y + b * y_stride, y_stride);
+  for (; b + 2 <= B; b += 2) multiply_rows<BRAIN, 2>(weight, O, I, x + b * I, y + b * y_stride, y_stride);
+  for (; b < B; b++) multiply_rows<BRAIN, 1>(weight, O, I, x + b * I, y + b * y_stride, y_stride);
+}
+
+void multiply_halves(bool brain, const uint16_t* weight_OI, int64_t O, int64_t I, const float* x_BI, int64_t B, float* y, int64_t y_stride) {
+  (brain ? multiply_all<true> : multiply_all<false>)(weight_OI, O, I, x_BI, B, y, y_stride);
+}
+
 // ---- products straight from codes ----
 
 // B rows of x meet INPUTS inputs: the sums of a register's entries stay in registers meanwhile.
@@ -410,6 +478,6 @@ void look_up(const uint8_t* code, int64_t stride, int64_t n, int64_t G, const ui
 
 extern const CodebookTiles codebook_table;
 const CodebookTiles codebook_table = {NAME(CLUSCOMP_ISA), read,   expand,   add_rows, add_fours, add_four_halves, add_eights, add_eight_halves,
-                                      widen, narrow, scatter, tabulate, look_up};
+                                      widen, narrow, multiply_halves, scatter, tabulate, look_up};
 
 }  // namespace CLUSCOMP_ISA

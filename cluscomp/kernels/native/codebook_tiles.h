@@ -34,6 +34,9 @@ struct CodebookTiles {
   // n numbers of 16 bits (bfloat16 or float16) as floats, and floats rounded to the nearest such numbers.
   void (*widen)(bool brain, const uint16_t* from, int64_t n, float* to);
   void (*narrow)(bool brain, const float* from, int64_t n, uint16_t* to);
+  // y[b * y_stride + o] = the product of row b of x (B rows) and row o of the weight (O rows), of I numbers each; every
+  // sum has the same order whatever B and O are.
+  void (*multiply_halves)(bool brain, const uint16_t* weight_OI, int64_t O, int64_t I, const float* x_BI, int64_t B, float* y, int64_t y_stride);
   // sum[code[g] * D + d] += x[g * D + d] for n codes.
   void (*scatter)(const uint16_t* code, int64_t n, const float* x, int D, float* sum);
   // The products of each of G rows of x_GD with 256 centroids (by_axis: D rows of 256), as `look_up` wants them: 1024
