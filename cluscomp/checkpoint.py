@@ -193,7 +193,7 @@ def save(
     """Write model and tokenizer as a Hugging Face folder with hashes; the folder appears whole or not at all.
 
     Tensors that are not compressed are stored in the narrowest 16-bit type that holds them exactly: loaded in the dtype
-    that the model computes in, it gives the same logits, bit by bit (up to 16 tokens: to rounding; see `forms.head`).
+    that the model computes in, it gives the same logits, bit by bit (up to 8 tokens: to rounding; see `forms.head`).
 
     Args:
         model: with compressed layers.

@@ -7,7 +7,7 @@ from torch import Tensor
 from cluscomp.kernels.codebook import as_array
 from cluscomp.kernels.loading import native, number_of_threads
 
-MOST_ROWS = 16  # of x; torch's own product by many is faster
+MOST_ROWS = 8  # of x: as many as codebooks take; the logits of more tokens are those of a dense model to the bit
 
 
 def multiply(x_BI: Float[Tensor, "B I"], weight_OI: Float[Tensor, "O I"], *, threads: int | None = None) -> Tensor:
