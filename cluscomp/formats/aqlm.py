@@ -3,6 +3,7 @@
 Of each layer `codes` (O, I / D, M), as signed numbers; `codebooks` (M, K, 1, D); `scales` (O, 1, 1, 1), here 1.
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -55,3 +56,13 @@ def _layer(form: CodebookWeight, bits: int) -> dict[str, Tensor]:
         "codebooks": F.pad(centroids_MKD, (0, 0, 0, 2**bits - centroids_MKD.shape[1]))[:, :, None],
         "scales": torch.ones(form.out_features, 1, 1, 1, dtype=torch.float16),
     }
+
+
+def read_back(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Each layer's weight (O, I) as the package aqlm rebuilds it. Raises ImportError where that is not installed."""
+    from aqlm.utils import _dequantize_weight, unpack_int_data
+
+    bits = folders.quantization_of(folder)["nbits_per_codebook"]
+    for name, parts in folders.read(folder, names):
+        codes_OGM = unpack_int_data(parts["codes"], bits)
+        yield name, _dequantize_weight(codes_OGM, parts["codebooks"].float(), parts["scales"].float()).half()

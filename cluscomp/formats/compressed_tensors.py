@@ -5,6 +5,7 @@ and with zeros `weight_zero_point` (words, G), packed along the outputs. Layers 
 are loaded by transformers 5.23 with compressed-tensors 0.20 only under CompressedTensorsConfig(dequantize=True).
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,17 @@ def _layer(form: UniformWeight) -> dict[str, Tensor]:
         zeros_GO = form.offsets().to(torch.int32).T
         tensors["weight_zero_point"] = folders.words(zeros_GO, form.width).T
     return tensors
+
+
+def read_back(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Each layer's weight (O, I) as the package compressed-tensors rebuilds it.
+
+    Raises ImportError where that is not installed.
+    """
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    groups = folders.quantization_of(folder)["config_groups"].values()
+    schemes = {name: QuantizationScheme(**group) for group in groups for name in group["targets"]}
+    for name, parts in folders.read(folder, names):
+        yield name, PackedQuantizationCompressor.decompress(parts, schemes[name])["weight"]

@@ -1,10 +1,13 @@
 """An ordinary dense model, as transformers writes it."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cluscomp.formats import folder as folders
 from cluscomp.forms.layers import size_of
 
 
@@ -16,3 +19,9 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     tokenizer.save_pretrained(folder)
     lost = [f"size: {bits:.2f} bits per weight of the linear layers become {8 * dtype.itemsize}"]
     return lost if dtype == torch.float32 else [*lost, f"exactness: weights are rounded to {str(dtype)[6:]}"]
+
+
+def read_back(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Each layer's weight (O, I) in the files."""
+    for name, parts in folders.read(folder, names):
+        yield name, parts["weight"]

@@ -1,10 +1,12 @@
 """A checkpoint in another library's format."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cluscomp import checkpoint
@@ -13,9 +15,13 @@ from cluscomp.formats import aqlm, compressed_tensors, dense, gguf, gptq, vptq
 from cluscomp.forms import adapters
 from cluscomp.forms.linear import compressed
 from cluscomp.forms.multimodal import copy_processor
+from cluscomp.forms.stored import Stored
 from cluscomp.store.files import new_folder
 
+log = logging.getLogger(__name__)
 Write = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], list[str]]
+ReadBack = Callable[[Path, Iterable[str]], Iterator[tuple[str, Tensor]]]
+ROUNDING = 2e-3  # of a weight's largest number: some packages multiply in float16
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -23,28 +29,32 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class Format:
     """`write` puts a model into a folder and returns, in sentences, what is lost.
 
-    It raises InputError for a layer that the format cannot hold. `dtypes` are those that numbers outside of the
+    It raises InputError for a layer that the format cannot hold. `read_back` gives the weights (O, I) of layers by
+    name, as the code of `package` rebuilds them from the folder. `dtypes` are those that numbers outside of the
     format's own layers may have; the first is taken by default ("auto": the one that config.json names).
     """
 
     write: Write
+    read_back: ReadBack
+    package: str
     dtypes: tuple[str, ...] = ("float16",)  # what the kernels of most formats compute in
 
 
 FORMATS = {
-    "dense": Format(dense.write, DTYPES),
-    "gguf": Format(gguf.write, DTYPES),
-    "vptq": Format(vptq.write),
-    "gptq": Format(gptq.write),
-    "compressed-tensors": Format(compressed_tensors.write),
-    "aqlm": Format(aqlm.write),
+    "dense": Format(dense.write, dense.read_back, "safetensors", DTYPES),
+    "gguf": Format(gguf.write, gguf.read_back, "gguf", DTYPES),
+    "vptq": Format(vptq.write, vptq.read_back, "vptq"),
+    "gptq": Format(gptq.write, gptq.read_back, "gptqmodel"),
+    "compressed-tensors": Format(compressed_tensors.write, compressed_tensors.read_back, "compressed-tensors"),
+    "aqlm": Format(aqlm.write, aqlm.read_back, "aqlm"),
 }
 
 
 def export(folder: str | Path, *, format: str, output: str | Path, dtype: str = "auto") -> list[str]:
     """Write a checkpoint in another format into a new or empty folder; returns, in sentences, what is lost.
 
-    The folder appears whole or not at all.
+    The folder appears whole or not at all. Before it does, the weights of all layers are compared with those that the
+    format's own package rebuilds from it, where that is installed; the log says so.
 
     Args:
         folder: the checkpoint.
@@ -53,7 +63,7 @@ def export(folder: str | Path, *, format: str, output: str | Path, dtype: str = 
         dtype: of dense and gguf the type of numbers; "auto" is the one in which the original is stored.
 
     Raises InputError if the format cannot hold the checkpoint, or there is something in `output`; OSError if that
-    cannot be written.
+    cannot be written; RuntimeError if the package rebuilds other weights.
     """
     found = FORMATS.get(format)
     if found is None:
@@ -74,6 +84,32 @@ def export(folder: str | Path, *, format: str, output: str | Path, dtype: str = 
         raise InputError(f"{folder}: has LoRA adapters, which format={format} has no place for")
     if any(layer.stored.post_norm for layer in compressed(model).values()):
         raise InputError(f"{folder}: its layers normalise what they give (post_norm), which format={format} does not")
+    forms = {name: layer.stored for name, layer in compressed(model).items()}
     with new_folder(target) as unfinished, torch.no_grad():
         copy_processor(folder, unfinished)
-        return found.write(model, AutoTokenizer.from_pretrained(folder), unfinished)
+        lost = found.write(model, AutoTokenizer.from_pretrained(folder), unfinished)
+        log.info("%s", _compared(found, unfinished, forms))
+    return lost
+
+
+@torch.no_grad()
+def _compared(format: Format, folder: Path, forms: dict[str, Stored]) -> str:
+    """What a comparison of these weights with those in a folder shows. Raises RuntimeError if one is another."""
+    read = format.read_back(folder, forms)
+    furthest, count = 0.0, 0
+    while True:
+        try:
+            name, weight_OI = next(read)
+        except StopIteration:
+            break
+        except ImportError:
+            return f"not compared with what {format.package} reads: pip install {format.package}"
+        except Exception as error:  # other people's code, which changes
+            return f"not compared with what {format.package} reads: {type(error).__name__}: {error}"
+        expected_OI = forms[name](weight_OI.dtype).float()
+        off = float((weight_OI.float() - expected_OI).abs().max() / expected_OI.abs().max().clamp_min(1e-30))
+        if not off <= ROUNDING:
+            raise RuntimeError(f"{name}: {format.package} reads weights that are off by {off:.2g} of the largest")
+        furthest, count = max(furthest, off), count + 1
+    how = "bit by bit" if furthest == 0 else f"to {furthest:.1e} of the largest"
+    return f"compared: {count} layers are what {format.package} reads, {how}"

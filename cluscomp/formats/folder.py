@@ -1,6 +1,7 @@
 """What formats that are Hugging Face folders with another quantizer's layers share."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from jaxtyping import Int
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,6 +43,30 @@ def write(
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return ["dtype: what is not compressed is in float16, and so are products"]
+
+
+def read(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The tensors of each of these layers in a folder's files, layer after layer, by their names within it."""
+    places: dict[str, dict[str, Path]] = {name: {} for name in names}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                ends = [at for at, letter in enumerate(key) if letter == "."]
+                layer = next((key[:at] for at in ends if key[:at] in places), None)
+                if layer is not None:
+                    places[layer][key[len(layer) + 1 :]] = path
+    for name, parts in places.items():
+        tensors: dict[str, Tensor] = {}
+        for part, path in parts.items():
+            with safe_open(path, "pt") as file:
+                tensors[part] = file.get_tensor(f"{name}.{part}")
+        yield name, tensors
+
+
+def quantization_of(folder: Path) -> dict[str, Any]:
+    """The `quantization_config` of a folder's config.json."""
+    said: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    return said
 
 
 def others(model: nn.Module) -> dict[str, Tensor]:

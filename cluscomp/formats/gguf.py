@@ -6,11 +6,22 @@ there: it goes out as floats.
 """
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, LlamaFileType, get_tensor_name_map
+from gguf import (
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFWriter,
+    LlamaFileType,
+    TensorNameMap,
+    get_tensor_name_map,
+    quants,
+)
 from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
@@ -66,8 +77,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
-    names = get_tensor_name_map(kinds[architecture], config.num_hidden_layers)
+    names = _names(architecture, config.num_hidden_layers)
     layers = compressed(model)
     made: Counter[GGMLQuantizationType] = Counter()
     for name in [*folders.others(model), *(f"{layer}.weight" for layer in layers)]:
@@ -92,6 +102,30 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         if kind in PLAIN.values():
             lost.append(f"size: {made[kind]} of {len(layers)} layers, in forms that GGUF lacks, are {kind.name}")
     return lost
+
+
+def read_back(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Each layer's weight (O, I) as llama.cpp's package gguf rebuilds it: in the file's type, grids in float32."""
+    reader = GGUFReader(folder / FILE)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    said = {key: field.contents() for key, field in reader.fields.items() if "tokenizer" not in key}
+    architecture = said["general.architecture"]
+    places = _names(architecture, said[f"{architecture}.block_count"])
+    dtypes = {kind: dtype for dtype, kind in PLAIN.items()}
+    for name in names:
+        place = cast(str, places.get_name(f"{name}.weight", try_suffixes=(".weight",)))
+        rows = quants.dequantize(tensors[place].data, tensors[place].tensor_type)
+        if architecture == "llama" and ".attn_q." in place:
+            rows = _in_halves(rows, said["llama.attention.head_count"])
+        if architecture == "llama" and ".attn_k." in place:
+            rows = _in_halves(rows, said["llama.attention.head_count_kv"])
+        yield name, torch.from_numpy(np.array(rows)).to(dtypes.get(tensors[place].tensor_type, torch.float32))
+
+
+def _names(architecture: str, num_blocks: int) -> TensorNameMap:
+    """The names of tensors there by those of transformers."""
+    kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
+    return get_tensor_name_map(kinds[architecture], num_blocks)
 
 
 def _plain(tensor: Tensor) -> tuple[Bytes, GGMLQuantizationType]:
@@ -147,3 +181,8 @@ def _bytes(tensor: Tensor) -> Bytes:
 def _interleaved(rows: Bytes, heads: int) -> Bytes:
     """The rows of queries or keys in llama.cpp's order: each head's halves, which rotate together, in turn."""
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _in_halves(rows: NDArray[Any], heads: int) -> NDArray[Any]:
+    """Rows in llama.cpp's order in that of transformers again."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

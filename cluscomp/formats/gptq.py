@@ -6,6 +6,7 @@ outputs; `scales` (G, O) float16; `g_idx` (I,), each input's group. The older la
 know nothing else; others as "gptq_v2".
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -51,3 +52,19 @@ def _layer(form: UniformWeight, less: int) -> dict[str, Tensor]:
         "scales": form.scales.detach().T,
         "g_idx": (torch.arange(form.in_features) // group).to(torch.int32),
     }
+
+
+def read_back(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Each layer's weight (O, I) as the package gptqmodel rebuilds it. Raises ImportError where it is not installed."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+    said = folders.quantization_of(folder)
+    width, group, symmetric = said["bits"], said["group_size"], said["sym"]
+    for name, parts in folders.read(folder, names):
+        inputs, outputs = len(parts["g_idx"]), parts["scales"].shape[1]
+        layer = TorchLinear(width, group, symmetric, False, inputs, outputs, bias="bias" in parts).eval()
+        layer.load_state_dict(parts)
+        if said["checkpoint_format"] == "gptq":
+            convert_gptq_v1_to_v2_format_module(layer, width, torch.int32)
+        yield name, layer.dequantize_weight().T

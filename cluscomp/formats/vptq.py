@@ -5,6 +5,7 @@ codebook, no outliers, no permutation and no scales: `indices` (1, groups of out
 and `centroids.weight` (1, K * D).
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,35 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     if shared:
         lost.append(f"size: {shared} layers that share another's codebook have a copy of their own")
     return lost
+
+
+def read_back(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Each layer's weight (O, I) as the package vptq rebuilds it. Raises ImportError where that is not installed."""
+    from vptq import VQuantLinear
+    from vptq.ops.quant_gemm import dequant
+
+    entries = folders.quantization_of(folder)["config_for_layers"]
+    for name, parts in folders.read(folder, names):
+        layer = VQuantLinear(**entries[name], enable_proxy_error=False, dtype=torch.float16)
+        layer.load_state_dict(parts, strict=False)  # a bias is no part of the weight
+        nothing = (
+            "outlier_indices",
+            "outlier_centroids",
+            "res_indices",
+            "res_centroids",
+            "perm",
+            "weight_scale",
+            "weight_bias",
+        )
+        sizes = (
+            "is_indice_packed", "enable_outlier", "enable_residual", "enable_perm", "enable_norm", "num_centroids",
+            "num_outlier_centroids", "num_res_centroids", "padding", "outlier_padding", "num_codebooks", "group_size",
+            "outlier_size", "vector_len", "outlier_vector_len",
+        )  # fmt: skip
+        centroids_1KD = layer.centroids.weight.view(1, layer.num_centroids, layer.vector_len)
+        yield (
+            name,
+            dequant(
+                layer.indices, centroids_1KD, **dict.fromkeys(nothing), **{size: getattr(layer, size) for size in sizes}
+            ),
+        )

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
-from cluscomp.formats.export import FORMATS, export
+from cluscomp.formats.export import FORMATS, _compared, export
 from cluscomp.forms import adapters
 from cluscomp.forms.linear import compressed
 from cluscomp.methods.awq import Awq
@@ -296,6 +297,41 @@ REFUSED = {
     "codebooks for compressed-tensors": ("codebooks", "compressed-tensors", ["q_proj", "codebook"]),
     "the other axis for aqlm": ("codebooks", "aqlm", ["q_proj", "along the inputs"]),
 }
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("format_", FORMATS)
+def test_an_export_is_compared_with_what_its_own_package_reads(made, tmp_path, caplog, name, format_):
+    found = FORMATS[format_]
+    with caplog.at_level("INFO", "cluscomp"):
+        try:
+            export(made(name), format=format_, output=tmp_path / "out")
+        except InputError:  # it does not hold this form
+            return
+    (said,) = (record.getMessage() for record in caplog.records if "compared" in record.getMessage())
+    if find_spec(found.package.replace("-", "_")):
+        assert said.startswith(
+            f"compared: {len(weights(made(name), torch.float16))} layers are what {found.package} reads, "
+        )
+    else:
+        assert said == f"not compared with what {found.package} reads: pip install {found.package}"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_floats_of_16_bits_are_compared_as_such(made, tmp_path, caplog, dtype):
+    with caplog.at_level("INFO", "cluscomp"):
+        export(made("codebooks"), format="gguf", output=tmp_path / "out", dtype=dtype)
+    assert "compared: 14 layers are what gguf reads, bit by bit" in caplog.text
+
+
+@pytest.mark.parametrize("format_", ["dense", "gguf"])
+def test_another_weight_than_the_checkpoints_is_found(made, tmp_path, format_):
+    export(made("4 bits"), format=format_, output=tmp_path / "out", dtype="float32")
+    forms = {name: layer.stored for name, layer in compressed(checkpoint.load(made("4 bits"))).items()}
+    assert _compared(FORMATS[format_], tmp_path / "out", forms).endswith("bit by bit")
+    forms["model.layers.1.self_attn.q_proj"] = forms["model.layers.0.self_attn.q_proj"]
+    with pytest.raises(RuntimeError, match=r"layers\.1\.self_attn\.q_proj: .* reads weights that are off by"):
+        _compared(FORMATS[format_], tmp_path / "out", forms)
 
 
 @pytest.mark.parametrize(("name", "format_", "words"), REFUSED.values(), ids=REFUSED)
