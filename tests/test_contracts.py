@@ -400,6 +400,7 @@ WHY = {  # libraries that may be imported late, and why
     "torch": "slow, and not needed to check settings",
     "transformers": "slow, and not needed to check settings",
     "mlflow": "optional",
+    "trackio": "optional",
     "wandb": "optional",
 }
 

@@ -1,4 +1,4 @@
-"""Where numbers go while a run works: progress lines, and W&B or TensorBoard as mirrors of them and of the record.
+"""Where numbers go while a run works: progress lines, and W&B, TensorBoard, ... as mirrors of them and the record.
 
 Decides nothing. What a stage says of a block or a step goes through its progress lines, which carry numbers
 (`for_tracker`).
