@@ -54,6 +54,7 @@ def test_mlflow_holds_what_the_record_holds(tmp_path, monkeypatch, caplog):
 
 def test_a_run_that_fails_is_marked_as_failed_and_variables_win(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)  # where MLflow puts the files of such a data base
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     session = Forgiving(TRACKER, "run-1", {"name": "sweep"}, tmp_path / "elsewhere" / "run-1")
