@@ -27,8 +27,10 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p"]
 GREY = "#9A9A9A"
 NAMED = 6  # methods with a colour and a name
+DOTS = 12  # points of a line that are told apart
 WIDTH = 25  # letters in each line of a name at a line's end
 PANEL = 3.6, 2.8  # inches
+SMALL_PANEL, NAMES = (1.6, 2.4), 1.7  # inches of a panel without names at its lines' ends, and of the names
 ALIKE = 0.02  # of a size: a smaller range is not spread over a whole panel
 BEYOND = 10  # times the median perplexity of a Pareto front, above which nothing is told apart
 STYLE: Any = {
@@ -53,15 +55,17 @@ class Picture(Figure):
 
 
 @contextmanager
-def _panels(rows: int, columns: int) -> "Iterator[tuple[Figure, list[list[Axes]]]]":
-    """A figure of panels in the style, without a window."""
+def _panels(
+    rows: int, columns: int, size: tuple[float, float] | None = None, *, sharey: bool = False
+) -> "Iterator[tuple[Figure, list[list[Axes]]]]":
+    """A figure of panels in the style, without a window; `size` in inches, None: that of its panels."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     with mpl.rc_context(STYLE):
-        figure = Picture(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
+        figure = Picture(figsize=size or (PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
         FigureCanvasAgg(figure)
-        yield figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
+        yield figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False, sharey=sharey)]
 
 
 def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFrame | None = None) -> "Figure":
@@ -122,7 +126,10 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
 def _lines(
     axes: "Axes", lines: dict[str, pd.Series], methods: list[str], colours: dict[str, str], trained: set[str]
 ) -> dict[str, tuple[float, float]]:
-    """A line for each method, best first, that has values by size; returns the ends of those with a colour."""
+    """A line for each method, best first, that has values by size; returns the ends of those with a colour.
+
+    Long lines have no dots.
+    """
     ends = {}
     for method in reversed(methods):  # the best are drawn last
         if method not in lines:
@@ -131,25 +138,34 @@ def _lines(
         width, dot = (1.4, 3.5) if colour else (0.6, 2)
         look: dict[str, Any] = {"color": colour or GREY, "linewidth": width, "markersize": dot}
         look |= {"markerfacecolor": "white"} if method in trained else {}
-        axes.plot(line.index, line, "o-", clip_on=False, **look)[0].set_in_layout(False)
+        axes.plot(line.index, line, "o-" if len(line) <= DOTS else "-", clip_on=False, **look)[0].set_in_layout(False)
         if colour:
             ends[method] = line.index[-1], line.iloc[-1]
     return ends
 
 
-def _name_ends(axes: "Axes", ends: dict[str, tuple[float, float]], colours: dict[str, str]) -> None:
+def _name_ends(
+    axes: "Axes",
+    ends: dict[str, tuple[float, float]],
+    colours: dict[str, str],
+    *,
+    line: float = 0.085,
+    room: bool = False,
+) -> None:
     """Names right of the panel, in the order of their lines' ends and as near as they can be.
 
-    A name has three lines at most, two where three do not fit.
+    A name has three lines at most, each `line` of the panel high, two where three do not fit. With `room` they stand
+    where another panel could.
     """
     axes.autoscale_view()
     place = axes.transData + axes.transAxes.inverted()
     heights = {name: min(max(float(place.transform(end)[1]), 0.0), 1.0) for name, end in ends.items()}
     names = sorted(heights, key=lambda name: heights[name])
     for most in (3, 2):
-        texts = [textwrap.fill(name, WIDTH, max_lines=most, placeholder=" ...") for name in names]
+        wrap = textwrap.TextWrapper(WIDTH, max_lines=most, placeholder=" ...", break_on_hyphens=False)
+        texts = [wrap.fill(name) for name in names]
         breaks = [text.count("\n") for text in texts]
-        gaps = [0.0, *(0.0425 * (2 + sum(pair)) for pair in itertools.pairwise(breaks))]  # to the one below
+        gaps = [0.0, *(line / 2 * (2 + sum(pair)) for pair in itertools.pairwise(breaks))]  # to the one below
         if sum(gaps) <= 1:
             break
     told: list[float] = []
@@ -164,7 +180,7 @@ def _name_ends(axes: "Axes", ends: dict[str, tuple[float, float]], colours: dict
             text, ends[name], (1.06, height),
             textcoords="axes fraction", va="center", color=colours[name], fontsize=7,
             arrowprops=thread | {"color": colours[name]}, annotation_clip=False,
-        )  # fmt: skip
+        ).set_in_layout(not room)  # fmt: skip
 
 
 def _domain(learned_from: pd.Series) -> str:
@@ -189,40 +205,60 @@ def _logarithmic(axis: "Axis", ends: tuple[float, float]) -> None:
 
 
 def layers(table: pd.DataFrame, column: str = "relative error") -> "Figure":
-    """A value of every block's layers, from `layers.layer_table`: a panel for each kind of layer, a line a run."""
+    """A value of every block's layers, from `layers.layer_table`: a panel for each kind of layer, a line a run.
+
+    Six runs have colours, and names at their lines' ends in the last panel of each row: those of the least error at the
+    size at which most were made, then at the next such size. All others are thin and grey. Errors have one scale.
+    """
     from matplotlib.ticker import MaxNLocator
 
     table = table[table[column].notna()]
+    sizes = table["limit"].map(lambda limit: limit + " bits" * limit[:1].isdigit())
+    models = table["model"] + ", " if table["model"].nunique() > 1 else ""
+    table = table.assign(run=models + sizes + ": " + table["method"])
+    runs, logarithmic = _by_error(table, column), column == "relative error"
+    colours = dict(zip(runs, COLOURS[:NAMED]))
     kinds = list(dict.fromkeys(table["layer"]))
     columns = min(4, max(1, len(kinds)))
-    with _panels(max(1, math.ceil(len(kinds) / columns)), columns) as (figure, panels):
+    rows = max(1, math.ceil(len(kinds) / columns))
+    size = SMALL_PANEL[0] * columns + NAMES, SMALL_PANEL[1] * rows
+    with _panels(rows, columns, size, sharey=logarithmic) as (figure, panels):
         flat = [axes for row in panels for axes in row]
-        for axes, kind in zip(flat, kinds):
-            here = table[table["layer"] == kind]
-            for number, (name, run) in enumerate(here.groupby(["method", "limit"])):
-                values = run.groupby("block")[column].mean()
-                colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-                axes.plot(
-                    values.index,
-                    values,
-                    color=colour,
-                    marker=marker,
-                    markersize=2.5,
-                    label=f"{name[0]}, {name[1]}" + " bits" * name[1][0].isdigit(),
-                )
+        for number, (axes, kind) in enumerate(zip(flat, kinds), 1):
+            here = table[table["layer"] == kind].groupby("run")
+            ends = _lines(axes, {name: run.groupby("block")[column].mean() for name, run in here}, runs, colours, set())
             axes.set_title(kind)
             axes.set_xlabel("block")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_ylabel(column)
-            if column == "relative error":
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            if number % columns == 1 or columns == 1:
+                axes.set_ylabel(column + " (log)" * logarithmic)
+            if logarithmic:
                 axes.set_yscale("log")
                 _logarithmic(axes.yaxis, axes.get_ylim())
+            if number % columns == 0 or number == len(kinds):
+                _name_ends(axes, ends, colours, line=0.07, room=number % columns > 0)
         for axes in flat[len(kinds) :]:
             axes.remove()
-        handles, labels = flat[0].get_legend_handles_labels()
-        if handles:
-            figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        if len(runs) > NAMED:
+            flat[0].plot([], [], color=GREY, linewidth=0.6, label=_others(table, runs))
+            figure.legend(*flat[0].get_legend_handles_labels(), loc="outside lower center")
     return figure
+
+
+def _by_error(table: pd.DataFrame, column: str) -> list[str]:
+    """The runs of `layers`: those of the size at which most were made first, and of one size the least error first."""
+    value = "relative error" if "relative error" in table else column
+    means = table.groupby(["limit", "run"])[value].mean().reset_index()
+    means["rivals"] = means.groupby("limit")["run"].transform("size")
+    return means.sort_values(["rivals", "limit", value], ascending=[False, True, True])["run"].tolist()
+
+
+def _others(table: pd.DataFrame, runs: list[str]) -> str:
+    """One line on the grey ones among the `runs`: methods without a colour, and those that have one at another size."""
+    named = table["run"].isin(runs[:NAMED])
+    known, grey = set(table[named]["method"]), set(table[~named]["method"])
+    told = sorted(grey - known, key=str.casefold) + ["those named at other sizes"] * bool(grey & known)
+    return textwrap.shorten("grey: " + ", ".join(told), 5 * WIDTH, placeholder=" ...")
 
 
 def predictions(table: pd.DataFrame) -> "Figure":

@@ -313,6 +313,29 @@ def test_the_six_best_methods_have_a_colour_and_a_name_at_the_end_of_their_line(
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["others (see the table)"]
 
 
+def test_of_many_runs_six_have_a_colour_in_the_figure_of_errors_by_layer():
+    """The least errors at the size at which most were made; one at another size is grey however small its error."""
+    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]
+    runs = [("2", name, error) for name, error in zip("HGFEDCBA", range(8, 0, -1))] + [("4", "A", 0.1), ("4", "Z", 0.2)]
+    rows = [
+        {"model": "m", "limit": limit, "method": name, "block": block, "layer": kind, "relative error": error / 10}
+        for limit, name, error in runs for kind in kinds for block in range(20)
+    ]  # fmt: skip
+    figure = plots.layers(pd.DataFrame(rows))
+    assert [axes.get_title() for axes in figure.axes] == kinds
+    for axes in figure.axes:
+        lines = [(line.get_color(), line.get_ydata()[0]) for line in axes.lines if len(line.get_xdata())]
+        assert [value for colour, value in lines if colour != plots.GREY] == [0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+        assert sorted(value for colour, value in lines if colour == plots.GREY) == [0.01, 0.02, 0.7, 0.8]
+        assert axes.get_ylim() == figure.axes[0].get_ylim()
+        told = {text.get_text(): text.get_color() for text in axes.texts}
+        last = axes in (figure.axes[3], figure.axes[4])  # of a row
+        assert set(told) == ({f"2 bits: {name}" for name in "ABCDEF"} if last else set())
+        assert not told or [colour for colour, _ in lines[-6:]] == [told[f"2 bits: {name}"] for name in "FEDCBA"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["grey: G, H, Z, those named at other sizes"]
+    assert not plots.layers(pd.DataFrame(rows[:600])).legends  # six: all have a name
+
+
 @pytest.mark.parametrize("bits", [16.0, 32.0])
 def test_the_original_stands_with_its_own_bits(bits):
     table = pareto([run_of("a", 30.0)])
