@@ -1,5 +1,6 @@
 """The commands on what is there: status, collect, table, plot, verify, list; and lm-eval's own, with our models."""
 
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from cluscomp.runs.experiment import PLACES, config_of
 from cluscomp.runs.verify import (
     changed,
     compare,
+    explained,
     not_again,
     overall,
     overrides_of,
@@ -28,6 +30,8 @@ from cluscomp.runs.verify import (
 from cluscomp.store.files import writable
 from cluscomp.store.records import NAME, Record, read, read_folder
 from cluscomp.store.secrets import printable
+
+log = logging.getLogger("cluscomp")
 
 
 def status(arguments: list[str]) -> None:
@@ -165,6 +169,7 @@ def verify(arguments: list[str]) -> None:
         places.append(f"outputs={quoted(folder)}")
         again, machine = [], {}
         for after in ["full"] if full else dict.fromkeys(score.after for score in record.scores):
+            log.info("verify  %s", "all is made anew" if full else f"the model '{after}' is scored again")
             alone = [] if full else scoring_alone(record, after, outputs)
             kept = [item for item in overrides if not (item.startswith("model") and "model=hub" in alone)]
             made = run(composed([*kept, *alone, *places], said)).record
@@ -173,8 +178,11 @@ def verify(arguments: list[str]) -> None:
     show_table(verdict_table(record, again))
     if left := not_again(record, again):
         print(printable(f"not measured again: {', '.join(left)} (full=true does)\n"))
+    found = compare(record.scores, again)
+    for line in explained(found):
+        print(printable(line))
     for line in changed(record, settings_now, machine):
         print(f"not as it was: {printable(line)}")
-    verdict = overall(compare(record.scores, again))
+    verdict = overall(found)
     print(f"{record.run['name']}: {verdict}")
     sys.exit(int(verdict == "different"))

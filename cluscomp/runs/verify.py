@@ -125,7 +125,7 @@ def quoted(value: str) -> str:
 
 
 def verdict_table(record: Record, again: list[Score]) -> "pd.DataFrame":
-    """Each score then and now, with the reasons that can be seen. Raises InputError if there is none."""
+    """Each score then and now, to eight digits. Raises InputError if there is none."""
     import pandas as pd
 
     found = compare(record.scores, again)
@@ -134,12 +134,22 @@ def verdict_table(record: Record, again: list[Score]) -> "pd.DataFrame":
     return pd.DataFrame(
         [
             {
-                "after": one.after, "data": one.dataset, "metric": one.metric, "recorded": repr(one.recorded),
-                "again": repr(one.again), "verdict": one.verdict, "the protocol has": "; ".join(one.reasons),
+                "after": one.after, "data": one.dataset, "metric": one.metric, "recorded": f"{one.recorded:.8g}",
+                "again": f"{one.again:.8g}", "verdict": one.verdict,
             }
             for one in found
         ]
     )  # fmt: skip
+
+
+def explained(found: list[Compared]) -> list[str]:
+    """All digits of the scores that are not equal, and each difference of protocols once."""
+    digits = [
+        f"{one.metric} of {one.dataset} after {one.after}: {one.again!r}, recorded {one.recorded!r}"
+        for one in found
+        if one.verdict != "equal"
+    ]
+    return digits + [f"the protocol has {reason}" for reason in dict.fromkeys(r for one in found for r in one.reasons)]
 
 
 def not_again(record: Record, again: list[Score]) -> list[str]:

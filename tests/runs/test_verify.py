@@ -10,7 +10,7 @@ from pipelines import composed
 from cluscomp import __main__ as command
 from cluscomp.errors import InputError
 from cluscomp.runs.experiment import config_of
-from cluscomp.runs.verify import changed, checkpoint_of, compare, overall, quoted
+from cluscomp.runs.verify import changed, checkpoint_of, compare, explained, overall, quoted
 from cluscomp.store.records import Score, protocol, read
 
 TINY = [
@@ -47,6 +47,7 @@ def test_a_record_of_this_machine_is_equal(made, capsys, how):
     code, said = verify(made, capsys, *how)
     assert code == 0 and ": equal\n" in said and "not as it was" not in said
     assert said.count("| equal ") == 4  # perplexity and bits a byte of the original and the compressed model
+    assert all(len(line) <= 80 for line in said.splitlines() if line.startswith("|"))
     assert not list(made.glob("outputs/verify-*"))
 
 
@@ -73,6 +74,9 @@ def test_an_altered_score_is_different(made, capsys):
     finally:
         path.write_text(whole)
     assert code == 1 and ": different\n" in said and "(then 1.0)" in said
+    score = json.loads(whole)["scores"][0]
+    told = f"{score['metric']} of text after original: {score['value']!r}, recorded {score['value'] * 1.01!r}\n"
+    assert told in said  # all digits, where the table has eight
 
 
 def test_a_checkpoint_that_is_gone_is_told(made, capsys):
@@ -129,6 +133,10 @@ def test_verdicts_by_hand(then, now, verdict):
 def test_the_protocols_difference_is_the_reason():
     (found,) = compare([score(1.0, device="cpu")], [score(2.0, device="cuda")])
     assert found.reasons == ("device=cuda (then device=cpu)",)
+    assert explained([found, found])[1:] == [
+        "m of d after cluster: 2.0, recorded 1.0",
+        "the protocol has device=cuda (then device=cpu)",
+    ]
 
 
 def test_any_path_is_a_value_for_hydra(tmp_path):
