@@ -7,6 +7,7 @@ the tokens after the first ones, in LLM-QAT, arXiv 2305.17888).
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -37,8 +38,9 @@ class Model(Protocol):
 class OwnSamples:
     """`documents` texts of at most `length` tokens each, which the original `model` writes at a `temperature`.
 
-    They are written once, into the folder `cache`, by the whole dense model in memory, which no plan counts. There is
-    no test text: a model finds likely what it wrote itself.
+    They are written once, into the folder `cache`, by the whole dense model in memory, which no plan counts; after a
+    kill the next run goes on with them, to the same text. There is no test text: a model finds likely what it wrote
+    itself.
     """
 
     name: str
@@ -73,16 +75,18 @@ class OwnSamples:
         path = cache / f"own-{hashlib.sha256(content.encode()).hexdigest()[:16]}.jsonl"
         with FileLock(f"{path}.lock"):
             if not path.is_file():
-                unfinished = path.with_suffix(".unfinished")
-                lines = [json.dumps({"text": text}) + "\n" for text in self._written(folder)]
+                unfinished, parts = path.with_suffix(".unfinished"), path.with_suffix(".parts")
+                lines = [json.dumps({"text": text}) + "\n" for text in self._written(folder, parts)]
                 unfinished.write_text("".join(lines), encoding="utf-8")
                 unfinished.replace(path)
+                parts.unlink()
         rows = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
         if not rows:
             raise InputError(f"data {self.name}: the model of {folder} wrote nothing but blanks; take another text")
         return Text(f"{self.name}/calibration", rows, "\n\n")
 
-    def _written(self, folder: Path) -> "Iterator[str]":
+    def _written(self, folder: Path, parts: Path) -> "Iterator[str]":
+        """The texts, a batch after the other; each goes into `parts` at once, with the random state after it."""
         import torch
         import transformers as known
 
@@ -99,9 +103,15 @@ class OwnSamples:
             do_sample=True, temperature=self.temperature, top_k=0, top_p=1.0, max_new_tokens=self.length,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=first,
         )  # fmt: skip
-        with torch.random.fork_rng(), torch.no_grad():
+        randomness: Any = torch.cuda if device.type == "cuda" else torch
+        with torch.random.fork_rng(), torch.no_grad(), parts.open("ab") as kept:
             torch.manual_seed(self.seed)
-            for start in range(0, self.documents, self.batch_size):
+            done = _whole_lines(parts)
+            for part in done:
+                yield from part["texts"]
+            if done:
+                randomness.set_rng_state(torch.frombuffer(bytearray.fromhex(done[-1]["state"]), dtype=torch.uint8))
+            for start in range(len(done) * self.batch_size, self.documents, self.batch_size):
                 count = min(self.batch_size, self.documents - start)
                 log.info(
                     "data %s  the original writes text %d to %d of %d",
@@ -113,7 +123,18 @@ class OwnSamples:
                 begun_B1 = torch.full((count, 1), first, device=device)
                 seen_B1 = torch.ones_like(begun_B1)  # else transformers takes the first token for padding
                 ids_BT = model.generate(begun_B1, attention_mask=seen_B1, generation_config=plain)
-                yield from filter(str.strip, tokenizer.batch_decode(ids_BT, skip_special_tokens=True))
+                texts = [*filter(str.strip, tokenizer.batch_decode(ids_BT, skip_special_tokens=True))]
+                state = bytes(randomness.get_rng_state().tolist()).hex()
+                kept.write(json.dumps({"texts": texts, "state": state}).encode() + b"\n")
+                kept.flush()
+                yield from texts
+
+
+def _whole_lines(file: Path) -> list[dict[str, Any]]:
+    """What is in the lines of a file of JSON; the last one goes if a killed process left it half-written."""
+    whole = file.read_bytes().rpartition(b"\n")
+    os.truncate(file, len(whole[0]) + len(whole[1]))
+    return [json.loads(line) for line in whole[0].splitlines()]
 
 
 def _arithmetic() -> list[str]:

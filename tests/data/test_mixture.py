@@ -1,12 +1,17 @@
 """Mixtures: shares of characters, also at the end that is held out; and the original's own samples among them."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from pipelines import composed, pipeline
 from test_texts import hub, mirror
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 from cluscomp.data.mixture import Mixture
 from cluscomp.data.overlap import same_domain
@@ -103,6 +108,14 @@ def test_half_of_what_is_learned_from_are_the_originals_own_samples(tmp_path):
     assert len([*(tmp_path / "cache").glob("own-*.jsonl")]) == 2
 
 
+def sampled(folder, cache, **changes) -> OwnSamples:
+    """Ten samples of a model in a folder, by two."""
+    usual = {"documents": 10, "length": 12, "temperature": 1.0, "batch_size": 2, "seed": 3}
+    return OwnSamples(
+        name="own", model=HubModel(id=str(folder), revision=None, config=None), cache=str(cache), **usual | changes
+    )
+
+
 def test_own_samples_begin_as_the_model_goes_on_after_its_first_token(families, tmp_path):
     """Of a model whose BOS is not its EOS, too: by the likeliest tokens, found one by one."""
     folder = tmp_path / "model"
@@ -113,11 +126,48 @@ def test_own_samples_begin_as_the_model_goes_on_after_its_first_token(families, 
     ids = torch.tensor([[tokenizer.bos_token_id]])
     for _ in range(8):
         ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
-    source = OwnSamples(
-        name="own", model=HubModel(id=str(folder), revision=None, config=None), documents=1, length=8,
-        temperature=1e-4, batch_size=1, seed=0, cache=str(tmp_path / "cache"),
-    )  # fmt: skip
+    source = sampled(folder, tmp_path / "cache", documents=1, length=8, temperature=1e-4, batch_size=1)
     assert source.text("calibration").rows == [tokenizer.decode(ids[0], skip_special_tokens=True)]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from transformers import GenerationMixin
+sys.path += sys.argv[1:2]
+from test_mixture import sampled
+
+generate, batches = GenerationMixin.generate, []
+
+def counted(*arguments, **settings):
+    batches.append(1)
+    if len(batches) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return generate(*arguments, **settings)
+
+GenerationMixin.generate = counted
+sampled(*map(Path, sys.argv[2:])).text("calibration")
+"""
+
+
+def test_own_samples_go_on_after_a_kill_to_the_same_text(families, tmp_path, monkeypatch):
+    """Batches that were written stand; half a line of the next one, as a full disk leaves it, goes."""
+    folder, killed = families("llama"), tmp_path / "killed"
+    script = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(folder), str(killed)]
+    path = os.pathsep.join(map(str, sys.path))
+    ended = subprocess.run(script, env=os.environ | {"PYTHONPATH": path}, check=False, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    (parts,) = killed.glob("own-*.parts")
+    assert parts.read_bytes().count(b"\n") == 3 and not [*killed.glob("own-*.jsonl")]
+    with parts.open("ab") as file:
+        file.write(b'{"texts": ["ha')
+    whole = sampled(folder, tmp_path / "whole").text("calibration")
+    generate, batches = GenerationMixin.generate, []
+    monkeypatch.setattr(GenerationMixin, "generate", lambda *a, **b: batches.append(1) or generate(*a, **b))
+    assert sampled(folder, killed).text("calibration").sha256 == whole.sha256
+    assert len(batches) == 2 and len(set(whole.rows)) > 5
+    assert [path.suffix for path in killed.glob("own-*") if path.suffix != ".lock"] == [".jsonl"]
+    assert sampled(folder, tmp_path / "whole", seed=4).text("calibration").sha256 != whole.sha256
 
 
 def test_own_samples_are_not_scored(tmp_path):
