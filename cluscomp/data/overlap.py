@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from cluscomp.data.mixture import AND
 from cluscomp.data.texts import Tokenizer
 
+DOMAINS = {  # of data sets that have a yaml and may be named by `data=hub`, a folder or a file, too
+    "Salesforce/wikitext": "wikitext", "allenai/c4": "c4", "allenai/c4-sample": "c4",
+    "ptb-text-only/ptb_text_only": "ptb",
+}  # fmt: skip
 WORDS = 13  # of a sequence, as usual since GPT-3 (arXiv 2005.14165, appendix C)
 
 
@@ -26,7 +30,12 @@ class Learned:
 
 def same_domain(first: str, second: str) -> bool:
     """Whether two texts have a domain in common: mixtures have those of all their parts."""
-    return not {*first.split(AND)}.isdisjoint(second.split(AND))
+    return not {*map(_domain, first.split(AND))}.isdisjoint(map(_domain, second.split(AND)))
+
+
+def _domain(name: str) -> str:
+    """A domain as the yaml of that data set has it, where its name is the data set's id or a path in a mirror."""
+    return next((domain for id, domain in DOMAINS.items() if f"/{id}/" in f"/{name}/"), name)
 
 
 def sequences(text: str) -> set[int]:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from pipelines import composed, pipeline
 from test_texts import hub, mirror
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
+from cluscomp.command.compose import CONF
 from cluscomp.data.mixture import Mixture
-from cluscomp.data.overlap import same_domain
+from cluscomp.data.overlap import DOMAINS, same_domain
 from cluscomp.data.own import OwnSamples
 from cluscomp.data.texts import PydocText, split
 from cluscomp.errors import InputError
@@ -80,6 +82,17 @@ def test_shares_that_do_not_add_up_and_parts_that_are_none_are_refused(letters, 
     blank = hub(data_root=mirror(tmp_path, train=["", ""], test=["one"]))
     with pytest.raises(InputError, match=r"org/name/train: there is no text in it, so it can have no share of mixture"):
         mixture(letters | {"b": blank}, [0.5, 0.5]).text("calibration")
+
+
+def test_a_data_set_has_one_domain_however_it_is_named():
+    """By its yaml, by its id on the hub, by a path in a mirror."""
+    told = [yaml.safe_load(path.read_text()) for path in (CONF / "data").glob("*.yaml")]
+    named = {one["id"]: one["domain"] for one in told if one["_target_"].endswith("HubText")}
+    assert named == DOMAINS
+    for id, domain in named.items():
+        assert same_domain(id, domain) and same_domain(domain, f"/mirror/{id}/train.parquet") and same_domain(id, id)
+        assert same_domain(f"pydoc + {id}", domain) and not same_domain(f"my{id}", domain)
+    assert same_domain("org/name", "org/name") and not same_domain("org/name", "c4")
 
 
 def test_half_of_what_is_learned_from_are_the_originals_own_samples(tmp_path):
