@@ -6,12 +6,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from cluscomp.data.mirror import copies_told, rows_told, text_of
+from cluscomp.data.mirror import copies_told, in_mirror, rows_told, text_of
 from cluscomp.data.texts import Split, Text, fifth_apart, read_once, version, without_overlap
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 
 log = logging.getLogger(__name__)
+REACHED = 10.0  # seconds in which the hub answers: `datasets` by itself tries for one and a half minutes
 BUFFER = 10_000  # documents of which the stream's next one is drawn
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}  # of a file alone
 
@@ -62,20 +63,23 @@ class Documents:
         return Text(named, test if split == "test" else without_overlap(calibration, test), self.separator)
 
     def _drawn(self, role: Split, split: str) -> list[str]:
-        what = f"data.id={self.id}, data.{role}={split}"
+        what = f"data.id={self.id}, data.{role}={split}" + f", data.files={self.files}" * bool(self.files)
         key = (self, "drawn", split, version(self._place()))
         return read_once(key, lambda: Text(what, list(self._stream(split, what)), self.separator)).rows
 
     def _stream(self, split: str, what: str) -> Iterator[str]:
         from datasets import load_dataset
+        from huggingface_hub import HfApi, is_offline_mode
 
         place = self._place()
         reader = READERS.get(Path(place).suffix) if Path(place).is_file() else None
         found, passed = 0, 0
         with copies_told(), rows_told(what):
+            if not Path(place).exists() and not is_offline_mode():
+                HfApi().dataset_info(place, revision=self.revision, timeout=REACHED)
             rows = load_dataset(
                 reader or place, self.config, data_files=place if reader else self.files, split=split,
-                revision=None if Path(place).exists() else self.revision, streaming=True,
+                revision=self.revision, streaming=True,
             )  # fmt: skip
             drawn = rows if self.documents is None else rows.shuffle(seed=self.seed, buffer_size=BUFFER)
             for number, row in enumerate(drawn):
@@ -97,15 +101,14 @@ class Documents:
             )
 
     def _place(self) -> str:
-        """The folder or file, or the id on the hub. Raises InputError for one that `data_root` lacks."""
-        own = Path(self.id).expanduser()
-        if own.exists():
-            return str(own)
-        if self.data_root is None and own.suffix in READERS:
+        """The folder or file, or the id on the hub. Raises InputError if that is not there or has no revisions."""
+        place = Path(self.id).expanduser()
+        if not place.exists() and self.data_root is not None:
+            place = in_mirror(self.data_root, self.id)
+        elif not place.exists() and place.suffix in READERS:
             raise InputError(f"data.id={self.id}: there is no such file")
-        if self.data_root is None:
+        elif not place.exists():
             return self.id
-        folder = Path(self.data_root).expanduser() / self.id
-        if not folder.exists():
-            raise InputError(f"data_root={self.data_root}: no folder {self.id} in it")
-        return str(folder)
+        if self.revision is not None:
+            raise InputError(f"data.revision={self.revision}: of the hub alone, and {place} is not on it; leave it out")
+        return str(place)

@@ -5,12 +5,24 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from cluscomp.errors import InputError
 
 log = logging.getLogger(__name__)
+
+
+def in_mirror(data_root: str, id: str) -> Path:
+    """The folder or file of a data set in a mirror. Raises InputError, with the nearest names, if it is not there."""
+    root = Path(data_root).expanduser()
+    if not (root / id).exists():
+        found = [*root.glob("*/*"), *(root.glob("*") if "/" not in id else ())]
+        there = sorted(str(path.relative_to(root)) for path in found if path.is_dir())
+        near = " or ".join(get_close_matches(id, there))
+        raise InputError(f"data_root={data_root}: no folder {id} in it" + f"; did you mean {near}?" * bool(near))
+    return root / id
 
 
 def own_cache(folder: Path) -> str:
@@ -51,7 +63,7 @@ def copies_told() -> Iterator[None]:
 @contextmanager
 def rows_told(what: str) -> Iterator[None]:
     """Name what cannot be read, and the way without network where that is what it takes (InputError)."""
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError
 
     network = (DatasetNotFoundError, HfHubHTTPError, ConnectionError, FileNotFoundError, TimeoutError)
@@ -62,7 +74,8 @@ def rows_told(what: str) -> Iterator[None]:
     except Exception as error:  # whatever `datasets` and its clients make of what they do not find or reach
         if isinstance(error, OSError) and not isinstance(error, network):
             raise  # of this machine: see `copies_told`
-        if isinstance(error, ValueError | KeyError) and not isinstance(error, network):
+        found_nothing = isinstance(error, DataFilesNotFoundError)
+        if found_nothing or (isinstance(error, ValueError | KeyError) and not isinstance(error, network)):
             raise InputError(f"{what}: {_first_lines(error, 2)}") from error  # the second says what there is
         raise InputError(
             f"{what}: cannot be read ({_first_lines(error, 1)}). Without network give data_root=FOLDER, a mirror laid "

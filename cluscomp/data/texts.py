@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 from pydantic.dataclasses import dataclass
 
-from cluscomp.data.mirror import copies_told, no_column, own_cache, rows_told, with_text
+from cluscomp.data.mirror import copies_told, in_mirror, no_column, own_cache, rows_told, with_text
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 
@@ -159,9 +159,7 @@ class HubText:
 
         place, cache = self.id, None
         if self.data_root is not None:
-            folder = Path(self.data_root).expanduser() / self.id
-            if not folder.is_dir():
-                raise InputError(f"data_root={self.data_root}: no folder {self.id} in it")
+            folder = in_mirror(self.data_root, self.id)
             place, cache = str(folder), own_cache(folder)
         what = f"data {self.name}: {place}, split '{split}'"
         with rows_told(what):

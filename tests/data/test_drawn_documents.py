@@ -1,6 +1,7 @@
 """Documents drawn from a stream: of a mirror, a folder and a file, by seed; and what is told of bad ones."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,11 @@ def test_a_file_and_a_folder_are_read_like_the_hub(root, tmp_path):
         ({"column": "body"}, r"=org/name, data.calibration=train, row 0: has no column 'body'; its columns are text$"),
         ({"calibration": "validation"}, r"data.calibration=validation: Bad split: .* Available splits: .*train.*dev"),
         ({"config": "english"}, "english"),
-        ({"id": "org/other"}, "data_root=.*: no folder org/other in it"),
+        ({"id": "org/other"}, "data_root=.*: no folder org/other in it$"),
+        ({"id": "org/nam"}, r"data_root=.*: no folder org/nam in it; did you mean org/name\?$"),
+        ({"id": "name"}, r"data_root=.*: no folder name in it; did you mean org/name\?$"),
+        ({"files": ["*.csv"]}, r"data.calibration=train, data.files=\['\*.csv'\]: No \(supported\) data files found"),
+        ({"revision": "v2"}, "data.revision=v2: of the hub alone, and .*org/name is not on it; leave it out$"),
         ({"data_root": None, "id": "rows.csv"}, r"data.id=rows.csv: there is no such file$"),
         ({"data_root": None}, r"data.calibration=train: cannot be read \(.*\). Without network give data_root=FOLDER"),
     ],
@@ -74,6 +79,16 @@ def test_what_cannot_be_read_is_told_in_a_sentence(root, changes, words):
     with pytest.raises(InputError, match=words) as caught:
         documents(**{"data_root": root} | changes).text("calibration")
     assert "\n" not in str(caught.value)
+
+
+def test_without_network_that_is_told_at_once(root, monkeypatch):
+    """`datasets` by itself tries for one and a half minutes."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *told, **more: (_ for _ in ()).throw(OSError("no network")))
+    begun = time.monotonic()
+    with pytest.raises(InputError, match=r"=train: cannot be read \(.*\). Without network give data_root"):
+        documents().text("calibration")
+    assert time.monotonic() - begun < 10
 
 
 def test_a_data_set_of_several_configurations_names_them(root):
