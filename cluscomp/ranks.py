@@ -116,16 +116,19 @@ def spread(tensor: Tensor, number: int) -> None:
         dist.broadcast(tensor, src=number % world())
 
 
-def add_gradients(parameters: Sequence[Tensor]) -> None:
-    """Make the gradient of each parameter the sum of all processes'; where none has one there is none."""
+def added(own: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+    """The sums in float64 of what each process has, of shapes as `like`; where none has anything there is nothing."""
     if world() == 1:
-        return
-    has = torch.tensor([float(one.grad is not None) for one in parameters])
+        return [*own]
+    has = torch.tensor([float(one is not None) for one in own])
     dist.all_reduce(has)
-    for one, number in zip(parameters, has.tolist()):
+    found: list[Tensor | None] = []
+    for one, shape, number in zip(own, like, has.tolist()):
+        sums = torch.zeros_like(shape, dtype=torch.float64) if one is None else one.double()
         if number:
-            one.grad = torch.zeros_like(one) if one.grad is None else one.grad
-            dist.all_reduce(one.grad)
+            dist.all_reduce(sums)
+        found.append(sums if number else None)
+    return found
 
 
 def summed(number_: Tensor) -> Tensor:

@@ -28,17 +28,18 @@ def storage_dtype(tensor: Tensor) -> torch.dtype:
 class _RebuiltLinear(torch.autograd.Function):
     """x W^T + b that keeps x and the stored form for the backward pass, never the dense W.
 
-    Of a large W only a tile exists at a time, forward and backward, and of its gradient too.
+    Of a large W only a tile exists at a time, forward and backward, and of its gradient too. `kept` holds the dense W
+    where it stays `rebuilt`, and through it the gradient goes on to the stored form; else it is empty.
     """
 
     @staticmethod
-    def forward(ctx, x, bias, weight, *parameters):  # type: ignore[no-untyped-def]
-        ctx.weight, ctx.tiles = weight, weight.tiles()
+    def forward(ctx, x, bias, weight, kept, *parameters):  # type: ignore[no-untyped-def]
+        ctx.weight, ctx.kept, ctx.tiles = weight, kept, weight.tiles()
         if x.dtype != torch.float32 or x.device.type != "cpu":  # sums of tiles are to be float32
             ctx.tiles = [slice(0, x.shape[-1])]
         ctx.save_for_backward(x, *parameters)
         if len(ctx.tiles) == 1:
-            return F.linear(x, weight(x.dtype), bias)
+            return F.linear(x, kept[0] if kept else weight(x.dtype), bias)
         y = x.new_zeros(*x.shape[:-1], weight.out_features) if bias is None else bias.repeat(*x.shape[:-1], 1)
         y_BO = y.view(-1, weight.out_features)
         for inputs in ctx.tiles:
@@ -56,18 +57,18 @@ class _RebuiltLinear(torch.autograd.Function):
         sums: list[Tensor] = []
         for inputs in ctx.tiles:
             with torch.enable_grad():
-                dense_OI = ctx.weight(x.dtype, inputs)
+                dense_OI = ctx.kept[0] if ctx.kept else ctx.weight(x.dtype, inputs)
             if grad_x is not None:
                 grad_x[..., inputs] = grad @ dense_OI.detach()
             if trained:
                 grad_BO, x_BI = grad.reshape(-1, grad.shape[-1]), x[..., inputs].reshape(-1, dense_OI.shape[1])
                 # in the weight's memory order, so that nothing is transposed on the way to the codebooks
-                transposed = len(ctx.tiles) > 1 or (x.is_cuda and not dense_OI.is_contiguous())
+                transposed = len(ctx.tiles) > 1 or not dense_OI.is_contiguous()
                 dense_grad_OI = (x_BI.T @ grad_BO).T if transposed else grad_BO.T @ x_BI
-                found = torch.autograd.grad(dense_OI, trained, dense_grad_OI)
+                found = torch.autograd.grad(dense_OI, trained, dense_grad_OI, retain_graph=bool(ctx.kept))
                 sums = [a.add_(b) for a, b in zip(sums, found)] if sums else list(found)
         grads = iter(sums)
-        return grad_x, grad_bias, None, *(next(grads) if p.requires_grad else None for p in parameters)
+        return grad_x, grad_bias, None, None, *(next(grads) if p.requires_grad else None for p in parameters)
 
 
 class CompressedLinear(nn.Linear):
@@ -105,9 +106,10 @@ class CompressedLinear(nn.Linear):
             product = stored.product(x)
             if product is not None:
                 return product if bias is None else product + bias
-            if self.dense is not None and self.dense.dtype == x.dtype:
-                return F.linear(x, self.dense, bias)
-        return _RebuiltLinear.apply(x, bias, stored, *stored.parameters())  # type: ignore[no-any-return]
+        kept = [] if self.dense is None or self.dense.dtype != x.dtype else [self.dense]
+        if kept and not torch.is_grad_enabled():
+            return F.linear(x, kept[0], bias)
+        return _RebuiltLinear.apply(x, bias, stored, kept, *stored.parameters())  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         """Shapes, for `print(model)`."""
@@ -143,13 +145,14 @@ def in_parts(block: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 
 
 @contextmanager
-def rebuilt(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Let the layers of a block that `can_stay_rebuilt` do so once for all passes without gradients within.
+def rebuilt(block: nn.Module, dtype: torch.dtype, *, learning: bool = False) -> Iterator[None]:
+    """Let the layers of a block that `can_stay_rebuilt` do so once for all passes within: those without gradients, or,
+    `learning`, those with them, of stored weights that do not change meanwhile.
 
     The numbers are the same.
     """
     layers = can_stay_rebuilt(block)
-    with torch.no_grad():
+    with torch.set_grad_enabled(learning):
         for layer in layers:
             layer.dense = layer.stored(dtype)
     try:

@@ -19,7 +19,7 @@ from cluscomp.models.walk import Walk
 from cluscomp.process import for_tracker
 from cluscomp.stages import Job
 from cluscomp.stages.block_finetune import CHECKS, ROUNDED, BlockFinetune
-from cluscomp.stages.block_windows import all_batches, batches, held_out, judged, own_part, spread, steps
+from cluscomp.stages.block_windows import all_batches, batches, held_out, judged, own_windows, spread, steps
 from cluscomp.stages.blockwise import Blockwise
 from cluscomp.store.records import read_sealed, write_sealed
 from cluscomp.train.masters import Group, State, Trained, by_mean, by_sign, fit, moving, rounding
@@ -45,9 +45,6 @@ def run(stage: BlockFinetune, model: PreTrainedModel, job: Job) -> dict[str, Any
     for rows in all_batches(stage):
         teacher.embed(ids_WT[rows])  # its blocks' arguments
         student[rows] = walk.embed(ids_WT[rows])
-    for own, share in map(own_part, batches(stage)):
-        if 0 < share < 1:
-            walk.embed(ids_WT[own])  # the arguments for a part of a batch
     work = Blockwise("block_finetune", job.folder, model, opened=job.opened)
     done, student, original = _resumed(work, streams) or ([], student, original)
     work.only_first(len(done))
@@ -124,11 +121,9 @@ def finetune_block(
 
     mean_error = partial(_mean_error, walk, index, entering_WTH, leaving_WTH, errors)
 
-    def share_of_loss(rows: Any) -> Tensor:
-        own, share = own_part(rows)
-        if share == 0:  # fewer windows than ranks
-            return torch.zeros((), device=device, requires_grad=True)
-        return errors(walk.apply(index, block, entering_WTH[own].to(device)), own) * share / scale
+    def share_of_loss(part: tuple[slice, float]) -> Tensor:
+        row, share = part
+        return errors(walk.apply(index, block, entering_WTH[row].to(device)), row) * share / scale
 
     def measure(when: str) -> dict[str, float]:
         found = {when: mean_error(judged(stage))}
@@ -161,6 +156,7 @@ def finetune_block(
             share_of_loss,
             all_steps,
             lr=lr,
+            parts=partial(_windows, block, leaving_WTH.dtype),
             weight_decay=stage.weight_decay,
             schedule=stage.schedule,
             warmup=stage.warmup,
@@ -190,6 +186,12 @@ def finetune_block(
         "lr": None, "attempts": attempts, "kept": True, "reasons": reasons,
         "moved": 0.0, **codes_moved(codes), "epochs": [],
     }  # fmt: skip
+
+
+def _windows(block: nn.Module, dtype: torch.dtype, rows: Any) -> Iterator[tuple[slice, float]]:
+    """The windows of a batch that are this rank's, and their shares of its loss, while weights stay rebuilt."""
+    with rebuilt(block, dtype, learning=True):
+        yield from own_windows(rows)
 
 
 @torch.no_grad()

@@ -48,17 +48,15 @@ def steps(stage: BlockFinetune, seed: str) -> list[Any]:
     return found
 
 
-def own_part(rows: Any) -> tuple[Any, float]:
-    """The windows of a batch (a slice, or numbers) that this rank learns from, and which share of the batch they are.
+def own_windows(rows: Any) -> list[tuple[slice, float]]:
+    """The windows of a batch (a slice, or numbers) that this rank learns from, each with its share of the batch's loss.
 
-    All of them come to all ranks together, so that steps, and what is learned, are those of one process but for the
-    order in which gradients are added.
+    Each is one by itself: what a matrix product gives depends on the rows beside. All of a batch come to all ranks
+    together, so that steps, and what is learned, are those of one process to the bit.
     """
-    if ranks.world() == 1:
-        return rows, 1.0
     numbers = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
     own = numbers.tensor_split(ranks.world())[ranks.rank()]
-    return own, len(own) / len(numbers)
+    return [(slice(number, number + 1), 1 / len(numbers)) for number in own.tolist()]
 
 
 def spread(stream_WTH: Tensor, parts: list[slice]) -> None:

@@ -1,7 +1,7 @@
 """What is trained of a model, as float32 masters, and the fit loop of training block by block."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.utils import parametrize
 
-from cluscomp import ranks
 from cluscomp.forms.codebook import CodebookWeight
 from cluscomp.forms.linear import compressed
 from cluscomp.forms.signs import SignWeight
@@ -18,8 +17,8 @@ from cluscomp.forms.uniform import UniformWeight
 from cluscomp.process import told
 from cluscomp.train.moving import MovingCodes
 from cluscomp.train.rounding import LearnedRounding, LearnedSigns, LearnedWeights, RoundedAnew
+from cluscomp.train.sums import Sums
 
-Batch = TypeVar("Batch")
 Schedule = Literal["constant", "linear", "cosine"]
 State = list[dict[str, Tensor]]
 Kind = TypeVar("Kind", bound=Tensor)
@@ -35,7 +34,7 @@ class Trained:
     def __init__(
         self, model: nn.Module, *, codebooks: bool, others: dict[str, Parameter], masters: bool = True
     ) -> None:
-        self._model, self._others, self._masters = model, others, masters
+        self._model, self._others, self.masters = model, others, masters
         self._weights = [layer.stored for layer in compressed(model).values()] if codebooks else []
         self._states = [_held(weight.state_dict()) for weight in self._weights]
         self._data = {name: parameter.data for name, parameter in others.items()}
@@ -61,7 +60,7 @@ class Trained:
             parametrize.register_parametrization(module, attribute, _Cast(self._data[name].dtype), unsafe=True)
         for name, parameter in self._others.items():
             data = self._data[name]
-            parameter.data = data.to(torch.float32 if self._masters else data.dtype, copy=True)
+            parameter.data = data.to(torch.float32 if self.masters else data.dtype, copy=True)
             parameter.requires_grad_(True)
 
     def finish(self) -> str | None:
@@ -209,8 +208,8 @@ class Group(NamedTuple):
 
 def fit(
     parameters: Sequence[Tensor],
-    loss_of: Callable[[Batch], Tensor],
-    batches: Sequence[Batch],
+    loss_of: Callable[[Any], Tensor],
+    batches: Sequence[Any],
     *,
     lr: float,
     weight_decay: float,
@@ -218,20 +217,23 @@ def fit(
     warmup: float,
     clip: float | None,
     half: bool,
+    parts: Callable[[Any], Iterable[Any]] = lambda batch: (batch,),
     groups: Sequence[Group] = (),
     change_gradient: Callable[[Tensor], None] | None = None,
     watch: Callable[[float, float], None] | None = None,
     after: Callable[[int], None] | None = None,
 ) -> str | None:
-    """Minimise `loss_of(batch)` over the float32 `parameters` with AdamW (torch's betas), one step for each batch.
+    """Minimise the loss of a batch over the float32 `parameters` with AdamW (torch's betas), one step for each batch.
+
+    It is the sum of `loss_of(part)`, each computed alone, over the parts of a batch, of which `parts(batch)` gives this
+    rank's own (see `Sums`).
 
     `groups` learn with them, without decay. With `change_gradient`, which changes a parameter's gradient in place, it
     is plain gradient descent instead, without decay or groups.
 
     The learning rate is `lr` times `rate(...)`; `clip` bounds the norm of the gradients of `parameters` together;
     `half` scales the loss as computing in float16 needs; `watch` is told the loss and that norm in each step, `after`
-    called with the number of each step that was made, from 1. Of the ranks of a run each has its share of a batch, and
-    losses and gradients are added up. Stops at the first loss or gradient that is not finite,
+    called with the number of each step that was made, from 1. Stops at the first loss or gradient that is not finite,
     with the parameters as they then are, and returns what it was, in words; otherwise None.
     """
     others: list[dict[str, Any]] = [
@@ -243,22 +245,24 @@ def fit(
     if change_gradient is not None:
         optimizer = torch.optim.SGD(parameters, lr=lr)
     scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=half)
+    sums = Sums([one for group in optimizer.param_groups for one in group["params"]])
     for step, batch in enumerate(told(batches, len(batches), "steps of this block", "step")):
         for group, full in zip(optimizer.param_groups, [lr, *(one.lr for one in groups)]):
             group["lr"] = full * rate(schedule, step, len(batches), warmup)
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(batch)
-        scaler.scale(loss).backward()
-        loss = ranks.summed(loss.detach())
-        ranks.add_gradients([one for group in optimizer.param_groups for one in group["params"]])
+        for part in parts(batch):
+            loss = loss_of(part)
+            scaler.scale(loss).backward()
+            sums.add(loss)
+        loss = sums.total()
         scaler.unscale_(optimizer)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         finite = loss.isfinite() if half else loss.isfinite() & norm.isfinite()  # else the scaler's to mend
         if not bool(finite) or (half and scaler.get_scale() < 1):
-            return f"step {step + 1} of {len(batches)}: loss {float(loss.detach()):.3g}, gradient {float(norm):.3g}"
+            return f"step {step + 1} of {len(batches)}: loss {float(loss):.3g}, gradient {float(norm):.3g}"
         if watch is not None:
-            watch(float(loss.detach()), float(norm))
+            watch(float(loss), float(norm))
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         if change_gradient is not None:

@@ -70,6 +70,7 @@ class Prepared(Objective):
     By itself it is plain training. Without gradients, where it is scored, layers compute with their weights.
     """
 
+    by_example = False  # noise is drawn for a batch, and CrAM looks ahead for one
     passes = 1  # forward and backward, of a batch
 
     def __init__(self, model: PreTrainedModel, trained: Trained, layers: Layers, ids_BT: Tensor) -> None:

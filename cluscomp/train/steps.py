@@ -9,6 +9,7 @@ from cluscomp.process import processes
 from cluscomp.settings import settings
 
 LOGITS = {"cpu": 2**22, "cuda": 2**26}  # numbers in the logits that are in memory at once, by device
+TOGETHER = {"cpu": 0, "cuda": 2**11}  # tokens of short examples that are computed together: few keep no GPU busy
 
 
 @settings
@@ -33,6 +34,14 @@ class Steps:
     def of_a_step(self) -> int:
         """Examples of one step."""
         return self.batch_size * self.accumulation
+
+    def together(self, device: str, tokens: float, own: int) -> int:
+        """How many of the examples of a batch that are a process' `own`, of so many tokens, are computed together.
+
+        One, where a device does as well with one: then what is learned does not depend on the number of processes.
+        """
+        fit = [n for n in range(1, own + 1) if own % n == 0 and n * tokens <= TOGETHER[device]]
+        return max(fit, default=1)
 
     def without_effect(self) -> set[str]:
         """How often the state is written changes no result."""

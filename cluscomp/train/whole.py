@@ -6,8 +6,6 @@ from Trainer's last whole checkpoint ends with the same bits.
 
 import logging
 import math
-import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,19 +18,16 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint as rematerialised
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from cluscomp.models.predictions import divergence
-from cluscomp.process import for_tracker
-from cluscomp.store.files import file_hash
 from cluscomp.store.records import read_sealed, write_sealed
 from cluscomp.train.masters import Trained
 from cluscomp.train.steps import LOGITS, Steps
+from cluscomp.train.trainer import LINES, SummingTrainer, Watch, last_whole
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3  # the learning rate as given, halved, halved again
-LINES = 50  # of progress in the log
-WHOLE = "whole.json"  # hashes of a Trainer checkpoint's files, written last
 FEW = 16  # tokens on which the head is tried
 IGNORED = -100  # label of a token whose prediction does not count
 
@@ -55,6 +50,7 @@ class Objective(nn.Module):
     """
 
     accepts_loss_kwargs = True  # Trainer hands over `num_items_in_batch`, the labels of a whole step
+    by_example = True  # whether the loss of a step is the sum of those of its examples
 
     def __init__(
         self, model: PreTrainedModel, trained: list[Parameter], *, cross_entropy: float, kl: float, ids_BT: Tensor
@@ -168,9 +164,12 @@ def train_whole(
     while len(attempts) < ATTEMPTS and not (attempts and attempts[-1]["kept"]):
         lr = settings.lr / 2 ** len(attempts)
         place = folder / f"attempt-{len(attempts)}"
-        watch = _Watch(name, tokens / steps, begin)
+        watch = Watch(name, tokens / steps, begin)
         trained.start()
-        losses = _fit(model, trained, objective, train, settings, watch, steps=steps, lr=lr, folder=place, seed=seed)
+        losses = _fit(
+            model, trained, objective, train, settings, watch,
+            tokens=tokens, steps=steps, lr=lr, folder=place, seed=seed,
+        )  # fmt: skip
         reason, after = trained.finish(), math.nan
         if not math.isfinite(losses[-1]):
             reason = f"the loss of step {len(losses)} was not finite"
@@ -217,19 +216,23 @@ def _fit(
     objective: Objective,
     train: Examples,
     settings: Steps,
-    watch: "_Watch",
+    watch: Watch,
     *,
+    tokens: int,
     steps: int,
     lr: float,
     folder: Path,
     seed: int,
 ) -> list[float]:
     """Run Trainer to the last step or the first loss that is not finite; the loss of every step until then."""
+    own, of_example = settings.batch_size // PartialState().num_processes, tokens / len(train)
+    summed = objective.by_example and trained.masters
+    together = settings.together(model.device.type, of_example, own) if summed else own
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=settings.batch_size // PartialState().num_processes,
-        gradient_accumulation_steps=settings.accumulation,
+        per_device_train_batch_size=together,
+        gradient_accumulation_steps=settings.accumulation * own // together,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
         warmup_steps=round(settings.warmup * steps),
         max_grad_norm=settings.clip or 0.0,
@@ -255,7 +258,7 @@ def _fit(
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=lr, weight_decay=settings.weight_decay
     )
-    trainer = Trainer(
+    trainer = (SummingTrainer if summed else Trainer)(
         model=objective,
         args=arguments,
         train_dataset=train,
@@ -264,7 +267,7 @@ def _fit(
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
-    whole = _last_whole(folder)
+    whole = last_whole(folder)
     if whole is not None:
         log.info("%s  goes on after step %s", watch.name, whole.name.rpartition("-")[2])
     with _rematerialised_blocks(model):
@@ -272,64 +275,6 @@ def _fit(
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     bad = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
     return losses[: bad + 1]
-
-
-class _Watch(TrainerCallback):
-    """A line of progress now and then, an end to training that diverges, and the mark of whole checkpoints."""
-
-    def __init__(self, name: str, tokens_of_a_step: float, begin: Callable[[int], None] | None) -> None:
-        self.name, self.tokens_of_a_step, self.begin = name, tokens_of_a_step, begin
-        self.begun, self.first = time.monotonic(), 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Start the clock."""
-        self.begun, self.first = time.monotonic(), state.global_step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Called before every step."""
-        if self.begin is not None:
-            self.begin(state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Called after every step, and once at the end, then without a loss."""
-        logs: dict[str, float] = kwargs["logs"]
-        if "loss" not in logs:
-            return
-        if not math.isfinite(logs["loss"]):
-            control.should_training_stop = True
-        step, last = state.global_step, state.max_steps
-        if state.is_world_process_zero and (step % -(-last // LINES) == 0 or step == last):
-            of_a_step = (time.monotonic() - self.begun) / (step - self.first)
-            log.info(
-                "%s  step %*d/%d  loss %.4f  lr %.2e  %.0f tokens/s  %d:%02d left",
-                self.name, len(str(last)), step, last, logs["loss"], logs["learning_rate"],
-                self.tokens_of_a_step / of_a_step, *divmod(round(of_a_step * (last - step)), 60),
-                extra=for_tracker(f"{self.name} steps", {"loss": logs["loss"], "lr": logs["learning_rate"]}, step),
-            )  # fmt: skip
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Called when all files of a checkpoint are written."""
-        PartialState().wait_for_everyone()
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            hashes = {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.name != WHOLE}
-            write_sealed(folder / WHOLE, hashes)
-
-
-def _last_whole(folder: Path) -> Path | None:
-    """The newest Trainer checkpoint with all its files as they were written; others are left out and told."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
-        hashes = read_sealed(path / WHOLE)
-        try:
-            if hashes and all(file_hash(path / name) == expected for name, expected in hashes.items()):
-                return path
-        except OSError:
-            pass
-        log.warning("%s is not whole: it is left out", path)
-        if PartialState().is_main_process:
-            shutil.rmtree(path, ignore_errors=True)
-    return None
 
 
 @contextmanager
