@@ -98,13 +98,13 @@ def main() -> None:
     peak = peak_memory() - before
     layers = [layer for name, layer in compressed(model).items() if ".layers.0." in name]
     dense_block = sum(4 * layer.out_features * layer.in_features for layer in layers)
-    inputs = len(blocks(model)) * options.batch_size * options.tokens * model.config.hidden_size * 4
+    inputs = len(blocks(model)) * options.tokens * model.config.hidden_size * 4  # of the one window at work
     must = {
         "stored: codes, 16-bit codebooks (the start, to go back to), embedding, norms": stored,
-        "float32 codebooks, their gradient and AdamW's state": 4 * 2 * halves,
+        "float32 codebooks, their gradient, its sum and AdamW's state": settings.state(1, 1) / 2 * halves,
         "dense weights of one block": dense_block,
         "activations: inputs of all blocks": inputs,
-        "activations: inside one block": kept_by_a_block(model, ids[: options.batch_size]),
+        "activations: inside one block": kept_by_a_block(model, ids[:1]),
         "activations: logits of one part, their logarithms and gradient": 3 * 4 * whole.LOGITS["cpu"],
     }
     for what, size in must.items():

@@ -308,39 +308,37 @@ class MetaModel:
     def end_to_end(
         self,
         *,
-        batch_size: int,
-        accumulation: int,
+        together: int,
+        of_a_step: int,
         length: int,
         examples: int,
         held_out: int,
         trained: float,
+        state: float,
         logits: int,
         before: Work = NOTHING,
-        masters: bool = True,
     ) -> Cost:
         """Training of the whole model: the inputs of all blocks are kept, one block's insides are made again.
 
-        `logits`: numbers of them that are in memory at once.
+        `together`: examples that go through the model together. `state`: bytes of the `trained` numbers and of what is
+        kept of each. `logits`: numbers of them that are in memory at once.
         """
-        own = -(-batch_size // self.ranks)  # of a batch
-        inside = self.training(own, length)
-        state = 16.0 * trained if masters else 3.0 * self.dtype.itemsize * trained
+        inside = self.training(together, length)
         dense = {"dense blocks": self.all_numbers * self.dtype.itemsize - self.outside}
         device = (self.together if self.compressed else dense) | {
             "embedding, head": self.outside,
             "masters, gradients, AdamW's state": state,
-            "inputs of all blocks": self.blocks * self.stream(own, length),
+            "inputs of all blocks": self.blocks * self.stream(together, length),
             "inside one block": inside.peak,
             "logits": 12.0 * logits,
         }
-        batches = examples // batch_size
-        once = self.forward(own, length).work * self.blocks
-        head = self.logits(own, length).work
-        work = (inside.work * self.blocks + once + head * 3) * batches
-        work += Work(traffic=40.0 * trained) * (batches / accumulation)
-        work += (once + head) * (2 * held_out / own) + before * (1 / self.ranks)
+        once = self.forward(together, length).work * self.blocks
+        head = self.logits(together, length).work
+        work = (inside.work * self.blocks + once + head * 3) * (examples / (together * self.ranks))
+        work += Work(traffic=40.0 * trained) * (examples / of_a_step)
+        work += (once + head) * (2 * held_out / together) + before * (1 / self.ranks)
         work += Work(read=float(self.checkpoint_bytes()))
-        relief = "a smaller batch_size with more accumulation, or a smaller length"
+        relief = "a smaller length" + (", or a smaller batch_size with more accumulation" if together > 1 else "")
         if self.device == "cpu":
             return Cost(worst(device, self.in_the_end | {"embedding, head": self.outside}), {}, work, relief)
         return Cost(device, self.in_the_end, work, relief)

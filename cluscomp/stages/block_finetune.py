@@ -108,14 +108,16 @@ class BlockFinetune(FromText):
         """The compressed model, the original's frame, streams and the training of one block; see `Stage.cost`."""
         if self.norms:
             outline.train_norms(outside=False)
-        train = outline.training(math.ceil(self.batch_size / outline.ranks), self.length)
+        train, own = outline.training(1, self.length), math.ceil(self.batch_size / outline.ranks)
         once = outline.forward(self.batch_size, self.length)
         self._check_weights(outline)
         trained = outline.codebook_numbers(outline.block)
         sizes = [float(o * i) for o, i in outline.dense.values()]
         of_each = {"clipping": 4.0, "rounding": 12.0, "weights": 20.0}.get(self.learns, 0.0)  # with what it learns by
         of_each = 16.0 if self.codes == "moving" else of_each
-        besides = of_each * sum(sizes) + (24.0 * max(sizes) if of_each else 0.0)
+        sums = 8.0 if own > 1 else 0.0  # of a number's gradients over the windows of a batch
+        besides = (of_each + sums) * sum(sizes) if of_each else 0.0
+        besides += 24.0 * (sum(sizes) if outline.rebuilt else max(sizes)) if of_each else 0.0
         besides += (4.0 * trained + (4.0 * sum(sizes) if of_each else 0.0)) if self.held_out else 0.0  # the best state
         streams = 4 if self.target == "both" else 3
         windows = self.samples + self.held_out
@@ -128,7 +130,7 @@ class BlockFinetune(FromText):
         batches, scored = math.ceil(self.samples / self.batch_size), math.ceil(self.held_out / self.batch_size)
         before = min(batches, math.ceil(JUDGED / self.batch_size))
         passes = batches * (streams - 1) + before + scored * (streams + CHECKS)
-        work = train.work * (batches * self.epochs) + once.work * (passes / outline.ranks)
+        work = train.work * (own * batches * self.epochs) + once.work * (passes / outline.ranks)
         apart = sum(sizes) if self.learns == "weights" or self.codes == "moving" else 0.0  # at a rate of their own
         work += Work(traffic=40.0 * (trained + apart) * batches * self.epochs)  # of AdamW
         if self.learns in ROUNDED:
@@ -141,8 +143,8 @@ class BlockFinetune(FromText):
         device = worst(
             always | {"a dense block": outline.dense_block, "activations": once.peak},
             always
-            | {"one block's training": train.peak, "masters and AdamW's state": 12.0 * trained}
-            | {"what learns besides": besides},
+            | {"one block's training": train.peak, "masters and AdamW's state": (12.0 + sums) * trained}
+            | {"dense weights": outline.rebuilt, "what learns besides": besides},
             always | (outline.in_the_end if here else {}) | {"writing the checkpoint": outline.writing},
             {name: part for name, part in always.items() if name != "streams"} | {"reading": outline.reading},
         )

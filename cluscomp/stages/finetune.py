@@ -75,15 +75,19 @@ class _Task(Steps):
     def _cost(self, outline: "MetaModel", trained: float, masters: bool) -> "Cost":
         """As whole-model training on `examples` of full length; the work of all (null) is not known and not counted."""
         examples = (self.examples or 0) * self.epochs
+        together, state = self.own(outline.ranks), 3.0 * outline.dtype.itemsize
+        if masters:
+            together = self.together(outline.device, 1, outline.ranks)  # the shorter they are, the more
+            state = self.state(together, outline.ranks)
         return outline.end_to_end(
-            batch_size=self.batch_size,
-            accumulation=self.accumulation,
+            together=together,
+            of_a_step=self.of_a_step,
             length=self.length,
             examples=examples,
             held_out=self.held_out,
             trained=trained,
+            state=state * trained,
             logits=LOGITS[outline.device],
-            masters=masters,
         )
 
     def _train(self, model: "PreTrainedModel", job: "Job", learns: "Callable[[], Trained]") -> dict[str, Any]:

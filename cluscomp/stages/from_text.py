@@ -96,16 +96,27 @@ class TrainsOnText(Steps):
         return train, test_windows(held_out, tokenizer, length=self.length, limit=self.held_out)
 
     def training_cost(
-        self, outline: "MetaModel", trained: float, *, before: Work | None = None, passes: int = 1
+        self,
+        outline: "MetaModel",
+        trained: float,
+        *,
+        before: Work | None = None,
+        passes: int = 1,
+        by_example: bool = True,
     ) -> "Cost":
         """What it takes to train so many numbers of the whole model, each window going through it `passes` times."""
+        together, state = self.own(outline.ranks), 16.0
+        if by_example:
+            together = self.together(outline.device, self.length, outline.ranks)
+            state = self.state(together, outline.ranks)
         return outline.end_to_end(
-            batch_size=self.batch_size,
-            accumulation=self.accumulation,
+            together=together,
+            of_a_step=passes * self.of_a_step,
             length=self.length,
             examples=passes * self.samples,
             held_out=self.held_out,
             trained=trained,
+            state=state * trained,
             logits=LOGITS[outline.device],
             before=before or Work(),
         )

@@ -96,7 +96,7 @@ class Prepare(TrainsOnText):
         """The dense model, float32 masters and AdamW's state; K-means is left out. See `Stage.cost`."""
         trained = float(outline.blocks * sum(o * i for o, i in outline.dense.values()))
         passes = 2 if self.rule == "cram" else 1
-        found = self.training_cost(outline, trained, passes=passes)
+        found = self.training_cost(outline, trained, passes=passes, by_example=False)
         found.device["gradients ahead"] = 4.0 * trained if self.rule == "cram" else 0.0
         found.device["codes"] = 9.0 * trained / self.vector_dim if self._clusters else 0.0
         return found

@@ -35,13 +35,21 @@ class Steps:
         """Examples of one step."""
         return self.batch_size * self.accumulation
 
-    def together(self, device: str, tokens: float, own: int) -> int:
-        """How many of the examples of a batch that are a process' `own`, of so many tokens, are computed together.
+    def together(self, device: str, tokens: float, processes: int) -> int:
+        """How many of its examples of a batch, of so many tokens, a process computes together, where they may be apart.
 
-        One, where a device does as well with one: then what is learned does not depend on the number of processes.
+        One, if a device does as well with one: then what is learned does not depend on the number of processes.
         """
-        fit = [n for n in range(1, own + 1) if own % n == 0 and n * tokens <= TOGETHER[device]]
-        return max(fit, default=1)
+        own = self.own(processes)
+        return max((n for n in range(1, own + 1) if own % n == 0 and n * tokens <= TOGETHER[device]), default=1)
+
+    def own(self, processes: int) -> int:
+        """How many examples of a batch are one process'."""
+        return max(1, self.batch_size // processes)
+
+    def state(self, together: int, processes: int) -> float:
+        """Bytes of a number that learns as a float32 master: itself, gradient, sums of gradients and AdamW's state."""
+        return 16.0 if together * processes >= self.of_a_step else 24.0
 
     def without_effect(self) -> set[str]:
         """How often the state is written changes no result."""

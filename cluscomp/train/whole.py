@@ -225,9 +225,10 @@ def _fit(
     seed: int,
 ) -> list[float]:
     """Run Trainer to the last step or the first loss that is not finite; the loss of every step until then."""
-    own, of_example = settings.batch_size // PartialState().num_processes, tokens / len(train)
-    summed = objective.by_example and trained.masters
-    together = settings.together(model.device.type, of_example, own) if summed else own
+    processes, summed = PartialState().num_processes, objective.by_example and trained.masters
+    together = own = settings.own(processes)
+    if summed:
+        together = settings.together(model.device.type, tokens / len(train), processes)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,

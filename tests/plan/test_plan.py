@@ -321,15 +321,15 @@ def test_the_plan_of_llama_3_70b_is_what_its_shapes_hold(llama, tmp_path):
     expected = stored + 2 * frame(llama) + alive.most
     assert rows["block_finetune"].vram - 0.5 * GIB == pytest.approx(expected, rel=0.15)
 
-    # recover: masters, gradients and AdamW's state of all codebooks; all blocks' inputs; one block at a time
+    # recover: masters, gradients, their sums and AdamW's state of all codebooks; one window in all blocks' inputs
     numbers = sum(parameter.numel() for one in blocks(llama) for parameter in codebooks(one))
     with Alive() as alive:
-        inputs = [walk.embed(ids(2))]
+        inputs = [walk.embed(ids(1))]
         inputs += [torch.empty_like(inputs[0]) for _ in range(len(walk))]  # what a forward pass keeps
         gradient, entering = torch.empty_like(inputs[0]), inputs[-2].requires_grad_(True)
         walk.apply(len(walk) - 1, walk.blocks[-1], entering).backward(gradient)
         inputs.pop()
-    expected = stored + frame(llama) + 16 * numbers + alive.most + 3 * 4 * 2**26
+    expected = stored + frame(llama) + 24 * numbers + alive.most + 3 * 4 * 2**26
     assert rows["recover"].vram - 0.5 * GIB == pytest.approx(expected, rel=0.15)
     assert all(math.isfinite(row.seconds) and row.seconds > 60 for row in rows.values())
 

@@ -214,6 +214,7 @@ def one_block(clustered, text, **changed):
     original, model = clustered()
     walk, ids_WT = Walk(model), windows(original, text)
     entering = torch.cat([walk.embed(rows) for rows in ids_WT.split(2)])
+    walk.embed(ids_WT[:1])
     dense = AutoModelForCausalLM.from_pretrained(original.folder, dtype=torch.float32).eval()
     target = streams(dense, ids_WT)[1][0]
     found = finetune_block(stage(text, **changed), walk, 0, entering, [target], torch.empty_like(entering), 0)
@@ -238,6 +239,7 @@ def test_a_target_of_zeros_is_no_division_by_zero(clustered, text):
     original, model = clustered()
     walk = Walk(model)
     entering = walk.embed(windows(original, text)[:2])
+    walk.embed(windows(original, text)[:1])
     entering = torch.cat([entering] * 3)
     leaving = torch.empty_like(entering)
     chosen = stage(text, loss="relative")

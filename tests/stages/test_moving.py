@@ -232,7 +232,7 @@ def entering(clustered, text, **changed):
     ids_WT = torch.from_numpy(chosen.windows(original.tokenizer, 0))
     entering_WTH = torch.cat([walk.embed(ids_WT[rows]) for rows in all_batches(chosen)])
     dense = AutoModelForCausalLM.from_pretrained(original.folder, dtype=torch.float32).eval()
-    walk.embed(ids_WT[:2])
+    walk.embed(ids_WT[:1])
     return chosen, walk, entering_WTH, streams(dense, ids_WT)[1][0]
 
 

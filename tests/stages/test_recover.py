@@ -350,7 +350,7 @@ def test_a_learning_rate_that_diverges_is_halved_twice_and_then_the_start_is_kep
 class Hill(torch.nn.Module):
     """Mean (x - 1)^2: the first step of Adam is as long as the learning rate."""
 
-    accepts_loss_kwargs = True
+    accepts_loss_kwargs = by_example = True
 
     def __init__(self, x: torch.nn.Parameter) -> None:
         super().__init__()
