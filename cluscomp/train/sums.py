@@ -11,8 +11,8 @@ from cluscomp import ranks
 class Sums:
     """The sum of a batch's parts: of their losses, and of the gradients that each leaves in the float32 `parameters`.
 
-    Numbers of float32 are added in float64, where the sum is exact as long as none of them is 2^27 times as large as
-    another; so it is the same in whichever order, and by whichever number of processes. It is rounded once, at the end.
+    Numbers of float32 are added in float64, where the sum is exact unless one is millions of times as large as another;
+    so it is the same in whichever order, and by whichever number of processes. It is rounded once, at the end.
     A part has to be computed alone: what a matrix product gives depends on the rows beside.
     """
 
