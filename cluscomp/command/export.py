@@ -2,7 +2,7 @@
 
 from cluscomp.command.compose import quiet_libraries
 from cluscomp.command.records import place
-from cluscomp.errors import InputError
+from cluscomp.command.usage import misused
 
 OPTIONS = {"format": "", "output": "", "dtype": "auto"}
 
@@ -12,7 +12,7 @@ def exported(arguments: list[str]) -> None:
     checkpoint, *rest = arguments or [""]
     given = OPTIONS | dict(item.partition("=")[::2] for item in rest)
     if not checkpoint or given.keys() != OPTIONS.keys() or not given["format"] or not given["output"]:
-        raise InputError("cluscomp export CHECKPOINT format=NAME output=FOLDER [dtype=auto]: CHECKPOINT is its folder")
+        raise misused("export", "CHECKPOINT is its folder")
     from cluscomp.formats.export import export
 
     quiet_libraries()

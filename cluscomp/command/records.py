@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from cluscomp.command import trust
 from cluscomp.command.compose import CONF, composed, quiet_libraries
 from cluscomp.command.sweep import show_cells, show_table
-from cluscomp.command.usage import choices
+from cluscomp.command.usage import choices, misused
 from cluscomp.errors import InputError
 from cluscomp.runs.cells import collect, read_cells
 from cluscomp.runs.experiment import PLACES, config_of
@@ -136,10 +136,7 @@ def parsed(command: str, arguments: list[str], options: dict[str, str]) -> tuple
     name, *rest = arguments or [""]
     given = dict(item.partition("=")[::2] for item in rest)
     if not re.fullmatch(NAME, name) or not given.keys() <= options.keys():
-        usage = " ".join(f"[{key}={value}]" for key, value in options.items())
-        raise InputError(
-            f"cluscomp {command} NAME {usage}: NAME is the `name` of an experiment (cluscomp {command} --help)"
-        )
+        raise misused(command, f"NAME is the `name` of an experiment (cluscomp {command} --help)")
     return name, options | given
 
 
@@ -154,7 +151,7 @@ def verify(arguments: list[str]) -> None:
 
     given = dict(item.partition("=")[::2] for item in arguments[1:])
     if not arguments or ("=" in arguments[0] and not place(arguments[0]).is_file()):
-        raise InputError("cluscomp verify RECORD [outputs=outputs] [full=true] [SETTINGS]: RECORD is a record's file")
+        raise misused("verify", "RECORD is a record's file")
     record, outputs = read(place(arguments[0])), Path(given.get("outputs", "outputs")).expanduser().absolute()
     full = given.get("full", "false") == "true"
     rest = [item for item in arguments[1:] if item.partition("=")[0] not in {"outputs", "full", "publish"}]

@@ -35,7 +35,13 @@ COMMANDS = {
 
 def help_of(command: str) -> str:
     """How a command is used, and what it does."""
-    return f"Usage:  cluscomp {command} {COMMANDS[command]}"
+    usage, _, sentences = COMMANDS[command].partition("\n\n")
+    return _folded(usage, f"Usage:  cluscomp {command} ", " " * 12) + "\n\n" + _folded(sentences)
+
+
+def misused(command: str, what: str) -> InputError:
+    """The refusal of a command's arguments: how it is used, and `what` of it needs a word."""
+    return InputError(f"usage: cluscomp {command} {COMMANDS[command].partition(chr(10))[0]}: {what}")
 
 
 def check_command(arguments: list[str]) -> None:
@@ -56,26 +62,31 @@ def choices(conf: Path, group: str | None = None, choice: str | None = None) -> 
         if folder.is_dir() and folder.name != "hydra"
     }
     if group is None:
-        return "\n".join(f"{name}: {', '.join(options)}" for name, options in found.items())
+        return "\n".join(_folded(", ".join(options), f"{name}: ", "    ") for name, options in found.items())
     if group not in found:
         raise InputError(f"cluscomp list {group}: no group of settings; there are {', '.join(found)}")
     if choice is not None and choice not in found[group]:
         raise InputError(f"cluscomp list {group} {choice}: no such choice; there are {', '.join(found[group])}")
     if choice is not None:
-        return (conf / group / f"{choice}.yaml").read_text().rstrip()
+        lines = (conf / group / f"{choice}.yaml").read_text().rstrip().splitlines()
+        return "\n".join(_with_comment(line) for line in lines)
     width = max(map(len, found[group])) + 2
-    columns = max(shutil.get_terminal_size((120, 24)).columns, width + 40)
-    return "\n".join(
-        textwrap.fill(
-            said(conf / group / f"{name}.yaml") or "-",
-            columns,
-            break_long_words=False,
-            break_on_hyphens=False,
-            initial_indent=f"{name:{width}}",
-            subsequent_indent=" " * width,
-        )
-        for name in found[group]
+    sentences = {name: said(conf / group / f"{name}.yaml") or "-" for name in found[group]}
+    return "\n".join(_folded(text, f"{name:{width}}", " " * width) for name, text in sentences.items())
+
+
+def _folded(text: str, first: str = "", further: str = "") -> str:
+    """A text in lines as wide as the terminal, which begin with `first` and with `further`."""
+    columns = max(shutil.get_terminal_size((120, 24)).columns, len(further) + 40)
+    return textwrap.fill(
+        text, columns, initial_indent=first, subsequent_indent=further, break_long_words=False, break_on_hyphens=False
     )
+
+
+def _with_comment(line: str) -> str:
+    """A line of a yaml; a comment at its end goes on below itself."""
+    value, mark, comment = line.partition("# ")
+    return _folded(comment, value + mark, " " * len(value) + mark) if mark else line
 
 
 def said(path: Path) -> str:

@@ -1,5 +1,6 @@
 """The plan of a run: bits, bytes and what each stage will need, from the model's shapes alone, before any work."""
 
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ class Plan:
             for row in self.rows
         ]  # fmt: skip
         lines += [[name, *["not known"] * (4 + gpu), ""] for name in self.unknown]
-        head = ["stage", "RAM, GiB", *(["GPU, GiB"] if gpu else []), "TFLOP", "time", "most of it"]
+        head = ["stage", "RAM", *(["GPU"] if gpu else []), "TFLOP", "time", "most of it (all in GiB)"]
+        widths = [None] * (len(head) - 1) + [23 if gpu else 30]  # what the others leave of 80
         sure = "" if self.exact else "about "
         had = f"RAM {self.limits.ram / GIB:.1f} GiB" + (
             f", GPU {self.limits.vram / GIB:.1f} GiB" if self.limits.vram is not None else ""
@@ -106,8 +108,8 @@ class Plan:
             )
         return "\n".join(
             [
-                tabulate(lines, head, "github", disable_numparse=True),
-                f"size      {size}",
+                tabulate([head, *lines], tablefmt="plain", disable_numparse=True, maxcolwidths=widths),
+                textwrap.fill(f"size      {size}", 80, subsequent_indent=" " * 10),
                 f"machine   {each}{self.machine}: {had}; speed {rates}",
             ]
         )

@@ -163,7 +163,9 @@ def read(path: Path) -> Record:
         wrong = error.errors()[0]
         place = ".".join(map(str, wrong["loc"])) or "the file"
         raise InputError(f"{path}: not a record: {place}: {wrong['msg']}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a record: {error}") from error
 
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from forks import until
 from safetensors.torch import load_file, save_file
 
@@ -186,10 +187,21 @@ def test_each_command_has_its_help_and_each_group_its_choices(cli):
         for arguments in ([command, "--help"], ["help", command]):
             done = cli(*arguments)
             assert done.code == 0 and done.out.startswith(f"Usage:  cluscomp {command} "), arguments
+            assert max(map(len, done.out.splitlines())) <= 120, arguments
     assert cli("help").out == cli("--help").out
     assert "\nmethod: aqlm, " in cli("list").out
     assert re.search(r"^rtn +Round to nearest", cli("list", "method").out, re.M)
     assert "act_order: true        # inputs of large mean square first" in cli("list", "method", "gptq").out
+
+
+def test_help_and_lists_fit_a_narrow_terminal(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    of_method = ["list", "method"], ["list", "method", "gptq"]
+    for arguments in (["list"], *of_method, ["table", "--help"], ["plan", "--help"]):
+        told = cli(*arguments).out
+        assert max(map(len, told.splitlines())) <= 80, arguments
+    assert yaml.safe_load(cli("list", "method", "gptq").out)["act_order"] is True  # as it was, comments apart
+    assert "[into=FILE]" in cli("table", "--help").out and "paper_zeroshot" in cli("list").out
 
 
 def test_each_choice_says_in_a_whole_sentence_what_it_is():
@@ -402,7 +414,7 @@ def test_a_plan_says_what_the_run_then_does(cli, place):
         assert predicted["size"][key] == pytest.approx(size[key])
         assert f"{size[key]:.3f}" in told.out
     assert predicted["peak_ram"].keys() == record["machine"]["peak_ram"].keys() == record["run"]["seconds"].keys()
-    assert all(f"| {stage} " in told.out for stage in predicted["seconds"])
+    assert all(f"\n{stage}  " in told.out for stage in predicted["seconds"])
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_opened_unless_forced(cli, place):
@@ -414,7 +426,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_opened_unless_forced(cli,
 
 def test_a_plan_for_another_machine_is_for_plans_alone(cli, place):
     told = cli("plan", *TINY, "machine=a6000")
-    assert told.code == 0 and "GPU, GiB" in told.out and "a6000" in told.out
+    assert told.code == 0 and "  GPU  " in told.out and "a6000" in told.out
     assert "only `cluscomp plan`" in the_sentence(cli(*TINY, "machine=a6000"))
 
 

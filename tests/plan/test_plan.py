@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -395,6 +396,9 @@ def test_each_of_four_ranks_has_a_quarter_of_what_is_shared_out(machine, togethe
     common += ["block_finetune.batch_size=4", "recover.batch_size=8", "recover.length=128", "dtype=float32"]
     one, four = (planned(composed(*common, "evaluate.after=[recover]", f"ranks={ranks}")) for ranks in (1, 4))
     assert "for each of 4 ranks" in four.table() and "ranks" not in one.table()
+    for found in (one, replace(one, rows=[replace(row, vram=2.0**38) for row in one.rows])):
+        lines = found.table().splitlines()
+        assert max(map(len, lines)) <= 80 and {row.name for row in one.rows} < {line.split("  ")[0] for line in lines}
     assert four.size == one.size and four.checkpoint_bytes == one.checkpoint_bytes
     parts = [{row.name: row.parts for row in found.rows} for found in (one, four)]
     name = "inputs of all blocks"

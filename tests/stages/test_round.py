@@ -295,7 +295,7 @@ def test_a_stage_of_a_users_own_is_found_by_its_yaml_runs_and_is_planned_as_not_
     own = ["+shrink={_target_: my_stages.Shrink, factor: 0.5}", "order=[shrink,cluster]", "trust=my_stages"]
     arguments = command(model, ground, tmp_path / "outputs", *own)
     plan = planned(composed(*arguments))
-    assert plan.unknown == ("shrink",) and "| shrink " in plan.table() and "not known" in plan.table()
+    assert plan.unknown == ("shrink",) and "\nshrink " in plan.table() and "not known" in plan.table()
     assert [row.name for row in plan.rows][-2:] == ["cluster", "evaluate cluster"] and not plan.exact
     with torch.no_grad():
         outcome = pipeline(*arguments)
