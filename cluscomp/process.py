@@ -21,7 +21,9 @@ log = logging.getLogger("cluscomp")
 Thing = TypeVar("Thing")
 SILENCE = 60.0  # seconds after which a log gets a sign of life
 BURST = 3.0  # seconds within which Ctrl-C pressed again is the same Ctrl-C
+INTERRUPTED = "interrupted; finished blocks are kept, the same command goes on from there"
 LATER = 0.01  # seconds until one that came where an exception would be lost comes again
+_signals: int | None = None  # what signals have come can be read there
 MMAP_THRESHOLD = -3, 2 * 2**20  # of malloc.h; bytes of the smallest piece that goes back to the system when it is freed
 
 
@@ -64,6 +66,21 @@ def interrupt_once() -> None:
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else who started this wants it ignored
         signal.signal(signal.SIGINT, interrupt)
+        global _signals
+        _signals, write = os.pipe()
+        os.set_blocking(_signals, False)
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+
+def pressed() -> bool:
+    """Whether Ctrl-C has come, also where Python could not act on it, as a library waits for another process."""
+    if _signals is None:
+        return False
+    try:
+        return signal.SIGINT in os.read(_signals, 1024)
+    except BlockingIOError:
+        return False
 
 
 def _lends_memory(frame: Any) -> bool:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluscomp.process import processes
+from cluscomp.process import INTERRUPTED, pressed, processes
 
 Thing = TypeVar("Thing")
 Made = TypeVar("Made")
@@ -185,6 +185,9 @@ class _Watch:
                 file=sys.stderr, flush=True,
             )  # fmt: skip
         self.say(FAILED)
+        if rank() == 0 and word == FAILED and pressed():  # this rank, too, but it waited for the others
+            print(f"cluscomp: {INTERRUPTED}", file=sys.stderr, flush=True)
+            os._exit(130)
         os._exit(1)
 
 

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from cluscomp.command.environment import Place, resolved
 from cluscomp.command.trust import Given, at, check, given, refuse_hydra, settings_class
 from cluscomp.errors import InputError
-from cluscomp.process import join_slurm, rank, unreadable
+from cluscomp.process import INTERRUPTED, join_slurm, rank, unreadable
 from cluscomp.runs.experiment import Experiment, put
 from cluscomp.store.secrets import Discreet, hide, printable
 
@@ -244,7 +244,7 @@ def explain(error: BaseException, given: Sequence[str] | None = None) -> tuple[s
     """One sentence for an exception, and the exit code; `given` are the overrides, by default the command line's."""
     given = sys.argv[1:] if given is None else given
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; finished blocks are kept, the same command goes on from there", 130
+        return INTERRUPTED, 130
     if isinstance(error, InputError):
         return str(error), 2
     if isinstance(error, HydraException | OmegaConfBaseException):

@@ -139,6 +139,30 @@ def test_ranks_that_all_stop_say_why_once(forks, ground, world):
     assert told[0].splitlines()[-1].startswith("cluscomp: interrupted") and "cluscomp: " not in "".join(told[1:])
 
 
+WAITING = """
+import time
+from cluscomp.process import interrupt_once
+from cluscomp.ranks import joined, rank, wait
+
+interrupt_once()
+with joined("cpu"):
+    wait()
+    print("here", flush=True)
+    wait() if rank() == 0 else time.sleep(600)
+"""
+
+
+def test_the_first_rank_says_so_while_it_waits_for_the_others(forks, ground):
+    """It waits in compiled code, where Python cannot act on Ctrl-C."""
+    pids = start(forks, ground, "waiting", 2, script=WAITING, small=[])
+    logs = [ground / f"waiting-{rank}.log" for rank in range(2)]
+    until(lambda: all(log.is_file() and "here" in log.read_text() for log in logs))
+    for pid in pids:
+        os.kill(pid, signal.SIGINT)
+    assert forks.wait(pids[0]) == 130 and forks.wait(pids[1]) != 0
+    assert logs[0].read_text().splitlines()[-1].startswith("cluscomp: interrupted")
+
+
 FAILING = """
 import time
 from cluscomp.ranks import joined, rank, wait
