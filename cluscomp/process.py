@@ -24,6 +24,7 @@ BURST = 3.0  # seconds within which Ctrl-C pressed again is the same Ctrl-C
 INTERRUPTED = "interrupted; finished blocks are kept, the same command goes on from there"
 LATER = 0.01  # seconds until one that came where an exception would be lost comes again
 _signals: int | None = None  # what signals have come can be read there
+_pressed = False
 MMAP_THRESHOLD = -3, 2 * 2**20  # of malloc.h; bytes of the smallest piece that goes back to the system when it is freed
 
 
@@ -75,12 +76,11 @@ def interrupt_once() -> None:
 
 def pressed() -> bool:
     """Whether Ctrl-C has come, also where Python could not act on it, as a library waits for another process."""
-    if _signals is None:
-        return False
-    try:
-        return signal.SIGINT in os.read(_signals, 1024)
-    except BlockingIOError:
-        return False
+    global _pressed  # noqa: PLW0603
+    if _signals is not None and not _pressed:
+        with contextlib.suppress(BlockingIOError):
+            _pressed = signal.SIGINT in os.read(_signals, 1024)
+    return _pressed
 
 
 def _lends_memory(frame: Any) -> bool:

@@ -26,6 +26,7 @@ LONGEST = timedelta(days=7)  # that ranks wait for one another: that one has end
 MOMENT = 1.0  # seconds in which the end of one rank is seen by the others
 GREETING = 10.0  # seconds in which who connects has to say which rank it is
 BYE, FAILED = b".", b"!"  # last words of a rank: it is done; it has failed, and said so itself
+STOPS = b"?"  # before it: something stops this rank, perhaps all of them
 _alone = False
 
 
@@ -73,6 +74,9 @@ def joined(device: str) -> Iterator[None]:
         watch.say(BYE)
     except BaseException:
         # If it is that another rank ended, this process ends now; if all of them failed, the first alone says so.
+        watch.stopping = True
+        if rank() > 0:
+            watch.say(STOPS)
         time.sleep(MOMENT if rank() == 0 else 2 * MOMENT)
         watch.leaving = True
         watch.say(FAILED)
@@ -146,7 +150,8 @@ class _Watch:
         server = socket.create_server((host, 0)) if rank() == 0 else None
         port = agreed(lambda: server.getsockname()[1] if server else 0)
         self._peers: dict[int, socket.socket] = {}
-        self.leaving = False  # this process has failed, and is about to say so
+        self.stopping = False  # something stops this process
+        self.leaving = False  # it has failed, and is about to say so
         if server is None:
             self._peers[0] = socket.create_connection((host, port))
             self._peers[0].sendall(rank().to_bytes(4))
@@ -174,6 +179,13 @@ class _Watch:
     def _look(self, number: int, peer: socket.socket) -> None:
         try:
             word = peer.recv(1)
+            if word == STOPS:
+                time.sleep(MOMENT / 2)
+                if pressed() and not self.stopping:  # this rank waits for that one, where Ctrl-C does not reach Python
+                    self.say(FAILED)
+                    print(f"cluscomp: {INTERRUPTED}", file=sys.stderr, flush=True)
+                    os._exit(130)
+                word = peer.recv(1)
         except OSError:
             word = b""
         if word == BYE or self.leaving:
@@ -185,9 +197,6 @@ class _Watch:
                 file=sys.stderr, flush=True,
             )  # fmt: skip
         self.say(FAILED)
-        if rank() == 0 and word == FAILED and pressed():  # this rank, too, but it waited for the others
-            print(f"cluscomp: {INTERRUPTED}", file=sys.stderr, flush=True)
-            os._exit(130)
         os._exit(1)
 
 
