@@ -175,7 +175,7 @@ def finetuning_table(records: list[Record]) -> pd.DataFrame:
             "method": method_name(record, before),
             STORED: round(sizes(record, before)["linear_bits_per_weight"], 3),
             IN_MEMORY: round(memory_bits(record, before), 3),
-            "learns": record.config["stages"]["finetune"]["trainable"],
+            "learns": record.config["stages"]["finetune"].get("trainable", "all"),  # finetune=full has no choice
             "numbers trained": found["trained_parameters"],
             "MB to deploy": round(found["deployed_bytes"] / 1e6, 1) if "deployed_bytes" in found else math.nan,
             "held-out loss, before": round(found["held_out_before"], 3),

@@ -414,14 +414,17 @@ def test_predictions_by_hand():
     assert row["seconds, ratio"] == 2.0 and row["GiB, ratio"] == 0.5
 
 
-def test_the_finetuning_table_by_hand():
+@pytest.mark.parametrize(
+    ("settings", "learns"), [({"trainable": "lora"}, "lora"), ({}, "all")]
+)  # finetune=full has none
+def test_the_finetuning_table_by_hand(settings, learns):
     made = record("a", [score("cluster", 30.0), score("finetune", 25.0), asked("finetune", "arc", "acc", 0.5)])
     made.config.update(order=["cluster", "finetune"])
-    made.config["stages"]["finetune"] = {"trainable": "lora"}
+    made.config["stages"]["finetune"] = settings
     numbers = {"trained_parameters": 7, "deployed_bytes": 2_000_000, "held_out_before": 3.0, "held_out_after": 2.0}
     made.stages["finetune"] = {"found": numbers, "size": size(3.0, 8.0, 1)}
     (row,) = finetuning_table([made, record("b")]).to_dict("records")
-    assert row["learns"] == "lora" and row["numbers trained"] == 7 and row["MB to deploy"] == 2.0
+    assert row["learns"] == learns and row["numbers trained"] == 7 and row["MB to deploy"] == 2.0
     assert row["pydoc perplexity, before"] == 30.0 and row["pydoc perplexity, after"] == 25.0
     assert pd.isna(row["arc acc, %, before"]) and row["arc acc, %, after"] == 50.0
 
