@@ -6,6 +6,7 @@ python benchmarks/families.py mixtral    # some, with what went wrong in full
 
 import json
 import multiprocessing
+import re
 import sys
 import tempfile
 import time
@@ -297,7 +298,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         silent=sum(found.get("silent", False) for found in results.values()),
         **{key: counted[key] for key in OUTCOMES},
     )
-    return told + str(tabulate(rows, head, "github", disable_numparse=True)) + "\n"
+    table = str(tabulate(rows, head, "github", disable_numparse=True))
+    return told + re.sub(r"-{4,}", "---", re.sub(r" {2,}", " ", table)) + "\n"  # cells are as long as what is in them
 
 
 def main() -> None:
