@@ -17,6 +17,7 @@ Format = Literal["md", "latex", "html", "csv"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 SUFFIX = {"md": "md", "latex": "tex", "html": "html", "csv": "csv"}
 MISSING = "–"
+WIDEST = 190  # letters of a line of Markdown whose cells are padded
 DIGITS = {
     r"bits$|bits in": 3,
     r"error|kurtosis|outliers|dead|rare|entropy": 4,
@@ -53,7 +54,7 @@ def rendered(
         for row, column in bold:
             cells.iloc[row, column] = f"**{cells.iloc[row, column]!s}**"
         heading = f"**{as_text(title)}**\n\n" if title else ""
-        return heading + cells.to_markdown(index=False, disable_numparse=True, colalign=numeric) + "\n"
+        return heading + _markdown(cells, numeric) + "\n"
     if format_ == "latex":
         return latex(names, cells.to_numpy().tolist(), bold, [side == "right" for side in numeric], title)
     style = (
@@ -65,6 +66,16 @@ def rendered(
     aligned: Any = {name: [{"selector": "", "props": f"text-align: {side}"}] for name, side in zip(names, numeric)}
     style = style.apply(lambda _: marks, axis=None).set_table_styles(aligned)
     return style.format(escape="html").format_index(escape="html", axis=1).to_html() + "\n"
+
+
+def _markdown(cells: pd.DataFrame, aligned: list[str]) -> str:
+    """Cells of text as a table of Markdown; where it is too wide to be read as it stands, without padding."""
+    padded = str(cells.to_markdown(index=False, disable_numparse=True, colalign=aligned))
+    if padded.index("\n") <= WIDEST:
+        return padded
+    rule = ["--:" if side == "right" else ":--" for side in aligned]
+    rows = [list(map(str, cells.columns)), rule, *cells.astype(str).to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def for_terminal(table: pd.DataFrame, width: int | None = None) -> str:
