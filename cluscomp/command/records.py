@@ -152,6 +152,8 @@ def verify(arguments: list[str]) -> None:
     given = dict(item.partition("=")[::2] for item in arguments[1:])
     if not arguments or ("=" in arguments[0] and not place(arguments[0]).is_file()):
         raise misused("verify", "RECORD is a record's file")
+    if place(arguments[0]).is_dir():  # of a checkpoint, say
+        raise misused("verify", f"{arguments[0]} is a folder; RECORD is a record's file, outputs/run-KEY/record.json")
     record, outputs = read(place(arguments[0])), Path(given.get("outputs", "outputs")).expanduser().absolute()
     full = given.get("full", "false") == "true"
     rest = [item for item in arguments[1:] if item.partition("=")[0] not in {"outputs", "full", "publish"}]

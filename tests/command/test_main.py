@@ -217,6 +217,13 @@ def test_a_reader_that_has_had_enough_is_no_failure(place):
     assert done.stdout.startswith("cluscomp: compress") and done.stdout.count("\n") == 1 and done.stderr == ""
 
 
+def test_a_checkpoint_in_the_place_of_a_record_is_told(cli, place):
+    (place / "checkpoint").mkdir()
+    assert "checkpoint is a folder; RECORD is a record's file, outputs/run-KEY/record.json" in the_sentence(
+        cli("verify", "checkpoint")
+    )
+
+
 def test_version(cli):
     assert cli("--version").out.strip() == cluscomp.__version__
 
