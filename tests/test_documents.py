@@ -52,6 +52,13 @@ def test_the_readme_is_short():
     assert len(lines) <= 150 and max(map(len, lines)) < 400
 
 
+def test_the_readme_has_the_systems_of_the_methods_page():
+    readme, methods = ((ROOT / name).read_text().splitlines() for name in ("README.md", "docs/methods.md"))
+    first = methods.index("| system | what it is | command |")
+    systems = methods[first : methods.index("", first)]
+    assert len(systems) == 12 and "\n".join(systems) in "\n".join(readme)
+
+
 def test_links_between_documents_lead_somewhere():
     for document in [*DOCUMENTS, ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
