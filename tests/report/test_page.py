@@ -591,6 +591,7 @@ def test_every_number_in_a_table_of_the_readme_is_one_of_a_record():
     known += stage_table(read_folder(ROOT / "results" / "demo")).to_string()
     numbers = set(re.findall(r"\d+(?:\.\d+)?", known))
     text = re.sub(r"\$ cluscomp status .*?\n\n", "", (ROOT / "README.md").read_text(), flags=re.S)
+    text = re.sub(r"\]\(.*?\)|`[^`\n]*`", "", text)  # addresses of papers and commands are no results, either
     rows = [line for line in text.splitlines() if line.strip().startswith("|")]
     told = {number for row in rows for number in re.findall(r"\d+(?:\.\d+)?", row)}
     assert len(told) > 20 and told <= numbers | {"0.1"}  # the share of words seen is told in a mark
