@@ -86,10 +86,8 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
             raise InputError(f"{name}: format=gguf has no such tensor in models of type {architecture}")
         layer = layers.get(name.removesuffix(".weight"))
         values, kind = _plain(model.get_parameter(name)) if layer is None else _layer(layer.stored, model.dtype)
-        if architecture == "llama" and ".attn_q." in place:
-            values = _interleaved(values, heads)
-        if architecture == "llama" and ".attn_k." in place:
-            values = _interleaved(values, config.num_key_value_heads)
+        if turned := _turned_heads(architecture, place, heads, config.num_key_value_heads):
+            values = _interleaved(values, turned)
         if layer is not None:
             made[kind] += 1
         writer.add_tensor(place, values, raw_dtype=kind)
@@ -115,10 +113,9 @@ def read_back(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]
     for name in names:
         place = cast(str, places.get_name(f"{name}.weight", try_suffixes=(".weight",)))
         rows = quants.dequantize(tensors[place].data, tensors[place].tensor_type)
-        if architecture == "llama" and ".attn_q." in place:
-            rows = _in_halves(rows, said["llama.attention.head_count"])
-        if architecture == "llama" and ".attn_k." in place:
-            rows = _in_halves(rows, said["llama.attention.head_count_kv"])
+        counts = (said[f"{architecture}.attention.{name}"] for name in ("head_count", "head_count_kv"))
+        if turned := _turned_heads(architecture, place, *counts):
+            rows = _in_halves(rows, turned)
         yield name, torch.from_numpy(np.array(rows)).to(dtypes.get(tensors[place].tensor_type, torch.float32))
 
 
@@ -176,6 +173,13 @@ def _joined(*parts: Tensor) -> Bytes:
 def _bytes(tensor: Tensor) -> Bytes:
     """A tensor's rows as bytes."""
     return tensor.contiguous().view(torch.uint8).numpy()
+
+
+def _turned_heads(architecture: str, place: str, heads: int, key_value_heads: int) -> int:
+    """How many heads of a tensor have their halves in turn there; 0 of one whose rows are in the same order."""
+    if architecture != "llama":
+        return 0
+    return heads if ".attn_q." in place else key_value_heads if ".attn_k." in place else 0
 
 
 def _interleaved(rows: Bytes, heads: int) -> Bytes:

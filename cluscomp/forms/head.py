@@ -7,13 +7,15 @@ from transformers import PreTrainedModel
 
 from cluscomp.forms.linear import storage_dtype
 from cluscomp.kernels import halves
+from cluscomp.kernels.loading import native
 
 
 class Head(nn.Linear):
     """A dense linear layer that reads its float32 weight in 16 bits for products of few rows without gradients.
 
     Where 16 bits hold the weight exactly, as a checkpoint stores it, that is half of the memory to read. The first such
-    product makes a copy, which stays, and another product sees what has changed in the weight since.
+    product makes a copy, which stays, and another product sees what has changed in the weight since. Without compiled
+    kernels, and not on the CPU, it is an ordinary linear layer.
     """
 
     _halves: Tensor | None = None  # the weight in 16 bits; None where they do not hold it
@@ -23,9 +25,8 @@ class Head(nn.Linear):
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         """x W^T + b: (..., I) -> (..., O)."""
         few = x.numel() <= halves.MOST_ROWS * self.in_features and not torch.is_grad_enabled()
-        if not few or x.dtype != torch.float32 or not (x.is_cpu and self.weight.is_cpu):
-            return super().forward(x)
-        weight = self._in_halves()
+        served = few and native is not None and x.dtype == torch.float32 and x.is_cpu and self.weight.is_cpu
+        weight = self._in_halves() if served else None
         if weight is None:
             return super().forward(x)
         y = halves.multiply(x.reshape(-1, self.in_features), weight).view(*x.shape[:-1], self.out_features)

@@ -2,10 +2,13 @@
 
 from copy import deepcopy
 
+import pytest
 import torch
 from torch import nn
 
+from cluscomp.forms import head as heads
 from cluscomp.forms.head import Head
+from cluscomp.kernels.loading import native
 
 
 def head(weight_OI: torch.Tensor, bias: bool = False) -> Head:
@@ -15,6 +18,7 @@ def head(weight_OI: torch.Tensor, bias: bool = False) -> Head:
     return layer
 
 
+@pytest.mark.skipif(native is None, reason="needs the compiled kernels")
 def test_a_head_gives_the_product_with_its_weight_as_it_is_now():
     weight_OI, x = torch.randn(40, 24).bfloat16().float(), torch.randn(2, 3, 24)
     layer = head(weight_OI, bias=True)
@@ -42,3 +46,11 @@ def test_gradients_many_rows_and_other_dtypes_are_an_ordinary_linear_layers():
         assert torch.equal(layer(many), plain(many)) and layer._halves is None
         narrow, x_BI = deepcopy(layer).bfloat16(), torch.randn(2, 24).bfloat16()
         assert torch.equal(narrow(x_BI), deepcopy(plain).bfloat16()(x_BI))
+
+
+def test_without_compiled_kernels_it_is_an_ordinary_linear_layer(monkeypatch):
+    """Torch would make the weight's 32 bits anew for each token."""
+    monkeypatch.setattr(heads, "native", None)
+    layer, x_BI = head(torch.randn(40, 24).half().float()), torch.randn(2, 24)
+    with torch.no_grad():
+        assert torch.equal(layer(x_BI), nn.functional.linear(x_BI, layer.weight)) and layer._halves is None

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pipelines import pipeline
+from pipelines import pipeline, small_run
 
 from cluscomp.errors import InputError
 from cluscomp.runs.mlflow_tracker import MlflowTracker
@@ -34,11 +34,7 @@ def test_mlflow_holds_what_the_record_holds(tmp_path, monkeypatch, caplog):
     pytest.importorskip("mlflow")
     caplog.set_level(logging.INFO, "cluscomp")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i} says that foxes jumped." for i in range(60)))
-    settings = [
-        "model=tiny", "data=text", f"data.file={tmp_path / 'text.txt'}", f"cache={tmp_path / 'cache'}", "seed=3",
-        f"outputs={tmp_path / 'outputs'}", "order=[cluster]", "method=rtn", "bits=4", "evaluate.context=32",
-    ]  # fmt: skip
+    settings = small_run(tmp_path)
     path = pipeline(*settings, "evaluate.limit=2", "tracker=mlflow").path
     record, ((run,), client) = read(path), runs_in(tmp_path / "outputs", "cluscomp")
     assert run.info.status == "FINISHED" and run.info.run_name == record.run["name"]

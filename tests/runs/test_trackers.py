@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from pipelines import pipeline
+from pipelines import pipeline, small_run
 
 from cluscomp.errors import InputError
 from cluscomp.process import Progress, peak_memory, reset_peak_memory
@@ -287,11 +287,7 @@ def test_curves_of_a_stage_that_was_finished_before_are_drawn_again(tmp_path, ca
     """And the tables stand beside them."""
     reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     caplog.set_level(logging.INFO, "cluscomp")
-    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i} says that foxes jumped." for i in range(60)))
-    settings = [
-        "model=tiny", "data=text", f"data.file={tmp_path / 'text.txt'}", f"cache={tmp_path / 'cache'}", "seed=3",
-        f"outputs={tmp_path / 'outputs'}", "order=[cluster]", "method=rtn", "bits=4", "evaluate.context=32",
-    ]  # fmt: skip
+    settings = small_run(tmp_path)
     pipeline(*settings, "evaluate.limit=2")
     path = pipeline(*settings, "evaluate.limit=3", "tracker=tensorboard").path
     events = reading.EventAccumulator(str(path.parent / "tensorboard")).Reload()

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pipelines import pipeline
+from pipelines import pipeline, small_run
 
 from cluscomp.errors import InputError
 from cluscomp.runs.trackers import Forgiving
@@ -42,11 +42,7 @@ def test_without_the_package_the_pip_line_is_told(tmp_path, monkeypatch):
 
 def test_trackio_holds_what_the_record_holds(trackio, tmp_path, caplog, capsys):
     caplog.set_level(logging.INFO, "cluscomp")
-    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i} says that foxes jumped." for i in range(60)))
-    settings = [
-        "model=tiny", "data=text", f"data.file={tmp_path / 'text.txt'}", f"cache={tmp_path / 'cache'}", "seed=3",
-        f"outputs={tmp_path / 'outputs'}", "order=[cluster]", "method=rtn", "bits=4", "evaluate.context=32",
-    ]  # fmt: skip
+    settings = small_run(tmp_path)
     path = pipeline(*settings, "evaluate.limit=2", "tracker=trackio").path
     record, (run,) = read(path), trackio.Api().runs("cluscomp")
     assert run.name == record.run["name"] and run.config["choices"]["method"] == "rtn" and not run.alerts()
