@@ -1,7 +1,7 @@
 """Walk a decoder block by block with exact activations."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -113,17 +113,17 @@ class Walk:
         Layers with one input (query, key, value) get the same tensor. Layers that nothing enters, experts that no
         token is sent to, say, are not among them.
         """
-        entering: dict[str, Tensor] = {}
-
-        def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda _module, args: entering.update({name: args[0]})
-
-        handles = [block.get_submodule(name).register_forward_pre_hook(note(name)) for name in layers]
-        try:
+        with _noted(block, layers) as entering:
             return self.apply(index, block, hidden_BTH), entering
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    @torch.no_grad()
+    def entering(
+        self, index: int, block: nn.Module, hidden_BTH: Float[Tensor, "B T H"], layers: list[str]
+    ) -> dict[str, Tensor]:
+        """What enters the named layers alone, as in `observe`; the block goes no further than to the last of them."""
+        with suppress(Captured), _noted(block, layers, stop=True) as entering:
+            self.apply(index, block, hidden_BTH)
+        return entering
 
     def logits(self, hidden_BTH: Float[Tensor, "B P H"], ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T vocabulary"]:
         """What the model makes of the last block's output (B, T, H), by its final norm and head: (B, T, vocabulary)."""
@@ -190,6 +190,27 @@ class Walk:
                 handle.remove()
             for block in self.blocks:
                 vars(block).pop("forward", None)  # the class's own forward shows again
+
+
+@contextmanager
+def _noted(block: nn.Module, layers: list[str], *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
+    """What enters the named layers of a block (..., I) while it runs; with `stop` it ends as `Captured` at the last."""
+    entering: dict[str, Tensor] = {}
+
+    def note(name: str, inputs: tuple[Tensor, ...]) -> None:
+        entering[name] = inputs[0]
+        if stop and len(entering) == len(layers):
+            raise Captured
+
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(lambda _module, inputs, name=name: note(name, inputs))
+        for name in layers
+    ]
+    try:
+        yield entering
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def not_finite(place: str, dtype: torch.dtype) -> InputError:

@@ -66,12 +66,12 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
             undrifted, originals = through(walk, index, undrifted, keep=not finished)
         look = partial(observe, stage.sees, walk, index, entering, originals=originals, room=stage.room)
         if index <= last and (not finished or stage.prefix == "original"):
-            stream, statistics = look(layers=[] if finished else [*all_places[index]])
+            stream, statistics = look(layers=[] if finished else [*all_places[index]], whole=stage.prefix == "original")
         if finished:
             found = work.put_back(index)
         else:
             share = None if shares is None else shares.blocks[index]
-            following = Following(stage.drift, stage.drift_damping, look) if stage.drift else None
+            following = Following(stage.drift, stage.drift_damping, partial(look, whole=False)) if stage.drift else None
             experts = stacks(block).items() if statistics else ()
             tokens = {stack: [statistics[one].own for one in layers if one in statistics] for stack, layers in experts}
             found = compress_block(

@@ -45,8 +45,9 @@ def observe(
     layers: list[str],
     originals: list[dict[str, Tensor]] | None = None,
     room: float = inf,
+    whole: bool = True,
 ) -> tuple[list[Tensor], dict[str, Seen]]:
-    """What a block makes of its inputs (batches of (B, T, H)), and the named layers' statistics.
+    """What a block makes of its inputs (batches of (B, T, H)), nothing if not `whole`, and named layers' statistics.
 
     Layers with one input share their statistics. `originals`: what enters the layers in the original, by batch; of
     experts it may be other tokens, and is not looked at. An expert that saw less than `LEAST` tokens has its statistics
@@ -61,20 +62,20 @@ def observe(
     turns = in_turn({layer: module.in_features for layer, module in modules.items()}, sees, room)
     gather = partial(_gathered, sees, walk, index, entering, stack_of, originals)
     dense = [layer for layer in layers if layer not in stack_of]
-    stream, found = gather(dense + (turns[0] if turns else []))
+    stream, found = gather(dense + (turns[0] if turns else []), whole)
     statistics = {layer: found[layer] for layer in dense if layer in found}
     own, together = dict.fromkeys(stack_of, 0), dict[str, Seen]()  # of each expert, of each stack
     for number, turn in enumerate(turns):
         if number:
             found = {}  # the turn before leaves memory
-            _, found = gather(turn)
+            _, found = gather(turn, False)
         for layer in (layer for layer in turn if layer in found):
             own[layer], stack = found[layer].own, stack_of[layer]
             together[stack] = together[stack].together(found[layer]) if stack in together else found[layer]
     fill = partial(_filled, sees, modules, stack_of, together)
     if len(turns) == 1:
         return stream, statistics | fill(turns[0], found)
-    held = _Turn(lambda number: fill(turns[number], gather(turns[number])[1]))
+    held = _Turn(lambda number: fill(turns[number], gather(turns[number], False)[1]))
     for number, turn in enumerate(turns):
         for layer in (layer for layer in turn if stack_of[layer] in together):
             statistics[layer] = Later(sees, own[layer], partial(held.of, number, layer))
@@ -127,13 +128,17 @@ def _gathered(
     experts: Container[str],
     originals: list[dict[str, Tensor]] | None,
     layers: list[str],
+    whole: bool,
 ) -> tuple[list[Tensor], dict[str, Seen]]:
-    """One pass through a block: what it makes of its inputs, and what of the layers' inputs was seen."""
+    """One pass through a block: what it makes of its inputs, if `whole`, and what of the layers' inputs was seen."""
     block, stream = walk.blocks[index], []
     shared: dict[tuple[str, ...], Seen] = {}
     for number, hidden_BTH in enumerate(entering):
-        output_BTH, inputs = walk.observe(index, block, hidden_BTH, layers)
-        stream.append(output_BTH)
+        if whole:
+            output_BTH, inputs = walk.observe(index, block, hidden_BTH, layers)
+            stream.append(output_BTH)
+        else:
+            inputs = walk.entering(index, block, hidden_BTH, layers)
         groups: dict[int, list[str]] = {}
         for layer, x in inputs.items():
             groups.setdefault(id(x), []).append(layer)
