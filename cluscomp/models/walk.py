@@ -120,7 +120,10 @@ class Walk:
     def entering(
         self, index: int, block: nn.Module, hidden_BTH: Float[Tensor, "B T H"], layers: list[str]
     ) -> dict[str, Tensor]:
-        """What enters the named layers alone, as in `observe`; the block goes no further than to the last of them."""
+        """What enters the named layers alone, (..., I) by name as in `observe`, of hidden states (B, T, H).
+
+        The block goes no further than to the last of them.
+        """
         with suppress(Captured), _noted(block, layers, stop=True) as entering:
             self.apply(index, block, hidden_BTH)
         return entering
