@@ -157,6 +157,7 @@ def test_the_first_rank_says_so_while_it_waits_for_the_others(forks, ground):
     pids = start(forks, ground, "waiting", 2, script=WAITING, small=[])
     logs = [ground / f"waiting-{rank}.log" for rank in range(2)]
     until(lambda: all(log.is_file() and "here" in log.read_text() for log in logs))
+    time.sleep(1)  # from there it is a few steps of Python to the compiled code
     for pid in pids:
         os.kill(pid, signal.SIGINT)
     assert [forks.wait(pid) for pid in pids] == [130, 1]
