@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -200,15 +201,12 @@ def _noted(block: nn.Module, layers: list[str], *, stop: bool = False) -> Iterat
     """What enters the named layers of a block (..., I) while it runs; with `stop` it ends as `Captured` at the last."""
     entering: dict[str, Tensor] = {}
 
-    def note(name: str, inputs: tuple[Tensor, ...]) -> None:
+    def note(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         entering[name] = inputs[0]
         if stop and len(entering) == len(layers):
             raise Captured
 
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(lambda _module, inputs, name=name: note(name, inputs))
-        for name in layers
-    ]
+    handles = [block.get_submodule(name).register_forward_pre_hook(partial(note, name)) for name in layers]
     try:
         yield entering
     finally:

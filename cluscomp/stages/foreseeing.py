@@ -84,7 +84,7 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
         once = outline.forward(stage.batch_size, stage.length)
         observing = once.peak + looking.captured + looking.added
         passes = stage.samples / stage.batch_size
-        walks = 1 + (stage.prefix == "compressed") + stage.over_the_model
+        walks = 1.0 + (stage.prefix == "compressed") + stage.over_the_model
         looks = 1.0 + stage.over_the_model
         if looking.turns > 1:
             sweeps = 1 + (isinstance(stage.whole, Offers) and stage.whole.bits is not None)
@@ -92,7 +92,8 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
         if stage.drift:  # the original beside, and a look at each input of the block
             # what was kept of the block before is not free at once (seen with 32 windows)
             streams = 2 * streams + 2 * looking.captured * passes
-            walks, looks = walks + looking.inputs, looks + 1 - 1 / looking.inputs
+            again = looking.inputs - 1  # passes that end at an input, half way on the average
+            walks, looks = walks + 1 + again / 2, looks + again / looking.inputs
         work += once.work * passes * (outline.blocks - 1) * walks
         work += looking.work * passes * outline.blocks * looks
         if stage.price == "loss":

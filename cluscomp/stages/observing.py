@@ -62,20 +62,20 @@ def observe(
     turns = in_turn({layer: module.in_features for layer, module in modules.items()}, sees, room)
     gather = partial(_gathered, sees, walk, index, entering, stack_of, originals)
     dense = [layer for layer in layers if layer not in stack_of]
-    stream, found = gather(dense + (turns[0] if turns else []), whole)
+    stream, found = gather(dense + (turns[0] if turns else []), whole=whole)
     statistics = {layer: found[layer] for layer in dense if layer in found}
     own, together = dict.fromkeys(stack_of, 0), dict[str, Seen]()  # of each expert, of each stack
     for number, turn in enumerate(turns):
         if number:
             found = {}  # the turn before leaves memory
-            _, found = gather(turn, False)
+            _, found = gather(turn, whole=False)
         for layer in (layer for layer in turn if layer in found):
             own[layer], stack = found[layer].own, stack_of[layer]
             together[stack] = together[stack].together(found[layer]) if stack in together else found[layer]
     fill = partial(_filled, sees, modules, stack_of, together)
     if len(turns) == 1:
         return stream, statistics | fill(turns[0], found)
-    held = _Turn(lambda number: fill(turns[number], gather(turns[number], False)[1]))
+    held = _Turn(lambda number: fill(turns[number], gather(turns[number], whole=False)[1]))
     for number, turn in enumerate(turns):
         for layer in (layer for layer in turn if stack_of[layer] in together):
             statistics[layer] = Later(sees, own[layer], partial(held.of, number, layer))
@@ -128,6 +128,7 @@ def _gathered(
     experts: Container[str],
     originals: list[dict[str, Tensor]] | None,
     layers: list[str],
+    *,
     whole: bool,
 ) -> tuple[list[Tensor], dict[str, Seen]]:
     """One pass through a block: what it makes of its inputs, if `whole`, and what of the layers' inputs was seen."""

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cluscomp.errors import InputError
-from cluscomp.models.original import Original, blocks
+from cluscomp.models.original import Original, blocks, linears
 from cluscomp.models.walk import Walk
 from cluscomp.score.perplexity import window_scores
 
@@ -39,6 +39,24 @@ def test_hidden_states_are_the_models_own(model, ids):
             with walk.block(index) as block:
                 hidden = walk.apply(index, block, hidden)
     assert torch.equal(walk.logits(hidden, ids), expected.logits)
+
+
+@torch.no_grad()
+def test_a_pass_for_what_enters_layers_ends_at_the_last_of_them(model, ids):
+    walk, block = Walk(model), blocks(model)[0]
+    hidden, layers = walk.embed(ids), linears(block)
+    _, expected = walk.observe(0, block, hidden, [*layers])
+    ran = []
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda *_, name=name: ran.append(name))
+    in_order = [*expected]
+    for number in range(1, len(in_order) + 1):
+        asked = in_order[:number]
+        found = walk.entering(0, block, hidden, asked)
+        assert found.keys() == set(asked) and ran == asked[:-1]
+        assert all(torch.equal(found[name], expected[name]) for name in asked)
+        ran.clear()
+    assert torch.equal(walk.apply(0, block, hidden), walk.observe(0, block, hidden, [])[0])
 
 
 @torch.no_grad()
