@@ -35,7 +35,7 @@ from cluscomp.stages.blockwise import Blockwise, relative_error
 from cluscomp.stages.cluster import Cluster
 from cluscomp.stages.gating import gated
 from cluscomp.stages.menus import Menus, Shares
-from cluscomp.stages.observing import Following, observe, through
+from cluscomp.stages.observing import Following, observe, seen_first, through
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +65,15 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
         if index <= last and undrifted:
             undrifted, originals = through(walk, index, undrifted, keep=not finished)
         look = partial(observe, stage.sees, walk, index, entering, originals=originals, room=stage.room)
+        share = None if shares is None else shares.blocks[index]
         if index <= last and (not finished or stage.prefix == "original"):
-            stream, statistics = look(layers=[] if finished else [*all_places[index]], whole=stage.prefix == "original")
+            stream, statistics = look(
+                layers=[] if finished else seen_first(all_places[index], share if stage.drift else None),
+                whole=stage.prefix == "original",
+            )
         if finished:
             found = work.put_back(index)
         else:
-            share = None if shares is None else shares.blocks[index]
             following = Following(stage.drift, stage.drift_damping, partial(look, whole=False)) if stage.drift else None
             experts = stacks(block).items() if statistics else ()
             tokens = {stack: [statistics[one].own for one in layers if one in statistics] for stack, layers in experts}
@@ -126,8 +129,7 @@ def _reported(by_block: dict[str, dict[str, Any]]) -> dict[str, Any]:
     by_layer = {layer: error / size if size else 0.0 for layer, (error, size) in squares.items()}
     numbers = {"relative_error": relative_error(squares), "relative_error_by_layer": by_layer}
     numbers["distribution_by_layer"] = _of_all(by_block, "distributed")
-    tokens = _of_all(by_block, "experts")
-    return numbers | ({"tokens_by_expert": tokens} if tokens else {})
+    return numbers | ({"tokens_by_expert": tokens} if (tokens := _of_all(by_block, "experts")) else {})
 
 
 def _of_all(by_block: dict[str, dict[str, Any]], key: str) -> dict[str, Any]:

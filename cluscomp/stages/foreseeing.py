@@ -94,6 +94,8 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
             streams = 2 * streams + 2 * looking.captured * passes
             again = looking.inputs - 1  # passes that end at an input, half way on the average
             walks, looks = walks + 1 + again / 2, looks + again / looking.inputs
+            if stage.over_the_model and looking.turns == 0:  # at first one input alone is looked at
+                walks, looks = walks - 1, looks - again / looking.inputs
         work += once.work * passes * (outline.blocks - 1) * walks
         work += looking.work * passes * outline.blocks * looks
         if stage.price == "loss":

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from math import inf
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from cluscomp.forms.apart import stacks
 from cluscomp.models.original import linears
 from cluscomp.models.walk import Walk
+from cluscomp.plan.places import Place
+from cluscomp.solve.allocate import Option
 from cluscomp.solve.layer import Later, Seen
 
 LEAST = 256  # tokens of the calibration text, that an expert's statistics stand on
@@ -24,6 +27,19 @@ class Following:
     strength: float
     damping: float
     again: Callable[..., tuple[list[Tensor], dict[str, Seen]]]  # `observe`, of the layers that come next
+
+
+def seen_first(places: dict[str, Place], share: list[tuple[list[str], Option]] | None) -> list[str]:
+    """The layers of a block whose inputs are looked at before any is compressed, if those of others are seen again.
+
+    Those of the first input, where bits were shared out before and inputs come one after the other; else all.
+    """
+    inputs = [place.input for place in places.values()]
+    made = [places[layer].input for names, _ in share or () for layer in names]
+    one_by_one = [number for number, _ in groupby(made)] == [*dict.fromkeys(inputs)]
+    if not one_by_one or any(place.stack for place in places.values()):
+        return [*places]
+    return [layer for layer, place in places.items() if place.input == inputs[0]]
 
 
 def through(

@@ -22,14 +22,16 @@ from cluscomp.models.original import Original, block_names, blocks, linears
 from cluscomp.models.walk import Walk
 from cluscomp.plan import dry
 from cluscomp.plan.meta import MetaModel
+from cluscomp.plan.places import Place
+from cluscomp.solve.allocate import Option
 from cluscomp.solve.drift import corrected
 from cluscomp.solve.layer import Seen
-from cluscomp.stages import Job
+from cluscomp.stages import Job, clustering
 from cluscomp.stages.allocation import Allocation, ByFormula, ByGates
 from cluscomp.stages.cluster import Cluster
 from cluscomp.stages.clustering import chosen_table, compress_block, layer_seed
 from cluscomp.stages.menus import Menus
-from cluscomp.stages.observing import Following, observe, through
+from cluscomp.stages.observing import Following, observe, seen_first, through
 from cluscomp.stages.prices import prices
 from cluscomp.store.records import write_sealed
 
@@ -434,6 +436,36 @@ def test_a_killed_run_that_shares_bits_out_over_the_model_goes_on_with_the_same_
     (folder / "block-002.safetensors").unlink()  # ended while the last block was compressed
     again, refound = run(sharing, original, folder)
     assert equal(state(whole), state(again)) and found == refound
+
+
+def test_only_what_is_made_first_is_looked_at_before(tiny_folder, text, tmp_path, monkeypatch):
+    """With bits shared out before, nothing else of the first look would be used."""
+    original = Original(tiny_folder, torch.float32, CPU)
+    target = {"bits": 3.0, "vector_dim": None, "codebook_size": None, "allocation": "fill"}
+    sharing = replace(stage(text, "compressed", drift=0.3, **target), allocation=Allocation(scope="model"))
+    asked = []
+
+    def noted(*args, layers, **more):
+        asked.append(len(layers))
+        return observe(*args, layers=layers, **more)
+
+    monkeypatch.setattr(clustering, "observe", noted)
+    found, numbers = run(sharing, original, tmp_path / "first")
+    assert asked[-4:] == [3, 1, 2, 1]  # of the last block, which hands nothing on
+    monkeypatch.setattr(clustering, "seen_first", lambda places, share: [*places])
+    everything, refound = run(sharing, original, tmp_path / "all")
+    assert asked[-4:] == [7, 1, 2, 1] and equal(state(found), state(everything)) and numbers == refound
+
+
+def test_what_is_seen_first():
+    places = {"q": Place(8, 4, 0), "k": Place(8, 4, 0), "o": Place(8, 4, 1), "down": Place(8, 8, 2)}
+    option = Option(1, 0.0, {})
+    each = [([layer], option) for layer in places]
+    assert seen_first(places, each) == ["q", "k"]
+    assert seen_first(places, [(["q", "k"], option), *each[2:]]) == ["q", "k"]
+    assert seen_first(places, None) == [*places]  # a method may look at all before it begins
+    assert seen_first(places, [(["q", "o"], option), (["k"], option), (["down"], option)]) == [*places]
+    assert seen_first({**places, "down": Place(8, 8, 2, stack="experts")}, each) == [*places]
 
 
 def test_gates_need_text_whatever_the_method_looks_at_and_are_planned(tiny_folder, text):
