@@ -77,7 +77,7 @@ def main() -> None:
     original = Original(source.folder(Path("~/.cache/cluscomp").expanduser()), torch.float32, torch.device("cpu"))
     settings = Steps(
         batch_size=options.batch_size, accumulation=1, lr=1e-5, weight_decay=0.0, schedule="constant", warmup=0.0,
-        clip=1.0, save_every=1,
+        clip=1.0, save_every=1, gradient_checkpointing=True,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 49000, (2 * options.batch_size + 1, options.tokens), generator=generator)

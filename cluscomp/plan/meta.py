@@ -316,9 +316,10 @@ class MetaModel:
         trained: float,
         state: float,
         logits: int,
+        again: bool,
         before: Work = NOTHING,
     ) -> Cost:
-        """Training of the whole model: the inputs of all blocks are kept, one block's insides are made again.
+        """Training of the whole model: all inputs of blocks are kept, and their insides, or these are made `again`.
 
         `together`: examples that go through the model together. `state`: bytes of the `trained` numbers and of what is
         kept of each. `logits`: numbers of them that are in memory at once.
@@ -329,16 +330,19 @@ class MetaModel:
             "embedding, head": self.outside,
             "masters, gradients, AdamW's state": state,
             "inputs of all blocks": self.blocks * self.stream(together, length),
-            "inside one block": inside.peak,
+            **({"inside one block": inside.peak} if again else {"inside all blocks": self.blocks * inside.peak}),
             "logits": 12.0 * logits,
         }
         once = self.forward(together, length).work * self.blocks
         head = self.logits(together, length).work
-        work = (inside.work * self.blocks + once + head * 3) * (examples / (together * self.ranks))
+        work = (inside.work * self.blocks + (once if again else NOTHING) + head * 3) * (
+            examples / (together * self.ranks)
+        )
         work += Work(traffic=40.0 * trained) * (examples / of_a_step)
         work += (once + head) * (2 * held_out / together) + before * (1 / self.ranks)
         work += Work(read=float(self.checkpoint_bytes()))
         relief = "a smaller length" + (", or a smaller batch_size with more accumulation" if together > 1 else "")
+        relief += "" if again else ", or gradient_checkpointing=true"
         if self.device == "cpu":
             return Cost(worst(device, self.in_the_end | {"embedding, head": self.outside}), {}, work, relief)
         return Cost(device, self.in_the_end, work, relief)

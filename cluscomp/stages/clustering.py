@@ -308,8 +308,7 @@ def _compressed(
         return list(chosen.compress({name: layers[name] for name in names}))
 
     if not together:
-        for part in parts:
-            yield from make(part)
+        yield from (one for part in parts for one in make(part))
         return
     device = next(iter(layers.values())).weight_OI.device
     for _, neighbours in groupby(parts, lambda part: at_once or layers[part[0][0]].input):

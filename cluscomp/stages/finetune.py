@@ -88,6 +88,7 @@ class _Task(Steps):
             trained=trained,
             state=state * trained,
             logits=LOGITS[outline.device],
+            again=self.gradient_checkpointing,
         )
 
     def _train(self, model: "PreTrainedModel", job: "Job", learns: "Callable[[], Trained]") -> dict[str, Any]:

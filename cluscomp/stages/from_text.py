@@ -118,6 +118,7 @@ class TrainsOnText(Steps):
             trained=trained,
             state=state * trained,
             logits=LOGITS[outline.device],
+            again=self.gradient_checkpointing,
             before=before or Work(),
         )
 

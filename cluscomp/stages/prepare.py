@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 from cluscomp.stages.from_text import TrainsOnText
+from cluscomp.train.steps import NO_RESULT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,11 +66,11 @@ class Prepare(TrainsOnText):
         return self.rule != "plain" and self.compression == "codebooks"
 
     def without_effect(self) -> set[str]:
-        """How often the state is written, and what the rule does not look at."""
+        """What changes no result, and what the rule does not look at."""
         of_cram, of_noise = {"rho", "plus"}, {"noise"}
         of_clusters = {"vector_dim", "codebook_size", "iterations", "refresh"}
         idle = {"plain": of_cram | of_noise | {"compression"}, "cram": of_noise, "quant_noise": of_cram}[self.rule]
-        return {"save_every"} | idle | (set() if self._clusters else of_clusters)
+        return NO_RESULT | idle | (set() if self._clusters else of_clusters)
 
     def check(self, original: "Original") -> None:
         """Cut the windows. Raises InputError too for a layer that has fewer sub-vectors than centroids."""

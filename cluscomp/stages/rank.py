@@ -9,6 +9,7 @@ from pydantic import Field
 from cluscomp.data.overlap import Learned
 from cluscomp.settings import settings
 from cluscomp.stages.from_text import TrainsOnText
+from cluscomp.train.steps import NO_RESULT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,8 +59,8 @@ class Rank(TrainsOnText):
         return super().learns_from() if self.trains else None
 
     def without_effect(self) -> set[str]:
-        """How often the state is written; and all of training, if there is none."""
-        return {"save_every"} if self.trains else {field.name for field in fields(self)} - {"rule"}
+        """What changes no result; and all of training, if there is none."""
+        return {*NO_RESULT} if self.trains else {field.name for field in fields(self)} - {"rule"}
 
     def check(self, original: "Original") -> None:
         """Cut the windows, if it trains. Raises InputError too for a size that cannot be reached."""

@@ -9,6 +9,7 @@ from cluscomp.kernels.work import Work
 from cluscomp.plan.cost import worst
 from cluscomp.settings import settings
 from cluscomp.stages.from_text import TrainsOnText
+from cluscomp.train.steps import NO_RESULT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,8 +41,8 @@ class Recover(TrainsOnText):
     norms: bool
 
     def without_effect(self) -> set[str]:
-        """How often the state is written, and how much is kept of a teacher that is not asked."""
-        idle = {"save_every"} if "kl" in self.loss else {"save_every", "teacher_top"}
+        """What changes no result, and how much is kept of a teacher that is not asked."""
+        idle = {*NO_RESULT} if "kl" in self.loss else {*NO_RESULT, "teacher_top"}
         return idle if self.hidden else idle | {"hidden"}
 
     @property

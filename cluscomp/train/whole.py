@@ -271,7 +271,7 @@ def _fit(
     whole = last_whole(folder)
     if whole is not None:
         log.info("%s  goes on after step %s", watch.name, whole.name.rpartition("-")[2])
-    with _rematerialised_blocks(model):
+    with _rematerialised_blocks(model) if settings.gradient_checkpointing else _training(model):
         trainer.train(resume_from_checkpoint=None if whole is None else str(whole))
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     bad = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
@@ -279,14 +279,23 @@ def _fit(
 
 
 @contextmanager
-def _rematerialised_blocks(model: PreTrainedModel) -> Iterator[None]:
-    """Keep a block's input alone for the backward pass. Dropout is as in the model's config, as in all training."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+def _training(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout is as in the model's config, as in all training."""
     model.train()
     try:
         yield
     finally:
         model.eval()
+
+
+@contextmanager
+def _rematerialised_blocks(model: PreTrainedModel) -> Iterator[None]:
+    """In training: keep a block's input alone for the backward pass."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    try:
+        with _training(model):
+            yield
+    finally:
         disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
         disable()

@@ -23,6 +23,7 @@ CPU = torch.device("cpu")
 SETTINGS = {
     "tokens": 4 * 4 * 12, "length": 12, "held_out": 4, "batch_size": 4, "accumulation": 1, "lr": 1e-3,
     "weight_decay": 0.1, "schedule": "cosine", "warmup": 0.0, "clip": 1.0, "save_every": 2, "rule": "plain",
+    "gradient_checkpointing": True,
     "rho": 0.05, "plus": False, "noise": 0.3, "compression": "codebooks", "vector_dim": 4, "codebook_size": 16,
     "iterations": 3, "refresh": 2,
 }  # fmt: skip
@@ -176,7 +177,7 @@ def test_the_prepared_model_is_compressed_next_and_planned(ground, tmp_path):
     scores = {score.after: score.value for score in record.scores if score.metric == "perplexity"}
     assert scores["prepare"] < scores["original"]
     idle = experiment.stages["prepare"].without_effect()
-    assert idle == {"save_every", "noise"}
+    assert idle == {"save_every", "gradient_checkpointing", "noise"}
     assert replace(experiment.stages["prepare"], rule="plain").without_effect() >= {"rho", "codebook_size", "noise"}
 
 

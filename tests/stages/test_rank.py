@@ -34,6 +34,7 @@ CPU = torch.device("cpu")
 SETTINGS = {
     "tokens": 8 * 4 * 12, "length": 12, "held_out": 4, "batch_size": 4, "accumulation": 1, "lr": 5e-3,
     "weight_decay": 0.0, "schedule": "constant", "warmup": 0.0, "clip": 1.0, "save_every": 4, "rule": "masks",
+    "gradient_checkpointing": True,
     "until": 0.75, "price": 0.3, "rise": 1.1, "start": 0.005, "adapter_rank": 4, "alpha": 8.0,
 }  # fmt: skip
 CUT = {"ratio": 0.5, "method": None, "samples": 4, "length": 12, "batch_size": 2}
@@ -262,7 +263,7 @@ def test_the_plan_knows_both_stages(sizes, ground):
 
 
 def test_what_changes_no_result_is_in_no_key(text):
-    assert stage(text).without_effect() == {"save_every"}
+    assert stage(text).without_effect() == {"save_every", "gradient_checkpointing"}
     untrained = stage(text, rule="values")
     assert untrained.learns_from() is None and {"lr", "until", "tokens", "data"} <= untrained.without_effect()
     assert "rule" not in untrained.without_effect()

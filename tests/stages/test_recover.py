@@ -21,6 +21,7 @@ from cluscomp.forms.linear import compressed
 from cluscomp.models.original import Original, block_names, blocks, linears
 from cluscomp.models.predictions import Teacher, divergence
 from cluscomp.models.walk import Walk
+from cluscomp.plan.meta import MetaModel
 from cluscomp.runs.run import Outcome
 from cluscomp.train.masters import Trained
 from cluscomp.train.whole import IGNORED, Objective, _rematerialised_blocks, padded, train_whole
@@ -158,6 +159,23 @@ def test_the_split_of_a_step_into_batches_does_not_matter(recovered, ground):
     assert found(other)["held_out_after"] == pytest.approx(found(recovered)["held_out_after"], rel=1e-4)
 
 
+def test_what_is_kept_of_a_pass_changes_no_bit_but_what_is_planned(recovered, ground, tmp_path):
+    original = Original(built(ground).model.folder(ground / "cache"), torch.float32, torch.device("cpu"))
+    given = overrides(ground, tmp_path, "recover.gradient_checkpointing=false", SCORED)
+    kept = pipelines.pipeline(*given)
+    assert kept.record.stages["recover"]["checkpoint_hash"] == recovered.record.stages["recover"]["checkpoint_hash"]
+    assert found(kept)["attempts"] == found(recovered)["attempts"]
+    costs = []
+    for again in (True, False):
+        outline = MetaModel(original.config, torch.float32, "cpu")
+        recovered_as = built(ground, f"recover.gradient_checkpointing={again}")
+        recovered_as.stages["cluster"].cost(outline)
+        costs.append(recovered_as.stages["recover"].cost(outline))
+    again, kept = (cost.device for cost in costs)
+    assert kept["inside all blocks"] == 2 * again["inside one block"] and sum(kept.values()) > sum(again.values())
+    assert costs[1].work.flops < costs[0].work.flops and "gradient_checkpointing=true" in costs[1].relief
+
+
 def test_kl_brings_the_model_near_the_original(recovered, ground):
     outcome = pipeline(ground, ground / "outputs", "recover.loss=kl", "recover.teacher_top=300")
     numbers = found(outcome)
@@ -200,7 +218,7 @@ def test_hidden_states_come_near_the_originals_and_are_weighed_as_told(ground):
     expected = F.kl_div(*logs, reduction="sum", log_target=True) + 0.5 * (ours - theirs).square().sum()
     assert numbers["held_out_before"] == pytest.approx(float(expected) / (4 * 31), rel=1e-3)
     idle = built(ground).stages["recover"].without_effect()
-    assert idle == {"save_every", "teacher_top", "hidden"}
+    assert idle == {"save_every", "gradient_checkpointing", "teacher_top", "hidden"}
 
 
 # parts
