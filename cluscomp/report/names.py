@@ -13,6 +13,7 @@ _NAMES |= {"nf4": "NF4", "normal_float": "NormalFloat", "onebit": "OneBit", "sli
 SPELLED: dict[str, tuple[tuple[str, ...], str]] = {
     "cluscomp": (_CLUSCOMP, ""),
     "cluscomp_data_free": (_CLUSCOMP, "data-free"),
+    "cluscomp_quick": (_CLUSCOMP, "quick"),
     "cluscomp_paper": (_CLUSCOMP, "paper"),
     "cluscomp_paths": (_CLUSCOMP, "paths"),
     "cluscomp_best": (_CLUSCOMP, "best"),
