@@ -70,7 +70,7 @@ class Prepare(TrainsOnText):
         of_cram, of_noise = {"rho", "plus"}, {"noise"}
         of_clusters = {"vector_dim", "codebook_size", "iterations", "refresh"}
         idle = {"plain": of_cram | of_noise | {"compression"}, "cram": of_noise, "quant_noise": of_cram}[self.rule]
-        return NO_RESULT | idle | (set() if self._clusters else of_clusters)
+        return idle | NO_RESULT | (set() if self._clusters else of_clusters)
 
     def check(self, original: "Original") -> None:
         """Cut the windows. Raises InputError too for a layer that has fewer sub-vectors than centroids."""
