@@ -43,7 +43,8 @@ class ClusComp:
     The rest spends no bytes and is not in the paper; any of it needs calibration text and axis "out".
     `weighting` "diagonal": a sub-vector counts by the mean square of its input. `assign` "hessian": codes are chosen
     input by input, errors handed on to the inputs to come (`damping` is added to the diagonal of the second moment, as
-    a share of its mean). `least_squares`: so many steps towards the codebook of least output error for these codes.
+    a share of its mean; before, what is beside the diagonal shrinks by a share `shrinkage`: of little text it is mostly
+    chance). `least_squares`: so many steps towards the codebook of least output error for these codes.
     `descent`: so many times the codes then descend input by input with all others fixed, and the codebook follows.
     """
 
@@ -63,6 +64,7 @@ class ClusComp:
     weighting: Literal["none", "diagonal"]
     assign: Literal["nearest", "hessian"]
     damping: float = Field(gt=0, le=1)
+    shrinkage: float = Field(ge=0, lt=1)
     least_squares: int = Field(ge=0)
     descent: int = Field(ge=0)
 
@@ -77,6 +79,10 @@ class ClusComp:
                 f"method.descent=0 (here {self.weighting}, {self.assign}, {self.least_squares} and {self.descent})"
             )
         return self
+
+    def without_effect(self) -> set[str]:
+        """Settings that decide nothing, by which runs are not told apart; see `runs.experiment.key_settings`."""
+        return set() if self.shrinkage else {"shrinkage"}
 
     def sees(self) -> frozenset[str]:
         """The second moment of the inputs or its diagonal, if an option asks for it."""
@@ -135,8 +141,9 @@ class ClusComp:
         if self.init == "shared_points":  # drawn anew for each codebook, and the same for all with as many sub-vectors
             generator = torch.Generator().manual_seed(opened[0].seed)
         return solve.groups.Group(
-            names, opened, recipe, generator, axis=self.axis, weighting=self.weighting, damping=self.damping
-        )
+            names, opened, recipe, generator, axis=self.axis, weighting=self.weighting,
+            damping=self.damping, shrinkage=self.shrinkage,
+        )  # fmt: skip
 
     def _shapes(self, matrices: "Matrices", bits: float | None) -> "list[Shape]":
         """What may be chosen from for the codebook of matrices of these shapes."""

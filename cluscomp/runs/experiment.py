@@ -154,4 +154,7 @@ def key_settings(stage: Any) -> dict[str, Any]:
     A text counts by its hash (`Stage.learns_from`), not by where it lies.
     """
     values = {key: value for key, value in described(stage).items() if key not in stage.without_effect()}
+    for name, part in values.items():  # a method may say so of its own settings
+        if idle := getattr(getattr(stage, name, None), "without_effect", None):
+            values[name] = {key: value for key, value in part.items() if key not in idle()}
     return values | {part: values[part]["name"] for part in ("data", "instructions") if part in values}

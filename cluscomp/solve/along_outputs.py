@@ -47,10 +47,16 @@ def best_factors(
     return torch.where(size_O > 0, pull_O / size_O, 0.0).clamp(min=0)
 
 
-def damped(moment_II: Float[Tensor, "I I"], damping: float) -> Float[Tensor, "I I"]:
-    """H with `damping` times its mean diagonal added to the diagonal, (I, I); inputs never seen count as that, too."""
+def damped(moment_II: Float[Tensor, "I I"], damping: float, shrinkage: float = 0.0) -> Float[Tensor, "I I"]:
+    """H with `damping` times its mean diagonal added to the diagonal, (I, I); inputs never seen count as that, too.
+
+    Before, what is beside the diagonal is made smaller by a share `shrinkage`: of few tokens it is mostly chance.
+    (Ledoit and Wolf, 2004, shrink towards a multiple of the identity.)
+    """
     mean = float(moment_II.diagonal().mean())
     damped_II = moment_II.clone()
+    if shrinkage:
+        damped_II.mul_(1 - shrinkage).diagonal().copy_(moment_II.diagonal())
     damped_II.diagonal().add_(damping * mean if mean else 1.0)
     return damped_II
 

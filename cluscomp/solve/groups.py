@@ -23,8 +23,8 @@ class Group:
 
     Of several layers each weight is divided by its size and each second moment by its mean diagonal, so that a layer
     counts by its relative error. Scales are relative to the size of all, so that the codebook is as large as weights.
-    With `weighting` "diagonal" a sub-vector counts by the mean square of its input. `damping` is added to the diagonal
-    of second moments, as a share of its mean.
+    With `weighting` "diagonal" a sub-vector counts by the mean square of its input. `damping` and
+    `shrinkage` of second moments are as `along_outputs.damped` says.
     """
 
     def __init__(
@@ -37,9 +37,10 @@ class Group:
         axis: Axis,
         weighting: Literal["none", "diagonal"],
         damping: float,
+        shrinkage: float = 0.0,
     ) -> None:
         self.names, self._layers, self.recipe = names, layers, recipe
-        self._axis, self._weighting, self._damping = axis, weighting, damping
+        self._axis, self._weighting, self._damped = axis, weighting, (damping, shrinkage)
         self.weights = [layer.weight_OI.float() for layer in layers]
         if axis == "out":  # input by input in memory, as they are cut
             self.weights = [weight_OI.T.contiguous().T for weight_OI in self.weights]
@@ -74,7 +75,7 @@ class Group:
         """What decides, beside numbers, what becomes of it: groups of which it is equal are alike."""
         inputs = tuple(layer.input for layer in self._layers)
         together = tuple(inputs.index(one) for one in inputs)
-        return tuple(self.matrices), together, self.recipe, self._axis, self._weighting, self._damping
+        return tuple(self.matrices), together, self.recipe, self._axis, self._weighting, self._damped
 
     @property
     def energy(self) -> float:
@@ -172,7 +173,7 @@ class Group:
 
     def _moment(self, layer: Layer) -> Tensor:
         """The damped second moment (I, I) of a layer's inputs."""
-        found_II = damped(layer.show().matrix_II, self._damping)
+        found_II = damped(layer.show().matrix_II, *self._damped)
         if len(self._layers) > 1:
             found_II /= self._mean(found_II.diagonal())
         return found_II

@@ -6,7 +6,14 @@ from cluscomp.stages.allocation import Allocation
 
 PAPER = {"init": "random_points", "over_relaxation": 1.0, "move_centroids": False}
 STORED = {"axis": "out", "storage": "float16", "share": "none", "allocation": "uniform", "floor": 0.0, "measure": True}
-NO_DATA = {"weighting": "none", "assign": "nearest", "damping": 0.01, "least_squares": 0, "descent": 0}
+NO_DATA = {
+    "weighting": "none",
+    "assign": "nearest",
+    "damping": 0.01,
+    "shrinkage": 0.0,
+    "least_squares": 0,
+    "descent": 0,
+}
 IDLE = {
     "beside": Beside(keep=1.0, of=None, rank=None, rank_share=None, saliency="none", adapter_bits=16, damping=0.01),
     "allocation": Allocation(scope="block"),

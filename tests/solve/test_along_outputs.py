@@ -55,6 +55,27 @@ def test_the_second_moment_is_that_of_all_tokens_and_its_diagonal_the_same_alone
         _ = Seen({"moment"}).diagonal_I
 
 
+def test_the_second_moment_shrinks_beside_its_diagonal_and_is_damped_on_it():
+    moment_II = moment_of(layer(6, 4)[1])
+    found_II, mean = damped(moment_II, 0.5, 0.25), float(moment_II.diagonal().mean())
+    expected_II = 0.75 * moment_II + torch.diag(0.25 * moment_II.diagonal() + 0.5 * mean)
+    torch.testing.assert_close(found_II, expected_II)
+    assert torch.equal(damped(moment_II, 0.5, 0.0), damped(moment_II, 0.5))
+
+
+def test_codes_of_little_text_serve_other_text_better_where_the_second_moment_shrinks():
+    """Of 48 tokens of 32 inputs, judged on 40 times as many."""
+    errors = {0.0: 0.0, 0.2: 0.0}
+    for seed in range(5):
+        weight_IO, x_TI = layer(32, 64, seed, tokens=2000)
+        few_II, all_II = moment_of(x_TI[:48]), moment_of(x_TI)
+        book_KD = torch.randn(16, 2, generator=torch.Generator().manual_seed(seed))
+        for shrinkage in errors:
+            codes_IG = feedback_codes(weight_IO, book_KD, damped(few_II, 0.01, shrinkage))
+            errors[shrinkage] += output_error((dense(codes_IG, book_KD, 64) - weight_IO).T, all_II)
+    assert errors[0.2] < 0.95 * errors[0.0]
+
+
 def test_the_output_error_is_the_squared_error_of_the_outputs_per_token():
     weight_IO, x_TI = layer(6, 4)
     error_OI = 0.1 * torch.randn(4, 6, generator=torch.Generator().manual_seed(1))

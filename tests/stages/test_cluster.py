@@ -38,7 +38,8 @@ from cluscomp.store.records import write_sealed
 CPU = torch.device("cpu")
 CALIBRATION = {"samples": 5, "length": 12, "batch_size": 2}
 KMEANS = {"iterations": 3, "init": "kd", "over_relaxation": 1.9, "move_centroids": True}
-BY_OUTPUT = {"weighting": "diagonal", "assign": "hessian", "damping": 0.01, "least_squares": 5, "descent": 1}
+BY_OUTPUT = {"weighting": "diagonal", "assign": "hessian", "damping": 0.01, "shrinkage": 0.0, "least_squares": 5}
+BY_OUTPUT |= {"descent": 1}
 
 
 def method(**changed) -> ClusComp:
