@@ -37,7 +37,7 @@ class Group:
         axis: Axis,
         weighting: Literal["none", "diagonal"],
         damping: float,
-        shrinkage: float = 0.0,
+        shrinkage: float,
     ) -> None:
         self.names, self._layers, self.recipe = names, layers, recipe
         self._axis, self._weighting, self._damped = axis, weighting, (damping, shrinkage)

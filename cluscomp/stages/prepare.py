@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 from cluscomp.errors import InputError
 from cluscomp.settings import settings
 from cluscomp.stages.from_text import TrainsOnText
-from cluscomp.train.steps import NO_RESULT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +69,7 @@ class Prepare(TrainsOnText):
         of_cram, of_noise = {"rho", "plus"}, {"noise"}
         of_clusters = {"vector_dim", "codebook_size", "iterations", "refresh"}
         idle = {"plain": of_cram | of_noise | {"compression"}, "cram": of_noise, "quant_noise": of_cram}[self.rule]
-        return idle | NO_RESULT | (set() if self._clusters else of_clusters)
+        return super().without_effect() | idle | (set() if self._clusters else of_clusters)
 
     def check(self, original: "Original") -> None:
         """Cut the windows. Raises InputError too for a layer that has fewer sub-vectors than centroids."""

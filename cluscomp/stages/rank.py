@@ -9,7 +9,6 @@ from pydantic import Field
 from cluscomp.data.overlap import Learned
 from cluscomp.settings import settings
 from cluscomp.stages.from_text import TrainsOnText
-from cluscomp.train.steps import NO_RESULT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +59,7 @@ class Rank(TrainsOnText):
 
     def without_effect(self) -> set[str]:
         """What changes no result; and all of training, if there is none."""
-        return {*NO_RESULT} if self.trains else {field.name for field in fields(self)} - {"rule"}
+        return super().without_effect() if self.trains else {field.name for field in fields(self)} - {"rule"}
 
     def check(self, original: "Original") -> None:
         """Cut the windows, if it trains. Raises InputError too for a size that cannot be reached."""

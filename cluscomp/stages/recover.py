@@ -9,7 +9,6 @@ from cluscomp.kernels.work import Work
 from cluscomp.plan.cost import worst
 from cluscomp.settings import settings
 from cluscomp.stages.from_text import TrainsOnText
-from cluscomp.train.steps import NO_RESULT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +41,7 @@ class Recover(TrainsOnText):
 
     def without_effect(self) -> set[str]:
         """What changes no result, and how much is kept of a teacher that is not asked."""
-        idle = {*NO_RESULT} if "kl" in self.loss else {*NO_RESULT, "teacher_top"}
+        idle = super().without_effect() | (set() if "kl" in self.loss else {"teacher_top"})
         return idle if self.hidden else idle | {"hidden"}
 
     @property

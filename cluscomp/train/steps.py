@@ -9,7 +9,6 @@ from cluscomp.process import processes
 from cluscomp.settings import settings
 
 LOGITS = {"cpu": 2**22, "cuda": 2**26}  # numbers in the logits that are in memory at once, by device
-NO_RESULT = frozenset({"save_every", "gradient_checkpointing"})  # settings that change none
 TOGETHER = {"cpu": 0, "cuda": 2**11}  # tokens of short examples that are computed together: few keep no GPU busy
 
 
@@ -56,7 +55,7 @@ class Steps:
 
     def without_effect(self) -> set[str]:
         """How often the state is written, and what of a pass is kept, change no result."""
-        return {*NO_RESULT}
+        return {"save_every", "gradient_checkpointing"}
 
     def check_processes(self, stage: str) -> None:
         """Raise InputError if a batch cannot be shared out evenly among the processes."""

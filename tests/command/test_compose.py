@@ -42,7 +42,10 @@ def test_a_run_that_compresses_nothing_has_no_method():
     assert not {"method", "cluster"} & composed("order=[evaluate]").choices.keys()
 
 
-@pytest.mark.parametrize("given", [["method=gptq"], ["method=omniquant"], ["experiment=bits", "method.floor=0.5"]])
+FINETUNED = ["experiment=demo", "method=cluscomp", "order=[cluster,block_finetune]", "block_finetune=quick"]
+
+
+@pytest.mark.parametrize("given", [["method=gptq"], ["method=omniquant"], [*FINETUNED, "method.floor=0.5"]])
 def test_a_record_of_schema_1_is_converted_to_what_a_run_writes(given):
     """Of choices those of stages that are run; of others the yaml that differs least need not be the one chosen."""
     experiment = composed("bits=3", *given)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp.data.texts import calibration_windows
-from cluscomp.runs.experiment import config_of, settings_of, stage_keys, without_places
+from cluscomp.runs.experiment import config_of, key_settings, settings_of, stage_keys, without_places
 from cluscomp.runs.run import Outcome
 from cluscomp.store.records import SCHEMA, protocol, read, read_sealed, write_sealed
 
@@ -121,6 +121,13 @@ class Zeros(RoundToNearest):
     def stored(self, weight_OI, *rest):
         return super().stored(torch.zeros_like(weight_OI), *rest)
 """
+
+
+def test_a_setting_of_a_method_that_decides_nothing_is_in_no_key():
+    """So runs from before there was shrinkage are found again."""
+    plain, shrunk = (pipelines.composed(*TINY_TUNED, f"method.shrinkage={share}") for share in (0.0, 0.1))
+    assert "shrinkage" not in key_settings(plain.stages["cluster"])["method"]
+    assert key_settings(shrunk.stages["cluster"])["method"]["shrinkage"] == 0.1
 
 
 def test_two_methods_with_equal_settings_share_nothing(ground, tmp_path, monkeypatch):
