@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cluscomp.solve.allocate import Menu
     from cluscomp.solve.groups import Group
     from cluscomp.solve.layer import Layer
-    from cluscomp.solve.shapes import Matrices, Shape
+    from cluscomp.solve.shapes import Effort, Matrices, Shape
 
 
 @settings
@@ -34,7 +34,8 @@ class ClusComp:
     paper) each its own. `allocation` "uniform"
     gives every codebook at most `bits`, which leaves some unspent as codes take whole bits; "fill" spends them, with
     `bits` as the most of a block (nothing else where a block has one codebook, or D and K are fixed), and gives no
-    codebook less than about a share `floor` of `bits`. With `measure` the errors of shapes are measured on the weights;
+    codebook less than about a share `floor` of `bits`. With `measure` the errors of shapes are measured on the weights,
+    "brief" on fewer of them and in fewer rounds;
     without, they are those of Gaussian ones, so that shapes follow from the matrices' shapes alone. `iterations`,
     `init`, `over_relaxation` and `move_centroids` are the recipe of K-means (`kmeans.Recipe`); the paper's is 20,
     shared_points, 1, false. "shared_points" are random points at the same positions in all matrices of one size, as in
@@ -55,7 +56,7 @@ class ClusComp:
     storage: Literal["float16", "float8", "int8"]
     share: Literal["none", "input", "experts", "block"]
     allocation: Literal["uniform", "fill"]
-    measure: bool
+    measure: bool | Literal["brief"]
     floor: float = Field(ge=0, le=1)
     iterations: int = Field(ge=1)
     init: Literal["random_points", "shared_points", "kd"]
@@ -102,7 +103,7 @@ class ClusComp:
         for names, method in zip(groups, methods):
             group = method._opened(layers, names)
             with named(names):
-                shape = group.best(method._shapes(group.matrices, method.bits), measure=self.measure)
+                shape = group.best(method._shapes(group.matrices, method.bits), self._effort)
                 stored = group.stored(
                     shape, self.storage, assign=self.assign, least_squares=self.least_squares, descent=self.descent
                 )
@@ -113,10 +114,15 @@ class ClusComp:
         assert self.bits is not None  # who asks for offers has looked
         for names in self._groups(layers):
             group = self._opened(layers, names)
-            if self.measure:
-                yield solve.allocate.measured_menu(group, self._shapes, self.bits, self.floor)
+            if self._effort is not None:
+                yield solve.allocate.measured_menu(group, self._shapes, self.bits, self.floor, self._effort)
             else:
                 yield solve.allocate.expected_menu(names, group.matrices, self._shapes, self.bits, group.worth)
+
+    @property
+    def _effort(self) -> "Effort | None":
+        """What the measurement of a shape's error takes; None: none is measured."""
+        return {True: solve.shapes.FULL, "brief": solve.shapes.BRIEF, False: None}[self.measure]
 
     def _groups(self, layers: "dict[str, Layer]") -> list[list[str]]:
         """The names of the layers that share a codebook, group after group."""

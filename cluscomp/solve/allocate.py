@@ -12,7 +12,7 @@ from cluscomp.kernels.counting import once
 from cluscomp.solve import curves
 from cluscomp.solve.groups import Group
 from cluscomp.solve.layer import Layer
-from cluscomp.solve.shapes import Matrices, Shape, around, expected_bits, menu, weights_in
+from cluscomp.solve.shapes import Effort, Matrices, Shape, around, expected_bits, menu, weights_in
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _total_damage(options: list[Option]) -> float:
 Shapes = Callable[[Matrices, float], list[Shape]]
 
 
-def measured_menu(group: Group, shapes: Shapes, bits: float, floor: float) -> Menu:
+def measured_menu(group: Group, shapes: Shapes, bits: float, floor: float, effort: Effort) -> Menu:
     """Codebooks for a group at and around `bits` a weight, with the damage measured on its weights.
 
     It is the relative error that K-means leaves, weighted as its points are, times what the layers are worth. Where one
@@ -121,10 +121,10 @@ def measured_menu(group: Group, shapes: Shapes, bits: float, floor: float) -> Me
     """
     with named(group.names):
         make = lambda: (  # noqa: E731
-            menu(group.points, partial(shapes, group.matrices), bits, group.recipe, group.generator, floor),
+            menu(group.points, partial(shapes, group.matrices), bits, group.recipe, group.generator, floor, effort),
             group.energy,
         )
-        found, energy = once(("menu", group.alike, bits, floor), group.weights[0], make)
+        found, energy = once(("menu", group.alike, bits, floor, effort), group.weights[0], make)
     damage = group.worth / energy
     options = [Option(round(shape.bits * group.numbers), error * damage, by_hand(shape)) for shape, error in found]
     return Menu(list(group.names), group.numbers, options)

@@ -22,6 +22,8 @@ from cluscomp.kernels.feedback import Feedback
 from cluscomp.kernels.work import Work
 
 BATCH = 64  # inputs whose feedback is gathered before it reaches the rest of the weight
+PIECE = 1024  # rows of a matrix that are turned around at once
+SMALL = 64  # inputs of a triangular matrix that is inverted at once
 ROSE = 1e6  # times the least residual: it was of rounding errors, and the steps since followed them
 
 Wanted = Callable[[int], Tensor]
@@ -61,20 +63,39 @@ def damped(moment_II: Float[Tensor, "I I"], damping: float, shrinkage: float = 0
     return damped_II
 
 
-def inverse_factor(moment_II: Tensor) -> Tensor:
-    """The upper Cholesky factor (I, I) of H's inverse, in float64.
+def inverse_factor(moment_II: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The upper Cholesky factor (I, I) of H's inverse, made in float64 and given in `dtype`.
 
-    Its rows are what is left of the inverse when the inputs before are fixed.
+    Its rows are what is left of the inverse when the inputs before are fixed. H itself is not inverted: from its last
+    input to its first it is R R^T with R upper triangular, and the factor is the inverse of R.
     """
-    # all in one matrix, column by column in memory: at 28,672 inputs it takes 6.6 GB; on a GPU the inverse is another
-    here = moment_II.device.type == "cpu"
+    # all in one matrix, column by column in memory: at 28,672 inputs it takes 6.6 GB
+    inputs = len(moment_II)
     factor_II = moment_II.new_empty(moment_II.shape, dtype=torch.float64).mT
-    factor_II.copy_(moment_II)
+    for start in range(0, inputs, PIECE):
+        end = min(start + PIECE, inputs)
+        factor_II[start:end] = moment_II[inputs - end : inputs - start].flip(0, 1)
     del moment_II  # which may have no other name
     torch.linalg.cholesky(factor_II, out=factor_II)
-    factor_II = torch.cholesky_inverse(factor_II, out=factor_II if here else None)
-    torch.linalg.cholesky(factor_II, upper=True, out=factor_II)
-    return factor_II
+    _invert(factor_II)
+    found_II = factor_II.new_empty(factor_II.shape, dtype=dtype)
+    for start in range(0, inputs, PIECE):
+        end = min(start + PIECE, inputs)
+        found_II[start:end] = factor_II[inputs - end : inputs - start].flip(0, 1)
+    return found_II
+
+
+def _invert(lower_II: Tensor) -> None:
+    """Put the inverse of a lower triangular matrix (I, I) in its place: halves first, and then what is beside them."""
+    if len(lower_II) <= SMALL:
+        identity_II = torch.eye(len(lower_II), dtype=lower_II.dtype, device=lower_II.device)
+        lower_II.copy_(torch.linalg.solve_triangular(lower_II, identity_II, upper=False))
+        return
+    half = len(lower_II) // 2
+    first, below, second = lower_II[:half, :half], lower_II[half:, :half], lower_II[half:, half:]
+    _invert(first)
+    _invert(second)
+    torch.mm(second, below @ first, out=below).neg_()
 
 
 def feedback(
@@ -89,7 +110,7 @@ def feedback(
     output |(w - v) factor^-1|^2, w being what is wanted of them; `factor` (step, step) is upper triangular.
     """
     inputs = len(weight_IO)
-    factor_II = inverse_factor(moment_II).to(weight_IO.dtype)
+    factor_II = inverse_factor(moment_II, weight_IO.dtype)
     left_IO = weight_IO.clone()
     if weight_IO.is_meta:  # one round stands for all, amid a batch
         errors_IO = torch.empty_like(left_IO[: min(BATCH // 2, inputs)])
@@ -128,7 +149,7 @@ def feedback_codes(
     order_I = moment_II.diagonal().argsort(descending=True, stable=True)
     ordered = [moment_II[order_I][:, order_I]]
     del moment_II  # neither has a name while the factor is made: at 28,672 inputs each takes 3.3 GB
-    factor_II = inverse_factor(ordered.pop()).to(weight_IO.dtype)
+    factor_II = inverse_factor(ordered.pop(), weight_IO.dtype)
     left_IP = _padded(weight_IO[order_I], centroids_KD)
     codes_IG, search = _no_codes(left_IP, centroids_KD), Feedback(centroids_KD, outputs)
     for start in alike(range(0, inputs, BATCH), weight_IO):

@@ -13,7 +13,7 @@ from cluscomp.kernels.lloyd_torch import Clustering
 from cluscomp.solve.along_outputs import Coded, damped, descend_codes, feedback_codes, least_squares_codebook
 from cluscomp.solve.kmeans import Recipe, kmeans
 from cluscomp.solve.layer import Layer
-from cluscomp.solve.shapes import Shape, choose, expected_bits
+from cluscomp.solve.shapes import Effort, Shape, choose, expected_bits
 
 ENOUGH = 3e-3  # of what steps towards a codebook took off the error so far: one that takes off less is the last
 
@@ -84,11 +84,11 @@ class Group:
         squares_N = points_ND.square().sum(1)
         return float((squares_N if weights_N is None else squares_N * weights_N).mean()) or 1.0
 
-    def best(self, shapes: list[Shape], *, measure: bool) -> Shape:
+    def best(self, shapes: list[Shape], effort: Effort | None) -> Shape:
         """The best of some shapes of the codebook: by errors measured on the weights, or as for Gaussian ones."""
-        if measure:
-            return choose(self.points, shapes, self.recipe, self.generator)
-        return max(shapes, key=expected_bits)
+        if effort is None:
+            return max(shapes, key=expected_bits)
+        return choose(self.points, shapes, self.recipe, self.generator, effort)
 
     def stored(
         self,

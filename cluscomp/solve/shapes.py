@@ -17,13 +17,28 @@ from cluscomp.solve.kmeans import Recipe, kmeans
 MAX_VECTOR_DIM = 16
 SHORTLIST = 4  # candidates whose error is measured, at most
 BEHIND = 0.25  # bits that one of them may be expected to be behind the best: a third more error
-SAMPLE = 32_768  # sub-vectors of a measurement, or 16 a centroid if that is more
-MEASURE_ITERATIONS = {"kd": 4, "random_points": 10}  # with few, small codebooks look worse than they are
 HARDLY_SETTLED = 1.4  # times as long as later rounds of K-means: the first ones, which alone are made then
 OFFSETS = (-1.0, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75, 1.0)  # bits about the target that a menu offers
 
 Matrices = Sequence[tuple[int, int]]  # (O, I) of those that share a codebook
 Points = Callable[[int], tuple[Tensor, Tensor | None]]  # sub-vectors (N, D) of length D, and their weights (N,) or None
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a measurement of an error takes: sub-vectors, or so many a centroid if that is more, and rounds by start.
+
+    Where few sub-vectors make up the error, as with rows or inputs far larger than others, many centroids look better
+    than they are, and the more so the fewer are looked at.
+    """
+
+    sample: int
+    each: int
+    kd: int
+    random_points: int  # with few rounds small codebooks look worse than they are
+
+
+FULL, BRIEF = Effort(32_768, 16, 4, 10), Effort(8_192, 8, 2, 5)
 
 
 @dataclass(frozen=True)
@@ -149,7 +164,9 @@ def expected_bits(shape: Shape, codebooks: int = 1) -> float:
     return width / dim - log_constant / math.log(4) + (codebooks - 1) * width / dim
 
 
-def measured_error(points: Points, shape: Shape, recipe: Recipe, generator: torch.Generator) -> float:
+def measured_error(
+    points: Points, shape: Shape, recipe: Recipe, generator: torch.Generator, effort: Effort = FULL
+) -> float:
     """Squared error per weight that clustering with (D, K) will leave, from a short K-means on a sample of sub-vectors.
 
     Fewer points per centroid than there are in all make the sample's own error too small; the factor
@@ -158,8 +175,9 @@ def measured_error(points: Points, shape: Shape, recipe: Recipe, generator: torc
     """
     points_ND, weights_N = points(shape.vector_dim)
     total = len(points_ND)
-    sample = min(total, max(SAMPLE, 16 * shape.codebook_size))
-    short = replace(recipe, iterations=min(MEASURE_ITERATIONS[recipe.init], recipe.iterations))
+    sample = min(total, max(effort.sample, effort.each * shape.codebook_size))
+    rounds = effort.kd if recipe.init == "kd" else effort.random_points
+    short = replace(recipe, iterations=min(rounds, recipe.iterations))
     if points_ND.is_meta:  # as Gaussian points would have it
         error_asked()
         with times(HARDLY_SETTLED):
@@ -176,7 +194,9 @@ def measured_error(points: Points, shape: Shape, recipe: Recipe, generator: torc
     return found.inertia[-1] / points_ND.numel() * correction
 
 
-def choose(points: Points, shapes: list[Shape], recipe: Recipe, generator: torch.Generator) -> Shape:
+def choose(
+    points: Points, shapes: list[Shape], recipe: Recipe, generator: torch.Generator, effort: Effort = FULL
+) -> Shape:
     """The (D, K) of least measured error (see `measured_error`) among the best by `expected_bits`.
 
     `shapes` as `reachable` gives them.
@@ -184,7 +204,7 @@ def choose(points: Points, shapes: list[Shape], recipe: Recipe, generator: torch
     shortlist = _shortlist(shapes)
     if len(shortlist) == 1:
         return shortlist[0]
-    return min(shortlist, key=lambda shape: measured_error(points, shape, recipe, generator))
+    return min(shortlist, key=lambda shape: measured_error(points, shape, recipe, generator, effort))
 
 
 def _shortlist(shapes: list[Shape]) -> list[Shape]:
@@ -200,6 +220,7 @@ def menu(
     recipe: Recipe,
     generator: torch.Generator,
     floor: float = 0.0,
+    effort: Effort = FULL,
 ) -> list[tuple[Shape, float]]:
     """Shapes at and around a bit target with their measured errors; the first is the one that `choose` would take.
 
@@ -208,7 +229,7 @@ def menu(
     """
     at_target = _shortlist(shapes(bits))
     measured = dict.fromkeys([*at_target, *around(shapes, bits, floor)])
-    errors = {shape: measured_error(points, shape, recipe, generator) for shape in measured}
+    errors = {shape: measured_error(points, shape, recipe, generator, effort) for shape in measured}
     first = min(at_target, key=lambda shape: errors[shape])
     return [(first, errors.pop(first)), *errors.items()]
 

@@ -47,7 +47,7 @@ class Curvature:
     def __init__(self, moment_II: Float[Tensor, "I I"]) -> None:
         self.order_I = moment_II.diagonal().argsort(descending=True, stable=True)
         self.moment_II = moment_II[self.order_I][:, self.order_I]
-        self.factor_II = inverse_factor(self.moment_II).to(moment_II.dtype)
+        self.factor_II = inverse_factor(self.moment_II, moment_II.dtype)
 
 
 class WaterFilling:
