@@ -91,11 +91,24 @@ def overview_table(records: list[Record], metric: str = "perplexity") -> pd.Data
 
 
 def summary_table(records: list[Record]) -> pd.DataFrame:
-    """The first rows of `overview_table`, on the texts by which methods are ranked. Empty where that is all of it."""
+    """The first rows of `overview_table`, on the texts by which methods are ranked. Empty where that is all of it.
+
+    Of variants of one system that were trained on as many tokens, those that another one beats everywhere are left out.
+    """
     table = overview_table(records)
     fair = ranked_columns(table)
-    short = table.drop(columns=[name for name in score_columns(table) if name not in fair]).head(SUMMARY_ROWS)
-    return pd.DataFrame() if short.shape == table.shape else short
+    short = table.drop(columns=[name for name in score_columns(table) if name not in fair])
+    short = short[[not _beaten(short, number, fair) for number in range(len(short))]].head(SUMMARY_ROWS)
+    return pd.DataFrame() if short.shape == table.shape else short.reset_index(drop=True)
+
+
+def _beaten(table: pd.DataFrame, number: int, columns: list[str]) -> bool:
+    """Whether another variant of a row's system, with the same tokens, is better wherever the row has a perplexity."""
+    kinds = table[[name for name in ("model", CALIBRATION, TRAINING) if name in table.columns]].fillna("-")
+    kinds = kinds.assign(system=table["method"].str.partition(" (")[0])
+    row = table.iloc[number][columns].dropna()
+    rivals = table[(kinds == kinds.iloc[number]).all(axis=1)][row.index].fillna(math.inf)
+    return bool((rivals < row).all(axis=1).any()) if len(row) else False
 
 
 def _named(data: str, limit: str) -> str:

@@ -72,14 +72,14 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
     """Score against size, from `pareto.pareto`: a line a method; a row of panels a data set, against bits and bytes.
 
     The six methods that stand best (`pareto.standing`) have colours and their names at the lines' ends, all others are
-    thin and grey; points of trained models are open. `originals` (columns data, value and `BITS`) are dashed lines.
-    Perplexities of more than ten times the median of what nothing dominates tell nothing: such points stand on the
-    panel's upper edge.
+    thin and grey; points of trained models are open, and each number of tokens has a line of its own.
+    `originals` (columns data, value and `BITS`) are dashed lines. Perplexities of more than ten times the median of
+    what nothing dominates tell nothing: such points stand on the panel's upper edge.
     """
     from matplotlib.ticker import MaxNLocator
 
     sign = -1 if higher_is_better(metric) else 1
-    beyond = False
+    beyond, table = False, _told_apart(table)
     sets = list(dict.fromkeys(zip(table["model"], table["data"])))
     methods = standing(table, metric)
     colours = dict(zip(methods, COLOURS[:NAMED]))
@@ -121,6 +121,15 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
         if handles:
             figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
+
+
+def _told_apart(table: pd.DataFrame) -> pd.DataFrame:
+    """The same with methods that were trained on several numbers of tokens told apart by these."""
+    if TRAINING not in table:
+        return table
+    several = table.groupby("method")[TRAINING].transform("nunique") > 1
+    named = table["method"] + table[TRAINING].map(" ({:,.0f} tokens)".format)
+    return table.assign(method=table["method"].where(~several, named))
 
 
 def _lines(

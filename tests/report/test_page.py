@@ -20,8 +20,10 @@ from cluscomp.report.comparison import (
     finetuning_table,
     overview_table,
     perplexity_table,
+    summary_table,
     zeroshot_table,
 )
+from cluscomp.report.learned import TRAINING
 from cluscomp.report.names import method_name
 from cluscomp.report.pareto import BITS, pareto, seed_spread, standing
 from cluscomp.report.published import Published
@@ -336,6 +338,13 @@ def test_of_many_runs_six_have_a_colour_in_the_figure_of_errors_by_layer():
     assert not plots.layers(pd.DataFrame(rows[:600])).legends  # six: all have a name
 
 
+def test_a_line_is_of_rows_that_were_trained_on_as_many_tokens():
+    runs = [run_of("a", 30.0, 3.0), *(run_of(f"b{value}", value, 2.0) for value in (35.0, 40.0, 50.0))]
+    table = pareto(runs).assign(**{TRAINING: [8192.0, 65536.0, 8192.0, 8192.0]}, method=["A", "A", "B", "A"])
+    told = {text.get_text() for text in plots.pareto(table).axes[0].texts}
+    assert told == {"A (8,192 tokens)", "A (65,536 tokens)", "B"}
+
+
 @pytest.mark.parametrize("bits", [16.0, 32.0])
 def test_the_original_stands_with_its_own_bits(bits):
     table = pareto([run_of("a", 30.0)])
@@ -514,6 +523,20 @@ def test_all_limits_at_a_glance_by_hand():
     assert found.index.tolist() == ["original", "AWQ", "GPTQ", "RTN"]  # best first at 3 bits, where all are
     assert found["3 bits: pydoc"].tolist() == [20.0, 22.0, 30.0, 35.0]
     assert found["2 bits: pydoc"].dropna().to_dict() == {"original": 20.0, "GPTQ": 40.0}
+
+
+def test_at_a_glance_variants_that_another_beats_everywhere_are_left_out():
+    """Of ClusComp's three one is beaten at both limits by another; one at one limit alone, which stays."""
+    values = {"cluscomp_best": (30.0, 40.0), "cluscomp_paths": (31.0, 50.0), "cluscomp": (29.0, 45.0)}
+    runs = [
+        run_of(f"{method} {bits}", value, float(bits), method=method, bits=float(bits))
+        for method, both in (values | {"gptq": (60.0, 70.0)}).items()
+        for bits, value in zip((3, 2), both)
+    ]
+    whole, short = overview_table(runs), summary_table(runs)
+    left_out = set(whole["method"]) - set(short["method"])
+    assert len(whole) == 5 and len(short) == 4
+    assert len(left_out) == 1 and left_out.pop().startswith("ClusComp- (paths")
 
 
 def test_a_document_gets_the_table_it_names(results, tmp_path):
