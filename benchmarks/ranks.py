@@ -3,7 +3,7 @@
     python benchmarks/ranks.py [--blocks 4] [--ranks 2] [--output FILE] [SETTING=VALUE ...]
 
 Each is a run of the command as a user starts it, alone or by torchrun; the time is that of the stage, from its record.
-Weights are random. In so few blocks what ranks do not share, the walk of the calibration text, counts as in the model.
+Weights are random. Each rank embeds the calibration text, which weighs more here than in a model of more blocks.
 """
 
 import argparse

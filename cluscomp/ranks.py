@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ MOMENT = 1.0  # seconds in which the end of one rank is seen by the others
 GREETING = 10.0  # seconds in which who connects has to say which rank it is
 BYE, FAILED = b".", b"!"  # last words of a rank: it is done; it has failed, and said so itself
 STOPS = b"?"  # before it: something stops this rank, perhaps all of them
+_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]  # of what is handed on, by its number
 _alone = False
 
 
@@ -140,6 +141,68 @@ def summed(number_: Tensor) -> Tensor:
     if world() > 1:
         dist.all_reduce(number_)
     return number_
+
+
+class Chain:
+    """Tensors that the owner of a thing (see `mine`) makes of those that the owner of the thing before made.
+
+    Each is on its way at once, so that the next owner works at the first of them while others are made. They are on the
+    CPU meanwhile. With one process there is nothing to hand on.
+    """
+
+    def __init__(self) -> None:
+        self._sent: list[_Sent] = []
+
+    def give(self, tensor: Tensor) -> None:
+        """Hand the next tensor to the owner of the next thing, who takes it when it gets there."""
+        if world() > 1:
+            self._sent.append(_Sent(tensor.detach().cpu().contiguous()))
+
+    def taken(self, like: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The tensors that the owner of the thing before gives, each of the shape of one of `like`.
+
+        Every one is waited for when it is asked for first. With one process they are `like`: what it has itself.
+        """
+        if world() == 1:
+            return like
+        sent, self._sent = self._sent, []
+        return _Coming([(one.shape, one.device) for one in like], sent)
+
+
+class _Sent:
+    """A tensor on its way to the next process, which it has to be in memory for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._parts = [torch.tensor(_DTYPES.index(tensor.dtype)), tensor]
+        self._works = [dist.isend(part, (rank() + 1) % world()) for part in self._parts]
+
+    def wait(self) -> None:
+        """Go on when it is there."""
+        for work in self._works:
+            assert work is not None  # this process is of the group
+            work.wait()
+
+
+class _Coming(Sequence[Tensor]):
+    """Tensors of these shapes, on these devices, that the process before gives one after the other.
+
+    Each was made, by the processes between, of one that this process has `sent`: that one has been taken, then.
+    """
+
+    def __init__(self, like: list[tuple[torch.Size, torch.device]], sent: list[_Sent]) -> None:
+        self._like, self._sent, self._here = like, sent, list[Tensor]()
+
+    def __len__(self) -> int:
+        return len(self._like)
+
+    def __getitem__(self, number: Any) -> Any:
+        for shape, device in self._like[len(self._here) : range(len(self))[number] + 1]:
+            dist.recv(kind := torch.tensor(0), source := (rank() - 1) % world())
+            dist.recv(one := torch.empty(shape, dtype=_DTYPES[int(kind)]), source)
+            self._here.append(one.to(device))
+            if self._sent:
+                self._sent.pop(0).wait()
+        return self._here[number]
 
 
 class _Watch:

@@ -51,9 +51,8 @@ class Blockwise:
 
     @property
     def last(self) -> int:
-        """The last block that this process has to work at; -1 if there is none."""
-        left = [index for index in range(len(self.blocks)) if index not in self.numbers and self.mine(index)]
-        return max(left, default=-1)
+        """The last block that is not finished; -1 if there is none."""
+        return max(set(range(len(self.blocks))) - self.numbers.keys(), default=-1)
 
     def only_first(self, count: int) -> None:
         """Let only the first so many blocks count as finished."""

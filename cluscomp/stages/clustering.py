@@ -1,7 +1,7 @@
 """What stage cluster does: statistics of layers' inputs, block after block compressed."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -51,14 +51,14 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
     shares = _shared_out(stage, model, job, all_places, prices) if stage.over_the_model else None
     walk, names = Walk(model, job.original), block_names(model)
     work = Blockwise("cluster", job.folder, model, apart=stage.apart)
-    last = work.last
+    last, chain = work.last, ranks.Chain()
     stream = _embedded(stage, walk, job) if stage.calibrated and last >= 0 else []
     undrifted = list(stream) if stage.drift else []  # what the original makes of the windows
     for index, block, finished in work.all():  # through finished ones the stream still has to pass
-        name, entering = names[index], stream
-        if not finished and not work.mine(index):  # another process makes it
-            stream = _through_dense(walk, index, stream) if index <= last else []
+        if not work.mine(index):  # another process walks through it
             continue
+        stream = entering = chain.taken(stream) if stage.apart and 0 < index <= last else stream
+        name = names[index]
         job.original.load_block(model, index)
         statistics: dict[str, Seen] = {}
         originals: list[dict[str, Tensor]] = []
@@ -70,6 +70,7 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
             stream, statistics = look(
                 layers=[] if finished else seen_first(all_places[index], share if stage.drift else None),
                 whole=stage.prefix == "original",
+                give=chain.give if stage.apart and index < last else None,
             )
         if finished:
             found = work.put_back(index)
@@ -100,14 +101,6 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
         log.info("%s", chosen_table(chosen, names))
         numbers["chosen"] = chosen
     return numbers | ({"calibration": stage.data.text("calibration").describe()} if stage.calibrated else {})
-
-
-def _through_dense(walk: Walk, index: int, stream: list[Tensor]) -> list[Tensor]:
-    """What a block of the original makes of batches (B, T, H), if there are any."""
-    if not stream:
-        return stream
-    with walk.block(index):
-        return through(walk, index, stream, keep=False)[0]
 
 
 def _of_all_ranks(
@@ -152,15 +145,18 @@ def _shared_out(
     method = stage.whole
     assert isinstance(method, Offers) and method.bits is not None  # check_method
     walk, names = Walk(model, job.original), block_names(model)
-    menus, progress = Menus(job.folder, len(names)), Progress("cluster, menus", len(names))
-    stream = _embedded(stage, walk, job) if stage.calibrated and menus.last >= 0 else []
-    for index in range(menus.last + 1):
+    menus = Menus(job.folder, len(names))
+    last, own = menus.last, [index for index in range(menus.last + 1) if ranks.mine(index)]
+    progress, chain = Progress("cluster, menus", len(own)), ranks.Chain()
+    stream = _embedded(stage, walk, job) if stage.calibrated and last >= 0 else []
+    for index in own:
+        stream = entering = chain.taken(stream) if index else stream
         with job.original.block(model, index) as block:
             statistics: dict[str, Seen] = {}
-            entering = stream
             if stage.calibrated:
-                asked = [*places[index]] if menus.wants(index) else []
-                stream, statistics = observe(method.sees(), walk, index, stream, layers=asked, room=stage.room)
+                asked, give = [*places[index]] if menus.wants(index) else [], chain.give if index < last else None
+                look = partial(observe, method.sees(), walk, index, entering, layers=asked)
+                stream, statistics = look(room=stage.room, give=give)
             if menus.wants(index):
                 name, at = names[index], places[index]
                 new = partial(_layers, block, name, job.seed, statistics, at, prices=prices)
@@ -188,7 +184,7 @@ def _made(method: Method, new: Callable[[], dict[str, Layer]], names: list[str],
     return weights
 
 
-def _embedded(stage: Cluster, walk: Walk, job: Job) -> list[Tensor]:
+def _embedded(stage: Cluster, walk: Walk, job: Job) -> Sequence[Tensor]:
     windows = torch.from_numpy(stage.windows(job.original.tokenizer, job.seed)).to(job.original.device)
     return [walk.embed(ids_BT) for ids_BT in windows.split(stage.batch_size)]
 

@@ -75,6 +75,7 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
     if len(tried) < outline.blocks:
         return None
     observing = streams = moments = of_experts = 0.0
+    own = 1 / outline.ranks if stage.apart else 1.0  # of the blocks: one rank walks through each and compresses it
     pricing: dict[str, float] = {}
     gating: dict[str, float] = {}
     if stage.calibrated:
@@ -96,8 +97,8 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
             walks, looks = walks + 1 + again / 2, looks + again / looking.inputs
             if stage.over_the_model and looking.turns == 0:  # at first one input alone is looked at
                 walks, looks = walks - 1, looks - again / looking.inputs
-        work += once.work * passes * (outline.blocks - 1) * walks
-        work += looking.work * passes * outline.blocks * looks
+        work += once.work * passes * (outline.blocks - 1) * walks * own
+        work += looking.work * passes * outline.blocks * looks * own
         if stage.price == "loss":
             inside, logits = outline.training(stage.batch_size, stage.length), outline.logits(1, stage.length)
             work += (once.work + inside.work) * (passes * outline.blocks) + logits.work * (3 * stage.samples)
@@ -111,13 +112,12 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
         gating = {"layers at all levels": (levels + 3) * outline.dense_block, "inside one block": inside.peak}
     compared = max(24.0 * o * i for o, i in outline.dense.values())  # error and size of a layer in `compress_block`
     for block, found in zip(blocks(outline.model), tried):
-        work += found.work * (1 / outline.ranks if stage.apart else 1)
+        work += found.work * own
         outline.exact &= found.exact and not stage.over_the_model and stage.price == "error"
         for layer, stored in found.forms().items():
             put_in(block, layer, stored)
-    here = outline.device == "cpu"
     finished = {"codes and codebooks": outline.stored}
-    always = {"embedding, head": outline.outside} | (finished if here else {})
+    always = {"embedding, head": outline.outside} | (finished if outline.device == "cpu" else {})
     working = {"a dense block": outline.dense_block, "streams": streams, "second moments": moments}
     compared += moments - of_experts
     at_one = {"second moments": of_experts, "one matrix and what is seen": max(compared, *(one.peak for one in tried))}
@@ -128,8 +128,9 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
         always | working | at_one,
         always | {"writing the checkpoint": outline.writing},
     )
-    relief = "fewer cluster.samples, or method=cluscomp_data_free" if stage.calibrated else ""
-    return Cost(device, {} if here else finished, work, relief)
+    in_ram = finished | ({"streams on their way": streams / 2} if own < 1 else {})
+    relief = "fewer cluster.samples, or method=cluscomp_data_free"
+    return Cost(device, {} if outline.device == "cpu" else in_ram, work, relief if stage.calibrated else "")
 
 
 @dataclass(frozen=True)

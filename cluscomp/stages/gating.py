@@ -18,7 +18,7 @@ def gated(
     made: Callable[[list[str], Option], dict[str, Tensor]],
     apply: Callable[[nn.Module, Tensor], Tensor],
     block: nn.Module,
-    streams: tuple[list[Tensor], list[Tensor]],
+    streams: tuple[Sequence[Tensor], Sequence[Tensor]],
     worth: float,
 ) -> list[Menu]:
     """The menus of a dense block with what its outputs lose in the place of the damages; its weights are spent.

@@ -1,6 +1,6 @@
 """What stage cluster sees of the layers' inputs, and how weights follow what compressed blocks do to them."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -56,12 +56,13 @@ def observe(
     sees: frozenset[str],
     walk: Walk,
     index: int,
-    entering: list[Tensor],
+    entering: Sequence[Tensor],
     *,
     layers: list[str],
     originals: list[dict[str, Tensor]] | None = None,
     room: float = inf,
     whole: bool = True,
+    give: Callable[[Tensor], None] | None = None,
 ) -> tuple[list[Tensor], dict[str, Seen]]:
     """What a block makes of its inputs (batches of (B, T, H)), nothing if not `whole`, and named layers' statistics.
 
@@ -69,14 +70,14 @@ def observe(
     experts it may be other tokens, and is not looked at. An expert that saw less than `LEAST` tokens has its statistics
     mixed with the mean of its stack's; one that saw none has those that are assumed without data. Of experts as many
     statistics are in memory at once as have `room` (bytes): the others are gathered when they are asked for, in passes
-    of their own through the block, which must compute then as it does now.
+    of their own through the block, which must compute then as it does now. `give` is called with each output at once.
     """
     block = walk.blocks[index]
     asked = set(layers)
     stack_of = {layer: name for name, stack in stacks(block).items() for layer in stack if layer in asked}
     modules: dict[str, Any] = {layer: block.get_submodule(layer) for layer in stack_of}
     turns = in_turn({layer: module.in_features for layer, module in modules.items()}, sees, room)
-    gather = partial(_gathered, sees, walk, index, entering, stack_of, originals)
+    gather = partial(_gathered, sees, walk, index, entering, stack_of, originals, give)
     dense = [layer for layer in layers if layer not in stack_of]
     stream, found = gather(dense + (turns[0] if turns else []), whole=whole)
     statistics = {layer: found[layer] for layer in dense if layer in found}
@@ -140,9 +141,10 @@ def _gathered(
     sees: frozenset[str],
     walk: Walk,
     index: int,
-    entering: list[Tensor],
+    entering: Sequence[Tensor],
     experts: Container[str],
     originals: list[dict[str, Tensor]] | None,
+    give: Callable[[Tensor], None] | None,
     layers: list[str],
     *,
     whole: bool,
@@ -154,6 +156,8 @@ def _gathered(
         if whole:
             output_BTH, inputs = walk.observe(index, block, hidden_BTH, layers)
             stream.append(output_BTH)
+            if give is not None:
+                give(output_BTH)
         else:
             inputs = walk.entering(index, block, hidden_BTH, layers)
         groups: dict[int, list[str]] = {}

@@ -407,6 +407,12 @@ def test_each_of_four_ranks_has_a_quarter_of_what_is_shared_out(machine, togethe
     assert parts[0]["recover"]["codes and codebooks"] == parts[1]["recover"]["codes and codebooks"]
     for before, after in zip(one.rows, four.rows):
         assert after.seconds < (0.7 if machine == "this" else 1) * before.seconds and after.ram <= before.ram + 2**26
+    clusters = [next(row for row in found.rows if row.name == "cluster") for found in (one, four)]
+    if machine == "this":  # the calibration text goes through a block on one rank alone
+        assert clusters[1].seconds < 0.3 * clusters[0].seconds
+    else:
+        assert clusters[1].parts["streams on their way (RAM)"] == 32 * 512 * 576 * 4
+        assert "streams on their way (RAM)" not in clusters[0].parts
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2.5, 2, 1.5])

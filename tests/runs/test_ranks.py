@@ -254,6 +254,61 @@ def test_ranks_share_a_blocks_layers_out_behind_a_compressed_prefix(forks, groun
     assert made == [[7 * BLOCKS], [5 * BLOCKS, 2 * BLOCKS]]  # q and v of q, k, v; o; gate of gate, up; down
 
 
+WALKED = """
+from cluscomp.__main__ import main
+from cluscomp.models.walk import Walk
+from cluscomp.stages.blockwise import Blockwise
+
+walked, observe, finish = [], Walk.observe, Blockwise.finish
+
+def counting(self, index, block, hidden_BTH, layers):
+    if not hidden_BTH.is_meta:  # no plan
+        walked.append(index)
+    return observe(self, index, block, hidden_BTH, layers)
+
+def stopping(self, index, *others, **numbers):
+    finish(self, index, *others, **numbers)
+    if index == STOP:
+        raise SystemExit(7)
+
+Walk.observe, Blockwise.finish = counting, stopping
+try:
+    main()
+finally:
+    print("walked", walked)
+"""
+ONCE = [one for one in SMALL if not one.startswith(("order=", "method.", "cluster.batch", "evaluate.limit"))]
+ONCE += ["order=[cluster]", "evaluate.after=[]", "cluster.batch_size=4"]  # all windows in one batch
+EACH = ["bits=3", "method.iterations=20"]
+ACROSS = ["bits=2.5", "allocation=model", "method.iterations=20"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("more", "passes"), [(EACH, 1), (ACROSS, 2)], ids=["each", "model"])
+def test_one_rank_walks_through_a_block_of_the_original(forks, ground, more, passes):
+    """Also where bits are shared out first, and where some blocks were made before."""
+    made = {}
+
+    def walked(world: int, name: str, stop: int = -1) -> list[list[int]]:
+        pids = start(forks, ground, name, world, *more, script=WALKED.replace("STOP", str(stop)), small=ONCE)
+        logs = [ground / f"{name}-{rank}.log" for rank in range(world)]
+        assert {forks.wait(pid) for pid in pids} == {0 if stop < 0 else 7}, [log.read_text()[-2000:] for log in logs]
+        for path in (ground / name).glob("cluster-*/metrics.json"):
+            made[name] = json.loads(path.read_text())["checkpoint_hash"]
+        return [json.loads(log.read_text().rpartition("walked ")[2]) for log in logs]
+
+    for world in (1, 2, 3):
+        found = walked(world, f"walked-{world}-{passes}")
+        assert found == [[*range(rank, BLOCKS, world)] * passes for rank in range(world)]
+    stopped = f"walked-on-{passes}"
+    assert walked(1, stopped, stop=1) == [[*range(BLOCKS)] * (passes - 1) + [0, 1]]
+    (first,) = (ground / stopped).glob("cluster-*/block-000*")
+    first.unlink()  # the second one has been made, the others have not
+    (ground / f"{stopped}-0.log").unlink()
+    assert walked(2, stopped) == [[0, 2], [1]]
+    assert len(made) == 4 and len(set(made.values())) == 1
+
+
 # held in parts
 
 IN_PARTS = """
