@@ -1,12 +1,12 @@
 """Every method on the layers of one block of SmolLM2-135M at 3 stored bits: time, memory, error of the weights.
 
-    python benchmarks/methods.py [--methods NAME ...] [--rounds 3] [--output FILE]
+    python benchmarks/methods.py [--methods NAME ...] [--output FILE]
 
 Each method works in a process of its own, on one thread; the statistics of the layers' inputs (8 windows of 512 tokens
 of Python's manual) are made before and not in the time, which is also told as a multiple of cluscomp's in the same run.
 Peak memory is the operating system's count for the process, libraries included. `method=autoround` and `omniquant`
-compress as rtn does and learn afterwards, which is no part of this. HQQ is also run at 3 bits in groups of 64 beside
-its authors' package, where that is installed, in turn: the goal is at most 1.1 of its time.
+compress as rtn does and learn afterwards, which is no part of this. `authors.py` times methods beside their authors'
+own code.
 """
 
 import argparse
@@ -20,20 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from goals import Goal, finish, installed, paired, show_times, timed
+from goals import Goal, finish, show_times, timed
+from torch import nn
 
 from cluscomp.command import compose
 from cluscomp.command.compose import CONF
-from cluscomp.methods.hqq import Hqq
-from cluscomp.models.original import Original, block_names, linears
+from cluscomp.models.original import Original, linears
 from cluscomp.models.walk import Walk
 from cluscomp.plan.meta import MetaModel
+from cluscomp.plan.places import Place
 from cluscomp.runs.experiment import Experiment
+from cluscomp.solve.layer import Seen
 from cluscomp.stages.clustering import compress_block
 from cluscomp.stages.observing import observe
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if "_global_" not in path.read_text())
-BLOCK, BITS, MOST = 2, 3, 1.1
+BLOCK, BITS = 2, 3
 CALIBRATION = ["data=pydoc", "cluster.samples=8", "cluster.length=512"]
 
 
@@ -47,15 +49,13 @@ def opened(experiment: Experiment) -> Original:
     return Original(folder, torch.float32, torch.device("cpu"))
 
 
-def measure(method: str) -> dict[str, Any]:
-    """Compress the block once, in this process."""
-    torch.set_num_threads(1)
-    experiment = composed(f"method={method}", f"bits={BITS}")
+def looked(experiment: Experiment) -> tuple[Original, nn.Module, dict[str, Seen]]:
+    """The original, the block, and what the experiment's method asks to see of its layers' inputs."""
     cluster: Any = experiment.stages["cluster"]
     original = opened(experiment)
     model = original.model()
     walk = Walk(model, original)
-    statistics: dict[str, Any] = {}
+    statistics: dict[str, Seen] = {}
     if cluster.method.sees():
         windows = torch.from_numpy(cluster.windows(original.tokenizer, 0))
         with torch.no_grad():
@@ -65,11 +65,22 @@ def measure(method: str) -> dict[str, Any]:
                     asked = [*linears(block)] if index == BLOCK else []
                     stream, statistics = observe(cluster.sees, walk, index, stream, layers=asked)
     original.load_block(model, BLOCK)
-    block = walk.blocks[BLOCK]
-    of_block = MetaModel(original.config, torch.float32, "cpu").places()[BLOCK]
-    found, times = timed(
-        lambda: compress_block(cluster.method, block, block_names(model)[BLOCK], 0, statistics, of_block)
-    )
+    return original, walk.blocks[BLOCK], statistics
+
+
+def places(original: Original) -> dict[str, Place]:
+    """Where the layers of the block stand in it."""
+    return MetaModel(original.config, torch.float32, "cpu").places()[BLOCK]
+
+
+def measure(method: str) -> dict[str, Any]:
+    """Compress the block once, in this process."""
+    torch.set_num_threads(1)
+    experiment = composed(f"method={method}", f"bits={BITS}")
+    cluster: Any = experiment.stages["cluster"]
+    original, block, statistics = looked(experiment)
+    of_block, name = places(original), f"block {BLOCK}"
+    found, times = timed(lambda: compress_block(cluster.method, block, name, 0, statistics, of_block))
     layers = [module.stored for module in block.modules() if hasattr(module, "stored")]
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     stored_bits = sum(sum(layer.ledger().values()) for layer in layers)
@@ -90,32 +101,9 @@ def measured(method: str) -> dict[str, Any]:
         return dict(json.loads(Path(file.name).read_text()))
 
 
-def beside_hqq(rounds: int) -> dict[str, dict[str, float]]:
-    """Times of HQQ's own package and ours for all layers of the block."""
-    from hqq.core.quantize import Quantizer
-
-    torch.set_num_threads(1)
-    experiment = composed("method=hqq", "bits=null", "method.width=3", "method.group=64")
-    original, cluster = opened(experiment), experiment.stages["cluster"]
-    method: Hqq = cluster.method  # type: ignore[attr-defined]
-    with original.block(original.model(), BLOCK) as block:
-        dense = [layer.weight.detach().float() for layer in linears(block).values()]
-
-    def theirs() -> None:
-        for weight_OI in dense:
-            Quantizer.quantize(weight_OI, nbits=3, group_size=64, axis=1, device="cpu", compute_dtype=torch.float32)
-
-    def ours() -> None:
-        for weight_OI in dense:
-            method.stored(weight_OI, None, torch.Generator())
-
-    return paired({"hqq package": theirs, "hqq, ours": ours}, rounds)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", choices=METHODS, help="measure this one in this process, and write it to the output")
     parser.add_argument("--output", type=Path, default=Path("results/bench/methods.json"))
     options = parser.parse_args()
@@ -134,10 +122,6 @@ def main() -> None:
         ]
         if "cluscomp" in rows:
             goals.append(Goal(f"{method}: CPU time beside cluscomp", None, row["cpu_ms"] / rows["cluscomp"]["cpu_ms"]))
-    if installed("hqq") is not None:
-        rows |= beside_hqq(options.rounds)
-        ratio = rows["hqq, ours"]["cpu_ms"] / rows["hqq package"]["cpu_ms"]
-        goals.append(Goal("hqq, 3 bits in groups of 64: ours beside the package", MOST, ratio, "x", True))
     finish(goals, rows, {"method": " ".join(__doc__.split())}, options.output, began)
 
 

@@ -14,6 +14,7 @@ from cluscomp.forms.uniform import PackedWeight, divisor, of_groups, spread
 from cluscomp.kernels.codes import pack, packed_bytes
 
 TOGETHER = 256  # scales that share a step
+COUNTED = 16  # levels up to which a search among them is slower than to compare with each
 MOST = 127  # steps of a scale from the mean of all, either way
 
 
@@ -54,9 +55,7 @@ class NormalFloatWeight(PackedWeight):
         outputs, inputs = weight_OI.shape
         rounded = in_8_bits(of_groups(weight_OI, groups, lambda part_OGC: part_OGC.abs().amax(2)))
         values_OI = weight_OI / spread(divisor(from_8_bits(*rounded)), inputs)
-        levels_K = levels(width, weight_OI.device)
-        codes_OI = torch.bucketize(values_OI, (levels_K[1:] + levels_K[:-1]) / 2)
-        packed = pack(codes_OI.flatten().int(), width)
+        packed = pack(_nearest(values_OI, levels(width, weight_OI.device)).flatten().int(), width)
         return cls(packed, *rounded, out_features=outputs, in_features=inputs, width=width)
 
     @classmethod
@@ -92,7 +91,8 @@ class NormalFloatWeight(PackedWeight):
     def forward(self, dtype: torch.dtype, inputs: slice | None = None) -> Float[Tensor, "O I"]:  # noqa: ARG002
         """The dense weight (O, I) in `dtype`, made in float32; `inputs` is all of them (see `tiles`)."""
         levels_K = levels(self.width, self.codes.device)
-        return (levels_K[self.unpacked()] * spread(self._decoded(), self.in_features)).to(dtype)
+        values_OI = levels_K.index_select(0, self.unpacked().flatten()).view(self.out_features, self.in_features)
+        return (values_OI * spread(self._decoded(), self.in_features)).to(dtype)
 
     def masters(self) -> dict[str, Tensor]:
         """The scales (O, G) in float32."""
@@ -106,6 +106,17 @@ class NormalFloatWeight(PackedWeight):
         if self.values.is_floating_point():
             return self.values
         return from_8_bits(self.values, self.steps, self.mean)
+
+
+def _nearest(values_OI: Tensor, levels_K: Tensor) -> Tensor:
+    """The number of the level nearest to each value (O, I). Of few levels, to count those passed is fastest."""
+    middles = (levels_K[1:] + levels_K[:-1]) / 2
+    if len(levels_K) > COUNTED:
+        return torch.bucketize(values_OI, middles)
+    passed_OI = torch.zeros_like(values_OI, dtype=torch.int8)
+    for middle in middles:
+        passed_OI += values_OI > middle
+    return passed_OI
 
 
 def levels(width: int, device: torch.device) -> Float[Tensor, " K"]:

@@ -9,7 +9,7 @@ codes_IG[i, g] stands for outputs g D to g D + D - 1 of input i.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
 import torch
@@ -135,10 +135,16 @@ def feedback(
                 corrections_IO: Tensor = factor_II[start:i, i:j].T @ errors_IO[: i - start]
                 return left_IO[i:j] - corrections_IO
 
-            factor_DD = factor_II[i:stop, i:stop]
-            error_DO = wanted(stop) - choose(i, wanted, factor_DD)
+            factor_DD, best_DO = factor_II[i:stop, i:stop], wanted(stop)
+            known = partial(_known, stop, best_DO, wanted)
+            error_DO = best_DO - choose(i, known, factor_DD)
             errors_IO[i - start : stop - start] = torch.linalg.solve_triangular(factor_DD.T, error_DO, upper=False)
         left_IO[end:] -= factor_II[start:end, end:].T @ errors_IO
+
+
+def _known(stop: int, best_DO: Tensor, wanted: Wanted, j: int) -> Tensor:
+    """What is wanted of the inputs up to j, which is known up to `stop`."""
+    return best_DO if j == stop else wanted(j)
 
 
 def feedback_codes(

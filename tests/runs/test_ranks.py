@@ -102,6 +102,36 @@ def test_a_killed_rank_is_named_and_another_number_of_ranks_goes_on(forks, groun
         same(record_of(forks, ground, name, start(forks, ground, name, other)), alone)
 
 
+CHAIN = """
+import time
+import torch
+from cluscomp import ranks
+
+with ranks.joined("cpu"):
+    chain, stream = ranks.Chain(), [torch.full((2, 3), 10.0 * number, dtype=torch.bfloat16) for number in range(4)]
+    for number in filter(ranks.mine, range(8)):
+        entering, stream = chain.taken(stream) if number else stream, []
+        for one in entering:
+            made = (one.float() + 1).t().contiguous().t() if number > 2 else one + 1  # another type, another layout
+            stream.append(made)
+            if number < 7:
+                chain.give(made)
+        assert torch.equal(entering[-1], entering[3]) and len(entering) == 4
+        time.sleep(0.2 * (ranks.rank() == 1))  # what comes meanwhile waits for this rank
+    if ranks.mine(7):
+        print([str(stream[0].dtype), *[float(one.unique()) for one in stream]])
+"""
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_what_is_handed_on_arrives_as_it_was_made(forks, ground, world):
+    name = f"chain-{world}"
+    pids = start(forks, ground, name, world, script=CHAIN, small=[])
+    logs = [ground / f"{name}-{rank}.log" for rank in range(world)]
+    assert [forks.wait(pid) for pid in pids] == [0] * world, [log.read_text()[-2000:] for log in logs]
+    assert "".join(log.read_text() for log in logs) == "['torch.float32', 8.0, 18.0, 28.0, 38.0]\n"
+
+
 STRANGER = """
 import socket
 from cluscomp import ranks
