@@ -18,6 +18,7 @@ from cluscomp.report.tables import (
 from cluscomp.store.records import ORIGINAL, Record
 
 BITS, BYTES = STORED, "MB"
+SOME = 0.5  # of the sizes; a method that was run at fewer is no line to look at first
 
 
 def pareto(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
@@ -62,7 +63,8 @@ def standing(table: pd.DataFrame, metric: str = "perplexity") -> list[str]:
     """The methods of `pareto`, best first: by how far, on the average of sizes, they are off the best of each size.
 
     Sizes are rounded to whole bits; of perplexity the distance is that of logarithms. Where a method was not run it
-    stands as the median of those that were. Data sets that methods learned from take no part, unless there is no other.
+    stands as the median of those that were; those that were run at less than half of the sizes come last. Data sets
+    that methods learned from take no part, unless there is no other.
     """
     sets = table.groupby(["model", "data"])[IN_DOMAIN].transform("any")
     table = table if sets.all() else table[~sets]
@@ -73,8 +75,8 @@ def standing(table: pd.DataFrame, metric: str = "perplexity") -> list[str]:
         [table["model"], table["data"], table[BITS].round(), table["method"]]
     )
     wide = off.mean().unstack()
-    mean = wide.apply(lambda row: row.fillna(row.median()), axis=1).mean()
-    return sorted(mean.index, key=lambda name: (mean[name], name.casefold()))
+    mean, few = wide.apply(lambda row: row.fillna(row.median()), axis=1).mean(), wide.notna().mean() < SOME
+    return sorted(mean.index, key=lambda name: (few[name], mean[name], name.casefold()))
 
 
 def _dominated(table: pd.DataFrame, row: pd.Series, size: str, metric: str, sign: int) -> bool:

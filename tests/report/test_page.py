@@ -291,7 +291,7 @@ def test_sizes_that_hardly_differ_stand_together():
 
 
 def test_the_six_best_methods_have_a_colour_and_a_name_at_the_end_of_their_line():
-    """Best over all sizes: one that was run at a single size counts as the median elsewhere."""
+    """Best over all sizes: one that was run at half of them counts as the median elsewhere, at fewer it is last."""
     names = ["gptq", "awq", "rtn", "hqq", "aqlm", "squeezellm", "gptvq", "vptq"]
     runs = [
         run_of(f"{name} {bits}", 30.0 + 5 * number + 40 / bits, float(bits), method=name)
@@ -303,6 +303,10 @@ def test_the_six_best_methods_have_a_colour_and_a_name_at_the_end_of_their_line(
     assert best == ["GPTQ", "AWQ", "RTN", "HQQ", "AQLM", "SqueezeLLM", "GPTVQ", "VPTQ"]
     few = standing(pareto([*runs[:6], run_of("more", 29.0, 3.0, method="vptq")]))
     assert few == ["VPTQ", "GPTQ", "AWQ", "RTN"]  # at 2 bits as AWQ
+    runs = [
+        run_of(f"{name} {bits}", 40 / bits, bits, method=name) for name in ("rtn", "awq") for bits in (2.0, 3.0, 4.0)
+    ]
+    assert standing(pareto([*runs, run_of("single", 1.0, 3.0, method="vptq")])) == ["AWQ", "RTN", "VPTQ"]
     figure = plots.pareto(table)
     for axes in figure.axes:
         told = {text.get_text(): text.get_color() for text in axes.texts}
