@@ -245,9 +245,8 @@ def measure(name: str, folder: Path, rounds: int) -> dict[str, dict[str, float]]
     sys.path.insert(0, str(folder / pair.needs))
     experiment = composed(*pair.ours, "evaluate.texts={}")
     cluster: Any = experiment.stages["cluster"]
-    _, block, statistics = looked(experiment)
+    original, block, statistics = looked(experiment)
     _, _, moments = looked(composed("method=gptq", "bits=3"))  # errors of outputs need them, whatever the method sees
-    original, _, _ = looked(composed("method=rtn", "bits=3"))
     of_block = places(original)
     layers = {
         layer: Layer(dense.weight.detach(), of_block[layer].input, statistics.get(layer), torch.Generator())
