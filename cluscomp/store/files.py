@@ -89,11 +89,12 @@ def held_alone(folder: Path, what: str) -> Iterator[None]:
 
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lease(folder)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        log.info("%s  waits for %s, which holds %s", what, _holder(lock), lock.lock_file)
-        lock.acquire(poll_interval=POLL)
+    with _ctrl_c_as_itself():
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            log.info("%s  waits for %s, which holds %s", what, _holder(lock), lock.lock_file)
+            lock.acquire(poll_interval=POLL)
     try:
         yield
     finally:
@@ -132,6 +133,17 @@ def is_held(folder: Path) -> bool:
         return time.time() - touched < LEASE  # else its holder died on another machine
     lock.release()
     return False
+
+
+@contextmanager
+def _ctrl_c_as_itself() -> Iterator[None]:
+    """Ctrl-C while a lock is asked for can come out of filelock in a group, with an error of what then cleans up."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        if group.subgroup(KeyboardInterrupt) is None:
+            raise
+        raise KeyboardInterrupt from group
 
 
 def _lease(folder: Path) -> "SoftFileLease":

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import SoftFileLease
 
 from cluscomp.store import files
 
@@ -131,3 +132,15 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_that_writes_
     with files.written_alone(target), files.new_file(target) as unfinished:
         unfinished.write_text("whole")
     assert target.read_text() == "whole" and {*tmp_path.iterdir()} == {target, other}
+
+
+def test_ctrl_c_where_the_library_makes_a_group_of_it_is_a_ctrl_c(start, tmp_path, monkeypatch):
+    start("one", 600, lease=files.LEASE)
+    until_there(tmp_path / "one entered")
+
+    def pressed(lock):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SoftFileLease, "_register_context_descriptor", pressed)  # it has just looked at the lock
+    with pytest.raises(KeyboardInterrupt), files.held_alone(tmp_path, "waits"):
+        pass
