@@ -26,7 +26,7 @@ def main() -> None:
         "verify": records.verify, "lm_eval": records.lm_eval, "list": records.choices_told,
         "export": exported,
     }  # fmt: skip
-    if arguments[:1] == ["help"] and "--help" not in arguments:
+    if asked := arguments[:1] == ["help"] and "--help" not in arguments:
         arguments = [*arguments[1:2], "--help"]
     with told_in_a_sentence():
         check_command(arguments)
@@ -34,7 +34,7 @@ def main() -> None:
     if arguments == ["--version"]:
         print(__version__)
         return
-    if {"--help", "-h"} & set(arguments) and command not in ("run", "lm_eval"):
+    if {"--help", "-h"} & set(arguments) and (asked or command != "lm_eval") and command != "run":
         print(help_of(command))
         return
     if command == "plan":

@@ -27,7 +27,8 @@ def compress(
 
     Args:
         model: a folder, an id of the Hugging Face hub, a GGUF file, or the name of a choice in conf/model.
-        bits: most stored bits per weight of the linear layers, 1 to 8; None where `more` gives a shape by hand.
+        bits: most stored bits per weight of the linear layers, 1 to 8 for most methods; None where `more` gives a shape
+            by hand.
         output_dir: where stages, checkpoints and the record go: each in a folder named by its key.
         more: other settings by their names on the command line: order=["cluster", "block_finetune"], seed=1,
             method="gptq", block_finetune={"epochs": 2}, **{"method.width": 4}.

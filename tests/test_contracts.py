@@ -73,9 +73,11 @@ def test_yaml_keys_are_the_fields_of_the_settings_class():
 
 def test_a_variant_sets_fields_of_the_choice_it_builds_on():
     for name, node in VARIANTS.items():
-        group = name.partition("/")[0]
-        (base,) = (entry for entry in node["defaults"] if isinstance(entry, str) and entry != "_self_")
-        assert node.keys() - {"defaults"} < NODES[f"{group}/{base}.yaml"].keys() - {"_target_"}, name
+        group, base = name.partition("/")[0], node
+        while "defaults" in base and "_target_" not in base:  # which may build on another one in turn
+            (other,) = (entry for entry in base["defaults"] if isinstance(entry, str) and entry != "_self_")
+            base = (NODES | VARIANTS)[f"{group}/{other}.yaml"]
+        assert node.keys() - {"defaults"} < base.keys() - {"_target_"}, name
 
 
 def test_settings_classes_are_strict_frozen_and_without_defaults():

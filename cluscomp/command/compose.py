@@ -21,11 +21,13 @@ from pydantic import ValidationError
 
 from cluscomp.command.environment import Place, resolved
 from cluscomp.command.trust import Given, at, check, given, refuse_hydra, settings_class
+from cluscomp.command.usage import choices, settings_of_no_group
 from cluscomp.errors import InputError
 from cluscomp.process import INTERRUPTED, join_slurm, rank, unreadable
 from cluscomp.runs.experiment import Experiment, put
 from cluscomp.store.secrets import Discreet, hide, printable
 
+log = logging.getLogger("cluscomp")
 EXTRAS = {"optuna": "search", "submitit_local": "cluster", "submitit_slurm": "cluster"}  # by Hydra's own choices
 HERE = Path(__file__).parents[1]
 CONF = next(folder for folder in (HERE / "conf", HERE.parent / "conf") if folder.is_dir())
@@ -74,6 +76,9 @@ def compose_for(command: Callable[[Experiment], float | None]) -> None:
     _check_processes()
     _groups_by_name(sys.argv[1:])
     said = given(sys.argv[1:])  # of this process, which may not be the one that works
+    for name, told in {"choices": choices(CONF), "settings": settings_of_no_group(CONF)}.items():  # of --help
+        escaped = told.replace("$", "$$")
+        OmegaConf.register_new_resolver(f"cluscomp.{name}", lambda text=escaped: text, replace=True)
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def compose(config: DictConfig) -> float | None:
@@ -81,10 +86,20 @@ def compose_for(command: Callable[[Experiment], float | None]) -> None:
             experiment = build(config, HydraConfig.get().runtime.choices, said)
             join_slurm()
             quiet_libraries()
+            _tell_idle(experiment, said)
             return command(experiment)
         return None
 
     compose()
+
+
+def _tell_idle(experiment: Experiment, said: Given) -> None:
+    """Warn of what the command line says for stages that are not run."""
+    for key in sorted(said.keys):
+        stage = key.partition(".")[0]
+        if stage in experiment.stages and stage not in experiment.order:
+            order = ",".join(experiment.order)
+            log.warning("%s has no effect: order=[%s] has no stage %s", key, order, stage)
 
 
 def composed(overrides: list[str], said: Given | None = None) -> Experiment:

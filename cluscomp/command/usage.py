@@ -7,8 +7,11 @@ import shutil
 import textwrap
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from cluscomp.errors import InputError
 
+COMMENTS_AT = 23  # the column of comments in our yaml
 COMMANDS = {
     "run": "[key=value ...]\n\nRun the stages in order and score the model; `cluscomp --help` shows all settings. The "
     "word run may be left out.",
@@ -55,7 +58,7 @@ def check_command(arguments: list[str]) -> None:
 
 
 def choices(conf: Path, group: str | None = None, choice: str | None = None) -> str:
-    """The groups with their choices; the choices of one group with a sentence of each; or one choice as its yaml."""
+    """The groups with their choices; the choices of one group with a sentence of each; or one choice, all of it."""
     found = {
         folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
         for folder in sorted(conf.iterdir())
@@ -68,11 +71,51 @@ def choices(conf: Path, group: str | None = None, choice: str | None = None) -> 
     if choice is not None and choice not in found[group]:
         raise InputError(f"cluscomp list {group} {choice}: no such choice; there are {', '.join(found[group])}")
     if choice is not None:
-        lines = (conf / group / f"{choice}.yaml").read_text().rstrip().splitlines()
-        return "\n".join(_with_comment(line) for line in lines)
+        told = _folded(_comment(conf / group / f"{choice}.yaml"), "# ", "# ")
+        of_choice = [line for lines in _settings(conf, group, choice).values() for line in lines]
+        return "\n".join([told, *map(_with_comment, of_choice)])
     width = max(map(len, found[group])) + 2
     sentences = {name: said(conf / group / f"{name}.yaml") or "-" for name in found[group]}
     return "\n".join(_folded(text, f"{name:{width}}", " " * width) for name, text in sentences.items())
+
+
+def settings_of_no_group(conf: Path) -> str:
+    """The settings that are in no group, each with a word on it."""
+    parts = _parts((conf / "config.yaml").read_text())
+    return "\n".join(_with_comment(line) for key in parts if key not in ("defaults", "hydra") for line in parts[key])
+
+
+def _settings(conf: Path, group: str, choice: str) -> dict[str, list[str]]:
+    """The lines of each setting of a choice by its name, also of those that another choice's yaml says for it."""
+    path = conf / group / f"{choice}.yaml"
+    text = path.read_text()
+    parts, of_all = _parts(text), "@package _global_" in text
+    parts.pop("defaults", None)
+    found: dict[str, list[str]] = {}
+    for base in OmegaConf.to_container(OmegaConf.load(path)).get("defaults", []):  # type: ignore[union-attr]
+        if not isinstance(base, str):  # a choice of another group
+            ((other, option),) = base.items()
+            other = other.removeprefix("override ").removeprefix("/")
+            found[f"# {other}"] = [f"# {other if of_all else other.replace('@', f'@{group}.')}={option}"]
+        elif base != "_self_":
+            found |= _settings(conf, group, base.partition("@")[0])
+    if of_all and group in parts:
+        parts |= _parts(textwrap.dedent("\n".join(parts.pop(group)[1:])))
+    for key, lines in parts.items():
+        told = found.get(key, [""])[0].partition("# ")[2]  # the word that the other yaml has on it
+        found[key] = [f"{lines[0]:<{COMMENTS_AT - 1}} # {told}", *lines[1:]] if told and "# " not in lines[0] else lines
+    return found
+
+
+def _parts(text: str) -> dict[str, list[str]]:
+    """The lines of a yaml by the names that begin at its margin."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if match := re.match(r"(\w+):", line):
+            found[match[1]] = lines = [line]
+        elif line.strip() and found:
+            lines.append(line)
+    return found
 
 
 def _folded(text: str, first: str = "", further: str = "") -> str:
@@ -86,12 +129,17 @@ def _folded(text: str, first: str = "", further: str = "") -> str:
 def _with_comment(line: str) -> str:
     """A line of a yaml; a comment at its end goes on below itself."""
     value, mark, comment = line.partition("# ")
+    if len(value) > COMMENTS_AT + 20:
+        return value.rstrip() + "\n" + _folded(comment, " " * COMMENTS_AT + mark, " " * COMMENTS_AT + mark)
     return _folded(comment, value + mark, " " * len(value) + mark) if mark else line
 
 
 def said(path: Path) -> str:
     """The first sentence of the comment that a yaml begins with."""
-    lines = path.read_text().splitlines()
-    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
-    words = " ".join(line.removeprefix("#").strip() for line in comment if "@package" not in line)
-    return re.split(r"(?<=[.?])\s", words, maxsplit=1)[0].rstrip(".:")
+    return re.split(r"(?<=[.?])\s", _comment(path), maxsplit=1)[0].rstrip(".:")
+
+
+def _comment(path: Path) -> str:
+    """The comment that a yaml begins with, in one line."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in lines if "@package" not in line)

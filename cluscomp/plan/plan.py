@@ -33,6 +33,7 @@ class Row:
     seconds: float
     parts: dict[str, float]
     relief: str
+    least: bool = False  # whether there is more work than that
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Plan:
             "calibrated": self.limits.calibrated,
             "peak_ram": {row.name: round(row.ram) for row in self.rows},
             "peak_vram": {row.name: round(row.vram) for row in self.rows if row.vram is not None},
-            "seconds": {row.name: round(row.seconds, 1) for row in self.rows},
+            "seconds": {row.name: round(row.seconds, 1) for row in self.rows if not row.least},
         }
 
     def refuse(self) -> None:
@@ -86,7 +87,8 @@ class Plan:
         lines = [
             [
                 row.name, f"{row.ram / GIB:.2f}", *([f"{(row.vram or 0) / GIB:.2f}"] if gpu else []),
-                f"{row.flops / 1e12:.3g}", duration(row.seconds), largest(row.parts),
+                *(f"{'over ' * row.least}{work}" for work in (f"{row.flops / 1e12:.3g}", duration(row.seconds))),
+                largest(row.parts),
             ]
             for row in self.rows
         ]  # fmt: skip
@@ -155,7 +157,7 @@ def plan(experiment: Any, config: PreTrainedConfig, dtype: torch.dtype, device: 
         here, there = sum(cost.host.values()), sum(cost.device.values())
         parts = cost.device | {f"{part} (RAM)": size for part, size in cost.host.items()}
         ram, vram = (base + here + there, None) if device == "cpu" else (base + LIBRARIES + here, CONTEXT + there)
-        return Row(name, ram, vram, cost.work.flops, can.seconds(cost.work), parts, cost.relief)
+        return Row(name, ram, vram, cost.work.flops, can.seconds(cost.work), parts, cost.relief, cost.least)
 
     rows = [row(name, cost) for name, cost in costs.items() if cost is not None]
     unknown = tuple(name for name, cost in costs.items() if cost is None)

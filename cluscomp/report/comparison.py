@@ -257,7 +257,7 @@ def _settings(records: list[Record], record: Record, after: str) -> str:
         and (limit(one), method_name(one, after)) == alike
         and model_name(one, records) == model
     ]
-    differing = settings_that_differ(rivals)[rivals.index(record)]
+    differing = settings_that_differ(rivals, known=True)[rivals.index(record)]
     return ", ".join(
         f"{key}={value}"
         for key, value in differing.items()

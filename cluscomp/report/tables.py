@@ -294,20 +294,24 @@ def method_table(records: list[Record], metric: str = "perplexity") -> pd.DataFr
     return where_told(where_it_differs(table, table[STORED], table[IN_MEMORY]))
 
 
-def settings_that_differ(records: list[Record]) -> list[dict[str, Any]]:
+def settings_that_differ(records: list[Record], *, known: bool = False) -> list[dict[str, Any]]:
     """For each record those settings of its stages that are not the same in all of them, by their dotted name.
 
-    Of a stage that only some records have, those that are not the same in these.
+    Of a stage that only some records have, those that are not the same in these. `known`: without settings that some of
+    these do not have, as they were made before there was such a setting.
     """
     flat = [
         _flat({stage: record.config["stages"][stage] for stage in record.config["order"]}, "") for record in records
     ]
 
-    def values_of(key: str) -> set[str]:
+    def differs(key: str) -> bool:
         stage = key.partition(".")[0]
-        return {repr(values.get(key)) for record, values in zip(records, flat) if stage in record.config["order"]}
+        having = [values for record, values in zip(records, flat) if stage in record.config["order"]]
+        if known and any(key not in values for values in having):
+            return False
+        return len({repr(values.get(key)) for values in having}) > 1
 
-    differing = [key for key in dict.fromkeys(key for values in flat for key in values) if len(values_of(key)) > 1]
+    differing = [key for key in dict.fromkeys(key for values in flat for key in values) if differs(key)]
     return [{key: values.get(key) for key in differing} for values in flat]
 
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -73,13 +74,13 @@ class _Task(Steps):
         return encoded, order[: steps * self.of_a_step], held_out
 
     def _cost(self, outline: "MetaModel", trained: float, masters: bool) -> "Cost":
-        """As whole-model training on `examples` of full length; the work of all (null) is not known and not counted."""
+        """As whole-model training on `examples` of full length; of all (null), whose number is not known, at least."""
         examples = (self.examples or 0) * self.epochs
         together, state = self.own(outline.ranks), 3.0 * outline.dtype.itemsize
         if masters:
             together = self.together(outline.device, 1, outline.ranks)  # the shorter they are, the more
             state = self.state(together, outline.ranks)
-        return outline.end_to_end(
+        cost = outline.end_to_end(
             together=together,
             of_a_step=self.of_a_step,
             length=self.length,
@@ -90,6 +91,7 @@ class _Task(Steps):
             logits=LOGITS[outline.device],
             again=self.gradient_checkpointing,
         )
+        return replace(cost, least=self.examples is None)
 
     def _train(self, model: "PreTrainedModel", job: "Job", learns: "Callable[[], Trained]") -> dict[str, Any]:
         from cluscomp.train.on_answers import train_on_answers

@@ -14,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import hydra
 import pytest
 import torch
 import yaml
 from forks import until
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import cluscomp
@@ -197,11 +199,49 @@ def test_each_command_has_its_help_and_each_group_its_choices(cli):
 def test_help_and_lists_fit_a_narrow_terminal(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     of_method = ["list", "method"], ["list", "method", "gptq"]
-    for arguments in (["list"], *of_method, ["table", "--help"], ["plan", "--help"]):
+    for arguments in (["list"], *of_method, ["table", "--help"], ["plan", "--help"], ["--help"]):
         told = cli(*arguments).out
         assert max(map(len, told.splitlines())) <= 80, arguments
     assert yaml.safe_load(cli("list", "method", "gptq").out)["act_order"] is True  # as it was, comments apart
     assert "[into=FILE]" in cli("table", "--help").out and "paper_zeroshot" in cli("list").out
+
+
+def test_a_choice_is_listed_with_all_its_settings_each_with_its_word(cli):
+    best = cli("list", "method", "cluscomp_best").out
+    assert "\nfloor: 0.5             # with fill the share" in best and "\nstates: 8   " in best  # of two other yamls
+    assert best.endswith("# cluster=by_loss\n# allocation=model\n") and "defaults" not in best
+    quick = cli("list", "recover", "quick").out
+    assert "\ntokens: 65536          # of training" in quick and "\nteacher_top: 64 " in quick
+    assert "# data@evaluate.texts.c4=c4" in cli("list", "evaluate", "gptq_2048").out
+
+
+@pytest.mark.parametrize("group", ["method", "cluster", "block_finetune", "recover", "finetune", "evaluate", "data"])
+def test_what_is_listed_of_a_choice_is_what_is_run(group):
+    """But for what it chooses of other groups, which may stand in it (data.parts)."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        for path in CONF.glob(f"{group}/*.yaml"):
+            listed = yaml.safe_load(usage.choices(CONF, group, path.stem))
+            run = OmegaConf.to_container(hydra.compose("config", overrides=[f"{group}={path.stem}"]))[group]
+            inside = {key for key, value in listed.items() if value in ({}, {"data": "${oc.select:scored,${data}}"})}
+            assert {key: run[key] for key in listed.keys() & run.keys() - inside} == {
+                key: value for key, value in listed.items() if key in run and key not in inside
+            }, path
+            assert run.keys() - listed.keys() == set(), path
+
+
+def test_help_tells_each_setting_in_no_group(cli):
+    told = cli("--help").out
+    assert "bits: null                   # most stored bits" in told and "\nshard: false " in told
+    assert '${oc.env:CLUSCOMP_CACHE,"~/.cache/cluscomp"}' in told
+
+
+def test_what_has_no_effect_is_told(cli, caplog):
+    done = cli("plan", "model=tiny", "bits=3", "recover.lr=1e-3", "block_finetune=quick", "cluster=corrected")
+    assert done.code == 0
+    assert [line for line in caplog.messages if "no effect" in line] == [
+        "block_finetune has no effect: order=[cluster] has no stage block_finetune",
+        "recover.lr has no effect: order=[cluster] has no stage recover",
+    ]
 
 
 def test_each_choice_says_in_a_whole_sentence_what_it_is():

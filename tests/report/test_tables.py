@@ -262,6 +262,10 @@ def test_only_settings_of_stages_that_were_run_and_differ_are_shown():
         {"cluster.method.init": "kd", "cluster.method.weighting": None},
         {"cluster.method.init": "random_points", "cluster.method.weighting": "none"},
     ]
+    assert settings_that_differ(records, known=True) == [
+        {"cluster.method.init": "kd"},
+        {"cluster.method.init": "random_points"},
+    ]
     assert settings_that_differ(records[:1]) == [{}]
     other = record()
     other.config.update(order=["tune"], stages={"tune": {"lr": 1}})  # nothing of cluster differs where it was run
