@@ -149,6 +149,8 @@ def build(config: DictConfig, chosen: Mapping[str, str | None], said: Given) -> 
         raise InputError(f"data_root={values['data_root']}: there is no such folder")
     stages = [key for key, value in values.items() if _is_stage(key, value, said)]
     by_method = {key for key in stages if values[key].get("method")}
+    if not isinstance(values["order"], list):
+        raise InputError(f"order = {values['order']}: give a list of stages, order=[cluster]")
     if values["order"] == ["evaluate"]:  # nothing is compressed, so nothing has to be said of how
         values = {key: value for key, value in values.items() if key not in {"method", *stages}}
     elif set(values["order"]) <= {*stages, "evaluate"} and not by_method & set(values["order"]):
@@ -289,7 +291,7 @@ def _composition_problem(error: BaseException, given: Sequence[str]) -> str:
         *parents, wrong = override[1].split(".")
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             choices = [item for item in given if re.fullmatch(r"[\w/]+=[\w/]+", item)]
-            groups = [item for item in choices if (CONF / item.split("=")[0]).is_dir()]
+            groups = [item for item in choices if (CONF / f"{item.replace('=', '/')}.yaml").is_file()]
             node = hydra.compose("config", overrides=groups)
         for parent in parents:
             node = node.get(parent) if isinstance(node, DictConfig) else None

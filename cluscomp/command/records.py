@@ -27,7 +27,7 @@ from cluscomp.runs.verify import (
     scoring_alone,
     verdict_table,
 )
-from cluscomp.store.files import writable
+from cluscomp.store.files import held_alone, writable
 from cluscomp.store.records import NAME, Record, read, read_folder
 from cluscomp.store.secrets import printable
 
@@ -150,18 +150,26 @@ def verify(arguments: list[str]) -> None:
     from cluscomp.runs.run import run
 
     given = dict(item.partition("=")[::2] for item in arguments[1:])
+    if bare := [item for item in arguments[1:] if "=" not in item]:
+        raise misused("verify", f"{bare[0]} is no key=value")
+    full = given.get("full", "false").lower() == "true"
+    if given.get("full", "false").lower() not in ("true", "false"):
+        raise misused("verify", f"full={given['full']}: true or false")
     if not arguments or ("=" in arguments[0] and not place(arguments[0]).is_file()):
         raise misused("verify", "RECORD is a record's file")
     if place(arguments[0]).is_dir():  # of a checkpoint, say
         raise misused("verify", f"{arguments[0]} is a folder; RECORD is a record's file, outputs/run-KEY/record.json")
     record, outputs = read(place(arguments[0])), Path(given.get("outputs", "outputs")).expanduser().absolute()
-    full = given.get("full", "false") == "true"
     rest = [item for item in arguments[1:] if item.partition("=")[0] not in {"outputs", "full", "publish"}]
     places = [item for item in rest if item.partition("=")[0] in (*PLACES, "trust")]
     said = trust.given(arguments[1:])  # what the record's cell says is another's word
     overrides = [item for item in rest if item not in places] or overrides_of(record, outputs)
     quiet_libraries()
-    settings_now = config_of(composed([*overrides, *places], said))
+    now = composed([*overrides, *places], said)
+    original = None
+    if record.config["order"] and not full:
+        with held_alone(cache := writable("cache", now.cache), "model"):
+            original = now.model.folder(cache)
     places += ["publish=null", "tracker=none"]
     overrides = [item for item in overrides if not item.startswith("tracker")]
     with TemporaryDirectory(prefix="verify-", dir=writable("outputs", str(outputs))) as folder:
@@ -169,7 +177,7 @@ def verify(arguments: list[str]) -> None:
         again, machine = [], {}
         for after in ["full"] if full else dict.fromkeys(score.after for score in record.scores):
             log.info("verify  %s", "all is made anew" if full else f"the model '{after}' is scored again")
-            alone = [] if full else scoring_alone(record, after, outputs)
+            alone = [] if full else scoring_alone(record, after, outputs, original)
             kept = [item for item in overrides if not (item.startswith("model") and "model=hub" in alone)]
             made = run(composed([*kept, *alone, *places], said)).record
             again += made.scores if full else [replace(score, after=after) for score in made.scores]
@@ -180,7 +188,7 @@ def verify(arguments: list[str]) -> None:
     found = compare(record.scores, again)
     for line in explained(found):
         print(printable(line))
-    for line in changed(record, settings_now, machine):
+    for line in changed(record, config_of(now), machine):
         print(f"not as it was: {printable(line)}")
     verdict = overall(found)
     print(f"{record.run['name']}: {verdict}")

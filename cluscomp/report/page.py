@@ -156,12 +156,15 @@ def _of_text(view: View, text: str) -> View:
 def page(name: str, records: list[Record], format_: Format, published: list[Published] | None = None) -> dict[str, str]:
     """The files with all tables of an experiment, by name: one, or of CSV one for each table.
 
-    Raises InputError if nothing was scored.
+    Raises InputError if nothing was scored, or nothing that may stand in a table.
     """
     if not any(record.scores for record in records):
         raise InputError(f"{name}: its records hold no score (evaluate.after=[]), of which a table could be made")
-    made, (_, few) = views(records, published), of_enough_seeds(records)
+    enough, few = of_enough_seeds(records)
     left_out = f"Left out, for K-means from random points needs {SEEDS} seeds: {'; '.join(few)}." if few else ""
+    if not any(record.scores for record in enough):
+        raise InputError(f"{name}: nothing is left for a table. {left_out} Run it with seed=0,1,2")
+    made = views(records, published)
     parts = {}
     for view, table in made:
         heading = f"{name}: {view.title}"
@@ -176,7 +179,7 @@ def page(name: str, records: list[Record], format_: Format, published: list[Publ
         if format_ == "md":
             text = f"## {as_text(view.title)}\n\n{text}\n" + "".join(f"{note}  \n" for note in notes)
         if format_ == "html":
-            text += "".join(f"<p>{note}</p>\n" for note in notes)
+            text += "".join(f"<p>{escape(note)}</p>\n" for note in notes)
         parts[view.name] = text
     if format_ == "csv":
         return {f"{name_}.csv": text for name_, text in parts.items()}

@@ -73,13 +73,14 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
 
     The six methods that stand best (`pareto.standing`) have colours and their names at the lines' ends, all others are
     thin and grey; points of trained models are open, and each number of tokens has a line of its own.
-    `originals` (columns data, value and `BITS`) are dashed lines. Perplexities of more than ten times the median of
-    what nothing dominates tell nothing: such points stand on the panel's upper edge.
+    `originals` (columns model, data, value and `BITS`) are dashed lines. Perplexities of more than ten times the median
+    of what nothing dominates tell nothing: such points stand on the panel's upper edge.
     """
     from matplotlib.ticker import MaxNLocator
 
     sign = -1 if higher_is_better(metric) else 1
     beyond, table = False, _told_apart(table)
+    before = pd.DataFrame(columns=["model", "data"]) if originals is None else originals
     sets = list(dict.fromkeys(zip(table["model"], table["data"])))
     methods = standing(table, metric)
     colours = dict(zip(methods, COLOURS[:NAMED]))
@@ -93,7 +94,8 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
                 shown = here.assign(**{metric: here[metric].clip(upper=top)})
                 lines = {method: rows.groupby(size)[metric].mean() for method, rows in shown.groupby("method")}
                 ends = _lines(axes, lines, methods, colours, trained)
-                if originals is not None and len(known := originals[originals["data"] == data]):
+                known = before[(before["model"] == model) & (before["data"] == data)]
+                if len(known):
                     axes.axhline(
                         known["value"].iloc[0], color="black", linestyle="--", linewidth=0.8,
                         label=f"original, {known[BITS].iloc[0]:.3g} bits",

@@ -1,5 +1,6 @@
 """What a run was made with: commit of the code and what differs from it, packages, command, hashes of what it read."""
 
+import contextlib
 import functools
 import importlib.metadata
 import platform
@@ -38,6 +39,17 @@ def commit() -> tuple[str | None, bool | None]:
         return _git("rev-parse", "HEAD").strip(), bool(_git("status", "--porcelain"))
     except subprocess.CalledProcessError:
         return None, None
+
+
+def leave_out(folder: Path) -> None:
+    """Let git pass over a folder of outputs inside this code's checkout: a run would make the tree look changed."""
+    if shutil.which("git") is None:
+        return
+    with contextlib.suppress(subprocess.CalledProcessError):
+        top = Path(_git("rev-parse", "--show-toplevel").strip())
+        inside = folder.resolve().is_relative_to(top) and folder.resolve() != top
+        if inside and not _git("ls-files", str(folder)) and not _git("check-ignore", str(folder), codes=(0, 1)):
+            (folder / ".gitignore").write_text("*\n", encoding="utf-8")
 
 
 @functools.cache

@@ -139,10 +139,13 @@ def collect(cells: dict[Path, Cell], into: Path) -> list[Path]:
     Raises InputError, and copies nothing, unless every cell is finished and was run from a clean commit, or by an
     installed package, which is of no commit: its record names the version.
     """
-    undone = [cell for cell in cells.values() if cell.state != "finished"]
-    if undone:
-        first = f"{' '.join(undone[0].overrides)} is {undone[0].state}"
-        raise InputError(f"{len(undone)} of {len(cells)} cells are not finished ({first}): run the sweep again")
+    undone = {folder: cell for folder, cell in cells.items() if cell.state != "finished"}
+    for folder, cell in undone.items():
+        first = f"{' '.join(cell.overrides)} is {cell.state}"
+        raise InputError(
+            f"{len(undone)} of {len(cells)} cells are not finished ({first}): run the sweep again, or remove {folder} "
+            "to leave that cell out"
+        )
     found = [read((folder / cell.record).resolve()) for folder, cell in cells.items()]
     for record in found:
         if record.run["dirty"]:

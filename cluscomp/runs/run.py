@@ -23,8 +23,8 @@ from cluscomp.models.quantised import opened
 from cluscomp.models.sources import GgufModel
 from cluscomp.plan.plan import Plan
 from cluscomp.process import join_slurm, processes, rank
-from cluscomp.report.page import page
-from cluscomp.runs.capsule import commit, seal, versions
+from cluscomp.report.page import of_enough_seeds, page
+from cluscomp.runs.capsule import commit, leave_out, seal, versions
 from cluscomp.runs.experiment import Experiment, config_of, stage_keys, without_places
 from cluscomp.runs.preparation import device_of, dtype_of, foreseen
 from cluscomp.runs.runner import Runner, tell_of_other_code
@@ -56,6 +56,8 @@ def run(experiment: Experiment, overrides: Sequence[str] = ()) -> Outcome:
     config = hide_all(config_of(experiment))
     outputs, cache = writable("outputs", experiment.outputs), writable("cache", experiment.cache)
     first = rank() == 0
+    if first:
+        leave_out(outputs)
     publish = None if experiment.publish is None or not first else writable("publish", experiment.publish)
     if not experiment.machine.here:
         raise InputError(f"machine={experiment.machine.name}: only `cluscomp plan` works for another machine")
@@ -111,10 +113,11 @@ def _run(
         raise
     answers = {name: runner.answers(name) for name in experiment.measured if runner.answers(name).is_file()}
     path = run_folder / "record.json"
-    record = None if runner.worked else _written_before(path, runner.key)
+    weights = combined({name: value for name, value in hashes.items() if name.endswith(".safetensors")})[:16]
+    made = _record(experiment, config, runner.key, weights, metrics, original, predicted)
+    record = None if runner.worked else _written_before(path, made)
     if record is None:
-        weights = combined({name: value for name, value in hashes.items() if name.endswith(".safetensors")})[:16]
-        record = _record(experiment, config, runner.key, weights, metrics, original, predicted)
+        record = made
         if first:
             for name, place in answers.items():
                 shutil.copy(place, run_folder / f"answers-{name}.jsonl.gz")
@@ -133,8 +136,8 @@ def _run(
 
 
 def _files(name: str, record: Record, path: Path) -> dict[str, str]:
-    """What a tracker keeps of a run, by the files' names: its record, and tables of it if it has scores."""
-    tables = page(name, [record], "md") if record.scores else {}
+    """What a tracker keeps of a run, by the files' names: its record, and tables of it if it may stand in some."""
+    tables = page(name, [record], "md") if record.scores and of_enough_seeds([record])[0] else {}
     return tables | {"record.json": path.read_text(encoding="utf-8")}
 
 
@@ -154,16 +157,19 @@ def _fold(experiment: Experiment, runner: Runner, session: Session) -> dict[str,
     return metrics
 
 
-def _written_before(path: Path, key: str) -> Record | None:
-    """The record of an earlier process with the same run, which stays as it is; None if there is no whole one."""
+def _written_before(path: Path, made: Record) -> Record | None:
+    """The record of an earlier process with the same run and scores, which stays; None if there is no whole one."""
     if not path.is_file():
         return None
     try:
         record = read(path)
-        if record.run.get("key") != key:
+        if record.run.get("key") != made.run["key"]:
             raise InputError(f"{path}: the record of another run, {record.run.get('name')}")
     except InputError as error:
         log.warning("%s; it is written anew", error)
+        return None
+    if record.scores != made.scores:
+        log.warning("%s: domains of texts, or scores, are other ones since; it is written anew", path)
         return None
     tell_of_other_code(record.run["name"], record.run)
     return record

@@ -1,7 +1,9 @@
 """One stage or evaluation of a run in its folder, unless it is finished there.
 
 A folder is named by its key. It is finished when `metrics.json` is there, which is written last and names the key and
-the checkpoint's hash; one that names others belongs elsewhere, and is not believed. A process that comes to a folder
+the checkpoint's hash; one that names others belongs elsewhere, and is not believed. It also names the hash of the
+checkpoint that was worked on or scored: what was made of another one, as a stage was made anew, is made anew, too.
+A process that comes to a folder
 where another one works waits, and re-uses what that one leaves. A `fresh` run works in a folder within and puts what it
 made in place of what was there.
 
@@ -11,13 +13,11 @@ evaluations, are worked at by all.
 
 import logging
 import shutil
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from cluscomp import checkpoint, ranks
@@ -27,10 +27,10 @@ from cluscomp.forms.layers import check_file, size_of
 from cluscomp.models import dense
 from cluscomp.models.opened import Opened
 from cluscomp.models.original import Original
-from cluscomp.process import peak_memory, reset_peak_memory
 from cluscomp.runs.capsule import commit, versions
 from cluscomp.runs.card import card
 from cluscomp.runs.experiment import Experiment, key_settings
+from cluscomp.runs.measured import Measured
 from cluscomp.runs.trackers import listening
 from cluscomp.score.tasks import read_answers, write_answers
 from cluscomp.stages import Job
@@ -43,6 +43,7 @@ from cluscomp.store.secrets import hide
 log = logging.getLogger("cluscomp")
 ANSWERS = "answers.jsonl.gz"  # to the tasks, of one model
 METRICS, CHECKPOINT, FRESH = "metrics.json", "checkpoint", "fresh"
+OF = "of"  # the file in a stage's folder that holds the hash of the checkpoint that it is working on
 
 
 class Runner:
@@ -55,6 +56,7 @@ class Runner:
         self.worked = False  # whether anything was computed that had not been finished before
         self.reused: set[str] = set()  # stages that had been finished before
         self._warned: set[str] = set()
+        self._hashes: dict[str, str] = {}  # of the checkpoints after the stages so far
 
     @property
     def key(self) -> str:
@@ -89,6 +91,7 @@ class Runner:
             metrics = self._stage(name, folder)
             if ranks.rank() == 0:
                 _keep_alone(folder, CHECKPOINT, METRICS, "lock")
+        self._hashes[name] = metrics["checkpoint_hash"]
         return metrics
 
     def evaluate(self, name: str) -> dict[str, Any]:
@@ -118,7 +121,7 @@ class Runner:
         return self.outputs / f"predictions-{content_key([self.keys['original'], versions()])}"
 
     def _stage(self, name: str, folder: Path) -> dict[str, Any]:
-        finished = ranks.agreed(lambda: None if self.experiment.fresh else self._whole(folder))
+        finished = ranks.agreed(lambda: self._found(folder, self._before(name)))
         if finished is not None:
             log.info("%s  finished before, %s", name, folder)
             tell_of_other_code(name, finished)
@@ -137,7 +140,7 @@ class Runner:
     def _made(self, name: str, folder: Path, *, together: bool = True) -> dict[str, Any]:
         """Run a stage and write what it makes; the metrics. Unless `together` the other ranks are no part of it."""
         curves: list[tuple[Any, ...]] = []  # what trackers are told, for those of later runs that re-use the stage
-        with _Measured() as cost, listening(lambda *point: curves.append(point)):
+        with Measured() as cost, listening(lambda *point: curves.append(point)):
             with nullcontext() if together else ranks.alone():
                 model, job = self._start(name, self._work_folder(folder))
                 found = self.experiment.stages[name].run(model, job)
@@ -145,19 +148,21 @@ class Runner:
             size = self._keep(name, model, job)
         hash_ = checkpoint.checkpoint_hash(job.folder / CHECKPOINT)
         metrics = {"key": _key_of(folder)} | cost | _code() | {"found": found, "size": size, "checkpoint_hash": hash_}
-        metrics["curves"] = curves
+        metrics |= {"curves": curves, "of": self._before(name)}
         self._finish(job.folder, metrics, folder, CHECKPOINT)
         return metrics
 
     def _evaluate(self, name: str, folder: Path) -> dict[str, Any]:
         evaluate = self.experiment.evaluate
-        finished = ranks.agreed(lambda: None if self.experiment.fresh else self._finished(folder))
+        of = self._hashes.get(name)
+        finished = ranks.agreed(lambda: None if self.experiment.fresh else self._finished(folder, of))
         if finished is not None:
             tell_of_other_code(f"evaluate {name}", finished)
             # The same model may have been reached under another name.
-            return finished | {"scores": [row | {"after": name} for row in finished["scores"]]}
+            scores = evaluate.marked(finished["scores"], self._learned(name))
+            return finished | {"scores": [row | {"after": name} for row in scores]}
         self.worked = True
-        with _Measured() as cost:
+        with Measured() as cost:
             work, before = self._work_folder(folder), self.answers("original")
             found = evaluate.evaluate(
                 self._model(name), self.original, name, self._learned(name),
@@ -174,6 +179,7 @@ class Runner:
         scores = [asdict(score) for score in found.scores]
         sample = found.sample and hide(found.sample)  # it begins with the prompt
         metrics = {"key": _key_of(folder)} | cost | _code() | {"scores": scores, "sample": sample}
+        metrics["of"] = self._hashes.get(name)
         for score in found.scores:
             log.info("evaluate  %s after %s: %.3f on %s", score.metric, name, score.value, score.dataset)
         self._finish(work, metrics, folder, ANSWERS)
@@ -249,17 +255,41 @@ class Runner:
         check_file(counted, checkpoint.tensor_bytes(folder))
         return asdict(counted) | {"checkpoint_bytes": checkpoint.weight_bytes(folder)}
 
-    def _finished(self, folder: Path) -> dict[str, Any] | None:
-        """The metrics of a finished stage or evaluation; None without, and, with a warning, for those of another."""
-        metrics = read_sealed(folder / METRICS)
-        if metrics is None or metrics.get("key") == _key_of(folder):
-            return metrics
-        self._warn(f"{folder / METRICS} belongs to another folder ({metrics.get('key')}); it is made anew")
-        return None
+    def _before(self, name: str) -> str | None:
+        """The hash of the checkpoint that a stage works on; None for the original, which the key names."""
+        before = ["original", *self.experiment.order][self.experiment.order.index(name)]
+        return self._hashes.get(before)
 
-    def _whole(self, folder: Path) -> dict[str, Any] | None:
+    def _finished(self, folder: Path, of: str | None = None) -> dict[str, Any] | None:
+        """The metrics of a finished stage or evaluation; None without, and, with a warning, for those of another.
+
+        `of` is the hash of the checkpoint that it must have worked on, if that is known.
+        """
+        metrics = read_sealed(folder / METRICS)
+        if metrics is None:
+            return None
+        if metrics.get("key") != _key_of(folder):
+            self._warn(f"{folder / METRICS} belongs to another folder ({metrics.get('key')}); it is made anew")
+            return None
+        if of is not None and metrics.get("of", of) != of:  # metrics of before there was `of` are believed
+            self._warn(f"{folder / METRICS} is of a checkpoint that was made anew since; it is made anew, too")
+            return None
+        return metrics
+
+    def _found(self, folder: Path, of: str | None) -> dict[str, Any] | None:
+        """The metrics of a stage that need not be made; else None, with no parts left there of another checkpoint."""
+        work, metrics = self._work_folder(folder), None if self.experiment.fresh else self._whole(folder, of)
+        if metrics is None:
+            begun = work / OF
+            if of is not None and begun.is_file() and begun.read_text(encoding="utf-8") != of:
+                _keep_alone(work, CHECKPOINT, METRICS, "lock")
+            if of is not None:
+                begun.write_text(of, encoding="utf-8")
+        return metrics
+
+    def _whole(self, folder: Path, of: str | None) -> dict[str, Any] | None:
         """The metrics of a finished stage whose checkpoint is the one they name; otherwise None, with a warning."""
-        metrics = self._finished(folder)
+        metrics = self._finished(folder, of)
         if metrics is None:
             return None
         try:
@@ -274,25 +304,6 @@ class Runner:
         if sentence not in self._warned:
             self._warned.add(sentence)
             log.warning("%s", sentence)
-
-
-class _Measured:
-    """Seconds, CPU seconds and peak memory (bytes) of a `with` block, as a dictionary that fills at its end."""
-
-    def __enter__(self) -> dict[str, Any]:
-        reset_peak_memory()
-        self.start, self.cpu_start, self.cost = time.monotonic(), time.process_time(), dict[str, Any]()
-        return self.cost
-
-    def __exit__(self, *_: object) -> None:
-        self.cost |= {
-            "seconds": time.monotonic() - self.start,
-            "cpu_seconds": time.process_time() - self.cpu_start,
-            "peak_ram": peak_memory(),
-        }
-        if torch.cuda.is_available():
-            self.cost["peak_vram"] = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
 
 
 def tell_of_other_code(what: str, found: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Whether a record can be reproduced: its scores beside those measured again, and the reasons for a difference."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -112,16 +113,20 @@ def checkpoint_of(record: Record, after: str, outputs: Path) -> Path | None:
     )
 
 
-def scoring_alone(record: Record, after: str, outputs: Path) -> list[str]:
-    """The overrides under which a run scores a record's model after a stage, and does nothing else."""
-    checkpoint = checkpoint_of(record, after, outputs)
+def scoring_alone(record: Record, after: str, outputs: Path, original: Path | None) -> list[str]:
+    """The overrides under which a run scores a record's model after a stage, and does nothing else.
+
+    `original` is the folder that the stages began with, if there were any: of a GGUF file not its own numbers, but
+    those in 16 bits.
+    """
+    checkpoint = original if after == ORIGINAL else checkpoint_of(record, after, outputs)
     model = [] if checkpoint is None else ["model=hub", f"model.id={quoted(str(checkpoint))}"]
     return [*model, "order=[evaluate]", "evaluate.after=null", "evaluate.distance=false", "evaluate.prompt=null"]
 
 
 def quoted(value: str) -> str:
     """A value as Hydra takes it whatever characters are in it."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + "\\'" * bool(found[2]), value) + "'"
 
 
 def verdict_table(record: Record, again: list[Score]) -> "pd.DataFrame":

@@ -211,6 +211,20 @@ class Evaluate:
             "average": "tokens",
         }
 
+    def marked(self, scores: list[dict[str, Any]], learned: dict[str, Learned]) -> list[dict[str, Any]]:
+        """Scores as they are written, in-domain by the domains that texts have now, which are no part of any key."""
+        domains = {source.name: source.domain for source in self.texts.values()}
+
+        def told(stage: str, seen: dict[str, Any], dataset: str) -> dict[str, Any]:
+            return seen | {"in_domain": same_domain(learned[stage].domain, domains[dataset])}
+
+        return [
+            row | {"seen": {stage: told(stage, seen, row["dataset"]) for stage, seen in row["seen"].items()}}
+            if row["dataset"] in domains and row["seen"].keys() <= learned.keys()
+            else row
+            for row in scores
+        ]
+
     def _seen(self, original: "Original", learned: dict[str, Learned], seed: int) -> dict[str, dict[str, Any]]:
         """For each test text by name, and each stage that learned from text, what of the scored windows it had seen.
 

@@ -139,6 +139,7 @@ SETTINGS = {
     "a seed of 65 bits": (["bits=3", f"seed={2**64}"], ["seed", str(2**64)]),
     "a name with a slash": (["bits=3", "name=a/b"], ["name", "a/b"]),
     "broken syntax": (["bits=3", "order=[cluster"], ["[cluster"]),
+    "no order": (["bits=3", "order=null"], ["order = None", "order=[cluster]"]),
     "an equals sign in a path": (["bits=3", "model=hub", "model.id=a/epoch=3"], ["\"model.id='a/epoch=3'\""]),
 }
 
@@ -233,6 +234,13 @@ def test_help_tells_each_setting_in_no_group(cli):
     told = cli("--help").out
     assert "bits: null                   # most stored bits" in told and "\nshard: false " in told
     assert '${oc.env:CLUSCOMP_CACHE,"~/.cache/cluscomp"}' in told
+
+
+def test_a_wrong_setting_beside_a_folder_of_ones_own_costs_one_sentence(cli, place):
+    (place / "mine" / "method").mkdir(parents=True)
+    (place / "mine" / "method" / "mine.yaml").write_text((CONF / "method" / "rtn.yaml").read_text())
+    done = cli("--config-dir", "mine", "model=tiny", "method=mine", "bitz=3")
+    assert "bitz: there is no such setting; did you mean bits?" in the_sentence(done)
 
 
 def test_what_has_no_effect_is_told(cli, caplog):

@@ -352,8 +352,22 @@ def test_a_line_is_of_rows_that_were_trained_on_as_many_tokens():
 @pytest.mark.parametrize("bits", [16.0, 32.0])
 def test_the_original_stands_with_its_own_bits(bits):
     table = pareto([run_of("a", 30.0)])
-    figure = plots.pareto(table, originals=pd.DataFrame([{"data": table["data"][0], "value": 20.0, BITS: bits}]))
+    before = table[["model", "data"]].assign(**{"value": 20.0, BITS: bits})
+    figure = plots.pareto(table, originals=before)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"original, {bits:g} bits"]
+
+
+def test_each_model_has_its_own_original_in_its_panel():
+    first, second = run_of("a", 30.0), run_of("b", 400.0)
+    second.config["model"] = {"id": "another/model"}
+    second.scores[0] = replace(second.scores[0], value=300.0)
+    figure, data = figures.figures([first, second])["pareto"]
+    dashed = {
+        axes.get_title().partition(",")[0]: [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+        for axes in figure.axes[:4]
+    }
+    assert dashed == {"Llama-2-7B": [20.0], "model": [300.0]}
+    assert sorted(data["value"].dropna()) == [20.0, 300.0]
 
 
 def test_long_names_are_told_whole_where_there_are_few():
@@ -668,6 +682,9 @@ def test_a_recipe_of_random_starts_stands_with_three_seeds_or_not_at_all():
     kept, left_out = page.of_enough_seeds([one for one in found if method_name(one, "cluster") != name] + [paper])
     assert paper not in kept and any(one.startswith(f"{name} at ") for one in left_out)
     three = [replace(paper, config=paper.config | {"seed": seed}) for seed in range(3)]
+    with pytest.raises(InputError, match=f"nothing is left for a table.*{re.escape(name)} at.*seed=0,1,2"):
+        page.page("one", [paper], "md")
+    assert "pareto" not in figures.figures([paper])
     kept, left_out = page.of_enough_seeds(three)
     assert kept == three and not left_out
     text = page_of("methods")

@@ -113,6 +113,19 @@ def test_what_is_secret_is_told_by_names_by_the_environment_and_by_shape(monkeyp
     assert hide_all(values) == {"token": HIDDEN, "recover": {"tokens": 5, "texts": [HIDDEN]}, "none": None}
 
 
+def test_outputs_inside_the_checkout_change_no_tree(checkout):
+    """A folder that no .gitignore names; one that holds files of the project's own is let alone."""
+    place = checkout.place
+    git(place, "stash", "-q", "--include-untracked")
+    before = git(place, "status", "--porcelain")
+    for outputs in ("mine", "mine", "conf"):
+        done = checkout.command(*RUN, f"outputs={outputs}", "name=inside")
+        assert done.code == 0, done.err
+        records = [json.loads(path.read_text()) for path in place.glob(f"{outputs}/run-*/record.json")]
+        assert [one["run"]["dirty"] for one in records] == [bool(before) or outputs == "conf"]
+    assert (place / "mine" / ".gitignore").read_text() == "*\n" and not (place / "conf" / ".gitignore").exists()
+
+
 def test_an_installed_package_takes_no_commit_of_the_project_it_is_installed_in(tmp_path):
     place = tmp_path / "project" / ".venv"
     shutil.copytree(ROOT / "cluscomp", place / "cluscomp", ignore=shutil.ignore_patterns("__pycache__", "native"))

@@ -398,6 +398,52 @@ def test_a_fresh_run_makes_everything_anew_and_replaces_only_by_what_is_whole(gr
     assert again.record.config == first.record.config
 
 
+def swap(outputs: Path, other: Path) -> None:
+    """Let the finished cluster stage be another one, as if its method's code had changed and it had been made again."""
+    (folder,), (source,) = outputs.glob("cluster-*"), other.glob("cluster-*")
+    shutil.rmtree(folder / "checkpoint")
+    shutil.copytree(source / "checkpoint", folder / "checkpoint")
+    key = folder.name.rpartition("-")[2]
+    write_sealed(folder / "metrics.json", read_sealed(source / "metrics.json") | {"key": key})
+
+
+def test_what_was_made_of_a_checkpoint_that_is_another_one_now_is_made_anew(ground, tmp_path, caplog):
+    first = pipeline(ground, tmp_path / "out", *TUNED)
+    other = pipeline(ground, tmp_path / "other", *TUNED, "method.iterations=1")
+    swap(tmp_path / "out", tmp_path / "other")
+    again = pipeline(ground, tmp_path / "out", *TUNED)
+    assert "of a checkpoint that was made anew since" in caplog.text
+    assert again.record.scores == other.record.scores != first.record.scores
+    assert stage_hash(again, "block_finetune") == stage_hash(other, "block_finetune")
+
+
+def test_parts_that_were_made_of_another_checkpoint_are_not_gone_on_from(ground, tmp_path, monkeypatch):
+    other = pipeline(ground, tmp_path / "other", *TUNED, "method.iterations=1")
+    pipeline(ground, tmp_path / "out")
+
+    def fails(*_, **__):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr("cluscomp.checkpoint.save", fails)
+        pipeline(ground, tmp_path / "out", *TUNED)
+    assert list(tmp_path.glob("out/block_finetune-*/block-*"))
+    swap(tmp_path / "out", tmp_path / "other")
+    again = pipeline(ground, tmp_path / "out", *TUNED)
+    assert stage_hash(again, "block_finetune") == stage_hash(other, "block_finetune")
+
+
+def test_a_domain_told_later_marks_scores_that_were_there(ground, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": "a fox and a hare " * n}) + "\n" for n in range(90)))
+    more = ["method.assign=hessian", "data@scored=hub", f"scored.id={tmp_path / 'rows.jsonl'}", "scored.separator=' '"]
+    first = pipeline(ground, tmp_path / "out", *more)
+    again = pipeline(ground, tmp_path / "out", *more, f"scored.domain='{ground / 'text.txt'}'")
+    marks = [[one.seen["cluster"]["in_domain"] for one in run.record.scores if one.seen] for run in (first, again)]
+    assert not any(marks[0]) and all(marks[1]) and len(marks[0]) == len(marks[1]) > 0
+    assert [one.value for one in first.record.scores] == [one.value for one in again.record.scores]
+    assert read(again.path).scores == again.record.scores
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits_and_damaged_parts_are_made_again(ground, forks, tmp_path, caplog):
     """Killed after the first block of cluster, then of block_finetune; the rest from whole and from altered parts."""

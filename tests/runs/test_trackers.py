@@ -222,6 +222,14 @@ def test_without_a_key_that_works_wandb_is_offline_and_says_so(forks, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_recipe_that_no_table_takes_with_one_seed_ends_well_with_a_tracker(tmp_path):
+    pytest.importorskip("tensorboard")
+    settings = ["method=cluscomp_paper", "method.vector_dim=4", "method.codebook_size=16", "tracker=tensorboard"]
+    run = [one for one in small_run(tmp_path) if not one.startswith(("method=", "bits="))]
+    made = pipeline(*run, *settings, "evaluate.limit=2")
+    assert read(made.path).scores == made.record.scores and list(made.path.parent.glob("tensorboard/*"))
+
+
 def test_what_tensorboard_shows_equals_the_record(forks, tmp_path):
     reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     done = forks.run(*swept(tmp_path), "tracker=tensorboard", "method.codebook_size=8", folder=tmp_path)

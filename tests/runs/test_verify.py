@@ -4,8 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, quants
+from gguf_files import llama
 from pipelines import composed
+from safetensors.torch import load_file
 
 from cluscomp import __main__ as command
 from cluscomp.errors import InputError
@@ -13,6 +17,7 @@ from cluscomp.runs.experiment import config_of
 from cluscomp.runs.verify import changed, checkpoint_of, compare, explained, overall, quoted
 from cluscomp.store.records import Score, protocol, read
 
+Q8_0 = GGMLQuantizationType.Q8_0
 TINY = [
     "model=tiny", "data=text", "data.file=text.txt", "method.vector_dim=4", "method.codebook_size=16",
     "evaluate.context=32", "evaluate.limit=2", "cluster.samples=4", "cluster.length=32", "name=tiny",
@@ -49,6 +54,37 @@ def test_a_record_of_this_machine_is_equal(made, capsys, how):
     assert said.count("| equal ") == 4  # perplexity and bits a byte of the original and the compressed model
     assert all(len(line) <= 80 for line in said.splitlines() if line.startswith("|"))
     assert not list(made.glob("outputs/verify-*"))
+
+
+@pytest.mark.parametrize("argument", ["full", "full=yes"])
+def test_what_is_no_word_for_full_is_refused(made, capsys, argument):
+    code, said = verify(made, capsys, argument)
+    assert code == 2 and argument in said
+
+
+def test_true_is_written_as_hydra_takes_it(made, capsys, caplog):
+    code, _ = verify(made, capsys, "full=True")
+    assert code == 0 and "all is made anew" in caplog.text
+
+
+def test_the_original_is_scored_with_the_numbers_that_the_run_began_with(tmp_path, capsys, monkeypatch):
+    """A quantised GGUF file's own are more exact than those in 16 bits that stages begin with."""
+    rng = np.random.default_rng(0)
+
+    def eight_bits(rows: int, width: int, name: str):
+        return quants.quantize(rng.normal(size=(rows, width)).astype(np.float32), Q8_0), Q8_0
+
+    llama(tmp_path / "small.gguf", matrix=eight_bits)
+    (tmp_path / "text.txt").write_text("\n\n".join("ab" * (3 + i % 5) + "a" * (i % 7) for i in range(80)))
+    monkeypatch.chdir(tmp_path)
+    settings = ["model=gguf", "model.file=small.gguf", "method=rtn", "bits=4", "evaluate.context=16", "cache=cache"]
+    monkeypatch.setattr("sys.argv", ["cluscomp", *settings, "data=text", "data.file=text.txt"])
+    command.main()
+    model = composed(*settings, "data=text", "data.file=text.txt").model
+    exact, begun = (load_file(model.folder(Path("cache"), to_score=one) / "model.safetensors") for one in (True, False))
+    assert any((exact[name] != begun[name].float()).any() for name in begun)  # order=[evaluate] alone scores the first
+    code, said = verify(tmp_path, capsys)
+    assert code == 0 and ": equal\n" in said
 
 
 def test_a_path_may_hold_an_equals_sign(made, capsys):
@@ -137,6 +173,11 @@ def test_the_protocols_difference_is_the_reason():
         "m of d after cluster: 2.0, recorded 1.0",
         "the protocol has device=cuda (then device=cpu)",
     ]
+
+
+@pytest.mark.parametrize("text", [r"\frac{1}", "a\\b", "ends\\", "\\'quoted\\'", "two\\\\", "it's", "", "a 'b' \\\\'"])
+def test_any_text_arrives_as_it_is(text):
+    assert composed("model=tiny", "bits=3", f"evaluate.prompt={quoted(text)}").evaluate.prompt == text
 
 
 def test_any_path_is_a_value_for_hydra(tmp_path):
