@@ -434,7 +434,8 @@ def test_parts_that_were_made_of_another_checkpoint_are_not_gone_on_from(ground,
 
 
 def test_a_domain_told_later_marks_scores_that_were_there(ground, tmp_path):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": "a fox and a hare " * n}) + "\n" for n in range(90)))
+    rows = [json.dumps({"text": "a fox and a hare " * n}) for n in range(90)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     more = ["method.assign=hessian", "data@scored=hub", f"scored.id={tmp_path / 'rows.jsonl'}", "scored.separator=' '"]
     first = pipeline(ground, tmp_path / "out", *more)
     again = pipeline(ground, tmp_path / "out", *more, f"scored.domain='{ground / 'text.txt'}'")
