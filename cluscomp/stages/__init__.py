@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Job:
     """What a stage works with besides the model: its folder (for parts that survive a kill), seed and original.
 
-    `original` is what weights are read from: the model before all stages, or what the last dense stage made of it. In
-    the latter case `first` is the model before all stages. With `opened` the compressed model's blocks are not in
+    `original` is what weights are read from: the model before all stages, or what the last dense stage made of it.
+    `first` is the model before all stages (None: `original` is). With `opened` the compressed model's blocks are not in
     memory: it reads them, and whoever works at one drops it afterwards.
     """
 
