@@ -27,6 +27,7 @@ class Prepare(TrainsOnText):
 
     rule: "plain"; "cram", the gradient at the compression of a step of `rho` times the gradient ahead, with `plus` both
     gradients; "quant_noise", a share `noise` of the sub-vectors compressed in each forward pass (train/preparing.py).
+    The gradient ahead is that of the mean loss of a batch, or of a rank's part of it, however many make a step.
     compression: "codebooks", a sub-vector of `vector_dim` outputs becomes the mean of those that share its code, of
     `codebook_size` by K-means of `iterations` rounds on the weights before every `refresh`-th step; or "none", for
     CrAM alone. CrAM goes through the model twice in a step: plain training for as long has twice the `tokens`.

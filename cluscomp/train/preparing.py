@@ -23,7 +23,7 @@ from cluscomp.solve.kmeans import Recipe, kmeans
 from cluscomp.train.masters import Trained
 from cluscomp.train.on_text import train_windows
 from cluscomp.train.steps import Steps
-from cluscomp.train.whole import Objective
+from cluscomp.train.whole import IGNORED, Objective
 
 Layers = dict[str, nn.Linear]
 
@@ -100,8 +100,9 @@ class Prepared(Objective):
 class Cram(Prepared):
     """The gradient at the compression of a step ahead (CrAM, arXiv 2207.14200): L(C(W + rho g)), g the gradient at W.
 
-    C puts cluster means in the place of sub-vectors, through which the gradient is the mean of a cluster's; without
-    `clusters` it changes nothing. `plus`: g is added (CrAM+).
+    g is that of the mean loss of this batch, which may be a part of a step alone (`accumulation`, ranks). C puts
+    cluster means in the place of sub-vectors, through which the gradient is the mean of a cluster's; without
+    `clusters` it changes nothing. `plus`: g is added (CrAM+), as much of it as this batch is of its step.
     """
 
     passes = 2
@@ -110,28 +111,32 @@ class Cram(Prepared):
         super().__init__(*arguments)
         self.rho, self.plus, self.clusters = rho, plus, clusters
         self._gradients: dict[str, Tensor] = {}
+        self._to_mean: Tensor | float = 1.0  # what they are to be multiplied by
 
     def begin(self, step: int) -> None:
         """Find clusters anew, now and then."""
         if self.clusters is not None:
             self.clusters.begin(step, self.layers)
 
-    def forward(self, *arguments: Any, **batch: Any) -> dict[str, Tensor]:
+    def forward(self, input_ids: Tensor, labels: Tensor, *arguments: Any, **batch: Any) -> dict[str, Tensor]:
         """The loss, as `Objective` gives it; both gradients are of this batch."""
         self.at = None
         if not torch.is_grad_enabled():
-            return super().forward(*arguments, **batch)
+            return super().forward(input_ids, labels, *arguments, **batch)
         weights = list(self.trained)
-        gradients = torch.autograd.grad(super().forward(*arguments, **batch)["loss"], weights)
+        gradients = torch.autograd.grad(super().forward(input_ids, labels, *arguments, **batch)["loss"], weights)
+        of_step = batch.get("num_items_in_batch")
+        self._to_mean = 1.0 if of_step is None else of_step / (labels != IGNORED).sum().clamp(min=1)
         self._gradients, self.at = dict(zip(self.layers, gradients)), self._compressed
-        found = super().forward(*arguments, **batch)
+        found = super().forward(input_ids, labels, *arguments, **batch)
         if self.plus:
             along = torch.stack([(weight * gradient).sum() for weight, gradient in zip(weights, gradients)]).sum()
             found["loss"] = found["loss"] + along - along.detach()
         return found
 
     def _compressed(self, name: str, weight_OI: Tensor) -> Tensor:
-        ahead_OI = weight_OI + self.rho * self._gradients[name].to(weight_OI.dtype)
+        gradient_OI = (self._to_mean * self._gradients[name]).to(weight_OI.dtype)
+        ahead_OI = weight_OI + self.rho * gradient_OI
         return ahead_OI if self.clusters is None else self.clusters.means(name, ahead_OI)
 
 

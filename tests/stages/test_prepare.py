@@ -108,6 +108,28 @@ def test_crams_gradient_is_that_at_the_compressed_weights_a_step_ahead_averaged_
     assert any((found[name] - first[name]).abs().max() > 1e-2 for name in first)
 
 
+def test_cram_looks_as_far_ahead_from_a_part_of_a_step_as_from_a_whole_one(families, ids):
+    """A step of two batches, of 11 and 6 labels: each looks ahead by its own mean loss, and counts by its labels."""
+    dense = Dense(families("llama"))
+    before = {name: layer.weight.detach().clone() for name, layer in dense.layers.items()}
+    batches = [ids[:1], ids[1:, :7]]
+    for plus in (False, True):
+        objective = Cram(dense.model, dense.trained, dense.layers, ids, rho=3.0, plus=plus, clusters=None)
+        expected = {name: torch.zeros_like(weight) for name, weight in before.items()}
+        for ids_BT in batches:
+            labels_BT, count = F.pad(ids_BT[:, 1:], (0, 1), value=-100), ids_BT.shape[1] - 1
+            with objective.installed():
+                objective(ids_BT, labels_BT, num_items_in_batch=torch.tensor(17))["loss"].backward()
+            first = dense.gradients(ids_BT)
+            for name, layer in dense.layers.items():
+                layer.weight.data = before[name] + 3.0 * first[name]
+            for name, gradient in dense.gradients(ids_BT).items():
+                expected[name] += count / 17 * (gradient + plus * first[name])
+                dense.layers[name].weight.data = before[name]
+        close({name: layer.weight.grad for name, layer in dense.layers.items()}, expected)
+        dense.model.zero_grad()
+
+
 def test_noise_leaves_weights_as_they_are_takes_its_share_and_lets_gradients_straight_through(families, ids):
     dense = Dense(families("llama", intermediate_size=512))
     before = {name: layer.weight.detach().clone() for name, layer in dense.layers.items()}
