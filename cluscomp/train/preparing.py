@@ -110,7 +110,7 @@ class Cram(Prepared):
     def __init__(self, *arguments: Any, rho: float, plus: bool, clusters: Clusters | None) -> None:
         super().__init__(*arguments)
         self.rho, self.plus, self.clusters = rho, plus, clusters
-        self._gradients: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor | None] = {}
         self._to_mean: Tensor | float = 1.0  # what they are to be multiplied by
 
     def begin(self, step: int) -> None:
@@ -124,19 +124,25 @@ class Cram(Prepared):
         if not torch.is_grad_enabled():
             return super().forward(input_ids, labels, *arguments, **batch)
         weights = list(self.trained)
-        gradients = torch.autograd.grad(super().forward(input_ids, labels, *arguments, **batch)["loss"], weights)
+        gradients = torch.autograd.grad(
+            super().forward(input_ids, labels, *arguments, **batch)["loss"],
+            weights,
+            allow_unused=True,  # an expert may get no token
+        )
         of_step = batch.get("num_items_in_batch")
         self._to_mean = 1.0 if of_step is None else of_step / (labels != IGNORED).sum().clamp(min=1)
         self._gradients, self.at = dict(zip(self.layers, gradients)), self._compressed
         found = super().forward(input_ids, labels, *arguments, **batch)
         if self.plus:
-            along = torch.stack([(weight * gradient).sum() for weight, gradient in zip(weights, gradients)]).sum()
+            known = [(weight, gradient) for weight, gradient in zip(weights, gradients) if gradient is not None]
+            along = torch.stack([(weight * gradient).sum() for weight, gradient in known]).sum()
             found["loss"] = found["loss"] + along - along.detach()
         return found
 
     def _compressed(self, name: str, weight_OI: Tensor) -> Tensor:
-        gradient_OI = (self._to_mean * self._gradients[name]).to(weight_OI.dtype)
-        ahead_OI = weight_OI + self.rho * gradient_OI
+        gradient_OI, ahead_OI = self._gradients[name], weight_OI
+        if gradient_OI is not None:
+            ahead_OI = weight_OI + self.rho * (self._to_mean * gradient_OI).to(weight_OI.dtype)
         return ahead_OI if self.clusters is None else self.clusters.means(name, ahead_OI)
 
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from pipelines import composed, pipeline
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM
 
 from cluscomp.errors import InputError
 from cluscomp.forms.codebook import sub_vectors
@@ -43,7 +42,7 @@ class Dense:
     """A dense model ready to be trained, its layers and what a rule needs of them."""
 
     def __init__(self, folder):
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = Original(folder, torch.float32, CPU).load_all()
         self.model.requires_grad_(False)
         self.layers = {
             f"{name}.{layer}": linear
@@ -56,10 +55,11 @@ class Dense:
         self.trained.start()
 
     def gradients(self, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of the next token's cross-entropy, at the weights as they are, by plain transformers."""
+        """Of the next token's cross-entropy, at the weights as they are, by plain transformers; of those it reaches."""
         logits_BTV = self.model(ids_BT, use_cache=False).logits
         loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
-        return dict(zip(self.layers, torch.autograd.grad(loss, [layer.weight for layer in self.layers.values()])))
+        found = torch.autograd.grad(loss, [layer.weight for layer in self.layers.values()], allow_unused=True)
+        return {name: gradient for name, gradient in zip(self.layers, found) if gradient is not None}
 
     def by(self, kind, ids_BT: torch.Tensor, **rule) -> tuple[Prepared, dict[str, torch.Tensor]]:
         """The gradients that a rule leaves after a step's first batch, blocks made again in the backward pass."""
@@ -67,7 +67,9 @@ class Dense:
         objective.begin(0)
         with objective.installed(), _rematerialised_blocks(self.model):
             objective(input_ids=ids_BT, labels=F.pad(ids_BT[:, 1:], (0, 1), value=-100))["loss"].backward()
-        found = {name: layer.weight.grad.clone() for name, layer in self.layers.items()}
+        found = {
+            name: layer.weight.grad.clone() for name, layer in self.layers.items() if layer.weight.grad is not None
+        }
         self.model.zero_grad()
         return objective, found
 
@@ -128,6 +130,29 @@ def test_cram_looks_as_far_ahead_from_a_part_of_a_step_as_from_a_whole_one(famil
                 dense.layers[name].weight.data = before[name]
         close({name: layer.weight.grad for name, layer in dense.layers.items()}, expected)
         dense.model.zero_grad()
+
+
+def test_cram_moves_no_expert_that_gets_no_token_and_adds_nothing_to_it(families, text, ids, tmp_path):
+    folder = families(
+        "qwen3_moe", hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_hidden_layers=2,
+        moe_intermediate_size=16, num_experts=8, num_experts_per_tok=1,
+    )  # fmt: skip
+    dense = Dense(folder)
+    first = dense.gradients(ids[:1])
+    assert 0 < len(dense.layers.keys() - first.keys()) < 2 * 2 * 8  # some of the experts' layers get no token
+    before = {name: layer.weight.detach().clone() for name, layer in dense.layers.items()}
+    _, found = dense.by(Cram, ids[:1], rho=0.5, plus=True, clusters=None)
+    for name, gradient in first.items():
+        dense.layers[name].weight.data = before[name] + 0.5 * gradient
+    ahead = dense.gradients(ids[:1])
+    assert found.keys() == first.keys() | ahead.keys()
+    close(found, {name: sum(one[name] for one in (first, ahead) if name in one) for name in found})
+    _, told = run(
+        stage(text, rule="cram", plus=True, batch_size=1, tokens=4 * 12, vector_dim=4, codebook_size=8),
+        Original(folder, torch.float32, CPU),
+        tmp_path,
+    )
+    assert told["steps"] == 4 and told["kept"]
 
 
 def test_noise_leaves_weights_as_they_are_takes_its_share_and_lets_gradients_straight_through(families, ids):
