@@ -64,6 +64,13 @@ class Cluster(FromText):
         if self.drift and self.prefix == "original":
             raise ValueError(f"drift={self.drift} needs prefix=compressed: behind the original nothing drifts")
         self.whole.sees()
+        share, beside = getattr(self.method, "share", "none"), self.beside
+        if share != "none" and beside.adapted:
+            adapter = f"rank_share={beside.rank_share}" if beside.rank is None else f"rank={beside.rank}"
+            raise ValueError(
+                f"method.share={share} does not go with beside.{adapter}: layers that share a codebook cannot have "
+                "adapters of their own; take method.share=none, or no adapter"
+            )
         if getattr(self.method, "post_norm", False) and self.whole is not self.method:
             raise ValueError("method.post_norm=true: nothing can stand beside or around what normalises; set it false")
         return self

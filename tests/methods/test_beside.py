@@ -201,6 +201,19 @@ def test_what_cannot_be_is_refused_before_any_work():
         Beside(**NOTHING | {"adapter_bits": 8})
 
 
+@pytest.mark.parametrize("share", ["input", "experts", "block"])
+def test_layers_with_adapters_share_no_codebook_while_masked_ones_may(share):
+    """Or the block could not be stored: such a layer would share some of what it trains, and not all."""
+    cluscomp = "method=cluscomp_data_free", "bits=3", f"method.share={share}"
+    for adapter in ("beside.rank=4", "beside.rank_share=0.1"):
+        with pytest.raises(
+            InputError, match=rf"method\.share={share} does not go with {adapter}: .*method\.share=none"
+        ):
+            composed(*cluscomp, adapter)
+    stage, found = planned(*cluscomp, "beside.keep=0.5")
+    assert stage.beside.masked and {type(form) for form in found.stored.values()} == {Masked}
+
+
 def test_nothing_beside_is_the_method_itself_and_makes_no_other_key():
     stage = composed("method=rtn", "bits=3").stages["cluster"]
     assert stage.whole is stage.method and "beside" in stage.without_effect()
