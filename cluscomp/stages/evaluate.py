@@ -20,7 +20,7 @@ from cluscomp.settings import described, settings
 from cluscomp.store.records import Score, content_key
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from cluscomp.models.original import Original
     from cluscomp.plan.meta import MetaModel
@@ -85,7 +85,7 @@ class Evaluate:
     def check(self, original: "Original") -> None:
         """Cut the windows. Raises InputError if a text is too short, a window too long, or there is no BOS."""
         if self.texts:
-            original.check_length("evaluate.context", self._context(original))
+            original.check_length("evaluate.context", self._context(original.config))
         for source in self.texts.values():
             self._windows(source, original)
         if self.tasks.max_length is not None:
@@ -98,7 +98,7 @@ class Evaluate:
         A prompt and tasks want the whole original. Of tasks lm-eval and the logits of a batch of rows of `TASK_TOKENS`
         are counted, the time they take is not.
         """
-        context = self.context or int(outline.config.get_text_config().max_position_embeddings)
+        context = self._context(outline.config) if self.texts else 2  # where there are no windows any will do
         tokens = [outline.tokens(partial(source.text, "test")) for source in self.texts.values()]
         windows = [max(1, min(int(count // context), self.limit or int(count))) for count in tokens]
         own = math.ceil(max(windows, default=0) / outline.ranks)
@@ -136,7 +136,9 @@ class Evaluate:
 
     def _windows(self, source: Source, original: "Original") -> np.ndarray:
         tokenizer = original.tokenizer
-        windows_WT = test_windows(source.text("test"), tokenizer, length=self._context(original), limit=self.limit)
+        windows_WT = test_windows(
+            source.text("test"), tokenizer, length=self._context(original.config), limit=self.limit
+        )
         if self.bos:
             if tokenizer.bos_token_id is None:
                 raise InputError(f"evaluate.bos=true: the tokenizer of {original.folder} has no BOS token")
@@ -202,8 +204,8 @@ class Evaluate:
     def _protocol(self, windows_WT: np.ndarray, original: "Original") -> dict[str, Any]:
         """What decides besides text and machine what the scores on its windows mean."""
         return {
-            "context": self._context(original),
-            "stride": self._context(original),
+            "context": self._context(original.config),
+            "stride": self._context(original.config),
             "windows": len(windows_WT),
             "partial": self.limit is not None,
             "starts_with_bos": int(windows_WT[0, 0]) == original.tokenizer.bos_token_id,
@@ -245,5 +247,9 @@ class Evaluate:
             }
         return found
 
-    def _context(self, original: "Original") -> int:
-        return self.context or int(original.config.get_text_config().max_position_embeddings)
+    def _context(self, config: "PreTrainedConfig") -> int:
+        """Tokens of a window. Raises InputError if neither the settings nor the model tell."""
+        context = self.context or getattr(config.get_text_config(), "max_position_embeddings", None)
+        if context is None:
+            raise InputError("evaluate.context=null: this model names no longest window; give a number of tokens")
+        return int(context)

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp.errors import InputError
 from cluscomp.models.original import Original
+from cluscomp.models.sources import TinyModel
+from cluscomp.plan.meta import MetaModel
 from cluscomp.report.tables import stage_table
 from cluscomp.store.records import read
 
@@ -81,6 +83,26 @@ def test_bos_takes_the_place_of_every_windows_first_token(ground, tiny_folder, t
 def test_a_tokenizer_without_bos_is_refused(ground, tiny_folder):
     with pytest.raises(InputError, match=r"evaluate.bos=true: the tokenizer of .* has no BOS token"):
         evaluate(ground, "evaluate.bos=true").check(opened(tiny_folder))
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("bloom", {"hidden_size": 32, "n_head": 4, "n_layer": 1}),
+        ("mamba", {"hidden_size": 32, "state_size": 4, "time_step_rank": 4, "num_hidden_layers": 1}),
+    ],
+)
+def test_a_model_that_names_no_longest_window_wants_a_number(ground, tmp_path, family, config):
+    original = opened(TinyModel(architecture=family, config=config, seed=0).folder(tmp_path))
+    outline = MetaModel(original.config, torch.float32, "cpu")
+    told = r"evaluate\.context=null: this model names no longest window; give a number of tokens"
+    for look in (lambda settings: settings.check(original), lambda settings: settings.cost(outline)):
+        with pytest.raises(InputError, match=told):
+            look(evaluate(ground, "evaluate.context=null"))
+        look(evaluate(ground))
+    assert scores(evaluate(ground), original, original, "original", tmp_path)[0].protocol["context"] == 32
+    tasks_alone = composed("bits=3", "model=tiny", "evaluate=none", "evaluate.context=null").evaluate
+    assert tasks_alone.cost(outline).device["embedding, head"] > 0
 
 
 @pytest.mark.parametrize(("preset", "context"), [("gptq_2048", 2048), ("aqlm_4096", 4096), ("aqlm_8192", 8192)])
