@@ -145,13 +145,13 @@ def signs(seed: Int64[Tensor, "1"], size: int, first: int) -> Float[Tensor, " N"
 
     As in its authors' code, where the state begins with the seed (https://prng.di.unimi.it/splitmix64.c).
     """
-    z_N = seed + (torch.arange(size, device=seed.device) + (first + 1)) * _signed(0x9E3779B97F4A7C15)
-    z_N = (z_N ^ (z_N >> 30 & 2**34 - 1)) * _signed(0xBF58476D1CE4E5B9)
-    z_N = (z_N ^ (z_N >> 27 & 2**37 - 1)) * _signed(0x94D049BB133111EB)
+    z_N = seed + (torch.arange(size, device=seed.device) + (first + 1)) * signed(0x9E3779B97F4A7C15)
+    z_N = (z_N ^ (z_N >> 30 & 2**34 - 1)) * signed(0xBF58476D1CE4E5B9)
+    z_N = (z_N ^ (z_N >> 27 & 2**37 - 1)) * signed(0x94D049BB133111EB)
     z_N = z_N ^ (z_N >> 31 & 2**33 - 1)
     return torch.where(z_N < 0, -1.0, 1.0)
 
 
-def _signed(number: int) -> int:
-    """64 bits as torch's int64 holds them; its products wrap."""
+def signed(number: int) -> int:
+    """A number of 64 bits as torch's int64, whose sums and products wrap, holds it."""
     return number - 2**64 if number >= 2**63 else number

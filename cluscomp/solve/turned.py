@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cluscomp.forms.rotated import SEED_BITS, Rotated, rotated, signs_of_inputs, turned
+from cluscomp.forms.rotated import SEED_BITS, Rotated, rotated, signed, signs_of_inputs, turned
 from cluscomp.forms.stored import Stored
 from cluscomp.solve.along_outputs import damped
 from cluscomp.solve.layer import Layer, Seen
@@ -70,7 +70,7 @@ class Layers(dict[str, Layer]):
         return (self[name] for name in self)
 
     def _seed(self, layer: Layer) -> Int64[Tensor, "1"]:
-        return torch.tensor([layer.seed], device=layer.weight_OI.device)
+        return torch.tensor([signed(layer.seed)], device=layer.weight_OI.device)
 
     def _turned(self, layer: Layer) -> Seen | None:
         if layer.seen is not None and self.shown[0] is not layer.seen:

@@ -81,7 +81,7 @@ def run(stage: Rank, model: PreTrainedModel, job: Job) -> dict[str, Any]:
             if stage.trains:
                 learning[name] = Directions(
                     left_OR, right_RI, stored, start=stage.start, rank=stage.adapter_rank, alpha=stage.alpha,
-                    seed=job.seed + len(learning),
+                    seed=(job.seed + len(learning)) % 2**64,
                 )  # fmt: skip
         give_memory_back()
         progress.step("taken apart")

@@ -249,7 +249,7 @@ def _fit(
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
         use_cpu=model.device.type == "cpu",
-        seed=seed,
+        seed=seed % 2**32,  # NumPy, which Trainer seeds, too, takes no larger one
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # never nn.DataParallel
     groups: list[dict[str, Any]] = [

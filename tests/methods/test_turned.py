@@ -54,6 +54,14 @@ def test_what_is_stored_is_what_the_method_makes_of_the_turned_weight_and_comes_
         assert spent <= 3 * 1.5 * weight_OI.numel()
 
 
+@pytest.mark.parametrize("seed", [2**63, 2**64 - 1])
+def test_a_seed_of_64_bits_is_stored_as_these_bits_and_turns_back(case, seed):
+    weight_OI, x_TI = case
+    stored = made(compressing("gptq", "both", "method.width=8", "bits=null"), {"w": weight_OI}, x_TI, seed)["w"]
+    assert int(stored.seed) % 2**64 == seed
+    assert relative_error(weight_OI, stored(torch.float32), x_TI) < 1e-3
+
+
 def test_of_turned_inputs_the_second_moment_is_known():
     x_TI = torch.randn(200, 24, generator=torch.Generator().manual_seed(0))
     seed = torch.tensor([3])

@@ -93,6 +93,12 @@ def test_with_all_masks_open_it_is_the_original(learning, original, ids):
     assert {type(one.stored) for one in layers.values()} == {Ranked}
 
 
+def test_the_largest_seed_trains(original, text, tmp_path):
+    model = original.model()
+    job = Job(tmp_path, 2**64 - 1, original)
+    assert stage(text, tokens=4 * 12).run(model, job)["steps"] == 1
+
+
 def test_a_closed_mask_leaves_its_direction_out_and_gradients_pass_straight_through(learning):
     _, layers, _ = learning
     one = next(iter(layers.values()))

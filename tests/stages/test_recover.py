@@ -378,7 +378,8 @@ class Hill(torch.nn.Module):
         return {"loss": (self.x - 1).square().mean() * (labels != IGNORED).sum() / num_items_in_batch}
 
 
-def test_a_halved_learning_rate_may_succeed(ground, tiny_folder, tmp_path):
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+def test_a_halved_learning_rate_may_succeed(ground, tiny_folder, tmp_path, seed):
     """From 0 a step of 2.5 ends further from 1 than it began, one of 1.25 nearer."""
     model = with_codebooks(tiny_folder)
     x = model.model.norm.weight
@@ -387,7 +388,7 @@ def test_a_halved_learning_rate_may_succeed(ground, tiny_folder, tmp_path):
     settings = built(ground, "recover.lr=2.5", "recover.warmup=0", "recover.schedule=constant").stages["recover"]
     trained = Trained(model, codebooks=False, others={"model.norm.weight": x})
     numbers = train_whole(
-        model, trained, Hill(x), examples, examples[:1], settings, tokens=32, name="hill", folder=tmp_path, seed=0
+        model, trained, Hill(x), examples, examples[:1], settings, tokens=32, name="hill", folder=tmp_path, seed=seed
     )
     assert [attempt["lr"] for attempt in numbers["attempts"]] == [2.5, 1.25]
     assert [attempt["kept"] for attempt in numbers["attempts"]] == [False, True]
