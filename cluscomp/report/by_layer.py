@@ -55,8 +55,8 @@ def codebook_table(records: list[Record]) -> pd.DataFrame:
 def drift_table(records: list[Record]) -> pd.DataFrame:
     """One row for each run with stage block_finetune and block: how far it moved what is stored, and what that gave.
 
-    `moved` is the squared change of codebooks (or grids) over their squared size, NaN in older records; `loss` is the
-    error of the block's outputs after over that before.
+    `moved` is the squared change of codebooks (or grids, or dense weights where codes are rounded anew) over their
+    squared size, NaN in older records; `loss` is the error of the block's outputs after over that before.
     """
     return pd.DataFrame(
         [

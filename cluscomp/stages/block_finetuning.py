@@ -97,7 +97,7 @@ def finetune_block(
     best state of `CHECKS` is taken. Returns
     the mean squared error `before` and `after`, `held_out_before` and `held_out_after` where there are such windows,
     the target's mean `square`, the `lr` of the attempt that counts, the `attempts`, whether the block was `kept` as it
-    was, the `reasons` of failures, how far what is stored has `moved` (squared change over squared size), the share of
+    was, the `reasons` of failures, how far what is stored has `moved` (see `Trained.moved`), the share of
     codes that `codes_moved` where they may, and of each of the `epochs` that count the mean loss that was minimised and
     the mean norm of its gradient.
     """

@@ -96,14 +96,24 @@ class Trained:
             parameter.data = state[-1][name]
 
     def moved(self) -> float:
-        """How far codebooks (or grids) went until now: squared change over squared size before."""
+        """How far codebooks (or grids) went until now: squared change over squared size before.
+
+        Of weights that are rounded anew it is how far the dense weights went that they stand for.
+        """
         change = size = 0.0
-        for weight, before in zip(self._weights, self._states):
-            for name, now in weight.named_parameters():
-                if name in before:
-                    change += float((now.detach().float() - before[name].float()).square().sum())
-                    size += float(before[name].float().square().sum())
+        for before, now in self._compared():
+            change += float((now.float() - before.float()).square().sum())
+            size += float(before.float().square().sum())
         return change / size if size else 0.0
+
+    @torch.no_grad()
+    def _compared(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """One after the other what tells how far weights went, as it was at first and as it is now."""
+        for weight, before in zip(self._weights, self._states):
+            if isinstance(weight, RoundedAnew):  # what it learns by is no part of what is stored
+                yield weight.first(torch.float32), weight(torch.float32)
+            else:
+                yield from ((before[name], now.detach()) for name, now in weight.named_parameters() if name in before)
 
     def restore(self) -> None:
         """Put back what was there at first."""

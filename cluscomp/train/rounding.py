@@ -47,6 +47,11 @@ class RoundedAnew(Stored, Generic[Form]):
         """The weight (O, I) as learned so far, in float32."""
 
     @property
+    def first(self) -> Form:
+        """What was stored at first."""
+        return self._versions[0]
+
+    @property
     def stored(self) -> Form:
         """What is stored as things are."""
         return self._versions[-1]

@@ -19,7 +19,7 @@ from cluscomp.methods.gptq import Gptq
 from cluscomp.methods.hqq import Hqq
 from cluscomp.methods.onebit import OneBit
 from cluscomp.methods.rtn import RoundToNearest
-from cluscomp.models.original import Original
+from cluscomp.models.original import Original, blocks
 from cluscomp.plan.meta import MetaModel
 from cluscomp.stages import Job
 from cluscomp.stages.cluster import Cluster
@@ -240,6 +240,14 @@ def rounded(families, tmp_path_factory):
     return original, folder / "checkpoint"
 
 
+def rebuilt_weights(model) -> list[torch.Tensor]:
+    """The numbers of all compressed weights of each block."""
+    return [
+        torch.cat([layer.stored(torch.float32).detach().flatten() for layer in compressed(block).values()])
+        for block in blocks(model)
+    ]
+
+
 LEARN = {
     "values": {"lr": 1e-3},
     "clipping": {"lr": 5e-2, "epochs": 10},
@@ -252,9 +260,12 @@ LEARN = {
 def test_blocks_come_nearer_to_the_original_in_the_same_bits(rounded, text, tmp_path, learns):
     original, folder = rounded
     model = checkpoint.load(folder)
-    before, shapes = tensors(model), specs(model)
+    before, shapes, dense = tensors(model), specs(model), rebuilt_weights(model)
     found = stage(text, learns=learns, **LEARN[learns]).run(model, Job(tmp_path, 0, original))["blocks"]
     assert all(numbers["after"] < numbers["before"] for numbers in found)
+    for numbers, was, now in zip(found, dense, rebuilt_weights(model), strict=True):
+        moved = float((now - was).square().sum() / was.square().sum())
+        assert learns == "values" or (numbers["moved"] == pytest.approx(moved, rel=1e-4) and moved > 1e-4)
     assert specs(model) == shapes
     changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], model.state_dict()[name])}
     expected = {"values": {"scales"}, "weights": {"codes", "scales"}}.get(learns, {"codes", "scales", "zeros"})
