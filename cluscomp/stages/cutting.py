@@ -41,10 +41,15 @@ def check_cut(stage: Cut, original: Original) -> None:
         return
     outline = MetaModel(original.config, original.dtype, original.device.type)
     for name, places in zip(block_names(outline.model), outline.places()):
-        try:
-            dry.compress(stage.method, _factors(places, stage.ratio), outline.dtype)
-        except ValueError as error:
-            raise InputError(f"{name}.{error}") from error
+        _tried(stage.method, name, _factors(places, stage.ratio), outline.dtype)
+
+
+def _tried(method: Method, block: str, factors: dict[str, Place], dtype: torch.dtype) -> dry.Dry | None:
+    """What the method will do to the factors of a block. Raises InputError, naming the layer, for what it cannot do."""
+    try:
+        return dry.compress(method, factors, dtype)
+    except ValueError as error:
+        raise InputError(f"{block}.{error}") from error
 
 
 def _factors(places: dict[str, Place], ratio: float) -> dict[str, Place]:
@@ -70,7 +75,7 @@ def cost(stage: Cut, outline: MetaModel) -> Cost | None:
         once = outline.forward(stage.batch_size, stage.length)
         work += once.work * (stage.samples / stage.batch_size * outline.blocks)
         observing = once.peak + 2 * outline.stream(stage.samples, stage.length)
-    for block, places in layers.items():
+    for full, (block, places) in zip(block_names(outline.model), layers.items()):
         factors = _factors(places, stage.ratio)
         with torch.device("meta"):
             forms: dict[str, Stored] = {
@@ -78,7 +83,7 @@ def cost(stage: Cut, outline: MetaModel) -> Cost | None:
                 for name, place in factors.items()
             }
         if stage.method is not None:
-            found = dry.compress(stage.method, factors, outline.dtype)
+            found = _tried(stage.method, full, factors, outline.dtype)
             if found is None:
                 return None
             forms, work, peak = found.forms(), work + found.work, max(peak, found.peak)

@@ -266,6 +266,9 @@ def test_the_plan_knows_both_stages(sizes, ground):
         assert plan.size.linear_bits_per_weight == pytest.approx(stored, rel=0.05)
     by_method = planned(composed(*overrides(ground, "cut=by_method", "method=gptq", "bits=4.5")))
     assert 1.9 < by_method.size.linear_bits_per_weight <= 2.25 and not by_method.unknown
+    told = r"^model\.layers\.0\.self_attn\.q_proj\.right: bits=1\.0 is out of reach"
+    with pytest.raises(InputError, match=told):  # by the plan, which is made before all checks
+        planned(composed(*overrides(ground, "cut=by_method", "method=gptq", "bits=1")))
 
 
 def test_what_changes_no_result_is_in_no_key(text):
