@@ -76,9 +76,8 @@ def compose_for(command: Callable[[Experiment], float | None]) -> None:
     _check_processes()
     _groups_by_name(sys.argv[1:])
     said = given(sys.argv[1:])  # of this process, which may not be the one that works
-    for name, told in {"choices": choices(CONF), "settings": settings_of_no_group(CONF)}.items():  # of --help
-        escaped = told.replace("$", "$$")
-        OmegaConf.register_new_resolver(f"cluscomp.{name}", lambda text=escaped: text, replace=True)
+    for name, told in {"choices": choices, "settings": settings_of_no_group}.items():  # of --help
+        OmegaConf.register_new_resolver(f"cluscomp.{name}", functools.partial(_escaped, told), replace=True)
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def compose(config: DictConfig) -> float | None:
@@ -91,6 +90,11 @@ def compose_for(command: Callable[[Experiment], float | None]) -> None:
         return None
 
     compose()
+
+
+def _escaped(told: Callable[[Path], str]) -> str:
+    """A part of --help, as Hydra's template takes it."""
+    return told(CONF).replace("$", "$$")
 
 
 def _tell_idle(experiment: Experiment, said: Given) -> None:
@@ -150,7 +154,7 @@ def build(config: DictConfig, chosen: Mapping[str, str | None], said: Given) -> 
     stages = [key for key, value in values.items() if _is_stage(key, value, said)]
     by_method = {key for key in stages if values[key].get("method")}
     if not isinstance(values["order"], list):
-        raise InputError(f"order = {values['order']}: give a list of stages, order=[cluster]")
+        raise InputError(f"order = {values['order']}: give a list of stages, order=[{values['order'] or 'cluster'}]")
     if values["order"] == ["evaluate"]:  # nothing is compressed, so nothing has to be said of how
         values = {key: value for key, value in values.items() if key not in {"method", *stages}}
     elif set(values["order"]) <= {*stages, "evaluate"} and not by_method & set(values["order"]):
@@ -290,8 +294,8 @@ def _composition_problem(error: BaseException, given: Sequence[str]) -> str:
     if override:
         *parents, wrong = override[1].split(".")
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            choices = [item for item in given if re.fullmatch(r"[\w/]+=[\w/]+", item)]
-            groups = [item for item in choices if (CONF / f"{item.replace('=', '/')}.yaml").is_file()]
+            chosen = [item for item in given if re.fullmatch(r"[\w/]+=[\w/]+", item)]
+            groups = [item for item in chosen if (CONF / f"{item.replace('=', '/')}.yaml").is_file()]
             node = hydra.compose("config", overrides=groups)
         for parent in parents:
             node = node.get(parent) if isinstance(node, DictConfig) else None

@@ -152,9 +152,10 @@ def verify(arguments: list[str]) -> None:
     given = dict(item.partition("=")[::2] for item in arguments[1:])
     if bare := [item for item in arguments[1:] if "=" not in item]:
         raise misused("verify", f"{bare[0]} is no key=value")
-    full = given.get("full", "false").lower() == "true"
-    if given.get("full", "false").lower() not in ("true", "false"):
+    said_full = given.get("full", "false").lower()
+    if said_full not in ("true", "false"):
         raise misused("verify", f"full={given['full']}: true or false")
+    full = said_full == "true"
     if not arguments or ("=" in arguments[0] and not place(arguments[0]).is_file()):
         raise misused("verify", "RECORD is a record's file")
     if place(arguments[0]).is_dir():  # of a checkpoint, say

@@ -1,6 +1,5 @@
 """What a run was made with: commit of the code and what differs from it, packages, command, hashes of what it read."""
 
-import contextlib
 import functools
 import importlib.metadata
 import platform
@@ -26,16 +25,27 @@ def versions() -> dict[str, str]:
     }
 
 
+@functools.cache
+def _top() -> Path | None:
+    """The checkout that this code is a part of, if it is of one."""
+    if shutil.which("git") is None:
+        return None
+    try:
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        return Path(_git("rev-parse", "--show-toplevel").strip())
+    except subprocess.CalledProcessError:
+        return None
+
+
 @functools.cache  # what counts is the code that this process began with
 def commit() -> tuple[str | None, bool | None]:
     """Commit of the source tree and whether it differs from it; None where there is no git checkout of this code.
 
     A package that is installed somewhere in another project's checkout is no part of that one's commits.
     """
-    if shutil.which("git") is None:
+    if _top() is None:
         return None, None
     try:
-        _git("ls-files", "--error-unmatch", Path(__file__).name)
         return _git("rev-parse", "HEAD").strip(), bool(_git("status", "--porcelain"))
     except subprocess.CalledProcessError:
         return None, None
@@ -43,21 +53,19 @@ def commit() -> tuple[str | None, bool | None]:
 
 def leave_out(folder: Path) -> None:
     """Let git pass over a folder of outputs inside this code's checkout: a run would make the tree look changed."""
-    if shutil.which("git") is None:
+    top = _top()
+    if top is None or top not in folder.resolve().parents:
         return
-    with contextlib.suppress(subprocess.CalledProcessError):
-        top = Path(_git("rev-parse", "--show-toplevel").strip())
-        inside = folder.resolve().is_relative_to(top) and folder.resolve() != top
-        if inside and not _git("ls-files", str(folder)) and not _git("check-ignore", str(folder), codes=(0, 1)):
-            (folder / ".gitignore").write_text("*\n", encoding="utf-8")
+    if not _git("ls-files", str(folder)) and not _git("check-ignore", str(folder), codes=(0, 1)):
+        (folder / ".gitignore").write_text("*\n", encoding="utf-8")
 
 
 @functools.cache
 def changes() -> str:
     """What the source tree has that its commit has not, new files included, as a patch for `git apply`."""
-    if not commit()[1]:
+    top = _top()
+    if top is None or not commit()[1]:
         return ""
-    top = Path(_git("rev-parse", "--show-toplevel").strip())
     new = [name for name in _git("ls-files", "--others", "--exclude-standard", "-z", place=top).split("\0") if name]
     parts = [_git("diff", "HEAD", place=top)]
     parts += [_git("diff", "--no-index", "/dev/null", name, place=top, codes=(0, 1)) for name in new]

@@ -139,8 +139,9 @@ def collect(cells: dict[Path, Cell], into: Path) -> list[Path]:
     Raises InputError, and copies nothing, unless every cell is finished and was run from a clean commit, or by an
     installed package, which is of no commit: its record names the version.
     """
-    undone = {folder: cell for folder, cell in cells.items() if cell.state != "finished"}
-    for folder, cell in undone.items():
+    undone = [(folder, cell) for folder, cell in cells.items() if cell.state != "finished"]
+    if undone:
+        folder, cell = undone[0]
         first = f"{' '.join(cell.overrides)} is {cell.state}"
         raise InputError(
             f"{len(undone)} of {len(cells)} cells are not finished ({first}): run the sweep again, or remove {folder} "

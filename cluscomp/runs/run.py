@@ -8,7 +8,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from cluscomp.runs.preparation import device_of, dtype_of, foreseen
 from cluscomp.runs.runner import Runner, tell_of_other_code
 from cluscomp.runs.trackers import Forgiving, NoTracker, Session, listening
 from cluscomp.store.files import held_alone, writable, written_alone
-from cluscomp.store.records import EXTERNAL, SCHEMA, Record, Score, read, write
+from cluscomp.store.records import EXTERNAL, SCHEMA, Record, Score, content_key, read, write
 from cluscomp.store.secrets import hide_all, log_file
 
 log = logging.getLogger("cluscomp")
@@ -168,11 +168,16 @@ def _written_before(path: Path, made: Record) -> Record | None:
     except InputError as error:
         log.warning("%s; it is written anew", error)
         return None
-    if record.scores != made.scores:
+    if _key_of_scores(record) != _key_of_scores(made):
         log.warning("%s: domains of texts, or scores, are other ones since; it is written anew", path)
         return None
     tell_of_other_code(record.run["name"], record.run)
     return record
+
+
+def _key_of_scores(record: Record) -> str:
+    """A hash by which scores are compared, for one that is no number is not equal to itself."""
+    return content_key([asdict(score) for score in record.scores])
 
 
 def _log_into(folder: Path) -> None:

@@ -2,10 +2,9 @@
 
 A folder is named by its key. It is finished when `metrics.json` is there, which is written last and names the key and
 the checkpoint's hash; one that names others belongs elsewhere, and is not believed. It also names the hash of the
-checkpoint that was worked on or scored: what was made of another one, as a stage was made anew, is made anew, too.
-A process that comes to a folder
-where another one works waits, and re-uses what that one leaves. A `fresh` run works in a folder within and puts what it
-made in place of what was there.
+checkpoint that was worked on or scored: what was made of another one, as a stage was made anew, is made anew, too. A
+process that comes to a folder where another one works waits, and re-uses what that one leaves. A `fresh` run works in a
+folder within and puts what it made in place of what was there.
 
 Of the ranks of a run the first looks what is finished, holds the folder and writes; stages that are `distributed`, and
 evaluations, are worked at by all.

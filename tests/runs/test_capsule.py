@@ -140,7 +140,9 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if "ScikitBuild" not in t
 sys.path.insert(0, {str(place)!r})
 from cluscomp.runs import capsule
 assert capsule.__file__.startswith({str(place)!r})
+capsule.leave_out(capsule.Path("outputs"))
 print(capsule.commit(), repr(capsule.changes()))
 """
+    (project / "outputs").mkdir()
     done = subprocess.run([sys.executable, "-c", script], cwd=project, capture_output=True, text=True, check=True)
-    assert done.stdout == "(None, None) ''\n"
+    assert done.stdout == "(None, None) ''\n" and not list((project / "outputs").iterdir())
