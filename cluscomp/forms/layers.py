@@ -191,13 +191,21 @@ def size_of(model: nn.Module, kept_bits: int | None = None) -> Size:
     kept = [tensor for name, tensor in others.items() if MARK not in name]
     added = [tensor for name, tensor in others.items() if MARK in name]
     ledger["kept"] = sum(map(bits_of, kept))
-    if added:
-        ledger["adapters"] = sum(map(bits_of, added))
     per_weight = sum(ledger.values()) / (weights + sum(tensor.numel() for tensor in kept))
     if not layers:
         return Size(per_weight, per_weight, per_weight, per_weight, ledger)
     in_memory = linear_bits + 8 * sum(layer.stored.decoded_bytes() for layer in layers.values())
-    return Size(paper_bits / weights, linear_bits / weights, in_memory / weights, per_weight, ledger)
+    size = Size(paper_bits / weights, linear_bits / weights, in_memory / weights, per_weight, ledger)
+    return with_adapters(size, sum(map(bits_of, added)))
+
+
+def with_adapters(size: Size, bits: int) -> Size:
+    """The size of a model beside which LoRA adapters of so many bits stand."""
+    if not bits:
+        return size
+    below = sum(size.ledger.values())
+    per_weight = size.model_bits_per_weight * (below + bits) / below
+    return replace(size, ledger=size.ledger | {"adapters": bits}, model_bits_per_weight=per_weight)
 
 
 def in_file(size: Size, tensor_bytes: int) -> Size:

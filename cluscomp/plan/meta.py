@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.forms.apart import take_apart
-from cluscomp.forms.layers import Size, empty_layers, reshape, size_of
+from cluscomp.forms.layers import Size, empty_layers, reshape, size_of, with_adapters
 from cluscomp.forms.linear import can_stay_rebuilt, compressed, in_parts, parts_of_stored, unique_tensors
 from cluscomp.forms.multimodal import opener
 from cluscomp.forms.stored import Stored, described
@@ -30,7 +29,6 @@ from cluscomp.plan.attention import FusedAttention
 from cluscomp.plan.cost import Cost, worst
 from cluscomp.plan.places import LOOKED, Place, chosen_all, observed
 
-TOKENS_OF_A_TEXT = 340_000  # assumed of a text that is not on this machine: WikiText-2's test set
 NOTHING = Work()
 # of all outlines of this process: stages, cells and checks ask for the same ones
 _passes: dict[Any, "Pass"] = {}
@@ -88,6 +86,7 @@ class MetaModel:
         self.vocabulary = int(config.get_text_config().vocab_size)
         self.exact = self.kept_bytes == 2 and quantizer(config) is None  # whether what is kept surely takes these bytes
         self._rounded: set[str] = set()  # names of what training leaves in float16
+        self._adapters: dict[str, tuple[torch.dtype, torch.Size]] = {}  # of LoRA, by their names in a file of their own
         with made_of(config):
             if quantizer(config) is not None:
                 empty_layers(model, config.quantization_config["weights"], dtype)
@@ -103,6 +102,14 @@ class MetaModel:
         inside = tuple(f"{name}." for name in block_names(self.model))
         found = {name for name in norms(self.model) if outside or name.startswith(inside)}
         self._rounded |= found if self.dtype.itemsize > 2 else set()
+
+    def add_adapters(self, rank: int) -> float:
+        """LoRA adapters of a rank stand beside all compressed layers; returns their numbers."""
+        kept = self.dtype if self.dtype.itemsize == 2 else torch.float16
+        for name, layer in compressed(self.model).items():
+            self._adapters[f"{name}.lora_A.weight"] = kept, torch.Size((rank, layer.in_features))
+            self._adapters[f"{name}.lora_B.weight"] = kept, torch.Size((layer.out_features, rank))
+        return float(sum(shape.numel() for _, shape in self._adapters.values()))
 
     def forms(self) -> dict[str, Stored]:
         """The stored forms of all compressed layers, by the layer's name."""
@@ -227,14 +234,6 @@ class MetaModel:
         """Bytes of the hidden states that are in memory at once where the original's predictions are written."""
         return self.stream(min(windows, max(1, TOKENS_OF_A_PART // length)), length)
 
-    def tokens(self, text: Callable[[], Any]) -> float:
-        """About how many tokens a text has, at 4 characters each; assumed where it is not on this machine."""
-        try:
-            rows = text().rows
-        except (InputError, OSError):
-            return TOKENS_OF_A_TEXT
-        return sum(len(row) for row in rows) / 4
-
     def forward(self, batch: int, length: int) -> Pass:
         """A block's forward pass over some windows, keeping nothing."""
         return self._pass(batch, length, train=False)
@@ -290,10 +289,11 @@ class MetaModel:
 
     def size(self) -> Size:
         """The ledger as it will be."""
-        return size_of(self.model, kept_bits=8 * self.kept_bytes)
+        found = size_of(self.model, kept_bits=8 * self.kept_bytes)
+        return with_adapters(found, sum(16 * shape.numel() for _, shape in self._adapters.values()))
 
     def checkpoint_bytes(self) -> int:
-        """Bytes of the checkpoint's weight file, header included."""
+        """Bytes of the checkpoint's weight files, headers included."""
         kept = torch.float32 if self.kept_bytes == 4 else torch.bfloat16
         inside = parts_of_stored(self.model)
 
@@ -303,7 +303,8 @@ class MetaModel:
             return torch.float16 if name in self._rounded else kept if tensor.numel() else torch.bfloat16
 
         tensors = unique_tensors(self.model)
-        return checkpoint.file_bytes({name: (dtype(name, tensor), tensor.shape) for name, tensor in tensors.items()})
+        bytes_ = checkpoint.file_bytes({name: (dtype(name, one), one.shape) for name, one in tensors.items()})
+        return bytes_ + (checkpoint.file_bytes(self._adapters) if self._adapters else 0)
 
     def end_to_end(
         self,

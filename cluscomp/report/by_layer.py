@@ -6,8 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from cluscomp.report.names import method_name
-from cluscomp.report.tables import limit, model_name
+from cluscomp.report.names import limit, method_name, model_name
 from cluscomp.store.records import Record
 
 

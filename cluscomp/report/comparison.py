@@ -1,25 +1,24 @@
 """The paper's main tables: one row a method, beside what papers print."""
 
 import math
+import re
 from typing import Any
 
 import pandas as pd
 
+from cluscomp.report.differing import apart, settings_apart
 from cluscomp.report.learned import CALIBRATION, TRAINING, check_texts, in_domain, learned_from, tokens, where_told
-from cluscomp.report.names import method_name, stages_until
+from cluscomp.report.names import by_model, limit, method_name, model_name
 from cluscomp.report.published import CONTEXTS, Published
 from cluscomp.report.tables import (
+    ACCURACY,
     IN_DOMAIN,
     IN_MEMORY,
     STORED,
-    by_model,
     check_protocols,
     cost_until,
-    limit,
     marked,
     memory_bits,
-    model_name,
-    settings_that_differ,
     sizes,
     where_it_differs,
 )
@@ -41,19 +40,19 @@ def perplexity_table(records: list[Record], metric: str = "perplexity") -> pd.Da
     InputError if scores of one model and data set were measured under different protocols, and for models that learned
     from unlike texts.
     """
-    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    rows = _Rows(records)
     scored = _of_metric(records, metric)
     known = {score.dataset for record, score in scored if in_domain(record, score)}
     for record, score in scored:
-        row = _row(rows, records, record, score.after)
         partial = score.protocol.get("partial", False)
-        row[marked(score.dataset, partial, in_domain=score.dataset in known, overlap=0)] = score.value
-    return _sorted(rows)
+        rows.of(record, score.after)[marked(score.dataset, partial, score.dataset in known, overlap=0)] = score.value
+    return rows.sorted()
 
 
 def overview_table(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
     """`perplexity_table` at a glance: one row a method, a column for each data set and limit, the mean over seeds.
 
+    Where runs of one method and limit have other settings, they are rows of their own, and these stand in brackets.
     The original first, then the best first, by the data set and limit that most methods have. Empty for fewer than
     three methods or two limits.
     """
@@ -64,12 +63,11 @@ def overview_table(records: list[Record], metric: str = "perplexity") -> pd.Data
     wide = wide[wide["value"].notna()]
     originals = wide[wide["method"] == ORIGINAL].set_index(["model", "data"])["value"].to_dict()
     alike = [name for name in ("model", "method", CALIBRATION, TRAINING) if name in table.columns]
-    wide = (
-        wide[wide["method"] != ORIGINAL]
-        .groupby([*alike, "data", "limit"], sort=False, dropna=False)["value"]
-        .mean()
-        .reset_index()
-    )
+    wide = wide[wide["method"] != ORIGINAL]
+    cell = [*alike, "data", "limit"]
+    if "settings" in wide.columns:
+        wide = wide.assign(method=apart(wide, cell))
+    wide = wide.groupby(cell, sort=False, dropna=False)["value"].mean().reset_index()
     if wide["method"].nunique() < 3 or wide["limit"].nunique() < 2:
         return pd.DataFrame()
     kinds = sorted(dict.fromkeys(zip(wide["data"], wide["limit"])), key=lambda one: one[0])
@@ -115,14 +113,25 @@ def _named(data: str, limit: str) -> str:
     return f"{limit} bits: {data}" if limit[0].isdigit() else f"{limit}: {data}"
 
 
-def zeroshot_table(records: list[Record], metric: str = "acc") -> pd.DataFrame:
-    """As `perplexity_table`, of an accuracy in percent: a column for each task and for their mean."""
-    rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    for record, score in _of_metric(records, metric):
-        if "task_hash" in score.protocol:
-            name = marked(score.dataset, score.protocol["partial"], in_domain=False, overlap=0)
-            _row(rows, records, record, score.after)[name] = round(100 * score.value, 1)
-    return _sorted(rows)
+def zeroshot_table(records: list[Record]) -> pd.DataFrame:
+    """As `perplexity_table`, of accuracies in percent: a column for each task and for their mean.
+
+    It is acc; what else counts right answers (exact_match, with lm-eval's filter) stands behind the task's name.
+    """
+    check_texts(records)
+    rows = _Rows(records)
+    for metric in dict.fromkeys(score.metric for record in records for score in record.scores if _accuracy(score)):
+        for record, score in _of_metric(records, metric):
+            if _accuracy(score):
+                name = score.dataset if metric == "acc" else f"{score.dataset} {metric}"
+                name = marked(name, score.protocol["partial"], in_domain=False, overlap=0)
+                rows.of(record, score.after)[name] = round(100 * score.value, 1)
+    return rows.sorted(highest=True)
+
+
+def _accuracy(score: Score) -> bool:
+    """Whether it is a share of right answers to a task."""
+    return bool(ACCURACY.match(score.metric)) and "task_hash" in score.protocol
 
 
 def comparison_table(records: list[Record], published: list[Published]) -> pd.DataFrame:
@@ -177,7 +186,7 @@ def finetuning_table(records: list[Record]) -> pd.DataFrame:
 
     `held-out loss` is that of answers the run did not train on. NaN where nothing was measured. Accuracies in percent.
     """
-    rows = []
+    rows, same = [], by_model(records)
     for record in records:
         if "finetune" not in record.config["order"]:
             continue
@@ -196,9 +205,9 @@ def finetuning_table(records: list[Record]) -> pd.DataFrame:
         }
         scored: dict[tuple[str, str], float] = {}
         for score in record.scores:
-            accuracy = score.metric in {"acc", "exact_match"} and "task_hash" in score.protocol
+            accuracy = _accuracy(score)
             if score.after in (before, "finetune") and (accuracy or score.metric == "perplexity"):
-                check_protocols(records, score.metric, score.dataset)
+                check_protocols(same[row["model"]], score.metric, score.dataset)
                 when = "after" if score.after == "finetune" else "before"
                 unit = f"{score.metric}, %" if accuracy else score.metric
                 scored[f"{score.dataset} {unit}", when] = round(100 * score.value if accuracy else score.value, 2)
@@ -220,67 +229,55 @@ def _of_metric(records: list[Record], metric: str) -> list[tuple[Record, Score]]
     return [(record, score) for record in records for score in record.scores if score.metric == metric]
 
 
-def _row(
-    rows: dict[tuple[str, ...], dict[str, Any]], records: list[Record], record: Record, after: str
-) -> dict[str, Any]:
-    """The row of a model after a stage; of the original, and of what several runs left alike, there is one."""
-    original = after == ORIGINAL
-    made = "" if original else record.stages[after].get("checkpoint_hash", record.run["name"])
-    key = (model_name(record, records), made, after)
-    size = sizes(record, after)
-    if key not in rows:
-        rows[key] = {
-            "model": key[0],
-            "limit": "-" if original else limit(record),
-            "method": method_name(record, after),
-            "seed": "" if original else str(record.config["seed"]),
-            "settings": "" if original else _settings(records, record, after),
-            "learned from": learned_from(record, after) or ("unknown" if after == EXTERNAL else ""),
-            **(dict.fromkeys((CALIBRATION, TRAINING), math.nan) if original else tokens(record, after)),
-            STORED: round(size["linear_bits_per_weight"], 3),
-            IN_MEMORY: round(memory_bits(record, after), 3),
-            "MB": round(size["checkpoint_bytes"] / 1e6, 1),
-        } | cost_until(record, after)
-    return rows[key]
+class _Rows:
+    """Rows of models after a stage, to which scores are added, and the table of them."""
 
+    def __init__(self, records: list[Record]) -> None:
+        self._records, self._settings = records, settings_apart(records)
+        self._rows: dict[tuple[str, ...], dict[str, Any]] = {}
 
-def _settings(records: list[Record], record: Record, after: str) -> str:
-    """Settings of the stages up to `after` that differ between runs of one method and limit."""
-    stages = stages_until(record, after)
-    if not stages:
-        return ""
-    model, alike = model_name(record, records), (limit(record), method_name(record, after))
-    rivals = [
-        one
-        for one in records
-        if after in one.config["order"]
-        and (limit(one), method_name(one, after)) == alike
-        and model_name(one, records) == model
-    ]
-    differing = settings_that_differ(rivals, known=True)[rivals.index(record)]
-    return ", ".join(
-        f"{key}={value}"
-        for key, value in differing.items()
-        if key.partition(".")[0] in stages and not key.startswith("cluster.method.")
-    )
+    def of(self, record: Record, after: str) -> dict[str, Any]:
+        """The row of a model after a stage; of the original, and of what several runs left alike, there is one."""
+        original, run = after == ORIGINAL, record.run["name"]
+        made = "" if original else record.stages[after].get("checkpoint_hash", run)
+        key = (model_name(record, self._records), made, after)
+        size = sizes(record, after)
+        if key not in self._rows:
+            self._rows[key] = {
+                "model": key[0],
+                "limit": "-" if original else limit(record),
+                "method": method_name(record, after),
+                "seed": "" if original else str(record.config["seed"]),
+                "settings": self._settings.get((run, after), ""),
+                "learned from": learned_from(record, after) or ("unknown" if after == EXTERNAL else ""),
+                **(dict.fromkeys((CALIBRATION, TRAINING), math.nan) if original else tokens(record, after)),
+                STORED: round(size["linear_bits_per_weight"], 3),
+                IN_MEMORY: round(memory_bits(record, after), 3),
+                "MB": round(size["checkpoint_bytes"] / 1e6, 1),
+            } | cost_until(record, after)
+        return self._rows[key]
 
-
-def _sorted(rows: dict[tuple[str, ...], dict[str, Any]]) -> pd.DataFrame:
-    """The original first, then from many bits to few, best first; without columns that tell nothing."""
-    table = pd.DataFrame(list(rows.values()))
-    if table.empty:
-        return table
-    scored, first = score_columns(table), ranked_columns(table)[0]
-    order = table["limit"].map(lambda name: -math.inf if name == "-" else -float(name) if name[0].isdigit() else 0.0)
-    table = table.assign(order=order).sort_values(["model", "order", first], kind="stable", ignore_index=True)
-    telling = {
-        "seed": table["seed"].nunique() > 2,  # with the original's
-        "settings": table.duplicated(["model", "limit", "method", "seed"]).any(),
-        "learned from": table["learned from"].any(),
-    }
-    extra = [name for name, whether in telling.items() if whether]
-    table = where_told(table[[*SHAPE[:3], *extra, *SHAPE[3:], *scored, *COST]])
-    return where_it_differs(table, table[STORED], table[IN_MEMORY])
+    def sorted(self, *, highest: bool = False) -> pd.DataFrame:
+        """The original first, then from many bits to few, best first; without columns that tell nothing."""
+        table = pd.DataFrame(list(self._rows.values()))
+        if table.empty:
+            return table
+        scored, first = score_columns(table), ranked_columns(table)[0]
+        order = table["limit"].map(
+            lambda name: -math.inf if name == "-" else -float(name) if name[0].isdigit() else 0.0
+        )
+        table = table.assign(order=order, changed=table["method"] != ORIGINAL).sort_values(
+            ["model", "order", "changed", first],
+            ascending=[True, True, True, not highest], kind="stable", ignore_index=True,
+        )  # fmt: skip
+        telling = {
+            "seed": table["seed"].nunique() > 2,  # with the original's
+            "settings": table["settings"].any(),
+            "learned from": table["learned from"].any(),
+        }
+        extra = [name for name, whether in telling.items() if whether]
+        table = where_told(table[[*SHAPE[:3], *extra, *SHAPE[3:], *scored, *COST]])
+        return where_it_differs(table, table[STORED], table[IN_MEMORY])
 
 
 def score_columns(table: pd.DataFrame) -> list[str]:
@@ -295,24 +292,37 @@ def ranked_columns(table: pd.DataFrame) -> list[str]:
 
 
 def _comparable(records: list[Record]) -> list[dict[str, Any]]:
-    """Scores under a protocol that papers use, with its name."""
+    """Scores under a protocol that papers use, with its name, the mean over seeds."""
+    settings = settings_apart(records)
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in records:
         for score in record.scores:
-            percent = score.metric == "acc" and "task_hash" in score.protocol
+            percent = score.metric == "acc" and _plain(score)
             names = [FIVE] if percent else [name for name, context in CONTEXTS.items() if _whole(score, context)]
             if score.protocol.get("partial", False) or not names:
                 continue
-            size, method = sizes(record, score.after), method_name(record, score.after)
-            key = (model_name(record, records), "" if method == ORIGINAL else record.run["name"], method, score.dataset)
-            found.setdefault(
-                key,
-                {
-                    "model": model_name(record, records), "data": score.dataset, "method": method, "protocol": names[0],
-                    "bits": round(size["linear_bits_per_weight"], 3), "value": score.value * (100 if percent else 1),
-                },
-            )  # fmt: skip
-    return list(found.values())
+            original = score.after == ORIGINAL
+            run = "" if original else record.run["name"]
+            found[model_name(record, records), run, score.after, score.dataset] = {
+                "model": model_name(record, records), "data": score.dataset,
+                "method": method_name(record, score.after), "limit": "-" if original else limit(record),
+                "settings": settings.get((run, score.after), ""), "protocol": names[0],
+                "bits": sizes(record, score.after)["linear_bits_per_weight"],
+                "value": score.value * (100 if percent else 1),
+            }  # fmt: skip
+    if not found:
+        return []
+    rows = pd.DataFrame(list(found.values()))
+    kind = ["model", "data", "method", "limit", "settings", "protocol"]
+    means = rows.groupby(kind, sort=False)[["bits", "value"]].mean().reset_index()
+    return [{str(key): value for key, value in row.items()} for row in means.round({"bits": 3}).to_dict("records")]
+
+
+def _plain(score: Score) -> bool:
+    """Whether tasks were asked as papers do: without examples, without a chat template."""
+    shots = score.protocol.get("task_shots")
+    shots = shots if isinstance(shots, list) else [shots]
+    return "task_hash" in score.protocol and not any(shots) and not score.protocol.get("chat_template")
 
 
 def _whole(score: Score, context: int) -> bool:
@@ -328,6 +338,6 @@ def _same_method(one: dict[str, Any], row: Published) -> bool:
     """Whether a published number is of our row's method (GPTVQ 2D is a GPTVQ) and as large as it."""
     if one["method"] == ORIGINAL:
         return row.method == "FP16"
-    ours, theirs = one["method"].split(" (")[0].upper(), row.method.upper()
+    ours, theirs = re.sub(r" \([^)]*\)", "", one["method"]).upper(), row.method.upper()
     same = ours == theirs or ours == theirs.split()[0]
     return same and row.bits is not None and abs(row.bits - one["bits"]) <= NEAR

@@ -1,7 +1,8 @@
-"""What tables call a run: its method and stages, as papers do."""
+"""What tables call a run: its model, its limit of bits, its method and stages, as papers do."""
 
 from typing import Any
 
+from cluscomp.report.published import MODELS
 from cluscomp.store.records import EXTERNAL, ORIGINAL, Record
 
 STAGES = ["cluster", "block_finetune", "recover"]
@@ -27,6 +28,56 @@ CHOSEN = {
     "slim": USUAL | {"beside": "slim"},
 }
 COLUMN = {"bits", "vector_dim", "codebook_size", "width", "group"}  # what a table tells in a column: the limit
+
+
+def model_name(record: Record, among: list[Record]) -> str:
+    """What papers call the model, or its id on the hub, or its file, or how it was made.
+
+    Where records `among` which it stands are of another model with that name, the name ends with a hash of its weights.
+    """
+    name, weights = _model(record)
+    others = {one for other, one in map(_model, among) if other == name and one} - {weights}
+    return f"{name}@{weights[:8]}" if others and weights else name
+
+
+def by_model(records: list[Record]) -> dict[str, list[Record]]:
+    """The records of each model by its name."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(model_name(record, records), []).append(record)
+    return found
+
+
+def _model(record: Record) -> tuple[str, str]:
+    """A model's name and a hash of its weights; without one where the record is older, or another library's model."""
+    model = record.config["model"]
+    external = record.stages.get(EXTERNAL, {}).get("found", {}).get("original")
+    if external is not None:
+        model = {"id": external}
+    name = str(model.get("id") or model.get("file") or model.get("architecture"))
+    weights = "" if external is not None else record.run.get("weights", "")
+    return MODELS.get(name, name.rpartition("/")[2].removesuffix(".gguf")), weights
+
+
+def limit(record: Record) -> str:
+    """The `bits` that were asked for, "-" without a method; of another library's model what it holds or states.
+
+    Where a method's own settings were given in their place: those of `COLUMN` that differ from its yaml, or "by hand".
+    """
+    if EXTERNAL in record.stages:
+        return f"{record.stages[EXTERNAL]['size']['linear_bits_per_weight']:.3g}"
+    share = 1.0
+    method = record.config["stages"].get("cluster", {}).get("method")
+    if "cut" in record.config["order"]:
+        share, method = (record.config["stages"]["cut"][key] for key in ("ratio", "method"))
+        method = method or {"bits": 16}
+    elif "cluster" not in record.config["order"]:
+        return "-"
+    bits = method.get("bits")
+    if bits is None:
+        differs = record.choices["method"]["differs"]
+        return " ".join(_told({key: differs[key] for key in differs if key in COLUMN - {"bits"}})) or "by hand"
+    return str(bits) if isinstance(bits, str) else f"{share * bits:g}"  # from the environment
 
 
 def method_name(record: Record, after: str) -> str:
@@ -81,9 +132,10 @@ def _of_cluster(record: Record) -> dict[str, Any]:
 
 
 def _stage_name(record: Record, stage: str) -> str:
-    learns = record.config["stages"].get(stage, {}).get("learns", "values")
+    settings = record.config["stages"].get(stage, {})
+    learns = settings.get("learns", "values")
     told = f" (learns={learns})" if learns != "values" else " (codes=moving)" if _moves(record, stage) else ""
-    return stage + told
+    return stage + (" (lora)" if settings.get("trainable") == "lora" else told)
 
 
 def _moves(record: Record, stage: str) -> bool:

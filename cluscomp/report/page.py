@@ -60,9 +60,9 @@ def of_enough_seeds(records: list[Record]) -> tuple[list[Record], list[str]]:
         if not str(method.get("init")).endswith("_points"):
             return None
         return (
-            tables.model_name(record, records),
+            names.model_name(record, records),
             names.method_name(record, record.config["order"][-1]),
-            tables.limit(record),
+            names.limit(record),
         )
 
     seeds: dict[tuple[str, str, str], set[int]] = {}

@@ -5,16 +5,10 @@ from typing import Any
 
 import pandas as pd
 
+from cluscomp.report.differing import apart
 from cluscomp.report.learned import TRAINING, check_texts, where_told
-from cluscomp.report.tables import (
-    IN_DOMAIN,
-    IN_MEMORY,
-    STORED,
-    by_model,
-    check_protocols,
-    scores,
-    where_it_differs,
-)
+from cluscomp.report.names import by_model
+from cluscomp.report.tables import IN_DOMAIN, IN_MEMORY, STORED, check_protocols, scores, where_it_differs
 from cluscomp.store.records import ORIGINAL, Record
 
 BITS, BYTES = STORED, "MB"
@@ -100,8 +94,10 @@ def seed_spread(records: list[Record], metric: str = "perplexity") -> pd.DataFra
     metric. Raises InputError as `pareto`.
     """
     rows = _ranked(records, metric)
+    kind = ["model", "dataset", "limit", "method", TRAINING]
+    rows = rows.assign(method=apart(rows, kind))
     found: list[dict[str, Any]] = []
-    for key, group in rows.groupby(["model", "dataset", "limit", "method", TRAINING], sort=False, dropna=False):
+    for key, group in rows.groupby(kind, sort=False, dropna=False):
         values = group.groupby("seed")["value"].mean()  # runs that share a stage tell of the same model
         spread = float(values.max() - values.min()) if len(values) > 1 else math.nan
         found.append(

@@ -7,20 +7,21 @@ from typing import Any
 import pandas as pd
 
 from cluscomp.errors import InputError
+from cluscomp.report.differing import settings_apart, settings_that_differ
 from cluscomp.report.learned import CALIBRATION, TRAINING, check_texts, in_domain, tokens, where_told
-from cluscomp.report.names import method_name, stages_until
-from cluscomp.report.published import MODELS
+from cluscomp.report.names import limit, method_name, model_name, stages_until
 from cluscomp.store.records import EXTERNAL, ORIGINAL, Record, Score, differences
 
-PARTIAL, IN_DOMAIN, SEEN = "partial", "in-domain", "seen"
+PARTIAL, IN_DOMAIN, SEEN, LORA = "partial", "in-domain", "seen", "lora"
 STORED, IN_MEMORY = "stored bits", "bits in memory"
 # Bits a weight that stay decoded beside those stored, for records older than the figure: of our methods' classes
 OURS, DECODED = "cluscomp.methods.", {"cluscomp.methods.water_sic.WaterSic": 8}
-_ACCURACY = re.compile(r"acc$|exact_match")
+ACCURACY = re.compile(r"acc$|exact_match")
 MARKS = {
     PARTIAL: "measured on the first windows or rows only (evaluate.limit, tasks.limit)",
     IN_DOMAIN: "scored on the data set the model learned from; another one beside it: +data@evaluate.texts.NAME=NAME",
     EXTERNAL: "made by another library; bits and bytes are counted from a GGUF file, of others those its maker states",
+    LORA: "adapters count among the stored bits and beside the limit, which is for what they stand on",
     SEEN: "of the scored text, in sequences of 13 words, stands word for word in what the model learned from",
 }
 COLUMNS = {
@@ -31,7 +32,8 @@ COLUMNS = {
 
 
 def scores(records: list[Record]) -> pd.DataFrame:
-    """All scores of some records, one a row, with the run's name, model and method, bits and the protocol's hash."""
+    """All scores of some records, one a row, with the run's name, model, method, bits and the protocol's hash."""
+    settings = settings_apart(records)
     return pd.DataFrame(
         [
             {
@@ -40,6 +42,7 @@ def scores(records: list[Record]) -> pd.DataFrame:
                 "model": model,
                 "limit": limit(record),
                 "method": method_name(record, score.after),
+                "settings": settings.get((record.run["name"], score.after), ""),
                 "after": score.after,
                 "metric": score.metric,
                 "dataset": score.dataset,
@@ -62,70 +65,40 @@ def scores(records: list[Record]) -> pd.DataFrame:
 
 
 def sizes(record: Record, after: str) -> dict[str, Any]:
-    """Bits per weight of the linears and of the model, and bytes of the weights, of the model after a stage."""
-    size = record.size["original"] if after == ORIGINAL else record.stages[after]["size"]
-    return {key: size[key] for key in ("linear_bits_per_weight", "model_bits_per_weight", "checkpoint_bytes")}
+    """Bits per weight of the linears and of the model, and bytes of the weights, of the model after a stage.
+
+    Adapters (LoRA) stand beside linears, and count with these.
+    """
+    size = _size(record, after)
+    found = {key: size[key] for key in ("linear_bits_per_weight", "model_bits_per_weight", "checkpoint_bytes")}
+    return found | {"linear_bits_per_weight": size["linear_bits_per_weight"] + _adapters(size)}
+
+
+def _size(record: Record, after: str) -> dict[str, Any]:
+    found: dict[str, Any] = record.size["original"] if after == ORIGINAL else record.stages[after]["size"]
+    return found
+
+
+def _adapters(size: dict[str, Any]) -> float:
+    """Bits of adapters for each weight below them."""
+    ledger = size.get("ledger", {})
+    below = sum(bits for part, bits in ledger.items() if part not in ("kept", "adapters"))
+    return ledger.get("adapters", 0) * size["linear_bits_per_weight"] / below if below else 0.0
 
 
 def memory_bits(record: Record, after: str) -> float:
     """Bits per weight of the linears with what stays decoded in memory, NaN where that is not known."""
-    size = record.size["original"] if after == ORIGINAL else record.stages[after]["size"]
+    size = _size(record, after)
     method = str(record.config["stages"].get("cluster", {}).get("method", {}).get("class"))
     older = math.nan
     if "cluster" in stages_until(record, after) and method.startswith(OURS):
         older = size["linear_bits_per_weight"] + DECODED.get(method, 0)
-    return float(size.get("linear_bits_in_memory", older))
+    return float(size.get("linear_bits_in_memory", older)) + _adapters(size)
 
 
 def where_it_differs(table: pd.DataFrame, stored: pd.Series, in_memory: pd.Series) -> pd.DataFrame:
     """A table without the column of bits in memory if no row keeps more there than what is stored."""
     return table if (in_memory > stored + 0.001).any() else table.drop(columns=IN_MEMORY)
-
-
-def model_name(record: Record, among: list[Record]) -> str:
-    """What papers call the model, or its id on the hub, or its file, or how it was made.
-
-    Where records `among` which it stands are of another model with that name, the name ends with a hash of its weights.
-    """
-    name, weights = _model(record)
-    others = {one for other, one in map(_model, among) if other == name and one} - {weights}
-    return f"{name}@{weights[:8]}" if others and weights else name
-
-
-def by_model(records: list[Record]) -> dict[str, list[Record]]:
-    """The records of each model by its name."""
-    found: dict[str, list[Record]] = {}
-    for record in records:
-        found.setdefault(model_name(record, records), []).append(record)
-    return found
-
-
-def _model(record: Record) -> tuple[str, str]:
-    """A model's name and a hash of its weights; without one where the record is older, or another library's model."""
-    model = record.config["model"]
-    external = record.stages.get(EXTERNAL, {}).get("found", {}).get("original")
-    if external is not None:
-        model = {"id": external}
-    name = str(model.get("id") or model.get("file") or model.get("architecture"))
-    weights = "" if external is not None else record.run.get("weights", "")
-    return MODELS.get(name, name.rpartition("/")[2].removesuffix(".gguf")), weights
-
-
-def limit(record: Record) -> str:
-    """The `bits` that were asked for; "by hand" where a method's own settings were given, "-" without a method.
-
-    Of an external model the bits that its file holds or its maker states.
-    """
-    if EXTERNAL in record.stages:
-        return f"{record.stages[EXTERNAL]['size']['linear_bits_per_weight']:.3g}"
-    if "cut" in record.config["order"]:
-        cut = record.config["stages"]["cut"]
-        bits = 16 if cut["method"] is None else cut["method"].get("bits")
-        return f"{cut['ratio'] * bits:g}" if isinstance(bits, int | float) else "by hand"
-    if "cluster" not in record.config["order"]:
-        return "-"
-    bits = record.config["stages"]["cluster"]["method"].get("bits")
-    return "by hand" if bits is None else str(bits) if isinstance(bits, str) else f"{bits:g}"  # from the environment
 
 
 def marked(name: str, partial: bool, in_domain: bool, overlap: float) -> str:
@@ -193,7 +166,7 @@ def task_table(records: list[Record]) -> pd.DataFrame:
         if not {*tasks["names"]} <= {score.dataset for score in asked}:  # the name of a tag has no score
             named |= {score.dataset for score in asked}
         for score in asked:
-            accuracies = {one.metric for one in asked if one.dataset == score.dataset and _ACCURACY.match(one.metric)}
+            accuracies = {one.metric for one in asked if one.dataset == score.dataset and ACCURACY.match(one.metric)}
             if score.dataset in named and (score.metric in accuracies or not accuracies):
                 check_protocols(records, score.metric, score.dataset)
                 name = marked(f"{score.dataset} {score.metric}", score.protocol["partial"], in_domain=False, overlap=0)
@@ -281,7 +254,7 @@ def method_table(records: list[Record], metric: str = "perplexity") -> pd.DataFr
                     "method": method_name(record, record.config["order"][0]),
                     "after": last,
                     TRAINING: tokens(record, last)[TRAINING],
-                    STORED: round(size["linear_bits_per_weight"], 3),
+                    STORED: round(sizes(record, last)["linear_bits_per_weight"], 3),
                     IN_MEMORY: round(memory_bits(record, last), 3),
                     "paper's bits": round(size.get("paper_bits_per_weight", math.nan), 3),
                     metric: round(value, 2),
@@ -292,37 +265,6 @@ def method_table(records: list[Record], metric: str = "perplexity") -> pd.DataFr
             )
     table = pd.DataFrame(rows).sort_values(["data", "limit", metric], ascending=[True, False, True], ignore_index=True)
     return where_told(where_it_differs(table, table[STORED], table[IN_MEMORY]))
-
-
-def settings_that_differ(records: list[Record], *, known: bool = False) -> list[dict[str, Any]]:
-    """For each record those settings of its stages that are not the same in all of them, by their dotted name.
-
-    Of a stage that only some records have, those that are not the same in these. `known`: without settings that some of
-    these do not have, as they were made before there was such a setting.
-    """
-    flat = [
-        _flat({stage: record.config["stages"][stage] for stage in record.config["order"]}, "") for record in records
-    ]
-
-    def differs(key: str) -> bool:
-        stage = key.partition(".")[0]
-        having = [values for record, values in zip(records, flat) if stage in record.config["order"]]
-        if known and any(key not in values for values in having):
-            return False
-        return len({repr(values.get(key)) for values in having}) > 1
-
-    differing = [key for key in dict.fromkeys(key for values in flat for key in values) if differs(key)]
-    return [{key: values.get(key) for key in differing} for values in flat]
-
-
-def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        elif key != "class":  # which the name of the method stands for
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def check_protocols(records: list[Record], metric: str, dataset: str | None = None) -> None:

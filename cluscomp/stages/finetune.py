@@ -135,9 +135,9 @@ class Finetune(_Task):
         """See `Stage.cost`; adapters' activations are left out."""
         if self.norms:
             outline.train_norms()
-        trained = outline.codebook_numbers(outline.model)
+        trained = float(outline.codebook_numbers(outline.model))
         if self.trainable == "lora":
-            trained = self.rank * outline.blocks * sum(o + i for o, i in outline.dense.values())
+            trained = outline.add_adapters(self.rank)
         return self._cost(outline, trained, masters=True)
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:

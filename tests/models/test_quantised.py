@@ -18,8 +18,8 @@ from cluscomp.models.quantised import Quantised, opened
 from cluscomp.models.walk import Walk
 from cluscomp.report import page
 from cluscomp.report.comparison import perplexity_table
+from cluscomp.report.names import model_name
 from cluscomp.report.pareto import pareto
-from cluscomp.report.tables import model_name
 from cluscomp.runs.preparation import planned
 from cluscomp.store.records import read
 

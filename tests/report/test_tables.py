@@ -6,12 +6,12 @@ import pytest
 
 from cluscomp.errors import InputError
 from cluscomp.report import page
+from cluscomp.report.differing import settings_that_differ
 from cluscomp.report.tables import (
     legend,
     memory_bits,
     method_table,
     scores,
-    settings_that_differ,
     sizes,
     stage_table,
     task_table,

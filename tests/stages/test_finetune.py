@@ -20,6 +20,7 @@ from cluscomp.forms.layers import size_of
 from cluscomp.forms.linear import compressed
 from cluscomp.forms.normal_float import NormalFloatWeight
 from cluscomp.models.original import Original
+from cluscomp.runs.preparation import planned
 from cluscomp.runs.run import Outcome
 from cluscomp.train.on_answers import Answers, with_adapters
 from cluscomp.train.whole import IGNORED
@@ -362,6 +363,14 @@ def test_qlora_is_lora_over_nf4(ground, adapted):
     assert {type(layer.stored) for layer in compressed(checkpoint.load(outcome.checkpoint)).values()} == {
         NormalFloatWeight
     }
+    whole = planned(pipelines.composed(*given, *lora))
+    below = planned(pipelines.composed(*given, *lora, "order=[cluster]", "evaluate.after=[cluster]"))
+    file = outcome.checkpoint / adapters.FOLDER / "adapter_model.safetensors"
+    assert whole.checkpoint_bytes - below.checkpoint_bytes == file.stat().st_size
+    bits, added = sum(below.size.ledger.values()), 16 * found(outcome)["trained_parameters"]
+    assert whole.size.ledger == below.size.ledger | {"adapters": added}
+    more = whole.size.model_bits_per_weight / below.size.model_bits_per_weight
+    assert more == pytest.approx((bits + added) / bits)
 
 
 def test_the_original_is_finetuned_whole_to_compare_with(ground, tmp_path):

@@ -19,8 +19,7 @@ from cluscomp.forms.low_rank import LowRank
 from cluscomp.forms.plain import PlainWeight
 from cluscomp.forms.ranked import Ranked
 from cluscomp.models.original import Original
-from cluscomp.report.names import method_name
-from cluscomp.report.tables import limit
+from cluscomp.report.names import limit, method_name
 from cluscomp.runs.preparation import planned
 from cluscomp.solve import low_rank
 from cluscomp.stages import Job
