@@ -15,10 +15,24 @@ OTHER_COMMANDS = {"status", "collect", "table", "plot", "verify", "export", "lis
 def commands():
     """(document, words) of each line that begins with `cluscomp` in a block of code."""
     for document in DOCUMENTS:
-        for line in document.read_text().splitlines():
-            if re.match(r"\s{4,}(?:torchrun --nproc_per_node 2 -m )?cluscomp (?!--help)", line):
+        for line in document.read_text().replace("\\\n", "").splitlines():
+            if re.match(r"\s{4,}(?:torchrun --nproc_per_node \d+ -m )?cluscomp (?!--help)", line):
                 words = shlex.split(line, comments=True)
                 yield document.name, words[words.index("cluscomp") + 1 :]
+
+
+def test_a_run_on_several_processes_in_the_documents_can_start():
+    """This machine runs it, and its processes share every batch evenly."""
+    found = 0
+    for document in DOCUMENTS:
+        for line in re.findall(r"^\s{4,}torchrun .*", document.read_text().replace("\\\n", ""), re.M):
+            words = shlex.split(line, comments=True)
+            made, processes = composed(words[words.index("cluscomp") + 1 :]), int(words[2])
+            assert made.machine.here, line
+            for stage in (made.stages[name] for name in made.order if hasattr(made.stages[name], "check_processes")):
+                stage.check_processes(processes)
+            found += 1
+    assert found >= 3
 
 
 def test_every_command_in_the_documents_composes(tmp_path):

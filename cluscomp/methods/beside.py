@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from cluscomp import solve
 from cluscomp.errors import named
-from cluscomp.methods import Compressed, Method, Offers
+from cluscomp.methods import Compressed, Method
 from cluscomp.settings import settings
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cluscomp.solve.layer import Layer
 
 
-MOST_BITS = 8.0  # that a method's `bits` may be
+MOST_BITS = 8.0  # that every method's `bits` may be
 
 
 @settings
@@ -88,8 +88,8 @@ class _Around:
         return self.inner.sees() | frozenset(own)
 
     def compress(self, layers: "dict[str, Layer]") -> Iterator[Compressed]:
-        """Layer after layer, or all together where the method shares bits out; twice if there is an adapter."""
-        for names in [[*layers]] if isinstance(self.inner, Offers) else [[name] for name in layers]:
+        """Layer after layer, or all together where the method looks at them so; twice if there is an adapter."""
+        for names in [[*layers]] if self._together else [[name] for name in layers]:
             masks, adapters = {}, {}
             for name in names:
                 with named([name]):
@@ -106,6 +106,12 @@ class _Around:
                     for name, form in found.stored.items()
                 }
                 yield Compressed(stored, found.chosen)
+
+    @property
+    def _together(self) -> bool:
+        """Whether the method shares bits or a codebook out among layers, also of turned weights."""
+        method = getattr(self.inner, "method", self.inner)
+        return getattr(method, "allocation", "uniform") == "fill" or getattr(method, "share", "none") != "none"
 
     def _mask(self, layer: "Layer") -> "Tensor | None":
         """What is kept of a layer's weights (O, I), if not all. Raises ValueError if the method cannot be masked."""
@@ -137,7 +143,7 @@ class _Around:
             return self.inner
         left = (limit * total - beside) / kept
         try:
-            return replace(self.inner, bits=min(left, MOST_BITS))  # type: ignore[type-var]
+            return replace(self.inner, bits=min(left, max(limit, MOST_BITS)))  # type: ignore[type-var]
         except ValueError as error:
             raise ValueError(
                 f"{next(iter(shapes))}: bits={limit} is out of reach: mask and adapter take {beside / total:.3f} of it "

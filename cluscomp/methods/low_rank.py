@@ -100,7 +100,9 @@ class LowRankFactors:
         """One layer after the other, with its directions."""
         if self.weighting == "moment":
             for name, moment_II in with_moments(layers, self.damping, lambda moment_II: moment_II):
-                yield name, solve.low_rank.directions(layers[name].weight_OI, moment_II)
+                with named([name]):
+                    found = solve.low_rank.directions(layers[name].weight_OI, moment_II)
+                yield name, found
         else:
             for name in list(layers):
                 yield name, solve.low_rank.directions(layers[name].weight_OI, None)

@@ -326,10 +326,11 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
 
 
 def flipped(original: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, tuple[int, int]]:
-    """For each task with right and wrong answers: how many went from right to wrong or back, and of how many."""
+    """For each task with right and wrong answers: how many changed, and of how many. Its first filter's count."""
     before = {(row["task"], row["filter"], row["doc_id"]): row for row in original}
     found: dict[str, tuple[int, int]] = {}
-    for row in answers:
+    first = {row["task"]: row["filter"] for row in reversed(answers)}
+    for row in (row for row in answers if row["filter"] == first[row["task"]]):
         metric = next((name for name in CORRECT if name in row), None)
         other = before.get((row["task"], row["filter"], row["doc_id"]))
         if metric is not None and other is not None:

@@ -7,7 +7,8 @@ codes_IG[i, g] stands for outputs g D to g D + D - 1 of input i.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
@@ -63,17 +64,30 @@ def damped(moment_II: Float[Tensor, "I I"], damping: float, shrinkage: float = 0
     return damped_II
 
 
+@contextmanager
+def invertible() -> Iterator[None]:
+    """Raise ValueError, with what helps, where a second moment turns out not to be positive definite."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ValueError(
+            "the second moment of its inputs cannot be inverted: take a larger method.damping, or more cluster.samples"
+        ) from error
+
+
 def inverse_factor(moment_II: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """The upper Cholesky factor (I, I) of H's inverse, made in float64 and given in `dtype`.
 
     Its rows are what is left of the inverse when the inputs before are fixed. H itself is not inverted: from its last
-    input to its first it is R R^T with R upper triangular, and the factor is the inverse of R.
+    input to its first it is R R^T with R upper triangular, and the factor is the inverse of R. Raises ValueError if H
+    is not positive definite.
     """
     # all in one matrix, column by column in memory: at 28,672 inputs it takes 6.6 GB
     factor_II = moment_II.new_empty(moment_II.shape, dtype=torch.float64).mT
     _backwards(moment_II, factor_II)
     del moment_II  # which may have no other name
-    torch.linalg.cholesky(factor_II, out=factor_II)
+    with invertible():
+        torch.linalg.cholesky(factor_II, out=factor_II)
     _invert(factor_II)
     found_II = factor_II.new_empty(factor_II.shape, dtype=dtype)
     _backwards(factor_II, found_II)

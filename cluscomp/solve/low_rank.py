@@ -12,6 +12,7 @@ from cluscomp.forms.plain import PlainWeight
 from cluscomp.forms.stored import Stored, in_16_bits
 from cluscomp.forms.uniform import UniformWeight, grids_for, rounded_weight
 from cluscomp.kernels.counting import error_asked
+from cluscomp.solve.along_outputs import invertible
 
 PLAIN = 16  # bits of a number that is on no grid
 
@@ -58,8 +59,12 @@ def directions(weight_OI: Float[Tensor, "O I"], moment_II: Float[Tensor, "I I"] 
 def by_outputs(
     matrix_OI: Float[Tensor, "O I"], moment_II: Float[Tensor, "I I"] | None
 ) -> tuple[Float[Tensor, "O R"], Float[Tensor, " R"], Float[Tensor, "R I"], Float[Tensor, "I I"] | None]:
-    """U, S, V of M L, and L, for M (O, I) and a positive definite second moment H = L L^T; without one those of M."""
-    factor_II = None if moment_II is None else torch.linalg.cholesky(moment_II.double())
+    """U, S, V of M L, and L, for M (O, I) and a positive definite second moment H = L L^T; without one those of M.
+
+    Raises ValueError if H is not positive definite.
+    """
+    with invertible():
+        factor_II = None if moment_II is None else torch.linalg.cholesky(moment_II.double())
     scaled_OI = matrix_OI if factor_II is None else matrix_OI @ factor_II.to(matrix_OI.dtype)
     return *torch.linalg.svd(scaled_OI, full_matrices=False), factor_II
 

@@ -12,6 +12,7 @@ from cluscomp.data.instructions import Encoded, Instructions, Tokens
 from cluscomp.data.overlap import Learned
 from cluscomp.data.texts import Tokenizer
 from cluscomp.errors import InputError
+from cluscomp.process import processes
 from cluscomp.settings import settings
 from cluscomp.train.steps import LOGITS, Steps
 
@@ -53,7 +54,7 @@ class _Task(Steps):
 
     def check(self, original: "Original") -> None:
         """Encode the examples. Raises InputError if they are too few, of another form, or too long for the model."""
-        self.check_processes("finetune")
+        self.check_processes(processes())
         original.check_length("finetune.length", self.length)
         self._examples(original.tokenizer, seed=0)
 
@@ -74,7 +75,11 @@ class _Task(Steps):
         return encoded, order[: steps * self.of_a_step], held_out
 
     def _cost(self, outline: "MetaModel", trained: float, masters: bool) -> "Cost":
-        """As whole-model training on `examples` of full length; of all (null), whose number is not known, at least."""
+        """As whole-model training on `examples` of full length; of all (null), whose number is not known, at least.
+
+        Raises InputError if so many ranks cannot share a batch.
+        """
+        self.check_processes(outline.ranks)
         examples = (self.examples or 0) * self.epochs
         together, state = self.own(outline.ranks), 3.0 * outline.dtype.itemsize
         if masters:

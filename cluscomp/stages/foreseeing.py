@@ -1,6 +1,7 @@
 """What stage cluster will do, from shapes alone: what it refuses, and what it costs."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from cluscomp.forms.layers import put_in
 from cluscomp.kernels.counting import Count
 from cluscomp.kernels.work import Work
 from cluscomp.methods import Method, Offers
+from cluscomp.methods.each_layer import EachLayer
 from cluscomp.models.original import Original, block_names, blocks
 from cluscomp.models.sources import quantised_types
 from cluscomp.plan import dry
@@ -75,9 +77,9 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
     if len(tried) < outline.blocks:
         return None
     observing = streams = moments = of_experts = 0.0
-    own = 1 / outline.ranks if stage.apart else 1.0  # of the blocks: one rank walks through each and compresses it
-    pricing: dict[str, float] = {}
-    gating: dict[str, float] = {}
+    own, making = _of_one_rank(stage, outline)
+    menus = stage.over_the_model * (1.0 if stage.apart else 1 / outline.ranks)  # whose menus it asks for
+    pricing, gating = dict[str, float](), dict[str, float]()
     if stage.calibrated:
         looking = _looking(stage, outline)
         moments, of_experts = looking.kept, looking.of_experts
@@ -85,8 +87,7 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
         once = outline.forward(stage.batch_size, stage.length)
         observing = once.peak + looking.captured + looking.added
         passes = stage.samples / stage.batch_size
-        walks = 1.0 + (stage.prefix == "compressed") + stage.over_the_model
-        looks = 1.0 + stage.over_the_model
+        walks, looks = 1.0 + (stage.prefix == "compressed") + menus, 1.0 + menus
         if looking.turns > 1:
             sweeps = 1 + (isinstance(stage.whole, Offers) and stage.whole.bits is not None)
             walks, looks = walks + looking.turns * (1 + sweeps) - 1, looks + sweeps
@@ -96,7 +97,7 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
             again = looking.inputs - 1  # passes that end at an input, half way on the average
             walks, looks = walks + 1 + again / 2, looks + again / looking.inputs
             if stage.over_the_model and looking.turns == 0:  # at first one input alone is looked at
-                walks, looks = walks - 1, looks - again / looking.inputs
+                walks, looks = walks - menus, looks - menus * again / looking.inputs
         work += once.work * passes * (outline.blocks - 1) * walks * own
         work += looking.work * passes * outline.blocks * looks * own
         if stage.price == "loss":
@@ -112,7 +113,7 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
         gating = {"layers at all levels": (levels + 3) * outline.dense_block, "inside one block": inside.peak}
     compared = max(24.0 * o * i for o, i in outline.dense.values())  # error and size of a layer in `compress_block`
     for block, found in zip(blocks(outline.model), tried):
-        work += found.work * own
+        work += found.work * making
         outline.exact &= found.exact and not stage.over_the_model and stage.price == "error"
         for layer, stored in found.forms().items():
             put_in(block, layer, stored)
@@ -131,6 +132,20 @@ def cost(stage: Cluster, outline: MetaModel) -> Cost | None:
     in_ram = finished | ({"streams on their way": streams / 2} if own < 1 else {})
     relief = "fewer cluster.samples, or method=cluscomp_data_free"
     return Cost(device, {} if outline.device == "cpu" else in_ram, work, relief if stage.calibrated else "")
+
+
+def _of_one_rank(stage: Cluster, outline: MetaModel) -> tuple[float, float]:
+    """What share of the walks through blocks, and of the making of layers, is one rank's.
+
+    A rank has blocks of its own; or, where a block looks at what was made of others, layers of each: of those that read
+    one input if the next one's are looked at again, else of all.
+    """
+    if stage.apart:
+        return 1 / outline.ranks, 1 / outline.ranks
+    if not (stage.over_the_model or isinstance(stage.whole, EachLayer)):
+        return 1.0, 1.0
+    inputs = [place.input if stage.drift else "" for place in outline.places()[0].values()]
+    return 1.0, sum(math.ceil(count / outline.ranks) for count in Counter(inputs).values()) / len(inputs)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pydantic import Field, InstanceOf
 from cluscomp.data.overlap import Learned
 from cluscomp.data.texts import Source, Tokenizer, calibration_windows, split, test_windows
 from cluscomp.kernels.work import Work
+from cluscomp.process import processes
 from cluscomp.settings import settings
 from cluscomp.train.steps import LOGITS, Steps
 
@@ -85,7 +86,7 @@ class TrainsOnText(Steps):
     def check(self, original: "Original") -> None:
         """Cut the windows. Raises InputError if the text is too short or a window longer than the model takes."""
         stage = type(self).__module__.rpartition(".")[2]
-        self.check_processes(stage)
+        self.check_processes(processes())
         original.check_length(f"{stage}.length", self.length)
         self.train_and_held_out(original.tokenizer, seed=0)
 
@@ -104,7 +105,11 @@ class TrainsOnText(Steps):
         passes: int = 1,
         by_example: bool = True,
     ) -> "Cost":
-        """What it takes to train so many numbers of the whole model, each window going through it `passes` times."""
+        """What it takes to train so many numbers of the whole model, each window going through it `passes` times.
+
+        Raises InputError if so many ranks cannot share a batch.
+        """
+        self.check_processes(outline.ranks)
         together, state = self.own(outline.ranks), 16.0
         if by_example:
             together = self.together(outline.device, self.length, outline.ranks)

@@ -5,7 +5,6 @@ from typing import Literal
 from pydantic import Field
 
 from cluscomp.errors import InputError
-from cluscomp.process import processes
 from cluscomp.settings import settings
 
 LOGITS = {"cpu": 2**22, "cuda": 2**26}  # numbers in the logits that are in memory at once, by device
@@ -57,7 +56,8 @@ class Steps:
         """How often the state is written, and what of a pass is kept, change no result."""
         return {"save_every", "gradient_checkpointing"}
 
-    def check_processes(self, stage: str) -> None:
-        """Raise InputError if a batch cannot be shared out evenly among the processes."""
-        if self.batch_size % processes():
-            raise InputError(f"{stage}.batch_size={self.batch_size} is no multiple of {processes()} processes")
+    def check_processes(self, processes: int) -> None:
+        """Raise InputError if a batch cannot be shared out evenly among the processes of a run."""
+        if self.batch_size % processes:
+            stage = type(self).__module__.rpartition(".")[2]
+            raise InputError(f"{stage}.batch_size={self.batch_size} is no multiple of {processes} processes")

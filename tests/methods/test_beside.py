@@ -18,6 +18,7 @@ from cluscomp.plan import dry
 from cluscomp.plan.places import Place
 from cluscomp.solve import beside
 from cluscomp.solve.along_outputs import damped, output_error
+from cluscomp.solve.layer import Layer
 
 NOTHING = {"keep": 1.0, "of": None, "rank": None, "rank_share": None, "saliency": "none"}
 NOTHING |= {"adapter_bits": 16, "damping": 0.01}
@@ -212,6 +213,48 @@ def test_layers_with_adapters_share_no_codebook_while_masked_ones_may(share):
             composed(*cluscomp, adapter)
     stage, found = planned(*cluscomp, "beside.keep=0.5")
     assert stage.beside.masked and {type(form) for form in found.stored.values()} == {Masked}
+
+
+def block(inputs=128):
+    """Three layers of one input, and one of another."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q": (128, 0), "k": (64, 0), "v": (64, 0), "o": (128, 1)}
+    return {
+        name: Layer(torch.randn(outputs, inputs, generator=generator), input_, None, torch.Generator(), 5)
+        for name, (outputs, input_) in shapes.items()
+    }
+
+
+def of_a_block(*overrides):
+    """What the method of the command line makes of a block's layers; bits per weight of each, and of all."""
+    stage = composed("data=pydoc", *overrides).stages["cluster"]
+    found = {name: form for one in stage.whole.compress(block()) for name, form in one.stored.items()}
+    bits = {name: sum(form.ledger().values()) for name, form in found.items()}
+    per_weight = {name: bits[name] / form.out_features / 128 for name, form in found.items()}
+    return found, per_weight, sum(bits.values()) / 128 / 384
+
+
+@pytest.mark.parametrize("rotation", ["none", "outputs"])
+def test_layers_that_a_method_looks_at_together_it_sees_together_also_turned(rotation):
+    data_free = "method=cluscomp_data_free", "bits=3", f"cluster.rotation={rotation}"
+    shared, _, _ = of_a_block(*data_free, "method.share=input", "beside.keep=0.5", "beside.saliency=none")
+    books = {id(parameter) for name in "qkv" for parameter in shared[name].parameters()}
+    assert len(books) == len(list(shared["q"].parameters()))
+    _, bits, mean = of_a_block(*data_free, "method.allocation=fill", "beside.rank=2", "beside.saliency=none")
+    assert 2.9 < mean <= 3 and len({round(one, 2) for one in bits.values()}) > 1
+
+
+def test_what_is_given_to_every_matrix_alike_stays_so_with_an_adapter():
+    _, bits, _ = of_a_block(
+        "method=cluscomp_data_free", "bits=4", "method.allocation=uniform", "beside.rank=2", "beside.saliency=none"
+    )
+    assert max(bits.values()) <= 4
+
+
+def test_an_adapter_takes_nothing_from_a_limit_beyond_8_bits():
+    given = "method=low_rank", "method.weighting=none", "bits=12"
+    _, _, mean = of_a_block(*given, "beside.rank=2", "beside.saliency=none")
+    assert 11 < mean <= 12
 
 
 def test_nothing_beside_is_the_method_itself_and_makes_no_other_key():

@@ -357,13 +357,13 @@ def test_beside_the_factor_no_second_moment_is_in_memory():
 
 RANKS = 8
 TOGETHER = [f"ranks={RANKS}", "machine=rtx4090", "shard=true", "recover.batch_size=8", "recover.accumulation=1"]
+TOGETHER += ["finetune.batch_size=8", "finetune.accumulation=2"]
 
 
 @pytest.mark.parametrize("bits", [4, 2])
 def test_llama_3_70b_goes_through_every_stage_on_eight_cards_of_24_gb(bits, tmp_path):
     """Cards of half the size of the paper's: codes in parts, the statistics of one matrix at a time."""
-    more = ["finetune.batch_size=8", "finetune.accumulation=2", f"cache={tmp_path}"]
-    found = planned(composed("experiment=llama3_70b", f"bits={bits}", *TOGETHER, *more))
+    found = planned(composed("experiment=llama3_70b", f"bits={bits}", *TOGETHER, f"cache={tmp_path}"))
     found.refuse()
     stages = [row.name for row in found.rows if "evaluate" not in row.name]
     assert stages == ["cluster", "block_finetune", "recover", "finetune"]
@@ -413,6 +413,29 @@ def test_each_of_four_ranks_has_a_quarter_of_what_is_shared_out(machine, togethe
     else:
         assert clusters[1].parts["streams on their way (RAM)"] == 32 * 512 * 576 * 4
         assert "streams on their way (RAM)" not in clusters[0].parts
+
+
+@pytest.mark.parametrize("order", ["order=[cluster,recover]", "order=[cluster,finetune]"])
+def test_a_batch_that_so_many_ranks_cannot_share_is_refused_by_the_plan(order):
+    common = ["model=smollm2_135m", "bits=3", order, "recover.batch_size=4", "finetune.batch_size=4"]
+    stage = order[-8:-1] if "recover" in order else "finetune"
+    with pytest.raises(InputError, match=rf"{stage}\.batch_size=4 is no multiple of 8 processes"):
+        planned(composed(*common, "ranks=8"))
+    planned(composed(*common, "ranks=4"))
+
+
+@pytest.mark.parametrize(
+    ("method", "least", "most"),
+    [("cluscomp_best", 0.25, 0.9), ("gptq", 0.25, 0.9), ("cluscomp", 0.999, 1.001)],
+)
+def test_blocks_that_look_at_others_share_their_layers_out(method, least, most):
+    """Menus of best, and layers that are made one by one; of `cluscomp` those of a block go together. Walks stay."""
+    common = ["model=smollm2_135m", "bits=3", "order=[cluster]", f"method={method}", "cluster.prefix=compressed"]
+    one, four = (
+        next(row for row in planned(composed(*common, f"ranks={ranks}")).rows if row.name == "cluster").seconds
+        for ranks in (1, 4)
+    )
+    assert least * one < four < most * one
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2.5, 2, 1.5])

@@ -224,6 +224,8 @@ def test_flips_by_hand(tmp_path):
 
     assert flipped(rows(1.0, 0.0, 1.0, 0.0), rows(1.0, 1.0, 0.0, 0.0)) == {"t": (2, 4)}
     assert flipped(rows(1.0, 0.0), rows(1.0, 0.0)) == {"t": (0, 2)}
+    before, after = ([*one, *({**row, "filter": "other"} for row in one)] for one in (rows(1.0, 0.0), rows(1.0, 1.0)))
+    assert flipped(before, after) == {"t": (1, 2)}  # a question counts once
     write_answers(tmp_path / "a.gz", rows(1.0, 0.0))
     assert read_answers(tmp_path / "a.gz") == rows(1.0, 0.0)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipelines import composed
 
 from cluscomp.kernels.codes import code_bits, pack
 from cluscomp.solve.along_outputs import (
@@ -17,7 +18,7 @@ from cluscomp.solve.along_outputs import (
     output_error,
 )
 from cluscomp.solve.kmeans import nearest
-from cluscomp.solve.layer import Seen
+from cluscomp.solve.layer import Layer, Seen
 
 
 def layer(inputs, outputs, seed=0, tokens=None):
@@ -269,3 +270,17 @@ def test_the_factor_of_the_inverse_is_as_near_to_the_truth_as_by_inverting(input
     assert torch.equal(found_II, found_II.triu()) and bool((found_II.diagonal() > 0).all())
     assert torch.allclose(found_II, inverted_II, rtol=1e-9, atol=1e-12 * float(inverted_II.abs().max()))
     assert torch.equal(inverse_factor(moment_II, torch.float32), found_II.float()) and torch.equal(moment_II, before)
+
+
+@pytest.mark.parametrize("method", ["qtip", "gptq", "low_rank"])
+def test_too_little_damping_is_told_with_the_layer(method):
+    """Fewer tokens than inputs, one of which is far larger: nothing but damping makes the second moment invertible."""
+    generator = torch.Generator().manual_seed(0)
+    weight_OI, x_TI = torch.randn(64, 256, generator=generator), torch.randn(64, 256, generator=generator)
+    x_TI[:, 5] *= 1e4
+    stage = composed("data=pydoc", f"method={method}", "bits=3", "method.damping=1e-12").stages["cluster"]
+    seen = Seen(stage.sees)
+    seen.add(x_TI)
+    layers = {"block.q": Layer(weight_OI, 0, seen, generator, 0)}
+    with pytest.raises(ValueError, match=r"^block\.q: .*cannot be inverted: take a larger method\.damping"):
+        list(stage.method.compress(layers))
