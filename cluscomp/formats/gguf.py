@@ -183,8 +183,12 @@ def _turned_heads(architecture: str, place: str, heads: int, key_value_heads: in
 
 
 def _interleaved(rows: Bytes, heads: int) -> Bytes:
-    """The rows of queries or keys in llama.cpp's order: each head's halves, which rotate together, in turn."""
-    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    """The rows of queries or keys in llama.cpp's order: each head's halves, which rotate together, in turn.
+
+    `rows` are the bytes of a weight, (O, bytes of a row), or of a bias: four for each of its O numbers.
+    """
+    each = rows.reshape(-1, 4) if rows.ndim == 1 else rows
+    return each.reshape(heads, 2, -1, each.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _in_halves(rows: NDArray[Any], heads: int) -> NDArray[Any]:

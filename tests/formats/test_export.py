@@ -275,6 +275,22 @@ def test_gguf_is_read_back_as_the_same_model(made, tmp_path, ids, name):
     assert torch.equal(logits(model, ids), logits(dense, ids))
 
 
+def test_gguf_holds_biases_of_queries_and_keys_in_its_order_of_heads(families, tmp_path):
+    from gguf import GGUFReader
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    save(families("llama", **sizes, attention_bias=True), METHODS["4 bits symmetric"], tmp_path / "model")
+    export(tmp_path / "model", format="gguf", output=tmp_path / "gguf", dtype="float32")
+    tensors = {one.name: np.array(one.data) for one in GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
+    layers = compressed(checkpoint.load(tmp_path / "model"))
+    for key, heads in (("q", 4), ("k", 2)):
+        bias = layers[f"model.layers.1.self_attn.{key}_proj"].bias.detach()
+        expected = bias.view(heads, 2, -1).transpose(1, 2).flatten()
+        assert bias.std() > 0.1 and np.array_equal(tensors[f"blk.1.attn_{key}.bias"], expected.numpy()), key
+    value = layers["model.layers.1.self_attn.v_proj"].bias.detach()
+    assert np.array_equal(tensors["blk.1.attn_v.bias"], value.numpy())
+
+
 def test_gguf_holds_a_real_tokenizer(shared, tmp_path):
     original = Original(shared / "models" / "stories260K", torch.float32, torch.device("cpu"))
     model = original.load_all()
