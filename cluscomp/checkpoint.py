@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cluscomp.errors import InputError
 from cluscomp.forms import adapters
-from cluscomp.forms.apart import take_apart
+from cluscomp.forms.apart import put_together, take_apart
 from cluscomp.forms.head import put_head_in
 from cluscomp.forms.layers import check_values, empty_layers, reshape, specs, take_out
 from cluscomp.forms.linear import BASE, MARK, compressed, parts_of_stored, storage_dtype, unique_tensors
@@ -127,12 +127,16 @@ class CompressedQuantizer(HfQuantizer):
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        """What `model.dequantize(dtype)` does: ordinary linear layers in the place of the compressed ones, in place."""
+        """What `model.dequantize(dtype)` does, in place: transformers' own layers where the compressed ones are."""
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype  # a name, once it was saved
         for name in compressed(model):
             take_out(model, name, dtype)
         for parameter in model.parameters():  # buffers (of rotary embeddings) keep theirs
             parameter.data = parameter.data.to(dtype)
+        if left := put_together(model):
+            log.warning(
+                "%s and others stay apart under adapters; once merged: forms.apart.put_together(model)", left[0]
+            )
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:  # noqa: ARG002

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cluscomp.formats import folder as folders
 from cluscomp.forms.layers import size_of
+from cluscomp.models.original import Original
 
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
@@ -22,6 +22,8 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 
 def read_back(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Each layer's weight (O, I) in the files."""
-    for name, parts in folders.read(folder, names):
-        yield name, parts["weight"]
+    """Each layer's weight (O, I), as transformers finds it by its own names for it; without those it does not find."""
+    original = Original(folder, torch.float32, torch.device("cpu"))
+    weights = [f"{name}.weight" for name in names if original.has(f"{name}.weight")]
+    for weight, tensor_OI in original.tensors(weights):
+        yield weight.removesuffix(".weight"), tensor_OI.to(original.file_dtype(weight))

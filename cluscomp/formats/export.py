@@ -94,9 +94,12 @@ def export(folder: str | Path, *, format: str, output: str | Path, dtype: str = 
 
 @torch.no_grad()
 def _compared(format: Format, folder: Path, forms: dict[str, Stored]) -> str:
-    """What a comparison of these weights with those in a folder shows. Raises RuntimeError if one is another."""
+    """What a comparison of these weights with those in a folder shows.
+
+    Raises RuntimeError if one is another, or not there.
+    """
     read = format.read_back(folder, forms)
-    furthest, count = 0.0, 0
+    furthest, missing = 0.0, set(forms)
     while True:
         try:
             name, weight_OI = next(read)
@@ -110,6 +113,9 @@ def _compared(format: Format, folder: Path, forms: dict[str, Stored]) -> str:
         off = float((weight_OI.float() - expected_OI).abs().max() / expected_OI.abs().max().clamp_min(1e-30))
         if not off <= ROUNDING:
             raise RuntimeError(f"{name}: {format.package} reads weights that are off by {off:.2g} of the largest")
-        furthest, count = max(furthest, off), count + 1
+        furthest = max(furthest, off)
+        missing.remove(name)
+    if missing:
+        raise RuntimeError(f"{min(missing)}: has no weight in the files ({len(missing)} of {len(forms)} have none)")
     how = "bit by bit" if furthest == 0 else f"to {furthest:.1e} of the largest"
-    return f"compared: {count} layers are what {format.package} reads, {how}"
+    return f"compared: {len(forms)} layers are what {format.package} reads, {how}"

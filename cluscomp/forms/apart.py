@@ -4,12 +4,14 @@ What works on linear layers (statistics of their inputs, stored forms, adapters,
 """
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 TINY = 64  # numbers of a matrix that is not worth a codebook or a grid
@@ -84,6 +86,36 @@ def together(tensors: dict[str, Tensor], parts: dict[str, Part]) -> dict[str, Te
     return found
 
 
+def put_together(model: PreTrainedModel) -> list[str]:
+    """Undo `take_apart` in place; returns the names of the weights that stay apart.
+
+    Those are of layers with a compressed one or an adapter among them. One matrix or stack at a time is in memory
+    twice. `save_pretrained` then writes the names of transformers' own files. Layers that are together stay so.
+    """
+    outline = _outline(model)
+    kinds = {name: type(module) for name, module in outline.named_modules()}
+    inside: dict[str, dict[str, Part]] = {}
+    for name, part in take_apart(outline).items():
+        inside.setdefault(name.rsplit(".", 1 if part.index is None else 3)[0], {})[name] = part
+    names = {name for name, _ in model.named_parameters()}
+    left: list[str] = []
+    for place, parts in inside.items():
+        module = model.get_submodule(place)
+        if isinstance(module, Conv1D) or any(part.index is not None and part.name in names for part in parts.values()):
+            continue
+        if not parts.keys() <= names:
+            left += parts
+        elif isinstance(module, nn.Linear):
+            model.set_submodule(place, _turned(module))
+        else:
+            _stack(model, module, parts)
+    for name, module in model.named_modules():
+        if isinstance(module, KeptLinear) and issubclass(kinds.get(name, nn.Module), nn.Linear):
+            module.__class__ = kinds[name]
+    model._weight_conversions = None  # type: ignore[assignment]  # to transformers: those that it has for the config
+    return left
+
+
 def stacks(block: nn.Module) -> dict[str, list[str]]:
     """The layers of a block that were one stack, by the stack's name: one for each expert."""
     return {
@@ -93,6 +125,32 @@ def stacks(block: nn.Module) -> dict[str, list[str]]:
         for key, stack in module.named_children()
         if isinstance(stack, nn.ModuleList)
     }
+
+
+def _outline(model: PreTrainedModel) -> PreTrainedModel:
+    """Transformers' own model of a model's config, on the meta device."""
+    with torch.device("meta"):
+        return type(model)(deepcopy(model.config))
+
+
+def _turned(layer: nn.Linear) -> Conv1D:
+    """The transposed layer that a linear layer was."""
+    with torch.device("meta"):
+        turned = Conv1D(layer.out_features, layer.in_features)
+    turned.weight = nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=False)
+    turned.bias = layer.bias
+    return turned.train(layer.training)
+
+
+def _stack(model: nn.Module, module: nn.Module, parts: dict[str, Part]) -> None:
+    """Make stacks of experts' matrices again, which compute as transformers' own do."""
+    for name in dict.fromkeys(part.name for part in parts.values()):
+        ones = {layer: part for layer, part in parts.items() if part.name == name}
+        whole = together({layer: model.get_parameter(layer).detach() for layer in ones}, ones)[name]
+        holder, _, key = name.rpartition(".")
+        delattr(module, key)
+        model.get_submodule(holder).register_parameter(key, nn.Parameter(whole, requires_grad=False))
+    del module.forward
 
 
 def _linear(weight_OI: Tensor, bias: nn.Parameter | None = None) -> nn.Linear:

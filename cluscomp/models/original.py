@@ -120,7 +120,7 @@ class Original:
         check_supported(model)
         prefixes = tuple(f"{name}." for name in block_names(model))
         check_dtypes({name: kind for name, (kind, _) in self._files.heads.items()}, DTYPES, needed, self.folder)
-        self._fill(model, [name for name in model.state_dict() if not name.startswith(prefixes) and self._has(name)])
+        self._fill(model, [name for name in model.state_dict() if not name.startswith(prefixes) and self.has(name)])
         model.tie_weights()
         model.requires_grad_(False)
         for module in model.modules():
@@ -213,7 +213,8 @@ class Original:
         """Tensors of the model, by name, as transformers' own model has them."""
         return together(tensors, self._parts)
 
-    def _has(self, name: str) -> bool:
+    def has(self, name: str) -> bool:
+        """Whether the files have a tensor of the model, by its name in it."""
         part = self._parts.get(name)
         return (name if part is None else part.name) in self._sources
 
