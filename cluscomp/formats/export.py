@@ -13,6 +13,7 @@ from cluscomp import checkpoint
 from cluscomp.errors import InputError
 from cluscomp.formats import aqlm, compressed_tensors, dense, gguf, gptq, vptq
 from cluscomp.forms import adapters
+from cluscomp.forms.apart import parts_of
 from cluscomp.forms.linear import compressed
 from cluscomp.forms.multimodal import copy_processor
 from cluscomp.forms.stored import Stored
@@ -31,18 +32,20 @@ class Format:
 
     It raises InputError for a layer that the format cannot hold. `read_back` gives the weights (O, I) of layers by
     name, as the code of `package` rebuilds them from the folder. `dtypes` are those that numbers outside of the
-    format's own layers may have; the first is taken by default ("auto": the one that config.json names).
+    format's own layers may have; the first is taken by default ("auto": the one that config.json names). `linear`:
+    its readers put their layers in the place of linear ones alone, not of stacked experts and of transposed layers.
     """
 
     write: Write
     read_back: ReadBack
     package: str
     dtypes: tuple[str, ...] = ("float16",)  # what the kernels of most formats compute in
+    linear: bool = True
 
 
 FORMATS = {
-    "dense": Format(dense.write, dense.read_back, "safetensors", DTYPES),
-    "gguf": Format(gguf.write, gguf.read_back, "gguf", DTYPES),
+    "dense": Format(dense.write, dense.read_back, "safetensors", DTYPES, linear=False),
+    "gguf": Format(gguf.write, gguf.read_back, "gguf", DTYPES, linear=False),
     "vptq": Format(vptq.write, vptq.read_back, "vptq"),
     "gptq": Format(gptq.write, gptq.read_back, "gptqmodel"),
     "compressed-tensors": Format(compressed_tensors.write, compressed_tensors.read_back, "compressed-tensors"),
@@ -84,6 +87,11 @@ def export(folder: str | Path, *, format: str, output: str | Path, dtype: str = 
         raise InputError(f"{folder}: has LoRA adapters, which format={format} has no place for")
     if any(layer.stored.post_norm for layer in compressed(model).values()):
         raise InputError(f"{folder}: its layers normalise what they give (post_norm), which format={format} does not")
+    if found.linear and (parts := parts_of(model)):
+        raise InputError(
+            f"{next(iter(parts)).removesuffix('.weight')}: no linear layer in transformers' own model, but one of a "
+            f"stack or a transposed one, which readers of format={format} do not know; format=dense holds all"
+        )
     forms = {name: layer.stored for name, layer in compressed(model).items()}
     with new_folder(target) as unfinished, torch.no_grad():
         copy_processor(folder, unfinished)

@@ -86,6 +86,11 @@ def together(tensors: dict[str, Tensor], parts: dict[str, Part]) -> dict[str, Te
     return found
 
 
+def parts_of(model: PreTrainedModel) -> dict[str, Part]:
+    """What `take_apart` returns for a model of this config, whether this one is apart or not."""
+    return take_apart(_outline(model))
+
+
 def put_together(model: PreTrainedModel) -> list[str]:
     """Undo `take_apart` in place; returns the names of the weights that stay apart.
 

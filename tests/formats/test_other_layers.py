@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluscomp import checkpoint
+from cluscomp.errors import InputError
 from cluscomp.formats.export import FORMATS, _compared, export
 from cluscomp.forms.apart import put_together
 from cluscomp.forms.linear import compressed
@@ -120,3 +121,13 @@ def test_a_dense_export_without_a_layer_or_with_another_is_no_export(made, tmp_p
     save_file({key: tensor for key, tensor in tensors.items() if key not in keys}, path, metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match=r"(attn\.c_proj|down_proj\.0): has no weight in the files"):
         _compared(FORMATS["dense"], tmp_path / "dense", forms)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("format_", [name for name in FORMATS if name != "dense"])
+def test_formats_of_linear_layers_refuse_them_and_leave_nothing(made, tmp_path, name, format_):
+    layer = {"gpt2": r"h\.0\.attn\.c_attn", "mixtral": r"layers\.0\.mlp\.experts\.gate_up_proj\.0"}[name]
+    words = f"not {name}" if format_ == "gguf" else f"{layer}: no linear layer .*format={format_} .*format=dense"
+    with pytest.raises(InputError, match=words):
+        export(made(name), format=format_, output=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
