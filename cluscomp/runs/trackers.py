@@ -139,7 +139,8 @@ class WandbTracker:
             import wandb
         except ImportError as error:
             raise InputError("tracker=wandb needs the package: pip install 'cluscomp[wandb]'") from error
-        said = {key.removeprefix("WANDB_").lower(): value for key, value in os.environ.items() if value}
+        own = {key: value for key, value in os.environ.items() if key.startswith("WANDB_") and value}
+        said = {key.removeprefix("WANDB_").lower(): value for key, value in own.items()}
         mode: Any = said.get("mode", self.mode)
         if mode not in MODES:
             raise InputError(f"WANDB_MODE={mode} in the environment: {', '.join(MODES)}")

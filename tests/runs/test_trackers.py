@@ -67,6 +67,8 @@ def test_wandbs_own_variables_win_and_the_rest_is_as_its_users_expect(tmp_path, 
     choices = {"method": "gptq", "model": "tiny", "data": "pydoc", "tracker": "wandb"}
     config = {"name": "sweep", "order": ["cluster", "recover"], "choices": choices}
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    for name in ("MODE", "PROJECT", "ENTITY", "RUN_ID", "RUN_GROUP", "JOB_TYPE", "TAGS"):
+        monkeypatch.setenv(name, "another's")  # without WANDB_, so of some other program
     session = tracker.begin("run-1", config, tmp_path)
     session.log("cluster_blocks", {"relative_error": 0.5}, 1)
     session.end({}, {})
@@ -79,6 +81,7 @@ def test_wandbs_own_variables_win_and_the_rest_is_as_its_users_expect(tmp_path, 
     assert first["mode"] == second["mode"] == "disabled" and not list(tmp_path.glob("wandb/*run*"))
     assert (first["project"], first["group"], first["job_type"]) == ("tests", "sweep", "recover")
     assert first["tags"] == ["gptq", "tiny", "pydoc"] and first["id"] == first["name"] == "run-1"
+    assert first["entity"] is None
     assert (second["project"], second["group"], second["job_type"]) == ("mine", "night", "evaluate")
     assert second["tags"] == ["a", "b"] and (second["id"], second["name"]) == ("agents", "run-1")
     monkeypatch.setenv("WANDB_MODE", "maybe")
