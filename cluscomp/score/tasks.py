@@ -110,8 +110,11 @@ class Tasks:
     def describe(self) -> dict[str, Any]:
         """The settings that decide the scores, with the content of one's own task files in place of where they lie."""
         values = {key: value for key, value in asdict(self).items() if key not in {"include_path", "data_root"}}
-        own = [] if self.include_path is None else sorted(Path(self.include_path).expanduser().rglob("*"))
-        files = {path.name: file_hash(path) for path in own if path.is_file() and path.suffix != ".pyc"}
+        files = {}
+        if self.include_path is not None:
+            root = Path(self.include_path).expanduser()
+            own = [path for path in sorted(root.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
+            files = {path.relative_to(root).as_posix(): file_hash(path) for path in own}
         return values | {"own_files": files}
 
     def ask(

@@ -126,6 +126,22 @@ def tasks(mirror: Path, **changes) -> Tasks:
     return Tasks(**PLAIN | {"include_path": str(mirror / "tasks"), "data_root": str(mirror / "hub")} | changes)
 
 
+def test_each_own_task_file_counts_also_among_others_of_its_name(tmp_path):
+    def told() -> dict:
+        return Tasks(**PLAIN | {"include_path": str(tmp_path)}).describe()["own_files"]
+
+    (tmp_path / "utils.py").write_text("a = 1\n")
+    assert [*told()] == ["utils.py"]  # in a flat folder its name, as keys of earlier results have it
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "utils.py").write_text(f"name = '{name}'\n")
+        (tmp_path / name / "utils.pyc").write_text("")
+    before = told()
+    (tmp_path / "one" / "utils.py").write_text("name = 'another'\n")
+    after = told()
+    assert [name for name in before if before[name] != after[name]] == ["one/utils.py"] and len(before) == 3
+
+
 def test_a_task_scores_what_its_likelihoods_say(mirror, tiny_folder):
     """acc by hand: the choice whose tokens plain transformers finds the likeliest after the question."""
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
