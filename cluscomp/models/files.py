@@ -43,11 +43,13 @@ def fingerprint(folder: Path) -> str:
 def file_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of a model folder that decides what the model is, by name.
 
-    In Hugging Face's cache a weight file is a link to a file named by its own hash, which saves reading it.
+    Tokenizers of text files count where there is no tokenizer.json, which goes before them. In Hugging Face's cache a
+    weight file is a link to a file named by its own hash, which saves reading it.
     """
     found, weights = {}, weight_files(folder)
+    texts = set() if (folder / "tokenizer.json").is_file() else {"merges.txt", "vocab.txt"}
     for path in sorted(folder.iterdir()):
-        if path in weights or path.suffix in {".json", ".model", ".jinja"}:
+        if path in weights or path.suffix in {".json", ".model", ".jinja"} or path.name in texts:
             stored_name = path.resolve().name
             found[path.name] = stored_name if re.fullmatch("[0-9a-f]{64}", stored_name) else file_hash(path)
     return found

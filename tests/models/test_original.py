@@ -212,6 +212,19 @@ def test_every_byte_counts_in_the_fingerprint(damaged):
     assert len(seen) == 4
 
 
+def test_tokenizers_of_text_files_count_where_there_is_no_other(damaged):
+    folder, _ = damaged
+    (folder / "merges.txt").write_text("a b\n")
+    (folder / "vocab.txt").write_text("a\nb\n")
+    (folder / "README.txt").write_text("no part of the model")
+    assert not [name for name in file_hashes(folder) if name.endswith(".txt")]
+    (folder / "tokenizer.json").unlink()
+    assert [name for name in file_hashes(folder) if name.endswith(".txt")] == ["merges.txt", "vocab.txt"]
+    first = fingerprint(folder)
+    (folder / "merges.txt").write_text("b a\n")
+    assert fingerprint(folder) != first
+
+
 def test_the_size_of_the_original_by_hand(tiny_folder):
     numbers = 257 * 32 + 7 * 32 + 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
     size = opened(tiny_folder).size()
