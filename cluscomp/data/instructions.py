@@ -82,7 +82,7 @@ class Rows:
 
     format: "alpaca" (instruction, input, output), "gsm8k" (question, answer), "prompt_completion" (prompt, completion:
     as they stand, one after the other), or "messages" (a list of role and content, put through the tokenizer's chat
-    template; what the assistant says counts).
+    template; what the assistant says counts, unless it speaks first).
     """
 
     name: str
@@ -115,7 +115,7 @@ class Rows:
         for number, row in enumerate(self._rows()):
             try:
                 pieces = self._pieces(row, tokenizer)
-            except (KeyError, TypeError, AttributeError) as error:
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 raise InputError(f"{self._place}: row {number} is not of format '{self.format}' ({problem})") from error
             except (TemplateError, ArithmeticError) as error:  # it reaches for attributes, counts without end, ...
@@ -215,7 +215,10 @@ def _text(row: dict[str, Any], key: str) -> str:
 
 
 def _turns(messages: list[dict[str, str]], tokenizer: Any, place: str) -> list[Piece]:
-    """A conversation by the tokenizer's chat template; what the assistant says, with the end of its turn, counts."""
+    """A conversation by the tokenizer's chat template; what the assistant says, with the end of its turn, counts.
+
+    What it opens with answers nothing, and does not count.
+    """
     if tokenizer.chat_template is None:
         raise InputError(f"{place}: the model's tokenizer has no chat template, so 'messages' cannot be used")
 
@@ -225,7 +228,7 @@ def _turns(messages: list[dict[str, str]], tokenizer: Any, place: str) -> list[P
     whole, done = text(len(messages), prompt=False), 0
     pieces: list[Piece] = []
     for number, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and number > 0:
             before, after = text(number, prompt=True), text(number + 1, prompt=False)
             if not (whole.startswith(after) and after.startswith(before)):
                 raise InputError(f"{place}: the chat template rewrites earlier turns, so answers cannot be told apart")

@@ -158,6 +158,9 @@ def test_of_conversations_what_the_assistant_says_counts(tokenizer, tmp_path):
         ("<system>be</><user>a?</><assistant>", False), ("b</>", True),
         ("<user>c?</><assistant>", False), ("d</>", True),
     ]  # fmt: skip
+    opened = [{"role": "assistant", "content": "hello"}, *({"role": r, "content": c} for r, c in said[1:3])]
+    (one,) = rows(tmp_path, [{"messages": opened}], "messages").encode(chatty, 100).examples
+    assert parts(one, chatty) == [("<assistant>hello</><user>a?</><assistant>", False), ("b</>", True)]
     chatty.chat_template = CHAT.replace("{{ m.content }}", "{{ m.content if loop.last else '...' }}")
     with pytest.raises(InputError, match="rewrites earlier turns"):
         source.encode(chatty, 100)
@@ -225,6 +228,7 @@ def test_unusable_rows_are_told(ground, tmp_path, tokenizer):
         ({"question": ["a"], "answer": "b"}, "gsm8k", "'question' is .*, no text"),
         ({"messages": [asked, good | {"content": None}]}, "messages", "'content' is null, no text"),
         ({"messages": [asked | {"content": 3}, good]}, "messages", "'content' is 3, no text"),
+        ({"messages": []}, "messages", "is not of format 'messages' .*empty conversation"),
         ({"messages": [asked | {"role": "system"}, good]}, "messages", "refused by the chat template: no system role"),
     ):
         with pytest.raises(InputError, match=f"row 0 .*{words}"):
