@@ -72,7 +72,7 @@ def at_work(
         try:
             yield records
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt)
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit)  # the latter as its job is queued again
             problem = "" if stopped else hide(explain(error)[0])
             with (folder / LOG).open("a", encoding="utf-8") as file:
                 file.write(hide(traceback.format_exc()))

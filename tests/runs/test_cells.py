@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -71,6 +72,14 @@ def test_a_failure_is_told_in_a_sentence_with_all_of_it_in_the_log(tmp_path):
     with pytest.raises(KeyboardInterrupt), at_work(folder, ["seed=1"], told):
         raise KeyboardInterrupt
     assert read_cell(folder).state == "interrupted"
+
+
+def test_a_job_that_is_queued_again_was_interrupted(tmp_path):
+    """As submitit ends one that its scheduler warned."""
+    folder = folder_of(tmp_path, "bits", {"seed": 1})
+    with pytest.raises(SystemExit), at_work(folder, ["seed=1"], told):
+        sys.exit(-1)
+    assert (read_cell(folder).state, read_cell(folder).problem) == ("interrupted", "")
 
 
 def test_of_a_killed_process_the_cell_says_it_was_interrupted(tmp_path):
