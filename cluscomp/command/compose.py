@@ -73,7 +73,7 @@ def compose_for(command: Callable[[Experiment], float | None]) -> None:
     """Compose the settings (of every cell, with -m) and hand them on; what comes back goes to Hydra's sweeper."""
     if any(item.startswith("--e") for item in sys.argv[1:]):  # as argparse takes it
         raise InputError("--experimental-rerun: reads a pickle, which can run code; give the settings themselves")
-    _check_processes()
+    check_processes()
     _groups_by_name(sys.argv[1:])
     said = given(sys.argv[1:])  # of this process, which may not be the one that works
     for name, told in {"choices": choices, "settings": settings_of_no_group}.items():  # of --help
@@ -121,7 +121,7 @@ def composed(overrides: list[str], said: Given | None = None) -> Experiment:
         return build(config, chosen, given(overrides) if said is None else said)
 
 
-def _check_processes() -> None:
+def check_processes() -> None:
     """Raise InputError for what torchrun would not set."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         if not os.environ.get(name, "0").isdecimal():

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from cluscomp.command.compose import compose_for, explain
+from cluscomp.command.compose import check_processes, compose_for, explain
 from cluscomp.errors import InputError
 from cluscomp.plan.machine import write_calibration
-from cluscomp.process import rank, time_left
+from cluscomp.process import join_slurm, processes, rank, time_left
 from cluscomp.runs.cells import Cell, announce, at_work, folder_of, names_of, read_cell, status_table
 from cluscomp.runs.experiment import ASIDE, Experiment, settings_of
 from cluscomp.store.files import is_held, writable
@@ -75,8 +75,16 @@ def sweep(arguments: list[str]) -> None:
     """All cells are composed and listed before the first one works; one that fails does not stop the others.
 
     Cells at which another process is at work are put aside and come last. Of a search (hydra/sweeper=...), which makes
-    its cells as it goes, nothing is known before.
+    its cells as it goes, nothing is known before. Raises InputError in one of several processes: each would choose
+    cells for itself.
     """
+    check_processes()
+    join_slurm()
+    if processes() > 1:
+        raise InputError(
+            f"-m: one process starts the cells, and there are {processes()} here; for several at each cell: "
+            "hydra/launcher=slurm hydra.launcher.tasks_per_node=N"
+        )
     folders: list[Path] = []
     aside: set[Path] = set()
 
@@ -92,7 +100,9 @@ def sweep(arguments: list[str]) -> None:
         compose_for(list_it)
         sys.argv[1:] = arguments
     try:
-        started = Started(names_of({folder: read_cell(folder) for folder in folders}), time.monotonic())
+        cells = {folder: read_cell(folder) for folder in folders}
+        again = frozenset(folder.name for folder, cell in cells.items() if cell.state in ("failed", "interrupted"))
+        started = Started(names_of(cells), time.monotonic(), again)
         compose_for(_run_one_of_many if searching else partial(_run_or_put_aside, aside=aside, started=started))
         if aside:
             compose_for(partial(_run_what_was_put_aside, aside=aside))
@@ -106,10 +116,14 @@ def sweep(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Started:
-    """The names of a sweep's cells by their folder, in the order in which they run, and when the first began."""
+    """The names of a sweep's cells by their folder, in the order in which they run, and when the first began.
+
+    `again` has the keys of those that had failed or were interrupted by then.
+    """
 
     cells: dict[Path, str]
     at: float
+    again: frozenset[str]
 
     def tell(self, folder: Path) -> None:
         """Say which cell begins, and how long this one and the others will take if they are like those before."""
@@ -121,10 +135,10 @@ class Started:
 def _run_or_put_aside(experiment: Experiment, aside: set[Path], started: Started) -> float | None:
     """Run a cell, unless another process is at work at it. (A job, which has one cell alone, waits for that one.)
 
-    With `retry` only cells that failed or were interrupted are run.
+    With `retry` only cells that had failed or were interrupted are run: all ranks of a job are to do the same.
     """
     folder = _folder(experiment)
-    if experiment.retry and read_cell(folder).state not in ("failed", "interrupted"):
+    if experiment.retry and folder.name not in started.again:
         return None
     if HydraConfig.get().runtime.choices["hydra/launcher"] == "basic":  # which works at one cell after the other
         if is_held(folder):

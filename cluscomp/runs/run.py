@@ -98,6 +98,8 @@ def _run(
     root |= {"said": said} if any(said.values()) else {}
     experiment.evaluate.inputs()  # what is not there is told before the original writes a text of its own
     runner = Runner(experiment, outputs, original, stage_keys(experiment, root))
+    if len(set(ranks.gathered(runner.key))) > 1:
+        raise InputError("the processes of this run have unlike settings, files or packages; start all of them alike")
     runner.check()
     run_folder = outputs / f"run-{runner.key}"
     if first:

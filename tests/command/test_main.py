@@ -160,6 +160,23 @@ def test_what_torchrun_would_not_set_is_named(cli, monkeypatch, name):
     assert f"{name}=abc" in the_sentence(cli(*TINY))
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "1"},
+    ],
+)
+def test_a_sweep_is_started_by_one_process(cli, place, monkeypatch, variables):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # so that what is set meanwhile goes with the test
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert "hydra.launcher.tasks_per_node=N" in the_sentence(cli("-m", *TINY, "seed=0,1"))
+    assert not list(place.glob("outputs/*"))
+
+
 def test_settings_are_checked_before_what_takes_long_is_imported(place):
     script = """
 import sys

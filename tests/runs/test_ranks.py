@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from forks import until
+from pipelines import composed
 from safetensors.torch import load_file
+
+from cluscomp.runs.cells import at_work, folder_of, read_cell
+from cluscomp.runs.experiment import settings_of
 
 BLOCKS, ORDER = 3, ["cluster", "block_finetune", "recover"]
 SMALL = [
@@ -193,6 +197,53 @@ def test_the_first_rank_says_so_while_it_waits_for_the_others(forks, ground):
     assert [forks.wait(pid) for pid in pids] == [130, 1]
     assert logs[0].read_text().splitlines()[-1].startswith("cluscomp: interrupted")
     assert "KeyboardInterrupt" not in logs[1].read_text()
+
+
+UNLIKE = """
+import sys
+from cluscomp.__main__ import main
+from cluscomp.process import rank
+
+sys.argv.append(f"seed={rank()}")
+main()
+"""
+
+
+def test_processes_with_unlike_settings_are_no_run(forks, ground):
+    """They would answer one another in different stages."""
+    pids = start(forks, ground, "unlike", 2, script=UNLIKE)
+    assert [forks.wait(pid) for pid in pids] == [2, 1]
+    assert "cluscomp: the processes of this run have unlike settings" in (ground / "unlike-0.log").read_text()
+    assert not list((ground / "unlike").glob("cluster-*"))
+
+
+LATE = """
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from cluscomp.command.compose import compose_for
+from cluscomp.command.sweep import Started, _run_or_put_aside
+from cluscomp.process import rank
+
+cell = Path(sys.argv.pop())
+while rank() == 1 and "running" not in (cell / "cell.json").read_text():
+    time.sleep(0.01)
+compose_for(partial(_run_or_put_aside, aside=set(), started=Started({}, 0.0, frozenset({cell.name}))))
+"""
+
+
+def test_a_rank_that_comes_late_works_at_the_cell_that_is_tried_again(forks, ground):
+    """The tasks of a job with retry=true, the first of which already says of the cell that it is running."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    settings = [*SMALL, f"data.file={ground / 'text.txt'}", f"cache={ground / 'cache'}", f"outputs={ground / 'late'}"]
+    settings += ["order=[cluster]", "evaluate.after=[]", "retry=true", "hydra/launcher=slurm_local"]
+    folder = folder_of(ground / "late", "run", settings_of(composed(*settings[:-1])))
+    with pytest.raises(ValueError, match="as before"), at_work(folder, [], lambda error: (str(error), 1)):
+        raise ValueError("as before")
+    pids = start(forks, ground, "late", 2, *settings, str(folder), script=LATE, small=[])
+    assert [forks.wait(pid) for pid in pids] == [0, 0], [(ground / f"late-{n}.log").read_text() for n in range(2)]
+    assert read_cell(folder).state == "finished"
 
 
 FAILING = """
