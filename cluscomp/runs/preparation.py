@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from cluscomp.checkpoint import NAME
 from cluscomp.errors import InputError
@@ -43,18 +44,23 @@ def dtype_of(experiment: Experiment) -> torch.dtype:
     return torch.float32
 
 
-def foreseen(experiment: Experiment, cache: Path) -> Plan | None:
+def known_config(experiment: Experiment, cache: Path) -> PreTrainedConfig | None:
+    """The model's config; None, with a line in the log, where nothing is known of it before it is fetched."""
+    try:
+        config: PreTrainedConfig = experiment.model.read_config(cache)
+        return config
+    except InputError as error:
+        log.info("no plan yet: %s", error)
+        return None
+
+
+def foreseen(experiment: Experiment, config: PreTrainedConfig) -> Plan | None:
     """The plan of a run on this machine, in the log; None, with a line, for a model of which too little is known.
 
-    Raises InputError if a stage does not fit, unless `force`.
+    Raises InputError if a stage does not fit, unless `force`, and for what cannot be planned.
     """
     device = device_of(experiment.device)
     products = _slower_products(experiment, device.type)
-    try:
-        config = experiment.model.read_config(cache)
-    except InputError as error:
-        log.info("no plan: %s", error)
-        return None
     if not experiment.order and quantizer(config) not in (None, NAME):
         log.info("no plan: what layers of '%s' take is not known", quantizer(config))
         return None

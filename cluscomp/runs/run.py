@@ -20,13 +20,13 @@ from cluscomp.kernels.loading import native
 from cluscomp.models.files import combined, file_hashes, fingerprint
 from cluscomp.models.original import Original
 from cluscomp.models.quantised import opened
-from cluscomp.models.sources import GgufModel
+from cluscomp.models.sources import GgufModel, read_config
 from cluscomp.plan.plan import Plan
 from cluscomp.process import join_slurm, processes, rank
 from cluscomp.report.page import of_enough_seeds, page
 from cluscomp.runs.capsule import commit, leave_out, seal, versions
 from cluscomp.runs.experiment import Experiment, config_of, stage_keys, without_places
-from cluscomp.runs.preparation import device_of, dtype_of, foreseen
+from cluscomp.runs.preparation import device_of, dtype_of, foreseen, known_config
 from cluscomp.runs.runner import Runner, tell_of_other_code
 from cluscomp.runs.trackers import Forgiving, NoTracker, Session, listening
 from cluscomp.store.files import held_alone, writable, written_alone
@@ -85,9 +85,12 @@ def _run(
 ) -> Outcome:
     """`run`, with the other processes if there are any; only the first has a place to `publish`."""
     first = rank() == 0
-    predicted = foreseen(experiment, cache) if first else None
+    known = known_config(experiment, cache) if first else None
+    predicted = None if known is None else foreseen(experiment, known)
     with held_alone(cache, "model"):
         folder = experiment.model.folder(cache, to_score=not experiment.order)
+    if first and known is None:  # the model was not here before
+        predicted = foreseen(experiment, read_config(folder))
     gc.collect()
     gc.freeze()  # libraries stay anyway: each later collection looks only at what runs make
     device, dtype = device_of(experiment.device), ranks.agreed(lambda: dtype_of(experiment))  # a measurement

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluscomp.data.texts import calibration_windows
+from cluscomp.errors import InputError
 from cluscomp.runs.experiment import config_of, key_settings, settings_of, stage_keys, without_places
 from cluscomp.runs.run import Outcome
 from cluscomp.store.records import SCHEMA, protocol, read, read_sealed, write_sealed
@@ -573,6 +574,22 @@ def test_publish_copies_the_record_under_name_and_key(ground, tmp_path):
     published = tmp_path / "results" / "trial" / f"{outcome.record.run['key']}.json"
     assert list(published.parent.iterdir()) == [published]
     assert published.read_bytes() == outcome.path.read_bytes()
+
+
+def test_a_model_that_is_fetched_first_is_planned_then(ground, tmp_path, monkeypatch, caplog):
+    """Of the hub nothing but the download itself is left out: its cache holds nothing of the model before."""
+    caplog.set_level(logging.INFO, "cluscomp")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(original(ground)))
+    fetched = ["model=hub", "model.id=org/not-here-yet", "evaluate.after=[cluster]"]
+    made = pipeline(ground, tmp_path / "out", *fetched)
+    planned, size = made.record.machine["predicted"], made.record.size
+    assert planned["checkpoint_bytes"] == pytest.approx(size["checkpoint_bytes"], rel=0.02)
+    assert "no plan yet: model.id=org/not-here-yet" in caplog.text and "bits per weight of the linears" in caplog.text
+    with pytest.raises(InputError, match=r"evaluate cluster would need .* GiB of RAM"):
+        pipeline(ground, tmp_path / "large", *fetched, "evaluate.batch_size=100000000")
+    with pytest.raises(InputError, match="learns=clipping needs a method on uniform grids"):
+        pipeline(ground, tmp_path / "late", *fetched, *TUNED, "block_finetune.learns=clipping")
+    assert not list(tmp_path.glob("large/*")) and not list(tmp_path.glob("late/*"))
 
 
 def test_models_continue_the_prompt(ground):
