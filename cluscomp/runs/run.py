@@ -24,10 +24,11 @@ from cluscomp.models.sources import GgufModel, read_config
 from cluscomp.plan.plan import Plan
 from cluscomp.process import join_slurm, processes, rank
 from cluscomp.report.page import of_enough_seeds, page
+from cluscomp.runs.begun import tell_of_other_code
 from cluscomp.runs.capsule import commit, leave_out, seal, versions
 from cluscomp.runs.experiment import Experiment, config_of, stage_keys, without_places
 from cluscomp.runs.preparation import device_of, dtype_of, foreseen, known_config
-from cluscomp.runs.runner import Runner, tell_of_other_code
+from cluscomp.runs.runner import Runner
 from cluscomp.runs.trackers import Forgiving, NoTracker, Session, listening
 from cluscomp.store.files import held_alone, writable, written_alone
 from cluscomp.store.records import EXTERNAL, SCHEMA, Record, Score, content_key, read, write

@@ -4,14 +4,13 @@ A folder is named by its key. It is finished when `metrics.json` is there, which
 the checkpoint's hash; one that names others belongs elsewhere, and is not believed. It also names the hash of the
 checkpoint that was worked on or scored: what was made of another one, as a stage was made anew, is made anew, too. A
 process that comes to a folder where another one works waits, and re-uses what that one leaves. A `fresh` run works in a
-folder within and puts what it made in place of what was there.
+folder within and puts what it made in place of what was there; it goes on from parts of the same, clean commit alone.
 
 Of the ranks of a run the first looks what is finished, holds the folder and writes; stages that are `distributed`, and
 evaluations, are worked at by all.
 """
 
 import logging
-import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,7 +25,8 @@ from cluscomp.forms.layers import check_file, size_of
 from cluscomp.models import dense
 from cluscomp.models.opened import Opened
 from cluscomp.models.original import Original
-from cluscomp.runs.capsule import commit, versions
+from cluscomp.runs.begun import begin, begun, code, keep_alone, remove, tell_of_other_code
+from cluscomp.runs.capsule import versions
 from cluscomp.runs.card import card
 from cluscomp.runs.experiment import Experiment, key_settings
 from cluscomp.runs.measured import Measured
@@ -42,7 +42,6 @@ from cluscomp.store.secrets import hide
 log = logging.getLogger("cluscomp")
 ANSWERS = "answers.jsonl.gz"  # to the tasks, of one model
 METRICS, CHECKPOINT, FRESH = "metrics.json", "checkpoint", "fresh"
-OF = "of"  # the file in a stage's folder that holds the hash of the checkpoint that it is working on
 
 
 class Runner:
@@ -89,7 +88,7 @@ class Runner:
         with held_by_first(folder, name):
             metrics = self._stage(name, folder)
             if ranks.rank() == 0:
-                _keep_alone(folder, CHECKPOINT, METRICS, "lock")
+                keep_alone(folder, CHECKPOINT, METRICS, "lock")
         self._hashes[name] = metrics["checkpoint_hash"]
         return metrics
 
@@ -99,7 +98,7 @@ class Runner:
         with held_by_first(folder, f"evaluate {name}"):
             metrics = self._evaluate(name, folder)
             if ranks.rank() == 0:
-                _keep_alone(folder, METRICS, ANSWERS, "lock")
+                keep_alone(folder, METRICS, ANSWERS, "lock")
         return metrics
 
     def _folder(self, name: str) -> Path:
@@ -120,7 +119,7 @@ class Runner:
         return self.outputs / f"predictions-{content_key([self.keys['original'], versions()])}"
 
     def _stage(self, name: str, folder: Path) -> dict[str, Any]:
-        finished = ranks.agreed(lambda: self._found(folder, self._before(name)))
+        finished = ranks.agreed(lambda: self._found(name, folder))
         if finished is not None:
             log.info("%s  finished before, %s", name, folder)
             tell_of_other_code(name, finished)
@@ -146,15 +145,15 @@ class Runner:
                 ranks.wait()  # until none looks at a file of the stage
             size = self._keep(name, model, job)
         hash_ = checkpoint.checkpoint_hash(job.folder / CHECKPOINT)
-        metrics = {"key": _key_of(folder)} | cost | _code() | {"found": found, "size": size, "checkpoint_hash": hash_}
-        metrics |= {"curves": curves, "of": self._before(name)}
+        metrics = {"key": _key_of(folder)} | cost | {"found": found, "size": size, "checkpoint_hash": hash_}
+        metrics |= {"curves": curves} | begun(job.folder)
         self._finish(job.folder, metrics, folder, CHECKPOINT)
         return metrics
 
     def _evaluate(self, name: str, folder: Path) -> dict[str, Any]:
         evaluate = self.experiment.evaluate
         of = self._hashes.get(name)
-        finished = ranks.agreed(lambda: None if self.experiment.fresh else self._finished(folder, of))
+        finished = ranks.agreed(lambda: self._scored_before(folder, of))
         if finished is not None:
             tell_of_other_code(f"evaluate {name}", finished)
             # The same model may have been reached under another name.
@@ -171,13 +170,20 @@ class Runner:
             )  # fmt: skip
         return ranks.agreed(lambda: self._scored(name, found, cost, work, folder))
 
+    def _scored_before(self, folder: Path, of: str | None) -> dict[str, Any] | None:
+        """The metrics of a finished evaluation; None for a `fresh` one, of which nothing was begun then, either."""
+        if self.experiment.fresh:
+            keep_alone(self._work_folder(folder))
+            return None
+        return self._finished(folder, of)
+
     def _scored(self, name: str, found: Evaluation, cost: dict[str, Any], work: Path, folder: Path) -> dict[str, Any]:
         """Write what was found of a model, and tell of it; the metrics."""
         if found.answers:
             write_answers(work / ANSWERS, found.answers)
         scores = [asdict(score) for score in found.scores]
         sample = found.sample and hide(found.sample)  # it begins with the prompt
-        metrics = {"key": _key_of(folder)} | cost | _code() | {"scores": scores, "sample": sample}
+        metrics = {"key": _key_of(folder)} | cost | code() | {"scores": scores, "sample": sample}
         metrics["of"] = self._hashes.get(name)
         for score in found.scores:
             log.info("evaluate  %s after %s: %.3f on %s", score.metric, name, score.value, score.dataset)
@@ -195,7 +201,7 @@ class Runner:
         write_sealed(work / METRICS, metrics)
         if work != folder:
             (folder / METRICS).unlink(missing_ok=True)  # first, so that it never stands beside what is not its own
-            _remove(folder / beside)
+            remove(folder / beside)
             for name in (beside, METRICS):
                 if (work / name).exists():
                     (work / name).rename(folder / name)
@@ -275,15 +281,12 @@ class Runner:
             return None
         return metrics
 
-    def _found(self, folder: Path, of: str | None) -> dict[str, Any] | None:
-        """The metrics of a stage that need not be made; else None, with no parts left there of another checkpoint."""
-        work, metrics = self._work_folder(folder), None if self.experiment.fresh else self._whole(folder, of)
+    def _found(self, name: str, folder: Path) -> dict[str, Any] | None:
+        """The metrics of a stage that need not be made; else None, and it is begun or gone on with."""
+        of, fresh = self._before(name), self.experiment.fresh
+        metrics = None if fresh else self._whole(folder, of)
         if metrics is None:
-            begun = work / OF
-            if of is not None and begun.is_file() and begun.read_text(encoding="utf-8") != of:
-                _keep_alone(work, CHECKPOINT, METRICS, "lock")
-            if of is not None:
-                begun.write_text(of, encoding="utf-8")
+            begin(name, self._work_folder(folder), of, fresh=fresh)
         return metrics
 
     def _whole(self, folder: Path, of: str | None) -> dict[str, Any] | None:
@@ -305,36 +308,5 @@ class Runner:
             log.warning("%s", sentence)
 
 
-def tell_of_other_code(what: str, found: dict[str, Any]) -> None:
-    """A line in the log if metrics or a record were finished by other code than this."""
-    then, now = (_told(one) for one in (found, _code()))
-    if then != now:
-        log.info("%s  finished before, by %s; this is %s", what, then, now)
-
-
-def _told(code: dict[str, Any]) -> str:
-    commit = f"commit {code['commit'][:12]}" if code.get("commit") else "code of no commit"
-    return f"{commit} with changes" if code.get("dirty") else commit
-
-
 def _key_of(folder: Path) -> str:
     return folder.name.rpartition("-")[2]
-
-
-def _code() -> dict[str, Any]:
-    """Of which commit the code is that computes, and whether it differs from it."""
-    return dict(zip(("commit", "dirty"), commit()))
-
-
-def _keep_alone(folder: Path, *names: str) -> None:
-    """Remove all else from a folder: what let a killed stage go on, and what killed processes left half-written."""
-    for path in folder.iterdir():
-        if path.name not in names:
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

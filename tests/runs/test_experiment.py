@@ -21,6 +21,7 @@ from cluscomp.data.texts import calibration_windows
 from cluscomp.errors import InputError
 from cluscomp.runs.experiment import config_of, key_settings, settings_of, stage_keys, without_places
 from cluscomp.runs.run import Outcome
+from cluscomp.stages import clustering
 from cluscomp.store.records import SCHEMA, protocol, read, read_sealed, write_sealed
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny.json"
@@ -432,6 +433,62 @@ def test_parts_that_were_made_of_another_checkpoint_are_not_gone_on_from(ground,
     swap(tmp_path / "out", tmp_path / "other")
     again = pipeline(ground, tmp_path / "out", *TUNED)
     assert stage_hash(again, "block_finetune") == stage_hash(other, "block_finetune")
+
+
+def begin(ground: Path, outputs: Path, monkeypatch, code: tuple[str, bool], *more: str) -> dict[Path, int]:
+    """A run of other code, killed before its first stage is whole; the parts, by their time."""
+
+    def fails(*_, **__):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr("cluscomp.checkpoint.save", fails)
+        patch.setattr("cluscomp.runs.begun.commit", lambda: code)
+        pipeline(ground, outputs, *more)
+    return {path: path.stat().st_mtime_ns for path in outputs.glob("cluster-*/**/block-*")}
+
+
+def watched(outputs: Path, monkeypatch) -> list[bool]:
+    """Whether there are parts when the stage begins or goes on to work."""
+    found: list[bool] = []
+
+    def run(*job, run=clustering.run):
+        found.append(any(outputs.glob("cluster-*/**/block-*")))
+        return run(*job)
+
+    monkeypatch.setattr(clustering, "run", run)
+    return found
+
+
+def test_parts_of_code_in_no_commit_are_told_to_the_end(ground, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "cluscomp")
+    assert begin(ground, tmp_path / "out", monkeypatch, ("a" * 40, True))
+    assert begin(ground, tmp_path / "out", monkeypatch, ("b" * 40, False))  # a second clean one knows of the first
+    told = [line for line in caplog.messages if "begun by" in line]
+    assert told == ["cluster  begun by commit aaaaaaaaaaaa with changes; this is commit bbbbbbbbbbbb"]
+    monkeypatch.setattr("cluscomp.runs.begun.commit", lambda: ("b" * 40, False))
+    monkeypatch.setattr("cluscomp.runs.run.commit", lambda: ("b" * 40, False))
+    went_on = watched(tmp_path / "out", monkeypatch)
+    made = pipeline(ground, tmp_path / "out")
+    assert went_on == [True] and made.record.run["dirty"] is True
+    (metrics,) = tmp_path.glob("out/cluster-*/metrics.json")
+    assert read_sealed(metrics)["commit"] == "b" * 40 and read_sealed(metrics)["dirty"] is True
+    assert not pipeline(ground, tmp_path / "clean").record.run["dirty"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "goes_on"),
+    [(("a" * 40, False), ("b" * 40, False), False), (("a" * 40, True), ("a" * 40, True), False),
+     (("a" * 40, False), ("a" * 40, False), True)],
+)  # fmt: skip
+def test_a_fresh_run_goes_on_from_parts_of_the_same_clean_code_alone(
+    ground, tmp_path, monkeypatch, first, second, goes_on
+):
+    assert begin(ground, tmp_path / "out", monkeypatch, first, "fresh=true")
+    monkeypatch.setattr("cluscomp.runs.begun.commit", lambda: second)
+    went_on = watched(tmp_path / "out", monkeypatch)
+    pipeline(ground, tmp_path / "out", "fresh=true")
+    assert went_on == [goes_on]
 
 
 def test_a_domain_told_later_marks_scores_that_were_there(ground, tmp_path):
