@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from cluscomp.command.environment import Place, resolved
+from cluscomp.command.idle import GROUPS, refuse_idle, tell_idle
 from cluscomp.command.trust import Given, at, check, given, refuse_hydra, settings_class
 from cluscomp.command.usage import choices, settings_of_no_group
 from cluscomp.errors import InputError
@@ -31,20 +32,7 @@ log = logging.getLogger("cluscomp")
 EXTRAS = {"optuna": "search", "submitit_local": "cluster", "submitit_slurm": "cluster"}  # by Hydra's own choices
 HERE = Path(__file__).parents[1]
 CONF = next(folder for folder in (HERE / "conf", HERE.parent / "conf") if folder.is_dir())
-# used by settings, not by the run itself
-SHARED = (
-    "method",
-    "beside",
-    "allocation",
-    "data",
-    "scored",
-    "instructions",
-    "tasks",
-    "bits",
-    "data_root",
-    "debug",
-    "trust",
-)
+SHARED = (*GROUPS, "data_root", "debug", "trust")  # used by settings, not by the run itself
 
 
 @contextmanager
@@ -85,7 +73,7 @@ def compose_for(command: Callable[[Experiment], float | None]) -> None:
             experiment = build(config, HydraConfig.get().runtime.choices, said)
             join_slurm()
             quiet_libraries()
-            _tell_idle(experiment, said)
+            tell_idle(OmegaConf.to_container(config), experiment, said)
             return command(experiment)
         return None
 
@@ -95,15 +83,6 @@ def compose_for(command: Callable[[Experiment], float | None]) -> None:
 def _escaped(told: Callable[[Path], str]) -> str:
     """A part of --help, as Hydra's template takes it."""
     return told(CONF).replace("$", "$$")
-
-
-def _tell_idle(experiment: Experiment, said: Given) -> None:
-    """Warn of what the command line says for stages that are not run."""
-    for key in sorted(said.keys):
-        stage = key.partition(".")[0]
-        if stage in experiment.stages and stage not in experiment.order:
-            order = ",".join(experiment.order)
-            log.warning("%s has no effect: order=[%s] has no stage %s", key, order, stage)
 
 
 def composed(overrides: list[str], said: Given | None = None) -> Experiment:
@@ -181,6 +160,7 @@ def build(config: DictConfig, chosen: Mapping[str, str | None], said: Given) -> 
         put(values, place, text)  # from here on values are what is written
     choices = _choices(chosen, raw, values)  # after what tells most mistakes, for it takes as long as all before
     stages_ = {key: parts[key] for key in stages if key in parts}
+    refuse_idle(values["order"], parts)
     try:
         return Experiment(stages=stages_, choices=choices, from_environment=read, **settings)
     except ValidationError as error:

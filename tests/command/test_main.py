@@ -25,6 +25,9 @@ from safetensors.torch import load_file, save_file
 import cluscomp
 from cluscomp.command import usage
 from cluscomp.command.compose import CONF, composed
+from cluscomp.command.idle import tell_idle
+from cluscomp.command.trust import given
+from cluscomp.errors import InputError
 from cluscomp.runs import preparation
 
 PARAGRAPH = "Paragraph {} says that the quick brown fox jumped over the lazy dog {} times."
@@ -267,6 +270,43 @@ def test_what_has_no_effect_is_told(cli, caplog):
         "block_finetune has no effect: order=[cluster] has no stage block_finetune",
         "recover.lr has no effect: order=[cluster] has no stage recover",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [
+        (["evaluate=gptq_2048", "data@scored=pydoc", "instructions=alpaca"], ["data@scored", "instructions"]),
+        (["order=[rank,cut]", "method=rtn", "beside.rank=2"], ["beside.rank", "bits", "method"]),
+        (["order=[evaluate]", "data=pydoc"], ["bits"]),
+        (["data=own", "data@scored=pydoc", "order=[cluster,finetune]", "instructions=text", "tasks=none"], []),
+        (["order=[rank,cut]", "cut=by_method", "method=rtn", "data@scored=pydoc"], []),
+        (["+data@recover.data=pydoc"], ["data@recover.data"]),
+    ],
+)
+def test_a_group_that_no_stage_takes_is_told(caplog, settings, idle):
+    arguments = ["model=tiny", "bits=5", *settings]
+    experiment = composed(arguments)
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        raw = OmegaConf.to_container(hydra.compose("config", overrides=arguments))
+    tell_idle(raw, experiment, given(arguments))
+    assert [line.partition(" ")[0] for line in caplog.messages if "no effect" in line] == idle
+
+
+@pytest.mark.parametrize(
+    ("settings", "instead"),
+    [
+        (["method=slim"], "beside=none"),
+        (["method=rtn", "beside.rank=2"], "beside=none"),
+        (["method=cluscomp_best"], "allocation=block"),
+        (["method=rtn", "allocation=opq"], "allocation=block"),
+    ],
+)
+def test_what_cut_does_not_do_is_refused(settings, instead):
+    cut = ["model=tiny", "bits=5", "order=[rank,cut]", "cut=by_method", *settings]
+    with pytest.raises(InputError, match=f"cut=by_method .*{instead}"):
+        composed(cut)
+    kept = [item for item in cut if not item.startswith("beside.")]
+    assert composed([item for item in kept if not item.startswith("allocation")] + [instead]).order == ["rank", "cut"]
 
 
 def test_each_choice_says_in_a_whole_sentence_what_it_is():
