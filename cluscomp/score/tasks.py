@@ -110,12 +110,9 @@ class Tasks:
     def describe(self) -> dict[str, Any]:
         """The settings that decide the scores, with the content of one's own task files in place of where they lie."""
         values = {key: value for key, value in asdict(self).items() if key not in {"include_path", "data_root"}}
-        files = {}
-        if self.include_path is not None:
-            root = Path(self.include_path).expanduser()
-            own = [path for path in sorted(root.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
-            files = {path.relative_to(root).as_posix(): file_hash(path) for path in own}
-        return values | {"own_files": files}
+        root = None if self.include_path is None else Path(self.include_path).expanduser()
+        own = [] if root is None else [one for one in sorted(root.rglob("*")) if one.is_file() and one.suffix != ".pyc"]
+        return values | {"own_files": {path.relative_to(root).as_posix(): file_hash(path) for path in own if root}}
 
     def ask(
         self,
