@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluscomp.data.mixture import AND
 from cluscomp.data.texts import Tokenizer
@@ -34,7 +35,12 @@ def same_domain(first: str, second: str) -> bool:
 
 
 def _domain(name: str) -> str:
-    """A domain as the yaml of that data set has it, where its name is the data set's id or a path in a mirror."""
+    """A domain as the yaml of that data set has it, where its name is the data set's id or a path in a mirror.
+
+    A file's is its place, however it is told.
+    """
+    place = Path(name).expanduser()
+    name = str(place.resolve()) if place.is_file() else name
     return next((domain for id, domain in DOMAINS.items() if f"/{id}/" in f"/{name}/"), name)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 log = logging.getLogger(__name__)
-VERSION = 2  # of how texts are written: those of another are written anew
+VERSION = 3  # of how texts are written: those of another are written anew
 
 
 @runtime_checkable
@@ -96,9 +96,16 @@ class OwnSamples:
             raise InputError(f"data {self.name}: the tokenizer of {folder} has no token that begins or ends a text")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        causal = type(known.AutoConfig.from_pretrained(folder)) in known.MODEL_FOR_CAUSAL_LM_MAPPING
+        config = known.AutoConfig.from_pretrained(folder)
+        most = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and self.length > most:
+            raise InputError(
+                f"data {self.name}: length={self.length}: {folder.name} has {most} positions; give no more"
+            )
+        causal = type(config) in known.MODEL_FOR_CAUSAL_LM_MAPPING
         auto: Any = known.AutoModelForCausalLM if causal else known.AutoModelForImageTextToText
         model = auto.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval()
+        model.generation_config = known.GenerationConfig()  # generate() would add its file's: penalties, beams, ...
         plain = known.GenerationConfig(
             do_sample=True, temperature=self.temperature, top_k=0, top_p=1.0, max_new_tokens=self.length,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=first,

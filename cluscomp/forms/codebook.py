@@ -283,6 +283,10 @@ class CodebookWeight(Single):
             parts = [multiply_by_tables(x_BI[0], codes, book, outputs)[None] for book, codes in zip(books, self.codes)]
         return reduce(add, parts).to(x_BI.dtype)
 
+    def forget(self) -> None:
+        """Let go of codes and codebooks, which it holds for its next product."""
+        self._held = None
+
     def ledger(self) -> dict[str, int]:
         """Stored bits; codebooks that another weight stores do not count."""
         return self.bits(**self.spec(), follows=self.follows)

@@ -1,5 +1,6 @@
 """Mixtures: shares of characters, also at the end that is held out; and the original's own samples among them."""
 
+import json
 import os
 import shutil
 import signal
@@ -95,6 +96,14 @@ def test_a_data_set_has_one_domain_however_it_is_named():
     assert same_domain("org/name", "org/name") and not same_domain("org/name", "c4")
 
 
+def test_a_file_has_one_domain_however_its_place_is_told(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for told in ("rows.jsonl", "./rows.jsonl", f"../{tmp_path.name}/rows.jsonl"):
+        assert same_domain(told, str(tmp_path / "rows.jsonl")) and same_domain(f"0.5 + {told}", "rows.jsonl")
+    assert not same_domain("rows.jsonl", str(tmp_path / "other.jsonl"))
+
+
 def test_half_of_what_is_learned_from_are_the_originals_own_samples(tmp_path):
     """Written once, told in record and table; the text that is scored is another part's."""
     own = ["data.parts.own.documents=10", "data.parts.own.length=64", "data.parts.own.batch_size=5"]
@@ -141,6 +150,20 @@ def test_own_samples_begin_as_the_model_goes_on_after_its_first_token(families, 
         ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
     source = sampled(folder, tmp_path / "cache", documents=1, length=8, temperature=1e-4, batch_size=1)
     assert source.text("calibration").rows == [tokenizer.decode(ids[0], skip_special_tokens=True)]
+
+
+def test_own_samples_are_of_the_models_predictions_alone(families, tmp_path):
+    """What its generation_config.json says of penalties is left out; a text longer than the model takes is refused."""
+    folder = tmp_path / "model"
+    shutil.copytree(families("llama", initializer_range=0.5), folder)
+    plain = sampled(folder, tmp_path / "cache").text("calibration").rows
+    config = json.loads((folder / "generation_config.json").read_text())
+    config |= {"repetition_penalty": 1.8, "no_repeat_ngram_size": 1, "min_p": 0.2}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    assert sampled(folder, tmp_path / "other").text("calibration").rows == plain
+    most = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    with pytest.raises(InputError, match=f"length={most + 1}: model has {most} positions"):
+        sampled(folder, tmp_path / "cache", length=most + 1).text("calibration")
 
 
 KILLED = """

@@ -18,6 +18,7 @@ from cluscomp.errors import InputError
 from cluscomp.forms.codebook import CodebookWeight
 from cluscomp.forms.layers import put_in
 from cluscomp.forms.linear import compressed
+from cluscomp.models.opened import Opened
 from cluscomp.models.original import Original, block_names, blocks, linears
 from cluscomp.models.predictions import Teacher, divergence
 from cluscomp.models.walk import Walk
@@ -94,6 +95,15 @@ def test_the_held_out_loss_falls_and_is_that_of_the_stored_models(recovered, gro
     windows = texts.test_windows(text, AutoTokenizer.from_pretrained(recovered.checkpoint), length=32, limit=4)
     for key, folder in (("held_out_before", clustered(recovered)), ("held_out_after", recovered.checkpoint)):
         assert numbers[key] == pytest.approx(plain_loss(folder, torch.from_numpy(windows)), rel=1e-5)
+
+
+def test_blocks_that_are_read_when_they_are_called_leave_nothing_behind(recovered):
+    """Of one token's product, too, which is made straight from the codes."""
+    model = Opened(recovered.checkpoint, torch.float32, torch.device("cpu")).load_all()
+    with torch.no_grad():
+        model(torch.ones(1, 1, dtype=torch.long))
+    stored = [layer.stored for layer in compressed(model).values()]
+    assert len(stored) == 14 and all(one.codes.is_meta and one._held is None for one in stored)
 
 
 def test_held_out_rows_are_the_last_tenth_and_no_training_text():
