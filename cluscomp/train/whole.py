@@ -64,8 +64,13 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _separate_head(self, ids_BT: Tensor) -> tuple[nn.Module, ...]:
-        """The head, if logits are the head of the last hidden state and nothing else (Gemma 2 caps them), or ()."""
+        """The head, if logits are the head of the last hidden state and nothing else (Gemma 2 caps them), or ().
+
+        Also () where transformers finds no model without the head (Llama 4, which has it under another name than told).
+        """
         (model,) = self._model
+        if model.base_model is model:
+            return ()
         head = model.get_output_embeddings()
         hidden_BTH = model.base_model(ids_BT, use_cache=False).last_hidden_state
         same = torch.allclose(head(hidden_BTH), model(ids_BT, use_cache=False).logits, rtol=1e-3, atol=1e-4)
