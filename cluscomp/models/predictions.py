@@ -55,13 +55,13 @@ class Predictions:
     def _part(self, number: int) -> Path:
         return self.folder / f"teacher-{number:05}.safetensors"
 
-    def _look(self, index: int, hidden_BTH: Tensor) -> None:
-        """Is shown what each block makes of each batch."""
+    def _look(self, walk: Walk, index: int, hidden_BTH: Tensor) -> None:
+        """Is shown what each block makes of each batch, with all that travels behind the hidden states."""
 
     @torch.no_grad()
     def _predict(self, walk: Walk, windows_WT: Tensor, batch_size: int) -> dict[str, Tensor]:
         batches = [batch_BT.to(walk.device) for batch_BT in windows_WT.split(batch_size)]
-        hidden = walk.through(batches, "original's predictions", self._look)
+        hidden = walk.through(batches, "original's predictions", partial(self._look, walk))
         found = [self.keep(walk, hidden_BTH, ids_BT) for hidden_BTH, ids_BT in zip(hidden, batches)]
         return {name: torch.cat([kept[name] for kept in found]).cpu() for name in found[0]}
 
@@ -92,15 +92,15 @@ class Teacher(Predictions):
             self.of_a_part = max(1, self.of_a_part // len(walk))
         super().write(walk, batch_size=batch_size)
 
-    def _look(self, index: int, hidden_BTH: Tensor) -> None:
+    def _look(self, walk: Walk, index: int, hidden_BTH: Tensor) -> None:
         if self.hidden:
-            self._between.setdefault(index, []).append(direction(hidden_BTH).half().cpu())
+            self._between.setdefault(index, []).append(direction(hidden_BTH[..., : walk.width]).half().cpu())
 
     def _predict(self, walk: Walk, windows_WT: Tensor, batch_size: int) -> dict[str, Tensor]:
         self._between = {}
         found = super()._predict(walk, windows_WT, batch_size)
         if self.hidden:
-            between = [torch.cat(self._between[index])[..., : walk.width] for index in range(len(walk) - 1)]
+            between = [torch.cat(self._between[index]) for index in range(len(walk) - 1)]
             found["hidden"] = torch.stack(between, 1)
         return found
 
