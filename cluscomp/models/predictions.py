@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cluscomp import ranks
+from cluscomp.errors import InputError
 from cluscomp.models.walk import Walk
 from cluscomp.store.tensors import read_tensors, write_tensors
 
@@ -69,7 +70,8 @@ class Predictions:
 class Teacher(Predictions):
     """The original's `top` likeliest next tokens for each token of the windows (W, T).
 
-    With `hidden` also what each block but the last makes of it, as a vector of length 1 in float16.
+    With `hidden` also what each block but the last makes of it, as a vector of length 1 in float16; `write` raises
+    InputError for a model whose blocks have other positions than tokens.
     """
 
     def __init__(self, folder: Path, windows_WT: Int[Tensor, "W T"], top: int, *, hidden: bool = False) -> None:
@@ -94,6 +96,12 @@ class Teacher(Predictions):
 
     def _look(self, walk: Walk, index: int, hidden_BTH: Tensor) -> None:
         if self.hidden:
+            if hidden_BTH.shape[1] != self.windows_WT.shape[1]:
+                raise InputError(
+                    f"{type(walk.model).__name__}: its blocks have {hidden_BTH.shape[1]} positions for "
+                    f"{self.windows_WT.shape[1]} tokens, so their hidden states are not those of tokens; "
+                    "give recover.hidden=0"
+                )
             self._between.setdefault(index, []).append(direction(hidden_BTH[..., : walk.width]).half().cpu())
 
     def _predict(self, walk: Walk, windows_WT: Tensor, batch_size: int) -> dict[str, Tensor]:

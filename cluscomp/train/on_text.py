@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cluscomp.models.arguments import Layout, hidden_of
 from cluscomp.models.opened import Opened
-from cluscomp.models.original import Original, norms
+from cluscomp.models.original import Original, blocks, norms
 from cluscomp.models.predictions import Teacher, direction
 from cluscomp.models.walk import Walk
 from cluscomp.train.masters import Trained
@@ -97,26 +98,40 @@ class WithHidden(Objective):
     def __init__(self, *arguments: Any, hidden: float, **weights: Any) -> None:
         super().__init__(*arguments, **weights)
         self.hidden = hidden
-        self._between: tuple[Tensor, ...] = ()
+        self._between: list[Tensor] = []
 
     def values(self, ids_BT: Tensor) -> Tensor:
-        """As `Objective.values`, (B, T) -> (B, T, H) or logits; what the blocks give on the way is remembered."""
+        """As `Objective.values`, (B, T) -> (B, T, H) or logits; what the blocks give on the way is remembered.
+
+        Their own outputs, (B, T, H) each, as the teacher's walk sees them: transformers' `hidden_states` are others for
+        some families. The backward pass, which may run a block again, notes nothing.
+        """
         (model,) = self._model
-        found = (model.base_model if self._head else model)(ids_BT, use_cache=False, output_hidden_states=True)
-        self._between = found.hidden_states[1:-1]
-        return found.last_hidden_state if self._head else found.logits  # type: ignore[no-any-return]
+        self._between = []
+
+        def note(_block: nn.Module, _args: Any, output: Any) -> None:
+            hidden = hidden_of(output)
+            layout = Layout.of(hidden, ids_BT.shape) or Layout()
+            self._between.append(layout.flat(hidden))
+
+        handles = [block.register_forward_hook(note) for block in blocks(model)[:-1]]
+        try:
+            return super().values(ids_BT)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def forward(self, input_ids: Tensor, labels: Tensor, *arguments: Any, **batch: Any) -> dict[str, Tensor]:
         """As `Objective.forward`, of a batch that also brings the teacher's `hidden` (B, T, blocks - 1, H)."""
         wanted, of_step = batch.pop("hidden"), batch.get("num_items_in_batch")
         found = super().forward(input_ids, labels, *arguments, **batch)
         counted = labels != IGNORED
-        assert len(self._between) == wanted.shape[2], "transformers gives hidden states otherwise"
+        assert len(self._between) == wanted.shape[2], "a block ran more than once, or not at all"
         off = [
             (direction(hidden_BTH[counted]) - wanted[counted, index].float()).square().sum()
             for index, hidden_BTH in enumerate(self._between)
         ]
-        self._between = ()
+        self._between = []
         total = torch.stack(off).sum()
         found["loss"] = found["loss"] + self.hidden * total / (counted.sum() if of_step is None else of_step)
         return found

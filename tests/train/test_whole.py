@@ -7,9 +7,13 @@ from conftest import ROPE, TOKENS
 from streamed import opened
 from transformers import AutoModelForCausalLM
 
+from cluscomp.errors import InputError
+from cluscomp.models.original import blocks
 from cluscomp.models.predictions import Teacher
+from cluscomp.models.sources import TinyModel
 from cluscomp.models.walk import Walk
-from cluscomp.train.whole import IGNORED, Objective
+from cluscomp.train.on_text import WithHidden
+from cluscomp.train.whole import IGNORED, Objective, _rematerialised_blocks, _training
 
 LLAMA4 = ROPE | {
     "intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_layers": [1],
@@ -18,6 +22,21 @@ GEMMA4 = ROPE | {
     "global_head_dim": 8, "vocab_size_per_layer_input": 257, "hidden_size_per_layer_input": 8,
     "num_kv_shared_layers": 0, "sliding_window": 5,
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}  # fmt: skip
+STREAMS = {
+    "llama": ROPE,
+    "mamba": {"hidden_size": 32, "state_size": 4, "time_step_rank": 4},  # `hidden_states` begin after block 0
+    "rwkv": {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 48, "context_length": 64},
+    "gemma3n_text": ROPE | {  # several streams
+        "num_hidden_layers": 4, "activation_sparsity_pattern": [0.0] * 4, "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 5, "laurel_rank": 4,
+        "vocab_size_per_layer_input": 257, "hidden_size_per_layer_input": 8,
+    },
+}  # fmt: skip
+PROPHET = {
+    "hidden_size": 32, "num_decoder_layers": 2, "num_encoder_layers": 1, "num_decoder_attention_heads": 4,
+    "num_encoder_attention_heads": 4, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "is_decoder": True,
+    "is_encoder_decoder": False,
 }  # fmt: skip
 
 
@@ -51,3 +70,36 @@ def test_what_a_teacher_keeps_of_blocks_has_length_1_whatever_travels_behind(fam
     hidden_TLH = teacher.window(0)["hidden"].float()
     assert hidden_TLH.shape == (TOKENS, 2, 32)
     torch.testing.assert_close(hidden_TLH.norm(dim=-1), torch.ones(TOKENS, 2), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_the_original_is_no_distance_from_what_its_own_blocks_give(families, ids, tmp_path, name):
+    """And gradients of other models flow through them, the same bits where blocks run again in the backward pass."""
+    folder = families(name, **STREAMS[name])
+    teacher, model = taught(folder, ids, tmp_path), of(folder)
+    rows = [teacher.window(number) for number in range(2)]
+    batch = labelled(ids) | {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    weights = {"cross_entropy": 0, "kl": 1, "ids_BT": ids}
+    with torch.no_grad():
+        objectives = [WithHidden(model, [], hidden=hidden, **weights) for hidden in (0, 1e3)]
+        plain, both = (float(one(**batch)["loss"]) for one in objectives)
+    assert both == pytest.approx(plain, abs=1e-2)  # float16 times 1000; that of another block is far off
+    first = blocks(model)[0]
+    first.requires_grad_(True)
+    batch["hidden"] = batch["hidden"].flip(1)
+    gradients = []
+    for during in (_training, _rematerialised_blocks):
+        first.zero_grad()
+        with during(model):
+            objectives[1](**batch)["loss"].backward()
+        gradients.append({key: one.grad for key, one in first.named_parameters() if one.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    assert all(torch.equal(one, gradients[1][key]) and one.any() for key, one in gradients[0].items())
+    assert not objectives[1]._between
+
+
+def test_blocks_with_other_positions_than_tokens_are_no_teachers(ids, tmp_path):
+    """ProphetNet predicts several tokens at once, each at positions of its own."""
+    folder = TinyModel(architecture="prophetnet", config=PROPHET, seed=1).folder(tmp_path)
+    with pytest.raises(InputError, match=r"ProphetNet.*36 positions for 12 tokens.*give recover\.hidden=0"):
+        taught(folder, ids, tmp_path)
