@@ -325,7 +325,8 @@ class MetaModel:
         `together`: examples that go through the model together. `state`: bytes of the `trained` numbers and of what is
         kept of each. `logits`: numbers of them that are in memory at once.
         """
-        inside = self.training(together, length)
+        inside, can = self.training(together, length), self.model.supports_gradient_checkpointing
+        again = again and can
         dense = {"dense blocks": self.all_numbers * self.dtype.itemsize - self.outside}
         device = (self.together if self.compressed else dense) | {
             "embedding, head": self.outside,
@@ -336,14 +337,13 @@ class MetaModel:
         }
         once = self.forward(together, length).work * self.blocks
         head = self.logits(together, length).work
-        work = (inside.work * self.blocks + (once if again else NOTHING) + head * 3) * (
-            examples / (together * self.ranks)
-        )
+        passes = examples / (together * self.ranks)
+        work = (inside.work * self.blocks + (once if again else NOTHING) + head * 3) * passes
         work += Work(traffic=40.0 * trained) * (examples / of_a_step)
         work += (once + head) * (2 * held_out / together) + before * (1 / self.ranks)
         work += Work(read=float(self.checkpoint_bytes()))
         relief = "a smaller length" + (", or a smaller batch_size with more accumulation" if together > 1 else "")
-        relief += "" if again else ", or gradient_checkpointing=true"
+        relief += ", or gradient_checkpointing=true" if can and not again else ""
         if self.device == "cpu":
             return Cost(worst(device, self.in_the_end | {"embedding, head": self.outside}), {}, work, relief)
         return Cost(device, self.in_the_end, work, relief)

@@ -18,7 +18,8 @@ class Steps:
     A step is `accumulation` batches of `batch_size` examples, whatever the number of processes. `warmup` is the share
     of steps in which the learning rate rises, `clip` the largest norm of the gradient. Every `save_every` steps the
     state is written that a killed run goes on from. With `gradient_checkpointing` the inputs of all blocks alone are
-    kept for the backward pass and their insides made again: less memory, a quarter more time, the same numbers.
+    kept for the backward pass and their insides made again: less memory, a quarter more time, the same numbers. Models
+    for which transformers has nothing of the kind (CTRL) keep all.
     """
 
     batch_size: int = Field(ge=1)

@@ -165,6 +165,8 @@ def train_whole(
     steps = len(train) // settings.of_a_step
     device = model.device
     PartialState(cpu=device.type == "cpu")
+    if settings.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        log.warning("%s  %s has no gradient checkpointing: all of a pass is kept in memory", name, type(model).__name__)
     before = held_out_loss(objective, held_out, settings.batch_size, device)
     attempts = (read_sealed(folder / "attempts.json") or {"attempts": []})["attempts"]
     while len(attempts) < ATTEMPTS and not (attempts and attempts[-1]["kept"]):
@@ -296,12 +298,16 @@ def _training(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _rematerialised_blocks(model: PreTrainedModel) -> Iterator[None]:
-    """In training: keep a block's input alone for the backward pass."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    try:
-        with _training(model):
+    """In training: keep a block's input alone for the backward pass, where transformers can do that with the model."""
+    with _training(model):
+        if not model.supports_gradient_checkpointing:
             yield
-    finally:
-        disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-        disable()
+            return
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # no block needs those, and GIT adds to the embedded tokens in place
+        try:
+            yield
+        finally:
+            disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+            disable()

@@ -5,15 +5,18 @@ import torch
 import torch.nn.functional as F
 from conftest import ROPE, TOKENS
 from streamed import opened
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cluscomp.errors import InputError
-from cluscomp.models.original import blocks
+from cluscomp.models.original import blocks, norms
 from cluscomp.models.predictions import Teacher
 from cluscomp.models.sources import TinyModel
 from cluscomp.models.walk import Walk
+from cluscomp.plan.meta import MetaModel
+from cluscomp.train.masters import Trained
 from cluscomp.train.on_text import WithHidden
-from cluscomp.train.whole import IGNORED, Objective, _rematerialised_blocks, _training
+from cluscomp.train.steps import Steps
+from cluscomp.train.whole import IGNORED, Objective, _rematerialised_blocks, _training, train_whole
 
 LLAMA4 = ROPE | {
     "intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_layers": [1],
@@ -37,6 +40,15 @@ PROPHET = {
     "hidden_size": 32, "num_decoder_layers": 2, "num_encoder_layers": 1, "num_decoder_attention_heads": 4,
     "num_encoder_attention_heads": 4, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "is_decoder": True,
     "is_encoder_decoder": False,
+}  # fmt: skip
+ALL_KEPT = {
+    "ctrl": {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64, "dff": 48},
+    "git": ROPE | {
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 16, "patch_size": 8,
+        }
+    },
 }  # fmt: skip
 
 
@@ -103,3 +115,36 @@ def test_blocks_with_other_positions_than_tokens_are_no_teachers(ids, tmp_path):
     folder = TinyModel(architecture="prophetnet", config=PROPHET, seed=1).folder(tmp_path)
     with pytest.raises(InputError, match=r"ProphetNet.*36 positions for 12 tokens.*give recover\.hidden=0"):
         taught(folder, ids, tmp_path)
+
+
+@pytest.mark.parametrize("name", ALL_KEPT)
+def test_what_transformers_cannot_make_again_is_kept(families, ids, tmp_path, caplog, name):
+    """CTRL has no gradient checkpointing; GIT's embeddings take no hook that asks for their gradient."""
+    folder = families(name, **ALL_KEPT[name])
+    found = []
+    for again in (True, False):
+        model, caplog.records[:] = of(folder), []
+        trained = Trained(model, codebooks=False, others=norms(model))
+        examples = [{key: value[0] for key, value in labelled(ids[:1]).items()}] * 4
+        settings = Steps(
+            batch_size=2, accumulation=1, lr=1e-3, weight_decay=0.0, schedule="constant", warmup=0.0, clip=1.0,
+            save_every=2, gradient_checkpointing=again,
+        )  # fmt: skip
+        numbers = train_whole(
+            model, trained, Objective(model, trained.parameters, cross_entropy=1, kl=0, ids_BT=ids), examples,
+            examples[:1], settings, tokens=48, name="whole", folder=tmp_path / str(again), seed=0,
+        )  # fmt: skip
+        assert numbers["kept"] and numbers["steps"] == 2
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert sum("has no gradient checkpointing: all" in line for line in told) == (again and name == "ctrl")
+        found.append([parameter.detach().clone() for parameter in norms(model).values()])
+    assert all(torch.equal(*pair) for pair in zip(*found))
+
+
+def test_the_plan_knows_of_which_models_all_is_kept(families):
+    wanted = {"together": 1, "of_a_step": 1, "length": 8, "examples": 2, "held_out": 1, "logits": 64}
+    for name, config in (ALL_KEPT | {"llama": ROPE}).items():
+        outline = MetaModel(AutoConfig.from_pretrained(families(name, **config)), torch.float32, "cpu")
+        costs = [outline.end_to_end(**wanted, trained=0.0, state=0.0, again=again) for again in (True, False)]
+        assert (costs[0].device == costs[1].device) == (name == "ctrl")
+        assert ["gradient_checkpointing=true" in one.relief for one in costs] == [False, name != "ctrl"]
