@@ -20,7 +20,6 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint as rematerialised
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
-from cluscomp.forms.apart import stacks
 from cluscomp.models.predictions import divergence
 from cluscomp.store.records import read_sealed, write_sealed
 from cluscomp.train.masters import Trained
@@ -255,7 +254,7 @@ def _fit(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        ddp_find_unused_parameters=bool(stacks(model)),  # experts that get no token
+        ddp_find_unused_parameters=True,  # experts that get no token, attention to an encoder that is not there
         use_cpu=model.device.type == "cpu",
         seed=seed % 2**32,  # NumPy, which Trainer seeds, too, takes no larger one
     )

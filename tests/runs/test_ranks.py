@@ -295,21 +295,31 @@ def test_ranks_learn_a_task_as_one_process_does(forks, ground):
     assert found[0]["found"]["kept"] and found[0]["found"]["steps"] == 6
 
 
+WITHOUT_GRADIENT = {
+    "qwen3_moe": {  # experts that get no token
+        "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 2,
+        "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 1,
+    },
+    "bart": {  # attention to an encoder, of which there is none
+        "d_model": 32, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
+        "num_hidden_layers": 2, "is_decoder": True, "is_encoder_decoder": False,
+    },
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_ranks_train_experts_of_which_some_get_no_token(forks, ground, families):
-    folder = families(
-        "qwen3_moe", hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_hidden_layers=2,
-        moe_intermediate_size=16, num_experts=8, num_experts_per_tok=1,
-    )  # fmt: skip
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+def test_ranks_train_models_of_which_a_part_gets_no_gradient(forks, ground, families, name):
+    folder = families(name, **WITHOUT_GRADIENT[name])
     trained = [
         "model=hub", f"model.id={folder}", "data=text", "device=cpu", "order=[prepare]", "prepare=quick",
         "prepare.tokens=384", "prepare.length=12", "prepare.batch_size=2", "prepare.held_out=4", "evaluate.after=[]",
         "prepare.vector_dim=4", "prepare.codebook_size=8", "evaluate.context=12", "dtype=float32",
     ]  # fmt: skip
-    pids = start(forks, ground, "experts", 2, small=trained)
-    logs = [ground / f"experts-{rank}.log" for rank in range(2)]
+    pids = start(forks, ground, name, 2, small=trained)
+    logs = [ground / f"{name}-{rank}.log" for rank in range(2)]
     assert [forks.wait(pid) for pid in pids] == [0, 0], [log.read_text()[-2000:] for log in logs]
-    (path,) = (ground / "experts").glob("prepare-*/metrics.json")
+    (path,) = (ground / name).glob("prepare-*/metrics.json")
     assert json.loads(path.read_text())["found"]["kept"]
 
 
