@@ -34,7 +34,7 @@ def check_choice(bits: float | None, **shape: int | None) -> None:
     """Raise ValueError unless either `bits` or the `shape` is given, of which a group may be null."""
     names = [f"method.{name}" for name in shape]
     if bits is None and any(value is None for name, value in shape.items() if name != "group"):
-        raise ValueError(f"give bits=3, or {' and '.join(names)}")
+        raise ValueError(f"give bits=3 (or another limit), or {' and '.join(names)}")
     if bits is not None and any(value is not None for value in shape.values()):
         raise ValueError(
             f"bits={bits} chooses {' and '.join(names)} for each matrix, so they cannot be given too "
