@@ -198,11 +198,15 @@ class Walk:
 
 @contextmanager
 def _noted(block: nn.Module, layers: list[str], *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
-    """What enters the named layers of a block (..., I) while it runs; with `stop` it ends as `Captured` at the last."""
+    """What enters the named layers of a block (..., I) while it runs; with `stop` it ends as `Captured` at the last.
+
+    Of a layer that is called more than once the call with the most tokens is kept.
+    """
     entering: dict[str, Tensor] = {}
 
     def note(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        entering[name] = inputs[0]
+        if name not in entering or inputs[0].numel() >= entering[name].numel():
+            entering[name] = inputs[0]
         if stop and len(entering) == len(layers):
             raise Captured
 

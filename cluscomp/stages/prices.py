@@ -87,6 +87,8 @@ def _noting(sums: dict[str, float], name: str, length: int | None) -> Callable[.
     """
 
     def forward(_layer: Any, _args: Any, output: Tensor) -> None:
+        if not output.requires_grad:  # the loss does not depend on it: an indexer's choice has no gradient
+            return
         sizes = output.detach().float().square().sum(-1)
 
         def backward(gradient: Tensor) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from cluscomp.errors import InputError
 from cluscomp.kernels.work import Work
 from cluscomp.plan.cost import worst
 from cluscomp.settings import settings
@@ -13,6 +14,7 @@ from cluscomp.stages.from_text import TrainsOnText
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from cluscomp.models.original import Original
     from cluscomp.plan.cost import Cost
     from cluscomp.plan.meta import MetaModel
     from cluscomp.stages import Job
@@ -43,6 +45,15 @@ class Recover(TrainsOnText):
         """What changes no result, and how much is kept of a teacher that is not asked."""
         idle = super().without_effect() | (set() if "kl" in self.loss else {"teacher_top"})
         return idle if self.hidden else idle | {"hidden"}
+
+    def check(self, original: "Original") -> None:
+        """See `Stage.check`. Raises InputError for hidden states of a model that has one block alone."""
+        super().check(original)
+        if self.hidden and getattr(original.config.get_text_config(), "num_hidden_layers", None) == 1:
+            raise InputError(
+                f"recover.hidden={self.hidden}: {original.folder.name} has one block, and the last one's hidden states "
+                "do not count; give recover.hidden=0"
+            )
 
     @property
     def taught(self) -> bool:

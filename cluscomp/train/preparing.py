@@ -93,8 +93,11 @@ class Prepared(Objective):
                 vars(layer).pop("forward", None)  # the class's own forward shows again
 
     def _product(self, name: str, layer: nn.Linear, x: Tensor) -> Tensor:
-        weight_OI = layer.weight
-        return F.linear(x, weight_OI if self.at is None else self.at(name, weight_OI), layer.bias)
+        if self.at is None:
+            return F.linear(x, layer.weight, layer.bias)
+        weight_OI = self.at(name, layer.weight)
+        bias_O = None if layer.bias is None else layer.bias.to(weight_OI.dtype)
+        return F.linear(x.to(weight_OI.dtype), weight_OI, bias_O).to(x.dtype)
 
 
 class Cram(Prepared):
@@ -142,7 +145,7 @@ class Cram(Prepared):
     def _compressed(self, name: str, weight_OI: Tensor) -> Tensor:
         gradient_OI, ahead_OI = self._gradients[name], weight_OI
         if gradient_OI is not None:
-            ahead_OI = weight_OI + self.rho * (self._to_mean * gradient_OI).to(weight_OI.dtype)
+            ahead_OI = weight_OI.float() + self.rho * (self._to_mean * gradient_OI)  # a step that 16 bits would lose
         return ahead_OI if self.clusters is None else self.clusters.means(name, ahead_OI)
 
 

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -266,7 +267,8 @@ def _fit(
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=lr, weight_decay=settings.weight_decay
     )
-    trainer = (SummingTrainer if summed else Trainer)(
+    kind = partial(SummingTrainer, half=model.dtype == torch.float16) if summed else Trainer
+    trainer = kind(
         model=objective,
         args=arguments,
         train_dataset=train,

@@ -7,9 +7,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cluscomp.errors import InputError
-from cluscomp.models.original import Original, blocks, linears
+from cluscomp.models.original import Original, block_names, blocks, linears
 from cluscomp.models.walk import Walk
 from cluscomp.score.perplexity import window_scores
+from cluscomp.stages.prices import prices
 
 TUPLES = {  # families whose blocks give tuples
     "gptj": {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64, "rotary_dim": 4},
@@ -124,6 +125,20 @@ def test_all_that_passes_from_block_to_block_is_walked(families, ids, name):
         [last] = walk.through([windows], "text")
         assert last.ndim == 3 and last.shape[2] > 32
         assert torch.allclose(walk.logits(last, windows), model(windows, use_cache=False).logits, atol=1e-5)
+
+
+def test_a_layer_that_is_called_twice_is_seen_with_all_its_tokens(families, ids, tmp_path):
+    """Zaya's delayed values are made of the hidden states, and then of a state of zeros, which none reaches."""
+    original = Original(families("zaya", **STREAMS["zaya"]), torch.float32, torch.device("cpu"))
+    walk = Walk(original.model(), original)
+    hidden_BTH = walk.embed(ids)
+    with walk.block(0) as block:
+        (delayed,) = [name for name in linears(block) if name.endswith("v_proj_delayed")]
+        query = delayed.replace("v_proj_delayed", "q_proj")
+        _, entering = walk.observe(0, block, hidden_BTH, [delayed, query])
+        assert entering[delayed] is entering[query] and entering[query].shape[:2] == ids.shape
+    found = prices(walk, [ids], tmp_path)
+    assert all(value >= 0 for value in found.values()) and found[f"{block_names(walk.model)[0]}.{query}"] > 0
 
 
 @torch.no_grad()

@@ -210,6 +210,19 @@ def test_in_bfloat16_masters_learn_and_16_bits_are_left(tiny_folder, text, tmp_p
         assert sum(not torch.equal(weight, before[name]) for name, weight in after.items()) == 3 * 7
 
 
+def test_a_step_ahead_is_not_rounded_away_in_bfloat16():
+    """Weights of 1 and a step of a thousandth, below half a step of bfloat16."""
+    cram = Cram.__new__(Cram)
+    gradient_OI = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    cram.rho, cram.clusters, cram._to_mean, cram._gradients = 1e-3, None, 1.0, {"layer": gradient_OI}
+    ahead_OI = cram._compressed("layer", torch.ones(16, 32, dtype=torch.bfloat16))
+    torch.testing.assert_close(ahead_OI - 1, 1e-3 * gradient_OI, rtol=1e-3, atol=1e-6)
+    linear = torch.nn.Linear(32, 16, dtype=torch.bfloat16)
+    cram.at = cram._compressed
+    x = torch.randn(4, 32, dtype=torch.bfloat16)
+    assert cram._product("layer", linear, x).dtype == torch.bfloat16
+
+
 def test_the_prepared_model_is_compressed_next_and_planned(ground, tmp_path):
     arguments = [
         "model=tiny", "data=text", f"data.file={ground / 'text.txt'}", f"cache={ground / 'cache'}", "method=rtn",

@@ -106,6 +106,13 @@ def test_blocks_that_are_read_when_they_are_called_leave_nothing_behind(recovere
     assert len(stored) == 14 and all(one.codes.is_meta and one._held is None for one in stored)
 
 
+def test_hidden_states_of_a_model_of_one_block_are_refused_beforehand(ground, families):
+    original = Original(families("llama", num_hidden_layers=1), torch.float32, torch.device("cpu"))
+    with pytest.raises(InputError, match=r"recover\.hidden=0\.05: .* has one block"):
+        built(ground, "recover.hidden=0.05").stages["recover"].check(original)
+    built(ground, "recover.hidden=0").stages["recover"].check(original)
+
+
 def test_held_out_rows_are_the_last_tenth_and_no_training_text():
     text = Text("rows", [f"{number:02} {'x' * 97}" for number in range(40)] + ["same " * 20] * 2, "\n\n")
     first, last = split(text, 0.1)

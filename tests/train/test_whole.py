@@ -16,6 +16,8 @@ from cluscomp.plan.meta import MetaModel
 from cluscomp.train.masters import Trained
 from cluscomp.train.on_text import WithHidden
 from cluscomp.train.steps import Steps
+from cluscomp.train.sums import Sums
+from cluscomp.train.trainer import SummingTrainer
 from cluscomp.train.whole import IGNORED, Objective, _rematerialised_blocks, _training, train_whole
 
 LLAMA4 = ROPE | {
@@ -148,3 +150,24 @@ def test_the_plan_knows_of_which_models_all_is_kept(families):
         costs = [outline.end_to_end(**wanted, trained=0.0, state=0.0, again=again) for again in (True, False)]
         assert (costs[0].device == costs[1].device) == (name == "ctrl")
         assert ["gradient_checkpointing=true" in one.relief for one in costs] == [False, name != "ctrl"]
+
+
+def test_many_tokens_of_a_step_leave_gradients_in_float16(families, ids):
+    """A step of 2^20 tokens: each gives a millionth of the loss, which float16 has no numbers for."""
+    folder, found = families("llama"), {}
+    for dtype in (torch.float32, torch.float16):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        layer = blocks(model)[0].mlp.down_proj
+        objective = Objective(model, [layer.weight.requires_grad_()], cross_entropy=1, kl=0, ids_BT=ids)
+        trainer = SummingTrainer.__new__(SummingTrainer)
+        trainer._half, trainer._scale = dtype == torch.float16, 1.0
+        loss = trainer.compute_loss(objective, labelled(ids), num_items_in_batch=2**20)
+        loss.backward()
+        sums = Sums([layer.weight])
+        sums.add(loss, trainer._scale)
+        total = sums.total()
+        found[dtype] = layer.weight.grad.double().flatten(), total.double()
+    (expected, loss), (gradient, also) = found.values()
+    assert F.cosine_similarity(expected, gradient, dim=0) > 0.999
+    torch.testing.assert_close(gradient.norm(), expected.norm(), rtol=0.01, atol=0)
+    torch.testing.assert_close(also, loss, rtol=0.01, atol=0)
