@@ -21,7 +21,7 @@ from cluscomp.train.sums import Sums
 
 log = logging.getLogger(__name__)
 LINES = 50  # of progress in the log
-AS_OF = 16  # tokens a step: as large as theirs are gradients in float16
+AS_OF = 16  # in float16 gradients are as large as in a step of so many tokens
 WHOLE = "whole.json"  # hashes of a Trainer checkpoint's files, written last
 
 
