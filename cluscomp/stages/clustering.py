@@ -164,8 +164,8 @@ def _shared_out(
                     offered = list(method.offers(new()))
                     if stage.gates is not None:
                         apply, made = partial(walk.apply, index), partial(_made, method, new)
-                        worth = prices[name] if prices else 1.0
-                        offered = gated(stage.gates, offered, made, apply, block, (entering, stream), worth)
+                        streams, worth = (entering, stream), prices[name] if prices else 1.0
+                        offered = gated(stage.gates, offered, made, apply, block, streams, worth, walk.width)
                 except ValueError as error:
                     raise InputError(f"{name}.{error}") from error
                 menus.keep(index, offered)

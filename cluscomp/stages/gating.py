@@ -20,6 +20,7 @@ def gated(
     block: nn.Module,
     streams: tuple[Sequence[Tensor], Sequence[Tensor]],
     worth: float,
+    width: int | None = None,
 ) -> list[Menu]:
     """The menus of a dense block with what its outputs lose in the place of the damages; its weights are spent.
 
@@ -31,6 +32,7 @@ def gated(
         block: its linear layers have their dense weights, and no numbers of use when this ends.
         streams: what enters the original's block and what leaves it, batches of (B, T, H). One batch a step, in turns.
         worth: what an error as large as the block's output counts.
+        width: numbers of a hidden state, if others travel behind it, which count nothing. See `Walk.width`.
 
     The loss is the squared error of the output relative to its square, without each window's first token, whose
     activations can be thousands of times those of others.
@@ -43,8 +45,8 @@ def gated(
         entering_BTH, leaving_BTH = (stream[step % len(stream)] for stream in streams)
         with torch.enable_grad():
             learning = {name: layer.weight.requires_grad_() for name, layer in layers.items()}
-            error_BTH = (apply(block, entering_BTH) - leaving_BTH)[:, 1:].float()
-            loss = worth * error_BTH.square().sum() / leaving_BTH[:, 1:].float().square().sum()
+            given_BTH, target_BTH = (one[:, 1:, :width].float() for one in (apply(block, entering_BTH), leaving_BTH))
+            loss = worth * (given_BTH - target_BTH).square().sum() / target_BTH.square().sum()
             found = torch.autograd.grad(loss, [*learning.values()], allow_unused=True)  # experts that no token reached
         gradients = dict(zip(learning, found))
         gates.learn([sum(_along(gradients[name], offset) for name, offset in each.items()) for each in offsets])

@@ -56,8 +56,9 @@ def prices(walk: Walk, windows: list[Tensor], folder: Path) -> dict[str, float]:
             for number, (hidden_BTH, gradient_BTH) in enumerate(zip(entering.pop(), gradients)):
                 with torch.enable_grad():
                     output_BTH = walk.apply(index, block, hidden_BTH.requires_grad_())
-                    _noting(sums, "", length)(None, None, output_BTH)
                     (gradients[number],) = torch.autograd.grad(output_BTH, hidden_BTH, gradient_BTH)
+                own_BTH = output_BTH.detach()[..., : walk.width].float()  # not what travels behind
+                sums[""] += _price(own_BTH.square().sum(-1), gradient_BTH[..., : walk.width], length)
             for handle in handles:
                 handle.remove()
         found[names[index]] = sums.pop("") / tokens
@@ -92,9 +93,14 @@ def _noting(sums: dict[str, float], name: str, length: int | None) -> Callable[.
         sizes = output.detach().float().square().sum(-1)
 
         def backward(gradient: Tensor) -> None:
-            both = gradient.float().square().mean(-1) * sizes
-            sums[name] += float(both.sum() if length is None else both.view(-1, length)[:, 1:].sum())
+            sums[name] += _price(sizes, gradient, length)
 
         output.register_hook(backward)
 
     return forward
+
+
+def _price(sizes: Tensor, gradient: Tensor, length: int | None) -> float:
+    """The sum over tokens of |z|^2 (...), which are `sizes`, times the mean of g^2, with g the gradient (..., O)."""
+    both = gradient.float().square().mean(-1) * sizes
+    return float(both.sum() if length is None else both.view(-1, length)[:, 1:].sum())

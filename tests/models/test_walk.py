@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import FAMILIES
+from reference.prices import by_autograd
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -159,20 +160,30 @@ def test_arguments_that_change_with_the_tokens_are_found(tiny_folder, ids):
         Walk(model).embed(ids)
 
 
-@torch.no_grad()
-def test_arguments_that_are_made_of_the_tokens_travel_with_the_hidden_states(families, ids):
-    """Gemma 4 gives each block an embedding of the tokens of its own."""
-    folder = families(
+@pytest.fixture(scope="session")
+def gemma4(families):
+    """A model that gives each block an embedding of the tokens of its own."""
+    return families(
         "gemma4_text", hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         global_head_dim=8, vocab_size_per_layer_input=257, hidden_size_per_layer_input=8, num_kv_shared_layers=0,
         layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=5,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def test_arguments_that_are_made_of_the_tokens_travel_with_the_hidden_states(gemma4, ids):
+    model = AutoModelForCausalLM.from_pretrained(gemma4, dtype=torch.float32).eval()
     walk = Walk(model)
     for windows in (ids, ids.flip(1), ids[:1]):
         [last] = walk.through([windows], "text")
         assert last.shape[2] == 32 + 3 * 8 and walk.width == 32
         assert torch.allclose(walk.logits(last, windows), model(windows, use_cache=False).logits, atol=1e-5)
+
+
+def test_what_travels_behind_the_hidden_states_has_no_price(gemma4, ids, tmp_path):
+    original = Original(gemma4, torch.float32, torch.device("cpu"))
+    found = prices(Walk(original.model(), original), [ids], tmp_path)
+    assert found == pytest.approx(by_autograd(original.load_all(), ids), rel=1e-3)
 
 
 def test_training_reaches_the_stored_parameters_through_apply(tiny_folder, ids):

@@ -65,8 +65,12 @@ class Beside(nn.Module):
         return torch.cat([self.small(x_BTI), 10 * self.large(x_BTI)], -1)
 
 
-def test_what_gates_learn_of_a_block_is_what_each_level_takes_off_and_decides_where_bits_go():
-    """Of layers whose outputs do not mix the gradient half-way is the difference itself. First tokens do not count."""
+@pytest.mark.parametrize("width", [None, 12])
+def test_what_gates_learn_of_a_block_is_what_each_level_takes_off_and_decides_where_bits_go(width):
+    """Of layers whose outputs do not mix the gradient half-way is the difference itself. First tokens do not count.
+
+    Nor does what travels behind the hidden states.
+    """
     torch.manual_seed(0)
     block, x_BTI = Beside(), torch.randn(2, 5, 8)
     y_BTO, dense = block(x_BTI), {name: getattr(block, name).weight.clone() for name in ("small", "large")}
@@ -84,10 +88,13 @@ def test_what_gates_learn_of_a_block_is_what_each_level_takes_off_and_decides_wh
             getattr(block, name).weight.data = dense[name]
         return 7 * float(error / y_BTO[:, 1:].square().sum())
 
+    def with_others(one, x_BTI):
+        return one(x_BTI) if width is None else torch.cat([one(x_BTI), 100 * x_BTI], -1)
+
     menus = [Menu([name], 48, [Option(48 * b, 4.0**-b, {"steps": 2**b}) for b in (1, 2, 3, 4)]) for name in dense]
     expected = [[loss(menu.names, option) for option in menu.options] for menu in menus]
-    found = gated(ByGates(scope="model", levels=4, steps=6), menus, made, lambda one, x: one(x), block,
-                  ([entering_BTI], [y_BTO]), 7.0)  # fmt: skip
+    found = gated(ByGates(scope="model", levels=4, steps=6), menus, made, with_others, block,
+                  ([entering_BTI], [with_others(block, x_BTI)]), 7.0, width)  # fmt: skip
     for menu, learnt, losses in zip(menus, found, expected):
         assert [one.settings for one in learnt.options] == [one.settings for one in menu.options]
         for option, lost in zip(learnt.options, losses):

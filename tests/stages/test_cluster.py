@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from layers import made_by
 from pydantic import ValidationError
+from reference.prices import by_autograd
 from reference.recipe import IDLE, STORED
 from transformers import AutoModelForCausalLM
 
@@ -371,22 +371,7 @@ def test_prices_are_those_of_plain_transformers_and_autograd(family, text, tmp_p
     original = Original(family, torch.float32, CPU)
     ids_WT = windows(text, original)
     found = prices(Walk(original.model(), original), [*ids_WT.split(2)], tmp_path)
-    model, outputs = original.load_all(), {}
-    for name, block in zip(block_names(model), blocks(model)):
-        for layer, linear in linears(block).items():
-            linear.register_forward_hook(lambda _module, _args, out, key=f"{name}.{layer}": outputs.update({key: out}))
-        block.register_forward_hook(
-            lambda _module, _args, out, key=name: outputs.update({key: out[0] if isinstance(out, tuple) else out})
-        )
-    model.requires_grad_(True)
-    expected = dict.fromkeys(found, 0.0)
-    for window_T in ids_WT:
-        logits_TV = model(window_T[None], use_cache=False).logits[0]
-        loss = F.cross_entropy(logits_TV[:-1], window_T[1:], reduction="sum")
-        for name, gradient in zip(outputs, torch.autograd.grad(loss, [*outputs.values()])):
-            both_T = gradient.square().mean(-1) * outputs[name].square().sum(-1)
-            expected[name] += float(both_T.detach().flatten()[1:].sum()) / ids_WT.numel()
-    assert found == pytest.approx(expected, rel=1e-3)
+    assert found == pytest.approx(by_autograd(original.load_all(), ids_WT), rel=1e-3)
     assert prices(Walk(original.model()), [], tmp_path) == found  # as it was left
 
 
