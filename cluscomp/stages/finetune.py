@@ -74,15 +74,15 @@ class _Task(Steps):
         order = [one for _ in range(self.epochs) for one in rng.sample(train, len(train))]
         return encoded, order[: steps * self.of_a_step], held_out
 
-    def _cost(self, outline: "MetaModel", trained: float, masters: bool) -> "Cost":
+    def _cost(self, outline: "MetaModel", trained: float, by_example: bool) -> "Cost":
         """As whole-model training on `examples` of full length; of all (null), whose number is not known, at least.
 
         Raises InputError if so many ranks cannot share a batch.
         """
         self.check_processes(outline.ranks)
         examples = (self.examples or 0) * self.epochs
-        together, state = self.own(outline.ranks), 3.0 * outline.dtype.itemsize
-        if masters:
+        together, state = self.own(outline.ranks), 16.0
+        if by_example:
             together = self.together(outline.device, 1, outline.ranks)  # the shorter they are, the more
             state = self.state(together, outline.ranks)
         cost = outline.end_to_end(
@@ -98,13 +98,16 @@ class _Task(Steps):
         )
         return replace(cost, least=self.examples is None)
 
-    def _train(self, model: "PreTrainedModel", job: "Job", learns: "Callable[[], Trained]") -> dict[str, Any]:
+    def _train(
+        self, model: "PreTrainedModel", job: "Job", learns: "Callable[[], Trained]", by_example: bool
+    ) -> dict[str, Any]:
         from cluscomp.train.on_answers import train_on_answers
 
         encoded, train, held_out = self._examples(job.original.tokenizer, job.seed)
         found = train_on_answers(
-            model, learns, train, held_out, self, opened=job.opened, folder=job.folder / "training", seed=job.seed
-        )
+            model, learns, train, held_out, self,
+            by_example=by_example, opened=job.opened, folder=job.folder / "training", seed=job.seed,
+        )  # fmt: skip
         return {
             "instructions": self.instructions.name,
             "examples": len(encoded.examples),
@@ -143,7 +146,7 @@ class Finetune(_Task):
         trained = float(outline.codebook_numbers(outline.model))
         if self.trainable == "lora":
             trained = outline.add_adapters(self.rank)
-        return self._cost(outline, trained, masters=True)
+        return self._cost(outline, trained, by_example=True)
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Train codebooks or adapters in place; returns losses, counts and deployed bytes."""
@@ -156,12 +159,12 @@ class Finetune(_Task):
             learns = partial(
                 with_adapters, model, norms_too=self.norms, rank=self.rank, alpha=self.alpha, dense=dense, seed=job.seed
             )
-        return self._train(model, job, learns)
+        return self._train(model, job, learns, by_example=True)
 
 
 @settings
 class FullFinetune(_Task):
-    """Finetuning of all parameters of the original in the dtype it computes in: what the others are compared with.
+    """Finetuning of all parameters of the original, as float32 masters: what the others are compared with.
 
     It leaves a checkpoint of ours, in which no layer is compressed; so none can be compressed after it.
     """
@@ -171,10 +174,10 @@ class FullFinetune(_Task):
 
     def cost(self, outline: "MetaModel") -> "Cost":
         """As training of all parameters; see `Stage.cost`."""
-        return self._cost(outline, outline.all_numbers, masters=False)
+        return self._cost(outline, outline.all_numbers, by_example=False)
 
     def run(self, model: "PreTrainedModel", job: "Job") -> dict[str, Any]:
         """Load all blocks and train every parameter in place; returns losses, counts and deployed bytes."""
         from cluscomp.train.on_answers import with_everything
 
-        return self._train(model, job, partial(with_everything, model, job.original))
+        return self._train(model, job, partial(with_everything, model, job.original), by_example=False)

@@ -27,18 +27,22 @@ Kind = TypeVar("Kind", bound=Tensor)
 class Trained:
     """What is trained of a model: the codebooks of stored weights, and other parameters by their name in the model.
 
-    Between `start` and `finish` they are copies that may change, float32 ones with `masters`: stored weights cast
-    theirs to what they compute in by themselves, other modules by parametrisation. `restore` puts all back.
+    Between `start` and `finish` they are float32 copies that may change: stored weights cast theirs to what they
+    compute in by themselves, other modules by parametrisation. `restore` puts all back.
     """
 
-    def __init__(
-        self, model: nn.Module, *, codebooks: bool, others: dict[str, Parameter], masters: bool = True
-    ) -> None:
-        self._model, self._others, self.masters = model, others, masters
+    def __init__(self, model: nn.Module, *, codebooks: bool, others: dict[str, Parameter]) -> None:
+        self._model, self._others = model, others
         self._weights = [layer.stored for layer in compressed(model).values()] if codebooks else []
         self._states = [_held(weight.state_dict()) for weight in self._weights]
         self._data = {name: parameter.data for name, parameter in others.items()}
-        self._cast = [name for name, data in self._data.items() if masters and data.dtype != torch.float32]
+        cast_ = {id(parameter): parameter for parameter in others.values() if parameter.dtype != torch.float32}
+        self._cast = [  # a head and an embedding may be one
+            (module, attribute, cast_[id(parameter)])
+            for module in (model.modules() if cast_ else ())
+            for attribute, parameter in module._parameters.items()
+            if id(parameter) in cast_
+        ]
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -55,12 +59,10 @@ class Trained:
                 parameter.requires_grad_(False)
         for weight in self._weights:
             weight.to_masters()
-        for name in self._cast:
-            module, attribute = self._place(name)
-            parametrize.register_parametrization(module, attribute, _Cast(self._data[name].dtype), unsafe=True)
+        for module, attribute, parameter in self._cast:
+            parametrize.register_parametrization(module, attribute, _Cast(parameter.dtype), unsafe=True)
         for name, parameter in self._others.items():
-            data = self._data[name]
-            parameter.data = data.to(torch.float32 if self.masters else data.dtype, copy=True)
+            parameter.data = self._data[name].to(torch.float32, copy=True)
             parameter.requires_grad_(True)
 
     def finish(self) -> str | None:
@@ -123,17 +125,12 @@ class Trained:
             parameter.data = self._data[name]
 
     def _end(self) -> None:
-        for name, parameter in self._others.items():
+        for parameter in self._others.values():
             parameter.requires_grad_(False)
             parameter.grad = None
-            if name in self._cast:
-                module, attribute = self._place(name)
-                parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
-                module._parameters[attribute] = parameter
-
-    def _place(self, name: str) -> tuple[nn.Module, str]:
-        place, _, attribute = name.rpartition(".")
-        return self._model.get_submodule(place), attribute
+        for module, attribute, parameter in self._cast:
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+            module._parameters[attribute] = parameter
 
 
 def _held(tensors: dict[str, Kind]) -> dict[str, Kind]:

@@ -15,9 +15,10 @@ from cluscomp.forms.multimodal import for_text
 from cluscomp.models.opened import Opened
 from cluscomp.models.original import Original, blocks, norms
 from cluscomp.train.masters import Trained
+from cluscomp.train.objective import IGNORED, Objective
 from cluscomp.train.sharding import gathered, sharded
 from cluscomp.train.steps import Steps
-from cluscomp.train.whole import IGNORED, Example, Objective, train_whole
+from cluscomp.train.whole import Example, train_whole
 
 
 def with_codebooks(model: PreTrainedModel, *, norms_too: bool) -> Trained:
@@ -42,10 +43,10 @@ def with_adapters(
 
 
 def with_everything(model: PreTrainedModel, original: Original) -> Trained:
-    """All blocks are read, and every parameter of the dense model that is for text learns, in its own dtype."""
+    """All blocks are read, and every parameter of the dense model that is for text learns."""
     for index in range(len(blocks(model))):
         original.load_block(model, index)
-    return Trained(model, codebooks=False, others=for_text(model), masters=False)
+    return Trained(model, codebooks=False, others=for_text(model))
 
 
 def train_on_answers(
@@ -55,6 +56,7 @@ def train_on_answers(
     held_out: list[Tokens],
     settings: Steps,
     *,
+    by_example: bool,
     opened: Opened | None,
     folder: Path,
     seed: int,
@@ -67,6 +69,7 @@ def train_on_answers(
         train: the examples of all steps, in their order.
         held_out: examples that are scored before and after.
         settings: batches, learning rate and so on.
+        by_example: whether gradients are sums of those of single examples, see `Objective`.
         opened: what reads the model's blocks, where they are not in memory (train/sharding.py).
         folder: where the state lies that a killed run goes on from.
         seed: of dropout.
@@ -78,7 +81,7 @@ def train_on_answers(
         found = train_whole(
             model,
             trained,
-            Objective(model, trained.parameters, cross_entropy=1, kl=0, ids_BT=first),
+            Objective(model, trained.parameters, cross_entropy=1, kl=0, ids_BT=first, by_example=by_example),
             Answers(train),
             Answers(held_out),
             settings,

@@ -15,9 +15,10 @@ from cluscomp.models.original import Original, blocks, norms
 from cluscomp.models.predictions import Teacher, direction
 from cluscomp.models.walk import Walk
 from cluscomp.train.masters import Trained
+from cluscomp.train.objective import IGNORED, Objective
 from cluscomp.train.sharding import sharded
 from cluscomp.train.steps import Steps
-from cluscomp.train.whole import IGNORED, Example, Objective, train_whole
+from cluscomp.train.whole import Example, train_whole
 
 
 def train_on_text(
@@ -121,10 +122,10 @@ class WithHidden(Objective):
             for handle in handles:
                 handle.remove()
 
-    def forward(self, input_ids: Tensor, labels: Tensor, *arguments: Any, **batch: Any) -> dict[str, Tensor]:
-        """As `Objective.forward`, of a batch that also brings the teacher's `hidden` (B, T, blocks - 1, H)."""
-        wanted, of_step = batch.pop("hidden"), batch.get("num_items_in_batch")
-        found = super().forward(input_ids, labels, *arguments, **batch)
+    def loss(self, input_ids: Tensor, labels: Tensor, of_step: Tensor | int, **batch: Any) -> Tensor:
+        """As `Objective.loss`, of a batch that also brings the teacher's `hidden` (B, T, blocks - 1, H)."""
+        wanted = batch.pop("hidden")
+        loss = super().loss(input_ids, labels, of_step, **batch)
         counted = labels != IGNORED
         assert len(self._between) == wanted.shape[2], "a block ran more than once, or not at all"
         off = [
@@ -132,9 +133,7 @@ class WithHidden(Objective):
             for index, hidden_BTH in enumerate(self._between)
         ]
         self._between = []
-        total = torch.stack(off).sum()
-        found["loss"] = found["loss"] + self.hidden * total / (counted.sum() if of_step is None else of_step)
-        return found
+        return loss + self.hidden * torch.stack(off).sum() / of_step
 
 
 class Windows:

@@ -21,9 +21,9 @@ from cluscomp.forms.codebook import sub_vectors
 from cluscomp.models.original import Original, block_names, blocks, linears
 from cluscomp.solve.kmeans import Recipe, kmeans
 from cluscomp.train.masters import Trained
+from cluscomp.train.objective import IGNORED, Objective
 from cluscomp.train.on_text import train_windows
 from cluscomp.train.steps import Steps
-from cluscomp.train.whole import IGNORED, Objective
 
 Layers = dict[str, nn.Linear]
 
@@ -70,11 +70,12 @@ class Prepared(Objective):
     By itself it is plain training. Without gradients, where it is scored, layers compute with their weights.
     """
 
-    by_example = False  # noise is drawn for a batch, and CrAM looks ahead for one
     passes = 1  # forward and backward, of a batch
 
     def __init__(self, model: PreTrainedModel, trained: Trained, layers: Layers, ids_BT: Tensor) -> None:
-        super().__init__(model, trained.parameters, cross_entropy=1, kl=0, ids_BT=ids_BT)
+        super().__init__(  # noise is drawn for a batch, and CrAM looks ahead for one
+            model, trained.parameters, cross_entropy=1, kl=0, ids_BT=ids_BT, by_example=False
+        )
         self.layers = layers
         self.at: Callable[[str, Tensor], Tensor] | None = None
 
@@ -121,26 +122,25 @@ class Cram(Prepared):
         if self.clusters is not None:
             self.clusters.begin(step, self.layers)
 
-    def forward(self, input_ids: Tensor, labels: Tensor, *arguments: Any, **batch: Any) -> dict[str, Tensor]:
+    def loss(self, input_ids: Tensor, labels: Tensor, of_step: Tensor | int, **batch: Any) -> Tensor:
         """The loss, as `Objective` gives it; both gradients are of this batch."""
         self.at = None
         if not torch.is_grad_enabled():
-            return super().forward(input_ids, labels, *arguments, **batch)
+            return super().loss(input_ids, labels, of_step, **batch)
         weights = list(self.trained)
         gradients = torch.autograd.grad(
-            super().forward(input_ids, labels, *arguments, **batch)["loss"],
+            self.scaled(super().loss(input_ids, labels, of_step, **batch), of_step),
             weights,
             allow_unused=True,  # an expert may get no token
         )
-        of_step = batch.get("num_items_in_batch")
-        self._to_mean = 1.0 if of_step is None else of_step / (labels != IGNORED).sum().clamp(min=1)
+        self._to_mean = of_step / (labels != IGNORED).sum().clamp(min=1)
         self._gradients, self.at = dict(zip(self.layers, gradients)), self._compressed
-        found = super().forward(input_ids, labels, *arguments, **batch)
+        loss = super().loss(input_ids, labels, of_step, **batch)
         if self.plus:
             known = [(weight, gradient) for weight, gradient in zip(weights, gradients) if gradient is not None]
             along = torch.stack([(weight * gradient).sum() for weight, gradient in known]).sum()
-            found["loss"] = found["loss"] + along - along.detach()
-        return found
+            loss = loss + along - along.detach()
+        return loss
 
     def _compressed(self, name: str, weight_OI: Tensor) -> Tensor:
         gradient_OI, ahead_OI = self._gradients[name], weight_OI
@@ -166,7 +166,7 @@ class QuantNoise(Prepared):
         self.clusters.begin(step, self.layers)
         self._generator.manual_seed(int.from_bytes(sha256(f"{self.clusters.seed} {step}".encode()).digest()[:7]))
 
-    def forward(self, *arguments: Any, **batch: Any) -> dict[str, Tensor]:
+    def loss(self, *arguments: Any, **batch: Any) -> Tensor:
         """The loss, as `Objective` gives it, with noise drawn for this batch."""
         self.at = None
         if torch.is_grad_enabled():
@@ -174,7 +174,7 @@ class QuantNoise(Prepared):
                 drawn_N = torch.rand(self.clusters.points(name), generator=self._generator) < self.share
                 self.noised[name] = drawn_N.to(layer.weight.device)
             self.at = self._noisy
-        return super().forward(*arguments, **batch)
+        return super().loss(*arguments, **batch)
 
     def _noisy(self, name: str, weight_OI: Tensor) -> Tensor:
         values_OI = weight_OI.detach()

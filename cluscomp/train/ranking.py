@@ -20,10 +20,10 @@ from cluscomp.forms.ranked import Ranked
 from cluscomp.forms.stored import in_16_bits
 from cluscomp.solve import low_rank
 from cluscomp.train.masters import Trained
+from cluscomp.train.objective import IGNORED, Objective
 from cluscomp.train.on_text import train_windows
 from cluscomp.train.rounding import RoundedAnew
 from cluscomp.train.steps import Steps
-from cluscomp.train.whole import IGNORED, Objective
 
 
 class Directions(RoundedAnew[Ranked]):
@@ -162,17 +162,15 @@ class Ranking(Objective):
         for one in layers if stays else ():
             one.mask.data.copy_(one.scores)  # what the optimizer's momentum moved since
 
-    def forward(self, input_ids: Tensor, labels: Tensor, *arguments: Any, **batch: Any) -> dict[str, Tensor]:
+    def loss(self, input_ids: Tensor, labels: Tensor, of_step: Tensor | int, **batch: Any) -> Tensor:
         """The loss, as `Objective` gives it, and while it learns the batch's part of the price."""
         if not torch.is_grad_enabled():
             with self._cut():
-                return super().forward(input_ids, labels, *arguments, **batch)
-        found = super().forward(input_ids, labels, *arguments, **batch)
-        total, of_step = (labels != IGNORED).sum(), batch.get("num_items_in_batch")
-        part = 1.0 if of_step is None else total / of_step
+                return super().loss(input_ids, labels, of_step, **batch)
+        loss = super().loss(input_ids, labels, of_step, **batch)
+        part = (labels != IGNORED).sum() / of_step
         sizes = torch.cat([one.mask for one in self._layers.values()]).relu()
-        found["loss"] = found["loss"] + self._now * part * sizes.sum()
-        return found
+        return loss + self._now * part * sizes.sum()
 
     @contextmanager
     def _cut(self) -> Iterator[None]:

@@ -24,16 +24,12 @@ class Sums:
         self._gradients: list[Tensor | None] = [None] * len(self._parameters)
         self._loss = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
 
-    def add(self, loss: Tensor, scale: float = 1.0) -> None:
-        """Take the gradients of one more part, whose loss () this is times `scale`, a power of 2, from the parameters.
-
-        They are those of the scaled loss, too; what is added up is not scaled.
-        """
-        self._loss += loss.detach() / scale
+    def add(self, loss: Tensor) -> None:
+        """Take the gradients of one more part, whose loss () this is, from the parameters."""
+        self._loss += loss.detach()
         for number, parameter in enumerate(self._parameters):
             new, parameter.grad = parameter.grad, None
             if new is not None:
-                new = new if scale == 1 else new / scale
                 before = self._gradients[number]
                 self._gradients[number] = new if before is None else before.double().add_(new)
 

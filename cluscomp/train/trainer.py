@@ -21,7 +21,6 @@ from cluscomp.train.sums import Sums
 
 log = logging.getLogger(__name__)
 LINES = 50  # of progress in the log
-AS_OF = 16  # in float16 gradients are as large as in a step of so many tokens
 WHOLE = "whole.json"  # hashes of a Trainer checkpoint's files, written last
 
 
@@ -29,15 +28,12 @@ class SummingTrainer(Trainer):
     """Trainer, of which the gradients and loss of a step are `Sums` of parts, those of all processes.
 
     A part is a batch of Trainer's. Dropout is drawn anew for each, by its number. The model gives its loss for
-    `num_items_in_batch`, and is not wrapped in DDP, which adds up otherwise. With `half` gradients are those of a
-    larger loss on their way through the model: a step's many tokens leave each so little that float16 has no number
-    for it.
+    `num_items_in_batch`, and is not wrapped in DDP, which adds up otherwise.
     """
 
-    def __init__(self, *, model: nn.Module, half: bool, **more: Any) -> None:
+    def __init__(self, *, model: nn.Module, **more: Any) -> None:
         model._is_accelerate_prepared = True  # type: ignore[assignment]  # as it is
         super().__init__(model=model, **more)
-        self._half, self._scale = half, 1.0
         self._sums, self._part, self._of_step = Sums([*model.parameters()]), 0, torch.zeros(())
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -46,7 +42,7 @@ class SummingTrainer(Trainer):
         name = f"{self.args.seed} {part * self.args.world_size + self.args.process_index}"
         torch.manual_seed(int.from_bytes(sha256(name.encode()).digest()[:7]))
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self._sums.add(loss, self._scale)
+        self._sums.add(loss)
         self._part += 1
         if self.accelerator.sync_gradients:
             self._of_step, self._part = self._sums.total(), 0
@@ -55,12 +51,9 @@ class SummingTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Its share of the step's loss, which Trainer's own multiplies by the number of processes; scaled if `half`."""
+        """Its share of the step's loss, which Trainer's own multiplies by the number of processes."""
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        if self._half and num_items_in_batch is not None:
-            self._scale = 2.0 ** max(0, math.floor(math.log2(int(num_items_in_batch) / AS_OF)))
-        loss = outputs["loss"] * self._scale
-        return (loss, outputs) if return_outputs else loss
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], *more: Any) -> None:
         """With the loss of the whole step as all processes found it."""

@@ -8,29 +8,23 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from torch.nn import Parameter
-from torch.utils.checkpoint import checkpoint as rematerialised
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
-from cluscomp.models.predictions import divergence
 from cluscomp.store.records import read_sealed, write_sealed
 from cluscomp.train.masters import Trained
-from cluscomp.train.steps import LOGITS, Steps
+from cluscomp.train.objective import IGNORED, Objective
+from cluscomp.train.steps import Steps
 from cluscomp.train.trainer import LINES, SummingTrainer, Watch, last_whole
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3  # the learning rate as given, halved, halved again
-FEW = 16  # tokens on which the head is tried
-IGNORED = -100  # label of a token whose prediction does not count
 
 Example = dict[str, Tensor]  # input_ids (T,), labels (T,): the next token or -100, and top, top_log (T, K) of a teacher
 
@@ -41,80 +35,6 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
-
-
-class Objective(nn.Module):
-    """The loss of a batch, with the trained parameters alone as its own, so that Trainer sees and saves no others.
-
-    `cross_entropy` and `kl` are the weights of both losses: next-token cross-entropy, and KL to the teacher's
-    predictions that the batch brings. Logits exist for a few tokens at a time, and only where a label is.
-    """
-
-    accepts_loss_kwargs = True  # Trainer hands over `num_items_in_batch`, the labels of a whole step
-    by_example = True  # whether the loss of a step is the sum of those of its examples
-
-    def __init__(
-        self, model: PreTrainedModel, trained: list[Parameter], *, cross_entropy: float, kl: float, ids_BT: Tensor
-    ) -> None:
-        super().__init__()
-        self.trained = nn.ParameterList(trained)
-        self.cross_entropy, self.kl = cross_entropy, kl
-        self._model = (model,)  # in a tuple, or it would be a part of this module
-        self._head = self._separate_head(ids_BT[:1, :FEW].to(model.device))
-
-    @torch.no_grad()
-    def _separate_head(self, ids_BT: Tensor) -> tuple[nn.Module, ...]:
-        """The head, if logits are the head of the last hidden state and nothing else (Gemma 2 caps them), or ().
-
-        Also () where transformers finds no model without the head (Llama 4, which has it under another name than told).
-        """
-        (model,) = self._model
-        if model.base_model is model:
-            return ()
-        head = model.get_output_embeddings()
-        hidden_BTH = model.base_model(ids_BT, use_cache=False).last_hidden_state
-        same = torch.allclose(head(hidden_BTH), model(ids_BT, use_cache=False).logits, rtol=1e-3, atol=1e-4)
-        return (head,) if same else ()
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        top: Tensor | None = None,
-        top_log: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> dict[str, Tensor]:
-        """The loss summed over tokens with a label, divided by `num_items_in_batch` (else by their number): ()."""
-        (model,) = self._model
-        counted = labels != IGNORED
-        values_BTX = self.values(input_ids)
-        columns = [values_BTX[counted], labels[counted]]
-        if self.kl:
-            assert top is not None and top_log is not None
-            columns += [top[counted], top_log[counted]]
-        at_once = max(1, LOGITS[model.device.type] // model.config.get_text_config().vocab_size)
-        losses = [
-            rematerialised(self._summed, *part, use_reentrant=False)
-            for part in zip(*(c.split(at_once) for c in columns))
-        ]
-        total = torch.stack(losses).sum() if losses else values_BTX.sum() * 0
-        return {"loss": total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)}
-
-    def values(self, ids_BT: Tensor) -> Tensor:
-        """What logits are made of: the last hidden states (B, T, H), or the logits themselves; see `_separate_head`."""
-        (model,) = self._model
-        if self._head:
-            return model.base_model(ids_BT, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
-        return model(ids_BT, use_cache=False).logits  # type: ignore[no-any-return]
-
-    def _summed(self, values_NX: Tensor, labels_N: Tensor, *teacher: Tensor) -> Tensor:
-        logits_NV = (self._head[0](values_NX) if self._head else values_NX).float()
-        total = logits_NV.new_zeros(())
-        if self.cross_entropy:
-            total = total + self.cross_entropy * F.cross_entropy(logits_NV, labels_N, reduction="sum")
-        if self.kl:
-            total = total + self.kl * divergence(logits_NV, *teacher)
-        return total
 
 
 def padded(examples: list[Example]) -> Example:
@@ -233,9 +153,9 @@ def _fit(
     seed: int,
 ) -> list[float]:
     """Run Trainer to the last step or the first loss that is not finite; the loss of every step until then."""
-    processes, summed = PartialState().num_processes, objective.by_example and trained.masters
+    processes = PartialState().num_processes
     together = own = settings.own(processes)
-    if summed:
+    if objective.by_example:
         together = settings.together(model.device.type, tokens / len(train), processes)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -267,8 +187,7 @@ def _fit(
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=lr, weight_decay=settings.weight_decay
     )
-    kind = partial(SummingTrainer, half=model.dtype == torch.float16) if summed else Trainer
-    trainer = kind(
+    trainer = (SummingTrainer if objective.by_example else Trainer)(
         model=objective,
         args=arguments,
         train_dataset=train,
@@ -280,7 +199,7 @@ def _fit(
     whole = last_whole(folder)
     if whole is not None:
         log.info("%s  goes on after step %s", watch.name, whole.name.rpartition("-")[2])
-    with _rematerialised_blocks(model) if settings.gradient_checkpointing else _training(model):
+    with objective.learning(), _rematerialised_blocks(model) if settings.gradient_checkpointing else _training(model):
         trainer.train(resume_from_checkpoint=None if whole is None else str(whole))
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     bad = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))

@@ -22,8 +22,8 @@ from cluscomp.forms.normal_float import NormalFloatWeight
 from cluscomp.models.original import Original
 from cluscomp.runs.preparation import planned
 from cluscomp.runs.run import Outcome
+from cluscomp.train.objective import IGNORED
 from cluscomp.train.on_answers import Answers, with_adapters
-from cluscomp.train.whole import IGNORED
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
@@ -385,6 +385,16 @@ def test_the_original_is_finetuned_whole_to_compare_with(ground, tmp_path):
     assert numbers["trained_parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert outcome.record.size["model_bits_per_weight"] == 16
     assert not compressed(model) and outcome.record.scores[0].after == "finetune"
+
+
+def test_full_finetuning_in_16_bits_takes_the_same_small_steps(ground):
+    """Of float32 masters: most steps of this length are less than half of the distance between numbers of 16 bits."""
+    losses = {
+        dtype: found(pipeline(ground, "finetune=full", "order=[finetune]", "finetune.lr=2e-4", f"dtype={dtype}"))
+        for dtype in ("float32", "bfloat16", "float16")
+    }
+    gains = {dtype: one["held_out_before"] - one["held_out_after"] for dtype, one in losses.items()}
+    assert gains == pytest.approx(dict.fromkeys(gains, gains["float32"]), rel=0.1)
 
 
 def test_an_adapted_model_continues_a_prompt_and_is_evaluated(adapted):

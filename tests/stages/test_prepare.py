@@ -15,6 +15,7 @@ from cluscomp.models.original import Original, block_names, blocks, linears
 from cluscomp.stages import Job
 from cluscomp.stages.prepare import Prepare
 from cluscomp.train.masters import Trained
+from cluscomp.train.objective import IGNORED
 from cluscomp.train.preparing import Clusters, Cram, Prepared, QuantNoise
 from cluscomp.train.whole import _rematerialised_blocks
 
@@ -41,8 +42,8 @@ def run(prepare: Prepare, original: Original, folder):
 class Dense:
     """A dense model ready to be trained, its layers and what a rule needs of them."""
 
-    def __init__(self, folder):
-        self.model = Original(folder, torch.float32, CPU).load_all()
+    def __init__(self, folder, dtype=torch.float32):
+        self.model = Original(folder, dtype, CPU).load_all()
         self.model.requires_grad_(False)
         self.layers = {
             f"{name}.{layer}": linear
@@ -208,6 +209,25 @@ def test_in_bfloat16_masters_learn_and_16_bits_are_left(tiny_folder, text, tmp_p
         after, found = run(stage(text, rule=rule, tokens=2 * 4 * 12), original, tmp_path / rule)
         assert found["kept"] and {weight.dtype for weight in after.values()} == {torch.bfloat16}
         assert sum(not torch.equal(weight, before[name]) for name, weight in after.items()) == 3 * 7
+
+
+@pytest.mark.parametrize("plus", [False, True])
+def test_in_float16_a_step_of_many_tokens_leaves_gradients(tiny_folder, ids, plus):
+    """Of 2^20 tokens, each of which gives a millionth of the loss; so does the gradient that CrAM looks ahead by."""
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        dense = Dense(tiny_folder, dtype)
+        cram = Cram(dense.model, dense.trained, dense.layers, ids, rho=0.05, plus=plus, clusters=None)
+        batch = {"input_ids": ids, "labels": F.pad(ids[:, 1:], (0, 1), value=IGNORED)}
+        with cram.installed(), cram.learning():
+            cram(**batch, num_items_in_batch=2**20)["loss"].backward()
+        found[dtype] = [
+            torch.cat([one.double().flatten() for one in gradients])
+            for gradients in ([weight.grad for weight in dense.trained.parameters], cram._gradients.values())
+        ]
+    for expected, gradient in zip(*found.values()):
+        assert F.cosine_similarity(expected, gradient, dim=0) > 0.999
+        torch.testing.assert_close(gradient.norm(), expected.norm(), rtol=0.01, atol=0)
 
 
 def test_a_step_ahead_is_not_rounded_away_in_bfloat16():

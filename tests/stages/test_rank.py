@@ -26,8 +26,8 @@ from cluscomp.stages import Job
 from cluscomp.stages.cut import Cut
 from cluscomp.stages.rank import Rank
 from cluscomp.train.masters import Trained
+from cluscomp.train.objective import IGNORED
 from cluscomp.train.ranking import Directions, Ranking
-from cluscomp.train.whole import IGNORED
 
 CPU = torch.device("cpu")
 SETTINGS = {

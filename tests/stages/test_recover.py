@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pipelines
@@ -25,7 +26,8 @@ from cluscomp.models.walk import Walk
 from cluscomp.plan.meta import MetaModel
 from cluscomp.runs.run import Outcome
 from cluscomp.train.masters import Trained
-from cluscomp.train.whole import IGNORED, Objective, _rematerialised_blocks, padded, train_whole
+from cluscomp.train.objective import IGNORED, Objective
+from cluscomp.train.whole import _rematerialised_blocks, padded, train_whole
 
 SMALL = [
     "model=tiny", "model.config.num_hidden_layers=2", "data=text", "method.vector_dim=4", "method.codebook_size=32",
@@ -308,7 +310,7 @@ def example(ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def test_the_loss_and_its_gradient_are_those_of_transformers(family, ids, monkeypatch):
     """Also where logits are more than the head (Gemma 2), with the tokens cut into small parts, and rematerialised."""
-    monkeypatch.setattr("cluscomp.train.whole.LOGITS", {"cpu": 257 * 5})
+    monkeypatch.setattr("cluscomp.train.objective.LOGITS", {"cpu": 257 * 5})
     model = with_codebooks(family)
     trained = Trained(model, codebooks=True, others={})
     trained.start()
@@ -386,6 +388,7 @@ class Hill(torch.nn.Module):
     """Mean (x - 1)^2: the first step of Adam is as long as the learning rate."""
 
     accepts_loss_kwargs = by_example = True
+    learning = staticmethod(nullcontext)  # it is no float16
 
     def __init__(self, x: torch.nn.Parameter) -> None:
         super().__init__()

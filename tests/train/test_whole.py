@@ -8,17 +8,16 @@ from streamed import opened
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cluscomp.errors import InputError
-from cluscomp.models.original import blocks, norms
+from cluscomp.models.original import block_names, blocks, norms
 from cluscomp.models.predictions import Teacher
 from cluscomp.models.sources import TinyModel
 from cluscomp.models.walk import Walk
 from cluscomp.plan.meta import MetaModel
 from cluscomp.train.masters import Trained
+from cluscomp.train.objective import IGNORED, Objective
 from cluscomp.train.on_text import WithHidden
 from cluscomp.train.steps import Steps
-from cluscomp.train.sums import Sums
-from cluscomp.train.trainer import SummingTrainer
-from cluscomp.train.whole import IGNORED, Objective, _rematerialised_blocks, _training, train_whole
+from cluscomp.train.whole import _rematerialised_blocks, _training, train_whole
 
 LLAMA4 = ROPE | {
     "intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_layers": [1],
@@ -152,21 +151,30 @@ def test_the_plan_knows_of_which_models_all_is_kept(families):
         assert ["gradient_checkpointing=true" in one.relief for one in costs] == [False, name != "ctrl"]
 
 
+@torch.no_grad()
+def test_the_last_hidden_states_may_have_another_dtype_than_the_head(families, ids):
+    """Mamba's are float32."""
+    model = AutoModelForCausalLM.from_pretrained(families("mamba", **STREAMS["mamba"]), dtype=torch.bfloat16).eval()
+    objective = Objective(model, [], cross_entropy=1, kl=0, ids_BT=ids)
+    batch = labelled(ids)
+    logits_BTV = model(ids, use_cache=False).logits.float()
+    expected = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), batch["labels"][:, :-1].flatten())
+    torch.testing.assert_close(objective(**batch)["loss"], expected, rtol=1e-2, atol=0)
+
+
 def test_many_tokens_of_a_step_leave_gradients_in_float16(families, ids):
     """A step of 2^20 tokens: each gives a millionth of the loss, which float16 has no numbers for."""
     folder, found = families("llama"), {}
     for dtype in (torch.float32, torch.float16):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        layer = blocks(model)[0].mlp.down_proj
-        objective = Objective(model, [layer.weight.requires_grad_()], cross_entropy=1, kl=0, ids_BT=ids)
-        trainer = SummingTrainer.__new__(SummingTrainer)
-        trainer._half, trainer._scale = dtype == torch.float16, 1.0
-        loss = trainer.compute_loss(objective, labelled(ids), num_items_in_batch=2**20)
-        loss.backward()
-        sums = Sums([layer.weight])
-        sums.add(loss, trainer._scale)
-        total = sums.total()
-        found[dtype] = layer.weight.grad.double().flatten(), total.double()
+        name = f"{block_names(model)[0]}.mlp.down_proj.weight"
+        trained = Trained(model, codebooks=False, others={name: model.get_parameter(name)})
+        objective = Objective(model, trained.parameters, cross_entropy=1, kl=0, ids_BT=ids)
+        trained.start()
+        with objective.learning():
+            loss = objective(**labelled(ids), num_items_in_batch=2**20)["loss"]
+            loss.backward()
+        found[dtype] = trained.parameters[0].grad.double().flatten(), loss.double()
     (expected, loss), (gradient, also) = found.values()
     assert F.cosine_similarity(expected, gradient, dim=0) > 0.999
     torch.testing.assert_close(gradient.norm(), expected.norm(), rtol=0.01, atol=0)
