@@ -35,7 +35,8 @@ class Method(Protocol):
 
         A layer is read when its turn comes, and not again after it was given back: the stage may put others in their
         place, or correct the weights of later ones. The result depends on the layers, the settings and the
-        generators' seeds alone. Raises ValueError, beginning with the layer's name, for what cannot be.
+        generators' seeds alone, and where matrices are decomposed on the number of torch's threads. Raises
+        ValueError, beginning with the layer's name, for what cannot be.
         """
         ...
 

@@ -98,7 +98,8 @@ class _Around:
             kept = _Kept(self, layers, names, masks, {})
             for found in inner.compress(cast("dict[str, Layer]", kept)) if self.beside.adapted else ():
                 for name, form in found.stored.items():
-                    adapters[name] = self._adapter(layers[name], solve.beside.whole(form, masks[name]))
+                    with named([name]):
+                        adapters[name] = self._adapter(layers[name], solve.beside.whole(form, masks[name]))
             left = replace(kept, adapters=adapters)
             for found in inner.compress(cast("dict[str, Layer]", left)):
                 stored = {

@@ -117,7 +117,9 @@ class ClusComp:
             if self._effort is not None:
                 yield solve.allocate.measured_menu(group, self._shapes, self.bits, self.floor, self._effort)
             else:
-                yield solve.allocate.expected_menu(names, group.matrices, self._shapes, self.bits, group.worth)
+                yield solve.allocate.expected_menu(
+                    names, group.matrices, self._shapes, self.bits, group.worth, floor=self.floor
+                )
 
     @property
     def _effort(self) -> "Effort | None":

@@ -105,4 +105,6 @@ class LowRankFactors:
                 yield name, found
         else:
             for name in list(layers):
-                yield name, solve.low_rank.directions(layers[name].weight_OI, None)
+                with named([name]):
+                    found = solve.low_rank.directions(layers[name].weight_OI, None)
+                yield name, found

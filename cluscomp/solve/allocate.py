@@ -137,14 +137,16 @@ def expected_menu(
     bits: float,
     worth: float,
     quality: Callable[[Shape], float] = expected_bits,
+    floor: float = 0.0,
 ) -> Menu:
     """As `measured_menu`, as if weights were Gaussian and of one variance, so that nothing is measured.
 
-    `worth` is what an error as large as the outputs counts, `quality` of a shape is as `shapes.expected_bits`.
+    Nothing below the share `floor` of `bits` is offered. `worth` is what an error as large as the outputs counts,
+    `quality` of a shape is as `shapes.expected_bits`.
     """
     weights = weights_in(matrices)
     with named(names):
-        found = [max(shapes(matrices, bits), key=quality), *around(partial(shapes, matrices), bits)]
+        found = [max(shapes(matrices, bits), key=quality), *around(partial(shapes, matrices), bits, floor)]
     options = [Option(round(one.bits * weights), worth * 4 ** -quality(one), by_hand(one)) for one in found]
     return Menu(list(names), weights, options)
 

@@ -26,6 +26,7 @@ BATCH = 64  # inputs whose feedback is gathered before it reaches the rest of th
 PIECE = 1024  # rows of a matrix that are turned around at once
 SMALL = 64  # inputs of a triangular matrix that is inverted at once
 ROSE = 1e6  # times the least residual: it was of rounding errors, and the steps since followed them
+DAMPING = "a larger method.damping, or more cluster.samples"  # what helps a moment that cannot be inverted
 
 Wanted = Callable[[int], Tensor]
 Choose = Callable[[int, Wanted, Tensor], Tensor]
@@ -65,14 +66,12 @@ def damped(moment_II: Float[Tensor, "I I"], damping: float, shrinkage: float = 0
 
 
 @contextmanager
-def invertible() -> Iterator[None]:
+def invertible(helps: str = DAMPING) -> Iterator[None]:
     """Raise ValueError, with what helps, where a second moment turns out not to be positive definite."""
     try:
         yield
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise ValueError(
-            "the second moment of its inputs cannot be inverted: take a larger method.damping, or more cluster.samples"
-        ) from error
+        raise ValueError(f"the second moment of its inputs cannot be inverted: take {helps}") from error
 
 
 def inverse_factor(moment_II: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -68,7 +68,9 @@ def nearest_of_rank(
     or by tr(E H E^T) with their second moment (I, I), positive definite: those of E L, H = L L^T.
     """
     scaled_OI = error_OI if sizes_I is None else error_OI * sizes_I
-    left_OM, sizes_M, right_MI, factor_II = low_rank.by_outputs(scaled_OI, moment_II)
+    left_OM, sizes_M, right_MI, factor_II = low_rank.by_outputs(
+        scaled_OI, moment_II, "a larger beside.damping, or more cluster.samples"
+    )
     right_MI = low_rank.of_inputs(right_MI[:rank], factor_II)
     right_MI = right_MI if sizes_I is None else right_MI / sizes_I
     left_OR, right_RI = left_OM[:, :rank] * sizes_M[:rank], right_MI
@@ -93,7 +95,9 @@ def adapter(
     return LowRank(*(_in_levels(factor, generator) for factor in factors))
 
 
-def _in_levels(factor_AB: Tensor, generator: torch.Generator) -> CodebookWeight:
+def _in_levels(factor_AB: Tensor, generator: torch.Generator) -> Stored:
+    if factor_AB.numel() == 1:
+        return PlainWeight(in_16_bits(factor_AB))
     points_N1 = sub_vectors(factor_AB, 1, "out").contiguous()
     found = kmeans(points_N1, min(LEVELS, len(points_N1)), FIT, generator)
     outputs, inputs = factor_AB.shape
@@ -111,7 +115,7 @@ def bits_beside(outputs: int, inputs: int, *, masked: bool, rank: int | None, bi
 
 
 def _factor_bits(outputs: int, inputs: int, bits: int) -> dict[str, int]:
-    if bits == 16:
+    if bits == 16 or outputs * inputs == 1:
         return PlainWeight.bits(out_features=outputs, in_features=inputs)
     return CodebookWeight.bits(
         out_features=outputs, in_features=inputs, axis="out", vector_dim=1,

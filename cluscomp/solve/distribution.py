@@ -12,6 +12,8 @@ def of_entries(weight_OI: Tensor) -> dict[str, float]:
 
     Of equal entries both are 0. (Paper, section 3.1: kurtosis tells how hard a weight is to quantise.)
     """
+    if bool(weight_OI.amin() == weight_OI.amax()):
+        return {"kurtosis": 0.0, "outliers": 0.0}
     centred_OI = weight_OI.float() - weight_OI.float().mean()
     square_OI = centred_OI.square_()
     variance = float(square_OI.mean(dtype=torch.float64))

@@ -12,7 +12,7 @@ from cluscomp.forms.plain import PlainWeight
 from cluscomp.forms.stored import Stored, in_16_bits
 from cluscomp.forms.uniform import UniformWeight, grids_for, rounded_weight
 from cluscomp.kernels.counting import error_asked
-from cluscomp.solve.along_outputs import invertible
+from cluscomp.solve.along_outputs import DAMPING, invertible
 
 PLAIN = 16  # bits of a number that is on no grid
 
@@ -21,7 +21,8 @@ PLAIN = 16  # bits of a number that is on no grid
 class Directions:
     """U (O, R) and V (R, I), whose product is a weight; what each of the R adds to the squared output, largest first.
 
-    The root of a singular value stands on both sides, so that neither factor's columns or rows are far apart in size.
+    The root of a singular value stands on both sides: neither factor's columns or rows are far apart in size, unless
+    inputs are far from 1 in size.
     """
 
     left_OR: Float[Tensor, "O R"]
@@ -57,13 +58,13 @@ def directions(weight_OI: Float[Tensor, "O I"], moment_II: Float[Tensor, "I I"] 
 
 
 def by_outputs(
-    matrix_OI: Float[Tensor, "O I"], moment_II: Float[Tensor, "I I"] | None
+    matrix_OI: Float[Tensor, "O I"], moment_II: Float[Tensor, "I I"] | None, helps: str = DAMPING
 ) -> tuple[Float[Tensor, "O R"], Float[Tensor, " R"], Float[Tensor, "R I"], Float[Tensor, "I I"] | None]:
     """U, S, V of M L, and L, for M (O, I) and a positive definite second moment H = L L^T; without one those of M.
 
-    Raises ValueError if H is not positive definite.
+    Raises ValueError, with what `helps`, if H is not positive definite.
     """
-    with invertible():
+    with invertible(helps):
         factor_II = None if moment_II is None else torch.linalg.cholesky(moment_II.double())
     scaled_OI = matrix_OI if factor_II is None else matrix_OI @ factor_II.to(matrix_OI.dtype)
     return *torch.linalg.svd(scaled_OI, full_matrices=False), factor_II

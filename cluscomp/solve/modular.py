@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cluscomp.solve.along_outputs import damped
+from cluscomp.solve.along_outputs import damped, invertible
 
 TINY = 1e-6  # of the mean diagonal: what makes a moment of too few tokens one that can be inverted
 MOST = 0.8  # of a block's units that go at the most, where blocks differ
@@ -54,7 +54,8 @@ def units(moment_WW: Float[Tensor, "W W"], count: int, ridge: float) -> Int[Tens
     The score is diag(C (C + ridge I)^-1), `ridge` as a share of the mean of C's diagonal: how little the other units
     tell of a unit. C, (W, W), is the second moment of what enters the MLP's last layer.
     """
-    inverse_WW = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment_WW.double(), ridge)))
+    with invertible("a larger decompose.ridge, or more decompose.samples"):
+        inverse_WW = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment_WW.double(), ridge)))
     kept_K: Tensor = inverse_WW.diagonal().topk(count, largest=False).indices.sort().values
     return kept_K
 
@@ -65,7 +66,7 @@ def nystrom(weight_OW: Float[Tensor, "O W"], moment_WW: Float[Tensor, "W W"], ke
     Of all weights (O, K) those with the least squared error of the outputs.
     """
     moment_WK = moment_WW.double()[:, kept_K]
-    factor_KK = torch.linalg.cholesky(damped(moment_WK[kept_K], TINY))
+    factor_KK = _root(moment_WK[kept_K])
     reading_OK: Tensor = torch.cholesky_solve((weight_OW.double() @ moment_WK).T, factor_KK).T
     return reading_OK
 
@@ -88,10 +89,19 @@ def common(
     `moment_DD` is the values' second moment, `outputs_MD` the columns of the output layers that read them, of all query
     heads that share them: the error of the outputs is the least there is (an SVD of both together).
     """
-    factor_DD = torch.linalg.cholesky(damped(moment_DD.double(), TINY))
+    factor_DD = _root(moment_DD.double())
     gram_DD = outputs_MD.double().T @ outputs_MD.double()
     basis_DK = torch.linalg.eigh(factor_DD.T @ gram_DD @ factor_DD).eigenvectors.flip(1)[:, :count]
     return torch.linalg.solve_triangular(factor_DD, basis_DK.T, upper=False, left=False), factor_DD @ basis_DK
+
+
+def _root(moment_NN: Tensor) -> Tensor:
+    """The Cholesky factor of a second moment (N, N); of float32 numbers TINY may be too little."""
+    try:
+        return torch.linalg.cholesky(damped(moment_NN, TINY))  # type: ignore[no-any-return]
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        with invertible("more decompose.samples"):
+            return torch.linalg.cholesky(damped(moment_NN, 100 * TINY))  # type: ignore[no-any-return]
 
 
 def energy(weight_OI: Float[Tensor, "O I"], moment_II: Float[Tensor, "I I"]) -> float:

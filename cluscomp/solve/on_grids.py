@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cluscomp.forms.stored import in_16_bits
+from cluscomp.forms.stored import MOST, in_16_bits
 from cluscomp.forms.uniform import (
     UniformWeight,
     bounds,
@@ -174,7 +174,8 @@ def with_fitted_zeros(
         away_OI = (weight_OI - spread(mean_OG, inputs)).abs()
         away_OG = of_groups(away_OI, groups, mean)
         low_OG, high_OG = mean_OG - away_OG, mean_OG + away_OG
-    flat_OG = low_OG == high_OG  # one number, or all the same: from it to 0
+    first_OG = ((high_OG - low_OG) / (2**width - 1)).half().float()
+    flat_OG = (first_OG == 0) | (low_OG.abs() > MOST * first_OG)  # one number, or nearly the same ones: from them to 0
     low_OG = torch.where(flat_OG, low_OG.clamp(max=0), low_OG)
     high_OG = torch.where(flat_OG, high_OG.clamp(min=0), high_OG)
     scales_OG = in_16_bits((high_OG - low_OG) / (2**width - 1)).float()
@@ -195,7 +196,7 @@ def with_fitted_zeros(
             shrunk_OI = size_OI.sub_(size_OI.pow(norm - 1).div_(beta)).clamp_(min=0)
             sparse_OI = shrunk_OI.copysign_(error_OI).div_(scale_OI)
             wanted_OI = codes_OI.sub_(steps_OI).add_(sparse_OI)
-            zeros_OG = in_16_bits(of_groups(wanted_OI, groups, mean)).float()
+            zeros_OG = in_16_bits(of_groups(wanted_OI, groups, mean).clamp(-MOST, MOST)).float()
             beta *= kappa
     codes_OI = nearest(weight_OI, scale_OI, spread(best, inputs), width)
     return UniformWeight.from_codes(codes_OI, scales_OG, best, width)

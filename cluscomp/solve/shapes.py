@@ -188,6 +188,8 @@ def measured_error(
         rows_n = torch.randperm(total, generator=generator)[:sample].to(points_ND.device)
         points_ND = points_ND[rows_n]
         weights_N = None if weights_N is None else weights_N[rows_n]
+        if weights_N is not None and not bool(weights_N.any()):  # all drawn are of dead inputs: they count alike
+            weights_N = None
     found = kmeans(points_ND, shape.codebook_size, short, generator, weights_N)
     bias = 1 - shape.codebook_size / sample
     correction = (1 - shape.codebook_size / total) / bias if bias else 1.0

@@ -114,3 +114,12 @@ def test_sizes_that_do_not_fit_are_refused():
             native.feedback(index, *[*good[:position], wrong, *good[position + 1 :]], 1)
     with pytest.raises(ValueError, match="threads"):
         native.feedback(index, *good, 0)
+
+
+@compiled
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_centroids_that_are_not_finite_are_refused(wrong):
+    centroids_KD = torch.randn(600, 2)
+    centroids_KD[7, 1] = wrong
+    with pytest.raises(ValueError, match="centroids must be finite"):
+        Feedback(centroids_KD, 8)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from layers import heavy_tailed, made_by, statistic_of
+from layers import planned as planned_layer
 from pipelines import composed
 from pydantic import ValidationError
 from reference.recipe import IDLE
@@ -263,3 +264,20 @@ def test_nothing_beside_is_the_method_itself_and_makes_no_other_key():
     assert Beside(**NOTHING).around(GRID) is GRID and IDLE["beside"] == Beside(**NOTHING)
     adapted = composed("method=rtn", "bits=3", "beside.rank=4").stages["cluster"]
     assert "beside" not in adapted.without_effect() and adapted.calibrated
+
+
+@pytest.mark.parametrize("shape", [(1, 200), (200, 1)])
+def test_an_adapter_of_a_single_row_or_column_is_stored_in_4_bits_as_planned(shape):
+    weight_OI = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    method = Beside(**NOTHING | {"rank": 1, "adapter_bits": 4}).around(GRID)
+    stored = made_by(method, weight_OI, None, torch.Generator().manual_seed(0))
+    assert sum(stored.ledger().values()) == sum(planned_layer(method, *shape).ledger().values())
+    assert float((stored(torch.float32) - weight_OI).square().mean()) < 0.01
+
+
+def test_a_moment_that_no_adapter_can_be_fitted_by_is_told_with_the_layers_name():
+    weight_OI, x_TI = torch.randn(16, 64), torch.randn(3, 64)
+    method = Beside(**NOTHING | {"rank": 2, "saliency": "full", "damping": 1e-12}).around(GRID)
+    layers = {"mlp.up": Layer(weight_OI, 0, statistic_of(x_TI, "moment"), torch.Generator())}
+    with pytest.raises(ValueError, match=r"^mlp\.up: .* larger beside\.damping"):
+        list(method.compress(layers))

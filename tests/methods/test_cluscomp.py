@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layers import statistic_of
 from pipelines import composed
 
 from cluscomp.solve.layer import Layer
@@ -29,3 +30,37 @@ def test_the_start_is_shared_or_each_codebooks_own(init, own_matters, run_matter
 def test_the_papers_recipe_starts_as_its_code_does():
     method = composed("method=cluscomp_paper", *SHAPE).stages["cluster"].method
     assert method.init == "shared_points" and not method.sees()
+
+
+def layers_of(*weights: torch.Tensor, prices=(None, None)) -> dict[str, Layer]:
+    names = [f"layer{number}" for number in range(len(weights))]
+    made = [
+        Layer(weight_OI, 0, statistic_of(torch.randn(256, 48), "moment"), torch.Generator().manual_seed(0), 0, price)
+        for weight_OI, price in zip(weights, prices)
+    ]
+    return dict(zip(names, made))
+
+
+@pytest.mark.parametrize("method", ["cluscomp", "cluscomp_data_free"])
+def test_a_layer_of_zeros_that_shares_a_codebook_stays_zero(method):
+    torch.manual_seed(0)
+    layers = layers_of(torch.randn(32, 48), torch.zeros(32, 48))
+    compress = composed(f"method={method}", *SHAPE, "method.share=block").stages["cluster"].method.compress
+    (found,) = compress(layers)
+    weight_OI, zeros_OI = (found.stored[name](torch.float32) for name in layers)
+    assert weight_OI.count_nonzero() == weight_OI.numel() and not zeros_OI.any()
+
+
+@pytest.mark.parametrize("measure", ["true", "brief", "false"])
+def test_no_codebook_gets_less_than_the_floor_of_the_limit(measure):
+    torch.manual_seed(0)
+    layers, least = layers_of(torch.randn(256, 48), torch.randn(256, 48), prices=(1.0, 1e-3)), {}
+    for floor in (0, 0.9):
+        chosen = (
+            composed("method=cluscomp_data_free", "bits=3", f"method.measure={measure}", f"method.floor={floor}")
+            .stages["cluster"]
+            .method
+        )
+        found = [one.stored for one in chosen.compress(layers)]
+        least[floor] = min(sum(form.ledger().values()) / (256 * 48) for each in found for form in each.values())
+    assert least[0] < 2.5 < least[0.9]

@@ -64,3 +64,19 @@ def test_it_is_no_worse_than_the_authors_package():
     stored = made_by(Hqq(**SETTINGS, width=3, group=64, iterations=20), weight_OI, None, torch.Generator())
     ours = float((stored(torch.float32).detach() - weight_OI).abs().mean())
     assert ours < 1.01 * theirs
+
+
+@pytest.mark.parametrize("width", [4, 8])
+@pytest.mark.parametrize("around, spread", [(0.5, 2e-7), (1.0, 1e-5), (-1.0, 1e-4)])
+def test_groups_of_nearly_equal_weights_keep_their_size(width, around, spread):
+    """A grid between them has more steps from 0 than 16 bits hold, or steps too small for them."""
+    weight_OI = around + spread * torch.rand(4, 64, generator=torch.Generator().manual_seed(0))
+    stored = made_by(Hqq(**SETTINGS, width=width, group=64, iterations=20), weight_OI, None, torch.Generator())
+    torch.testing.assert_close(stored(torch.float32).detach(), weight_OI, rtol=1e-3, atol=0)
+
+
+def test_zeros_of_small_groups_stay_within_16_bits():
+    weight_OI = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0)).half().float()
+    stored = made_by(Hqq(**SETTINGS, width=8, group=2, iterations=20), weight_OI, None, torch.Generator())
+    error_OI = stored(torch.float32).detach() - weight_OI
+    assert float(error_OI.square().sum() / weight_OI.square().sum()) < 1e-6

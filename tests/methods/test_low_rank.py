@@ -81,3 +81,9 @@ def test_what_cannot_be_is_refused():
         replace(METHOD, width=12)
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         replace(METHOD, rank=0)
+
+
+def test_what_does_not_fit_16_bits_is_told_with_the_layers_name():
+    layers = {"mlp.up": Layer(torch.full((8, 8), 1e5), 0, None, torch.Generator())}
+    with pytest.raises(ValueError, match=r"^mlp\.up: a scale of size 1e\+05"):
+        list(METHOD.compress(layers))

@@ -84,3 +84,14 @@ def test_what_goes_is_a_softmax_of_influence():
     gone = [1000 - kept for kept in widths([0.1, 0.2, 0.4], 1000, 700, 0.2)]
     parts = [math.exp(-each / 0.2) for each in (0.1, 0.2, 0.4)]
     assert gone == pytest.approx([900 * part / sum(parts) for part in parts], abs=1)
+
+
+@pytest.mark.parametrize("together", [3, 100])
+def test_fewer_tokens_than_units_that_stay_are_enough_for_the_correction(together):
+    """Units that hang together, as float32 sums have them: their moment is singular but for rounding."""
+    generator = torch.Generator().manual_seed(0)
+    x_TW = torch.randn(64, 384, generator=generator) + together * torch.randn(64, 1, generator=generator)
+    weight_OW, kept_K = torch.randn(16, 384, generator=generator), torch.arange(256)
+    moment_WW = x_TW.T @ x_TW / len(x_TW)
+    left = energy(torch.cat([nystrom(weight_OW, moment_WW, kept_K), torch.zeros(16, 128)], 1) - weight_OW, moment_WW)
+    assert left < 1e-3 * energy(weight_OW, moment_WW)

@@ -319,3 +319,11 @@ def test_a_menu_begins_with_the_choice_for_the_target():
     above = [shape for shape, _ in menu(points, shapes, 3.0, RECIPE, generator(), floor=0.75)]
     assert above[0] == offered[0][0] and set(above) < {shape for shape, _ in offered}
     assert 2.0 < min(shape.bits for shape in above) < 2.5
+
+
+def test_a_sample_of_dead_inputs_alone_counts_alike():
+    """One input is seen, of which no sub-vector is drawn."""
+    points_ND, weights_N = torch.randn(64 * 4096, 2, generator=generator()), torch.zeros(64 * 4096)
+    weights_N[0] = 1.0
+    found = measured_error(lambda _: (points_ND, weights_N), Shape(2, 4, 1.0), OURS, generator(), BRIEF)
+    assert 0 < found < 1

@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <string>
 
 #include "codebook.h"
@@ -109,10 +110,17 @@ static void py_spatial_order(FloatRows centroids, Out1<int32_t> order, int threa
   });
 }
 
+// A nearest centroid exists only if none is NaN or infinite.
+static void require_finite(const FloatRows& centroids) {
+  const float* c = centroids.data();
+  for (size_t i = 0; i < centroids.size(); i++) require(std::isfinite(c[i]), "centroids must be finite");
+}
+
 static void py_assign(Rows points, FloatRows centroids, Out1<int32_t> codes, Out1<float> distances, int threads,
                       const std::string& search, const std::string& isa, std::optional<Integers> order) {
   const int64_t N = points.shape(0), D = points.shape(1), K = centroids.shape(0);
   check_sizes(N, D, K);
+  require_finite(centroids);
   require(int64_t(centroids.shape(1)) == D && int64_t(codes.shape(0)) == N && int64_t(distances.shape(0)) == N, "sizes differ");
   if (order) check_order(*order, K);
   const Kind kind = kind_of(points);
@@ -130,6 +138,7 @@ static void py_assign(Rows points, FloatRows centroids, Out1<int32_t> codes, Out
 static void make_index(Index* place, FloatRows centroids, int threads) {
   const int64_t K = centroids.shape(0), D = centroids.shape(1);
   check_sizes(1, D, K);
+  require_finite(centroids);
   const Workers workers = interruptible(threads);
   without_gil([&] { new (place) Index(centroids.data(), int(K), int(D), Search::choose, nullptr, workers); });
 }

@@ -7,6 +7,7 @@
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -40,7 +41,10 @@ struct Workers {
       }
     };
     std::vector<std::thread> others;
-    for (int w = 1; w < threads && w < tasks; w++) others.emplace_back(work, w);
+    try {
+      for (int w = 1; w < threads && w < tasks; w++) others.emplace_back(work, w);
+    } catch (const std::system_error&) {  // no more can be started: those that were do it all
+    }
     work(0);
     for (auto& t : others) t.join();
     if (failure) std::rethrow_exception(failure);
