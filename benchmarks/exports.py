@@ -28,9 +28,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from cluscomp import checkpoint
-from cluscomp.checkpoint import tensor_bytes
 from cluscomp.formats.export import export
 from cluscomp.forms.linear import compressed
+from cluscomp.store.tensor_files import tensor_bytes
 
 LENGTH = 256  # tokens of a window
 

@@ -33,16 +33,13 @@ from cluscomp.forms.multimodal import copy_processor, opener
 from cluscomp.forms.stored import as_stored
 from cluscomp.store.files import file_hash, new_folder
 from cluscomp.store.records import content_key
+from cluscomp.store.tensor_files import IN_A_FILE
 
 log = logging.getLogger(__name__)
 NAME = "cluscomp"  # the quantizer's, in config.json
 FORMAT = 1  # version of what is stored; part of every stage's key
 MANIFEST = "cluscomp.json"  # hashes of the folder's files
 SHARD_SIZE = "5GB"
-IN_A_FILE = {  # safetensors' names of types, in the order of their tensors in a file
-    torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8",
-}  # fmt: skip
 
 
 @register_quantization_config(NAME)
@@ -91,6 +88,7 @@ class CompressedQuantizer(HfQuantizer):
     """Builds the compressed layers on the meta device before transformers loads tensors into them."""
 
     requires_calibration = True  # a dense model cannot be compressed while loading
+    writes_adapters = False  # `save` does
     quantization_config: CompressedConfig
 
     def _process_model_before_weight_loading(
@@ -118,7 +116,20 @@ class CompressedQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """What `save_pretrained` writes, as it is stored. Raises ValueError if a trained number does not fit."""
+        """What `save_pretrained` writes, as it is stored; config.json then says which layers there are now.
+
+        Raises ValueError if a trained number does not fit, and for adapters, of which it writes no folder.
+        """
+        adapter, shapes = self.quantization_config.adapter, shapes_of(model.config)
+        if adapter is not None and not self.writes_adapters:
+            raise ValueError(
+                "save_pretrained would lose the model's LoRA adapters: cluscomp.checkpoint.save(model, tokenizer, "
+                "folder) writes them, model.dequantize() adds them to the weights"
+            )
+        there = {name for name, _ in model.named_modules()}
+        left = {name: shape for name, shape in shapes.items() if name in there}
+        self.quantization_config = CompressedConfig(specs(model), adapter=adapter, shapes=left)
+        model.config.quantization_config = self.quantization_config
         state = stored_state(model)
         for full, layer in compressed(model).items():
             name = full.removesuffix(BASE)
@@ -131,6 +142,8 @@ class CompressedQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype  # a name, once it was saved
         for name in compressed(model):
             take_out(model, name, dtype)
+        if self.quantization_config.adapter is not None:
+            adapters.merge(model)
         for parameter in model.parameters():  # buffers (of rotary embeddings) keep theirs
             parameter.data = parameter.data.to(dtype)
         if left := put_together(model):
@@ -138,6 +151,13 @@ class CompressedQuantizer(HfQuantizer):
                 "%s and others stay apart under adapters; once merged: forms.apart.put_together(model)", left[0]
             )
         return model
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """After `dequantize`: what stays are shapes that config.json does not give the layers."""
+        shapes = shapes_of(model.config)
+        super().remove_quantization_config(model)
+        if shapes:
+            model.config.quantization_config = CompressedConfig({}, shapes=shapes)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:  # noqa: ARG002
         """None: the file has the names of the model in memory."""
@@ -214,7 +234,9 @@ def save(
     shapes = shapes_of(model.config)
     config = CompressedConfig(specs(model), adapter=adapters.FOLDER if adapted else None, shapes=shapes)
     model.config.quantization_config = config
-    model.hf_quantizer = CompressedQuantizer(config)  # type: ignore[assignment]
+    quantizer = CompressedQuantizer(config)
+    quantizer.writes_adapters = True
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]
     model._weight_conversions = []  # type: ignore[assignment]  # the file has the names of the model in memory
     with new_folder(folder) as unfinished:
@@ -223,6 +245,7 @@ def save(
         if free < needed:
             raise OSError(f"{folder}: the checkpoint needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f}")
         model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
+        quantizer.writes_adapters = False
         if dtype is not None:
             named = deepcopy(model.config)
             named.dtype = dtype
@@ -318,31 +341,3 @@ def checkpoint_hash(folder: Path) -> str:
     hashes = verify(folder)
     weights = {name: value for name, value in hashes.items() if name.endswith(".safetensors")}
     return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
-
-
-def weight_bytes(folder: Path) -> int:
-    """Bytes of a checkpoint's safetensors files, headers and adapters included."""
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-
-
-def tensor_bytes(folder: Path) -> int:
-    """Bytes of the tensors in a checkpoint's safetensors files: all of each file but its header, adapters included."""
-    total = 0
-    for path in folder.rglob("*.safetensors"):
-        with path.open("rb") as file:
-            total += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-    return total
-
-
-def file_bytes(shapes: dict[str, tuple[torch.dtype, torch.Size]]) -> int:
-    """Bytes of the safetensors file that holds tensors of these types and shapes, header included.
-
-    Of several files (above SHARD_SIZE) the headers are counted as one, some hundred bytes off.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position, order = 0, list(IN_A_FILE)
-    for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: (order.index(item[1][0]), item[0])):
-        end = position + shape.numel() * dtype.itemsize
-        header[name] = {"dtype": IN_A_FILE[dtype], "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    return 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8 + position

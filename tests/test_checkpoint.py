@@ -23,6 +23,7 @@ from cluscomp.models.original import Original, block_names, blocks
 from cluscomp.stages.clustering import compress_block
 from cluscomp.stages.parts import put_part, read_part, save_part
 from cluscomp.store.files import file_hash
+from cluscomp.store.tensor_files import tensor_bytes, weight_bytes
 
 
 def compress(folder, codebook_size=7, share="none"):
@@ -180,7 +181,7 @@ def test_each_stored_tensor_takes_the_bits_of_the_ledger(saved):
     raw = (folder / "model.safetensors").read_bytes()[:8]
     header = 8 + int.from_bytes(raw, "little")
     assert size - header == pytest.approx(sum(size_of(model).ledger.values()) / 8, rel=1e-3)
-    assert size == checkpoint.weight_bytes(folder)
+    assert size == weight_bytes(folder)
 
 
 def test_a_transformers_without_cluscomp_fails_loudly(tiny_saved, without_ours):
@@ -440,7 +441,7 @@ def test_shared_codebooks_are_stored_once_and_come_back_shared(shared, ids, tmp_
         assert not any(parameter.is_meta for parameter in again.parameters())
         assert torch.equal(logits(again, ids), logits(model, ids))
         assert size_of(again) == size_of(model)
-    assert sum(size_of(model).ledger.values()) == 8 * checkpoint.tensor_bytes(folder)
+    assert sum(size_of(model).ledger.values()) == 8 * tensor_bytes(folder)
     again.save_pretrained(tmp_path / "again", max_shard_size="20KB")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), ids), logits(model, ids))
     checkpoint.save(checkpoint.load(folder), AutoTokenizer.from_pretrained(folder), tmp_path / "saved")

@@ -14,6 +14,7 @@ from cluscomp.forms import adapters
 from cluscomp.forms.layers import size_of
 from cluscomp.forms.linear import compressed
 from cluscomp.models.quantised import opened
+from cluscomp.store.tensor_files import tensor_bytes
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_trainer_trains_the_codebooks_alone_and_what_it_saves_is_scored(folder, 
         original = opened(tmp_path / "saved", torch.float32, torch.device("cpu"), to_score=True)
         ledger = original.size()["ledger"]
     assert "not compared with hashes" in caplog.text
-    assert sum(ledger.values()) == 8 * checkpoint.tensor_bytes(tmp_path / "saved")
+    assert sum(ledger.values()) == 8 * tensor_bytes(tmp_path / "saved")
     assert original.size()["linear_bits_per_weight"] == size_of(loaded(folder)).linear_bits_per_weight
 
 
@@ -120,7 +121,7 @@ def test_what_another_hand_wrote_wider_counts_as_it_lies(folder, tmp_path):
     tensors[name] = tensors[name].double()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     wide = opened(tmp_path, torch.float32, torch.device("cpu"), to_score=True).size()
-    added = 8 * (checkpoint.tensor_bytes(tmp_path) - checkpoint.tensor_bytes(folder))
+    added = 8 * (tensor_bytes(tmp_path) - tensor_bytes(folder))
     assert added > 0 and wide["ledger"]["kept"] == size["ledger"]["kept"] + added
     numbers = sum(size["ledger"].values()) / size["model_bits_per_weight"]
     assert wide["model_bits_per_weight"] == pytest.approx(size["model_bits_per_weight"] + added / numbers)
@@ -168,3 +169,48 @@ def test_trl_trains_adapters_or_codebooks(folder, tmp_path):
         trainer.train()
         assert all(parameter.isfinite().all() for parameter in trained)
         assert any(not torch.equal(one, other) for one, other in zip(trained, before))
+
+
+def adapted(folder, tmp_path):
+    """A checkpoint with adapters that do something, and its model."""
+    model = checkpoint.load(folder)
+    adapters.add(model, rank=2, alpha=4, seed=0)
+    for parameter in adapters.parameters(model).values():
+        parameter.data.normal_(0, 0.1)
+    made = tmp_path / "adapted"
+    checkpoint.save(model, AutoTokenizer.from_pretrained(folder), made)
+    return made, model
+
+
+def test_adapters_of_a_checkpoint_are_not_lost(folder, ids, tmp_path):
+    pytest.importorskip("peft")
+    made, model = adapted(folder, tmp_path)
+    expected = logits(model, ids)
+    assert not torch.equal(expected, logits(loaded(folder), ids))
+    again = checkpoint.load(made)
+    assert torch.equal(logits(again, ids), expected)
+    for one in (again, model):
+        with pytest.raises(ValueError, match=r"lose the model's LoRA adapters: cluscomp\.checkpoint\.save"):
+            one.save_pretrained(tmp_path / "lost")
+    again.dequantize()
+    again.save_pretrained(tmp_path / "dense")
+    dense, info = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(logits(dense, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_with_fewer_layers_saves_those(folder, ids, tmp_path):
+    model = checkpoint.load(folder)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(checkpoint.load(tmp_path), ids), logits(model, ids))
+
+
+def test_blocks_may_lie_on_a_disk(folder, ids, tmp_path):
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{index}": "disk" if index == 1 else "cpu" for index in range(3)}
+    model = loaded(folder, device_map=places, offload_folder=tmp_path)
+    assert next(model.model.layers[1].mlp.parameters()).is_meta
+    for some in (ids, ids[:1, :3]):  # rebuilt, and multiplied from the codes
+        torch.testing.assert_close(logits(model, some), logits(loaded(folder), some), rtol=1e-4, atol=1e-4)

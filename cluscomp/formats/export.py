@@ -76,6 +76,8 @@ def export(folder: str | Path, *, format: str, output: str | Path, dtype: str = 
     folder, target = Path(folder).expanduser(), Path(output).expanduser()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"output={output}: there is something already; give a new or an empty folder")
+    if target.resolve() == Path.cwd():
+        raise InputError(f"output={output}: is the folder that this runs in; give a new one")
     chosen = found.dtypes[0] if dtype == "auto" else dtype
     model = checkpoint.load(folder, None if chosen == "auto" else getattr(torch, chosen))
     if shapes := checkpoint.shapes_of(model.config):

@@ -47,6 +47,17 @@ def parameters(model: nn.Module) -> dict[str, Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if MARK in name}
 
 
+def merge(model: nn.Module) -> None:
+    """Add the adapters to the dense layers below them, which then stand alone."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, LoraLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+    vars(model).pop("peft_config", None)
+
+
 def write(model: nn.Module, folder: Path) -> None:
     """Write the adapters as PEFT does, 16 bits a number where that is exact."""
     from peft import get_peft_model_state_dict

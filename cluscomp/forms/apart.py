@@ -6,7 +6,7 @@ What works on linear layers (statistics of their inputs, stored forms, adapters,
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,11 +55,11 @@ def take_apart(model: nn.Module) -> dict[str, Part]:
             parts[part.name] = part
         elif (forward := _forward_of(module)) is not None:
             parts |= _unstack(name, module)
-            module.forward = MethodType(forward, module)
+            module.forward = partial(forward, module)  # which pickles by its function's name
             _keep_routers(model.get_submodule(name.rpartition(".")[0]), module)
     for name, module in model.named_modules():
         if type(module).__name__ == "JetMoeTopKGating":
-            module.forward = MethodType(_jetmoe_choice, module)
+            module.forward = partial(_jetmoe_choice, module)
         elif "router" in name or (isinstance(module, nn.Linear) and module.weight.numel() <= TINY):
             _keep(module)
     return parts

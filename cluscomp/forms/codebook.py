@@ -3,7 +3,7 @@
 import math
 from functools import reduce
 from operator import add
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -205,10 +205,10 @@ class CodebookWeight(Single):
 
     def centroids(self, dtype: torch.dtype) -> Float[Tensor, "M K D"]:
         """The codebooks' values (M, K, D) in `dtype`; differentiable."""
-        if self._scaled:  # in float32, or the whole weight would be off by the scale's rounding
-            return (self.codebooks.float() * cast(Tensor, self.scales)[:, None, None]).to(dtype)
-        values_MKD = self.codebooks.to(dtype)
-        return values_MKD if self.scales is None else values_MKD * self.scales.to(dtype)[:, None, None]
+        if self.scales is None:
+            return self.codebooks.to(dtype)
+        # in float32, or the whole weight would be off by the scale's rounding
+        return (self.codebooks.float() * self.scales[:, None, None]).to(dtype)
 
     def masters(self) -> dict[str, Tensor]:
         """The centroids in float32; scales of 8 bits are then 1."""
@@ -267,7 +267,7 @@ class CodebookWeight(Single):
         return None if product_BO is None else product_BO.view(*x.shape[:-1], self.out_features)
 
     def _product_of_rows(self, x_BI: Float[Tensor, "B I"]) -> Float[Tensor, "B O"] | None:
-        if not (x_BI.is_cpu or (runs_triton(x_BI) and self.axis == "out")):
+        if self.codebooks.is_meta or not (x_BI.is_cpu or (runs_triton(x_BI) and self.axis == "out")):
             return None
         bits = code_bits(self.codebooks.shape[1])
         if self.axis == "in" and (bits != 8 or len(x_BI) != 1):

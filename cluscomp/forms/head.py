@@ -9,17 +9,21 @@ from cluscomp.forms.linear import storage_dtype
 from cluscomp.kernels import halves
 from cluscomp.kernels.loading import native
 
+SAMPLE = 4096  # numbers of the weight that are compared before each product
+
 
 class Head(nn.Linear):
     """A dense linear layer that reads its float32 weight in 16 bits for products of few rows without gradients.
 
     Where 16 bits hold the weight exactly, as a checkpoint stores it, that is half of the memory to read. The first such
-    product makes a copy, which stays, and another product sees what has changed in the weight since. Without compiled
-    kernels, and not on the CPU, it is an ordinary linear layer.
+    product makes a copy, which stays, and another product sees what has changed in the weight since: by its version,
+    and where `weight.data` was changed, as merged adapters do, by `SAMPLE` numbers of it. Without compiled kernels, and
+    not on the CPU, it is an ordinary linear layer.
     """
 
     _halves: Tensor | None = None  # the weight in 16 bits; None where they do not hold it
     _seen: tuple[int, int] | None = None  # place and version of the weight that was looked at
+    _sample: Tensor | None = None  # numbers of it
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # tracing around compiled kernels takes long
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
@@ -35,9 +39,12 @@ class Head(nn.Linear):
     def _in_halves(self) -> Tensor | None:
         weight = self.weight.detach()
         seen = weight.data_ptr(), 0 if weight.is_inference() else weight._version
-        if seen != self._seen:
+        flat = weight.view(-1)
+        sample = flat[:: max(1, len(flat) // SAMPLE) | 1]  # an odd step, which comes by all columns
+        if seen != self._seen or self._sample is None or not torch.equal(sample, self._sample):
             dtype = storage_dtype(weight)
             self._seen, self._halves = seen, weight.to(dtype) if dtype.itemsize == 2 else None
+            self._sample = sample.clone()
         return self._halves
 
 

@@ -102,6 +102,9 @@ class CompressedLinear(nn.Linear):
         return y if bias is None else y + bias
 
     def _product(self, x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
+        place = x.device.type
+        if place != "meta" and torch.is_autocast_enabled(place):
+            x = x.to(torch.get_autocast_dtype(place))
         if not torch.is_grad_enabled():
             product = stored.product(x)
             if product is not None:

@@ -71,8 +71,8 @@ class NormalFloatWeight(PackedWeight):
         return cls(
             torch.empty(packed_bytes(out_features * in_features, width), dtype=torch.uint8),
             torch.empty(out_features, groups, dtype=torch.int8),
-            torch.empty(-(-out_features * groups // TOGETHER)),
-            torch.empty(1),
+            torch.empty(-(-out_features * groups // TOGETHER), dtype=torch.float32),
+            torch.empty(1, dtype=torch.float32),
             out_features=out_features,
             in_features=in_features,
             width=width,

@@ -29,7 +29,7 @@ class Ranked(LowRank):
     def empty(cls, *, left: dict[str, Any], right: dict[str, Any]) -> "Ranked":
         """A form of two factors of these specs with undefined content, on the default device; to be loaded into."""
         factors = build(left), build(right)
-        return cls(*factors, torch.empty(factors[1].out_features))
+        return cls(*factors, torch.empty(factors[1].out_features, dtype=torch.float32))
 
     @classmethod
     def own_bits(cls, *args: Any, **spec: Any) -> dict[str, int]:  # noqa: ARG003

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -134,13 +134,25 @@ class Single(Stored):
 
     def to_storage(self) -> None:
         """Round the values to their storage. Raises ValueError if one is not finite or does not fit."""
+        values = self.masters()[self.trained]  # of 8-bit numbers that were cast, with their scales
         self._freeze()
-        self._put(self.rounded(self.values.data))
+        self._put(self.rounded(values))
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take back the tensors of a `state_dict` made before `to_masters`."""
         self._freeze()
         self._put(state)
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *more: Any) -> None:
+        """Stored numbers that are loaded where masters are become masters again."""
+        found = state.get(prefix + self.trained)
+        again = found is not None and self.values.requires_grad and found.dtype != self.values.dtype
+        if again:
+            self._freeze()
+            self.values.data = torch.empty_like(self.values, dtype=cast(Tensor, found).dtype)
+        super()._load_from_state_dict(state, prefix, *more)
+        if again:
+            self.to_masters()
 
     def _freeze(self) -> None:
         self.values.requires_grad_(False)
@@ -271,7 +283,7 @@ def as_stored(form: Stored) -> dict[str, Tensor]:
         return {}
     copy = deepcopy(form)
     copy.to_storage()
-    return copy.state_dict()
+    return {name: tensor.to(kinds[name]) for name, tensor in copy.state_dict().items()}
 
 
 def shapes(spec: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from cluscomp.models.gguf_file import COUNTED, matrices_in
 from cluscomp.models.original import Original, block_names, blocks, linears, quantizer, without_numbers
 from cluscomp.models.sources import read_config
 from cluscomp.settings import settings
+from cluscomp.store.tensor_files import tensor_bytes, weight_bytes
 
 STATED = "stored_bits.json"
 
@@ -187,8 +188,8 @@ class Quantised(Original):
     def size(self) -> dict[str, Any]:
         """Bits per weight and bytes of the weights, ours by the ledger, others by the tensors of their files."""
         if quantizer(self.config) == checkpoint.NAME:
-            size = in_file(size_of(self.model()), checkpoint.tensor_bytes(self.folder))
-            return asdict(size) | {"checkpoint_bytes": checkpoint.weight_bytes(self.folder)}
+            size = in_file(size_of(self.model()), tensor_bytes(self.folder))
+            return asdict(size) | {"checkpoint_bytes": weight_bytes(self.folder)}
         return self._counted() | {"checkpoint_bytes": sum(path.stat().st_size for path in weight_files(self.folder))}
 
     @cached_property

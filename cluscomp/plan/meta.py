@@ -28,6 +28,7 @@ from cluscomp.models.walk import Walk
 from cluscomp.plan.attention import FusedAttention
 from cluscomp.plan.cost import Cost, worst
 from cluscomp.plan.places import LOOKED, Place, chosen_all, observed
+from cluscomp.store.tensor_files import file_bytes
 
 NOTHING = Work()
 # of all outlines of this process: stages, cells and checks ask for the same ones
@@ -294,17 +295,16 @@ class MetaModel:
 
     def checkpoint_bytes(self) -> int:
         """Bytes of the checkpoint's weight files, headers included."""
-        kept = torch.float32 if self.kept_bytes == 4 else torch.bfloat16
-        inside = parts_of_stored(self.model)
+        kept, inside = torch.float32 if self.kept_bytes == 4 else torch.bfloat16, parts_of_stored(self.model)
 
         def dtype(name: str, tensor: Tensor) -> torch.dtype:
             if inside(name):
                 return tensor.dtype
             return torch.float16 if name in self._rounded else kept if tensor.numel() else torch.bfloat16
 
-        tensors = unique_tensors(self.model)
-        bytes_ = checkpoint.file_bytes({name: (dtype(name, one), one.shape) for name, one in tensors.items()})
-        return bytes_ + (checkpoint.file_bytes(self._adapters) if self._adapters else 0)
+        tensors = unique_tensors(self.model).items()
+        bytes_ = file_bytes({name: (dtype(name, one), one.shape) for name, one in tensors})
+        return bytes_ + (file_bytes(self._adapters) if self._adapters else 0)
 
     def end_to_end(
         self,

@@ -38,6 +38,7 @@ from cluscomp.stages.evaluate import Evaluation
 from cluscomp.store.files import held_by_first
 from cluscomp.store.records import content_key, read_sealed, write_sealed
 from cluscomp.store.secrets import hide
+from cluscomp.store.tensor_files import tensor_bytes, weight_bytes
 
 log = logging.getLogger("cluscomp")
 ANSWERS = "answers.jsonl.gz"  # to the tasks, of one model
@@ -252,13 +253,13 @@ class Runner:
         if self._is_dense(name):
             dense.save(model, dense_blocks(job.folder, model), job.original, folder)
             written = Original(folder, self.original.dtype, self.original.device)
-            return {"ledger": {"kept": 8 * checkpoint.tensor_bytes(folder)}} | written.size()
+            return {"ledger": {"kept": 8 * tensor_bytes(folder)}} | written.size()
         counted = size_of(model)
         text = card(self.experiment, name, counted, self.original.config)
         first = self.original
         checkpoint.save(model, first.tokenizer, folder, first.stored_dtype, text, first.folder)
-        check_file(counted, checkpoint.tensor_bytes(folder))
-        return asdict(counted) | {"checkpoint_bytes": checkpoint.weight_bytes(folder)}
+        check_file(counted, tensor_bytes(folder))
+        return asdict(counted) | {"checkpoint_bytes": weight_bytes(folder)}
 
     def _before(self, name: str) -> str | None:
         """The hash of the checkpoint that a stage works on; None for the original, which the key names."""

@@ -27,9 +27,11 @@ LEASE = 120.0  # seconds without a touch after which the holder of a lock, on an
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to fill that takes the name `target` (replacing one there) only if the block ends well.
 
-    Otherwise it disappears. Folder and files are as readable as the user's umask says, whatever library wrote them.
+    Otherwise it disappears. Where `target` is a link, the folder that it leads to is replaced. Folder and files are as
+    readable as the user's umask says, whatever library wrote them.
     Raises OSError if the place cannot be written.
     """
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}-{uuid4().hex}")
     unfinished.mkdir()
@@ -39,9 +41,11 @@ def new_folder(target: Path) -> Iterator[Path]:
         for path in unfinished.rglob("*"):
             if path.is_file() and not path.is_symlink():
                 path.chmod(usual)
-        if target.exists():
-            shutil.rmtree(target)
+        before = target.with_name(f"{unfinished.name}-before")
+        if target.exists():  # out of the way first: a kill leaves one of both under some name
+            target.rename(before)
         unfinished.rename(target)
+        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -1,5 +1,8 @@
 """Exports of models whose matrices are no linear layers in transformers: stacked experts, GPT-2's transposed layers."""
 
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -70,6 +73,17 @@ def test_the_dense_export_is_transformers_own_model(made, tmp_path, ids, caplog,
     torch.testing.assert_close(logits(dense, ids), logits(model, ids), rtol=1e-5, atol=1e-5)
     names = load_file(tmp_path / "dense" / "model.safetensors").keys()
     assert name != "mixtral" or "model.layers.0.block_sparse_moe.experts.3.w1.weight" in names
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_that_was_taken_apart_is_pickled_and_copied(made, ids, name):
+    model = checkpoint.load(made(name))
+    expected = logits(model, ids)
+    for again in (pickle.loads(pickle.dumps(model)), deepcopy(model)):
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        assert torch.equal(logits(again, ids), expected)
+        model = again
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -384,3 +384,13 @@ def test_what_a_product_holds_of_its_layer_is_never_out_of_date():
     assert product() == 32
     assert float(copy.product(x_BI)[0, 0]) == 8
     assert float(pickle.loads(pickle.dumps(weight)).product(x_BI)[0, 0]) == 32
+
+
+@pytest.mark.parametrize("storage", ["int8", "float8"])
+def test_scales_of_8_bits_are_not_rounded_to_the_dtype_first(storage):
+    weight = CodebookWeight.from_codes(
+        torch.zeros(1, 64, dtype=torch.int32), torch.full((1, 2, 2), 0.1234567),
+        out_features=16, in_features=8, axis="out", storage=storage,
+    )  # fmt: skip
+    expected = weight(torch.float32).detach()
+    assert torch.equal(weight(torch.bfloat16).detach(), expected.bfloat16())

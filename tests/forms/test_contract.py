@@ -13,6 +13,7 @@ from itertools import cycle, islice
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save as save_tensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -33,6 +34,7 @@ from cluscomp.kernels.entropy import write
 from cluscomp.models.original import Original, blocks, linears
 from cluscomp.plan.meta import MetaModel
 from cluscomp.stages.parts import put_part, read_part, save_part
+from cluscomp.store.tensor_files import tensor_bytes
 from cluscomp.train.masters import Trained, fit
 
 CPU = torch.device("cpu")
@@ -335,11 +337,44 @@ def test_a_checkpoint_gives_the_same_logits(written, ids):
     model, folder = written
     logits = model(ids).logits
     assert bool(logits.isfinite().all())
-    check_file(size_of(model), checkpoint.tensor_bytes(folder))
-    assert sum(size_of(model).ledger.values()) == 8 * checkpoint.tensor_bytes(folder)
+    check_file(size_of(model), tensor_bytes(folder))
+    assert sum(size_of(model).ledger.values()) == 8 * tensor_bytes(folder)
     ours = checkpoint.load(folder)
     assert torch.equal(ours(ids).logits, logits) and specs(ours) == specs(model)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, logits)
+
+
+def off(logits, expected):
+    return float((logits.float() - expected.float()).norm() / expected.float().norm())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_checkpoint_loads_in_16_bits_and_saves_what_it_computes_after_a_cast(written, ids, tmp_path, dtype):
+    model, folder = written
+    expected = model(ids).logits
+    assert off(checkpoint.load(folder, dtype)(ids).logits, expected) < 0.05
+    cast = checkpoint.load(folder).to(dtype)
+    cast.save_pretrained(tmp_path / "cast")
+    assert off(checkpoint.load(tmp_path / "cast", torch.float32)(ids).logits, expected) < 0.1
+
+
+def test_what_was_unfrozen_trains_under_autocast_and_takes_back_what_was_saved(written, ids):
+    _, folder = written
+    model = checkpoint.load(folder)
+    expected = model(ids).logits.detach()
+    trained = checkpoint.unfreeze(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, labels=ids).loss.backward()
+    assert all(bool(one.grad.isfinite().all()) for one in trained) and any(one.grad.any() for one in trained)
+    masters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for one in trained:
+        one.data.mul_(2)
+    model.load_state_dict(load_tensors(folder / "model.safetensors"), strict=False)
+    assert {one.dtype for one in trained} == {torch.float32} and all(one.requires_grad for one in trained)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), masters[name], rtol=1e-6, atol=0)
+    assert off(model(ids).logits.detach(), expected) < 1e-5
 
 
 @torch.no_grad()

@@ -28,6 +28,8 @@ def test_a_head_gives_the_product_with_its_weight_as_it_is_now():
         assert torch.equal(layer._halves.float(), weight_OI)
         layer.weight.mul_(2)
         torch.testing.assert_close(layer(x) - layer.bias, 2 * (exact - layer.bias), rtol=1e-5, atol=1e-4)
+        layer.weight.data.mul_(2)  # which no version tells of: merged adapters do so
+        torch.testing.assert_close(layer(x) - layer.bias, 4 * (exact - layer.bias), rtol=1e-5, atol=1e-4)
         layer.weight.add_(1e-4)  # no 16 bits hold this
         assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias)) and layer._halves is None
     with torch.inference_mode():

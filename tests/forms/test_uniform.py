@@ -21,6 +21,7 @@ from cluscomp.methods.rtn import RoundToNearest
 from cluscomp.models.original import Original, block_names, blocks
 from cluscomp.stages.cluster import Cluster
 from cluscomp.stages.clustering import compress_block
+from cluscomp.store.tensor_files import tensor_bytes
 from cluscomp.train.masters import Trained
 
 ZEROS = ["none", "whole", "float16"]
@@ -242,7 +243,7 @@ def test_plain_transformers_loads_it_with_the_same_logits(saved, ids):
         expected = model(ids).logits
         assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, expected)
         assert torch.equal(checkpoint.load(folder)(ids).logits, expected)
-    check_file(size_of(model), checkpoint.tensor_bytes(folder))
+    check_file(size_of(model), tensor_bytes(folder))
     stored = load_file(folder / "model.safetensors")
     assert any(name.endswith("stored.zeros") for name in stored) != method.symmetric
 

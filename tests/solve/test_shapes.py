@@ -11,7 +11,7 @@ from reference import codebook as reference
 from reference.recipe import NO_DATA, PAPER, STORED
 from safetensors.torch import save as save_tensors
 
-from cluscomp.checkpoint import save, tensor_bytes
+from cluscomp.checkpoint import save
 from cluscomp.forms.codebook import CodebookWeight, sub_vectors
 from cluscomp.forms.layers import Size, check_file, size_of
 from cluscomp.methods.cluscomp import ClusComp
@@ -20,6 +20,7 @@ from cluscomp.solve.allocate import Menu, Option, share_out
 from cluscomp.solve.kmeans import Recipe, kmeans
 from cluscomp.solve.shapes import BRIEF, FULL, Shape, choose, expected_bits, measured_error, menu, reachable
 from cluscomp.stages.clustering import compress_block
+from cluscomp.store.tensor_files import tensor_bytes
 
 targets = st.one_of(st.sampled_from([1.0, 2.0, 3.0, 4.0, 8.0]), st.floats(0.2, 8))
 axes = st.sampled_from(["out", "in"])

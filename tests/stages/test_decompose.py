@@ -144,6 +144,12 @@ def test_widths_by_influence_are_as_many_units_in_all_and_load_with_what_is_made
     assert torch.equal(again(ids).logits, model(ids).logits)
     outline = MetaModel(read_config(tmp_path / "compressed"), torch.float32, "cpu")
     assert outline.size().linear_bits_per_weight == size_of(again).linear_bits_per_weight
+    again.dequantize()
+    expected = again(ids).logits
+    for place in ("dense", "once more"):
+        again.save_pretrained(tmp_path / place)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / place, dtype=torch.float32)
+        assert torch.equal(again(ids).logits, expected)
     for folder in (left, tmp_path / "compressed"):
         with pytest.raises(InputError, match=r"mlp.* other shapes than config\.json .* format=dense has no"):
             export(folder, format="dense", output=tmp_path / "out")

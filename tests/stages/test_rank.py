@@ -25,6 +25,7 @@ from cluscomp.solve import low_rank
 from cluscomp.stages import Job
 from cluscomp.stages.cut import Cut
 from cluscomp.stages.rank import Rank
+from cluscomp.store.tensor_files import tensor_bytes
 from cluscomp.train.masters import Trained
 from cluscomp.train.objective import IGNORED
 from cluscomp.train.ranking import Directions, Ranking
@@ -253,7 +254,7 @@ def test_factors_are_compressed_by_a_method_and_its_bits_are_a_share_of_theirs(s
     assert named == ("ACIP, factors by GPTQ", "2.25")
     assert outcome.record.scores[0].seen.keys() == {"rank", "cut"}
     model = checkpoint.load(outcome.checkpoint)
-    assert sum(size_of(model).ledger.values()) == 8 * checkpoint.tensor_bytes(outcome.checkpoint)
+    assert sum(size_of(model).ledger.values()) == 8 * tensor_bytes(outcome.checkpoint)
 
 
 def test_the_plan_knows_both_stages(sizes, ground):

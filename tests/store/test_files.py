@@ -144,3 +144,19 @@ def test_ctrl_c_where_the_library_makes_a_group_of_it_is_a_ctrl_c(start, tmp_pat
     monkeypatch.setattr(SoftFileLease, "_register_context_descriptor", pressed)  # it has just looked at the lock
     with pytest.raises(KeyboardInterrupt), files.held_alone(tmp_path, "waits"):
         pass
+
+
+def test_a_folder_takes_the_place_of_what_a_link_leads_to(tmp_path):
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    (real / "old").write_text("old")
+    link.symlink_to(real)
+    for _ in range(2):
+        with files.new_folder(link) as unfinished:
+            (unfinished / "new").write_text("new")
+        assert link.is_symlink() and [path.name for path in real.iterdir()] == ["new"]
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to(tmp_path / "nowhere")
+    with files.new_folder(dangling) as unfinished:
+        (unfinished / "new").write_text("new")
+    assert (dangling / "new").read_text() == "new" and len([*tmp_path.iterdir()]) == 4
