@@ -26,8 +26,10 @@ def test_what_is_written_in_a_yaml_is_no_difference():
         "method": "autoround", "block_finetune": "autoround_quick", "evaluate": "gptq_2048", "experiment": "sharing",
         "data@evaluate.texts.c4": "c4", "cluster": "default",
     }.items()  # fmt: skip
-    assert found["evaluate"]["differs"] == {"context": 512, "limit": 40, "batch_size": 8}  # of the experiment
-    assert not any(one["differs"] for name, one in found.items() if name != "evaluate")
+    assert not any(one["differs"] for one in found.values())  # evaluate's is the yaml that was said, all of it
+    assert composed("bits=3", "experiment=sharing").choices["evaluate"] == {"yaml": "quick", "differs": {}}
+    of_experiment = composed("bits=3", "experiment=zeroshot", "evaluate=gptq_2048").choices["evaluate"]
+    assert of_experiment == {"yaml": "gptq_2048", "differs": {"after": ["original", "block_finetune"]}}
 
 
 def test_what_differs_from_a_yaml_is_told_as_it_is_resolved():
