@@ -30,6 +30,8 @@ TOLERANCE = 0.02  # of the published number, within which ours is called the sam
 FIVE = "zeroshot5"
 SHAPE = ["model", "limit", "method", CALIBRATION, TRAINING, STORED, IN_MEMORY, "MB"]
 COST = ["minutes", "peak RAM, GiB"]
+TELLING = ["seed", "settings", "learned from"]  # columns of a table where they tell rows apart
+NO_SCORES = {*SHAPE, *COST, *TELLING}
 
 
 def perplexity_table(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
@@ -270,19 +272,15 @@ class _Rows:
             ["model", "order", "changed", first],
             ascending=[True, True, True, not highest], kind="stable", ignore_index=True,
         )  # fmt: skip
-        telling = {
-            "seed": table["seed"].nunique() > 2,  # with the original's
-            "settings": table["settings"].any(),
-            "learned from": table["learned from"].any(),
-        }
-        extra = [name for name, whether in telling.items() if whether]
+        seeds = table["seed"].nunique() > 2  # with the original's
+        extra = [name for name in TELLING if (seeds if name == "seed" else table[name].any())]
         table = where_told(table[[*SHAPE[:3], *extra, *SHAPE[3:], *scored, *COST]])
         return where_it_differs(table, table[STORED], table[IN_MEMORY])
 
 
 def score_columns(table: pd.DataFrame) -> list[str]:
     """The columns of `perplexity_table`, `overview_table` and `zeroshot_table` that hold scores."""
-    return [name for name in table.columns if name not in {*SHAPE, *COST, "seed", "settings", "learned from", "order"}]
+    return [name for name in table.columns if name not in NO_SCORES]
 
 
 def ranked_columns(table: pd.DataFrame) -> list[str]:

@@ -174,7 +174,7 @@ def page(name: str, records: list[Record], format_: Format, published: list[Publ
         )  # fmt: skip
         notes = [
             *filter(None, (view.note, left_out if view.scores(table) else "")),
-            *(f"{line}" for line in tables.legend(table)),
+            *tables.legend(table),
         ]
         if format_ == "md":
             text = f"## {as_text(view.title)}\n\n{text}\n" + "".join(f"{note}  \n" for note in notes)
