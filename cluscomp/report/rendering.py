@@ -18,11 +18,11 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 SUFFIX = {"md": "md", "latex": "tex", "html": "html", "csv": "csv"}
 MISSING = "–"
 WIDEST = 190  # letters of a line of Markdown whose cells are padded
-DIGITS = {
-    r"bits$|bits in": 3,
-    r"error|kurtosis|outliers|dead|rare|entropy": 4,
-    r"MB|minutes|seconds": 1,
-    r"centroids|seeds|tokens": 0,
+DIGITS = {  # by a column's whole name
+    r"[\w. ']*bits|bits in memory": 3,
+    r"(relative )?error|error of .*|kurtosis|outliers|dead|rare|entropy": 4,
+    r"MB|MB to deploy|minutes|(CPU )?seconds|seconds planned|seconds, ratio": 1,
+    r"centroids|seeds|[\w. ]*tokens": 0,
 }
 
 
@@ -46,7 +46,8 @@ def rendered(
     if format_ == "csv":
         return _texts(table, _inert).to_csv(index=False, lineterminator="\n")
     names = list(map(str, table.columns))
-    cells = pd.DataFrame({name: [shown(value, name) for value in table[name]] for name in names})
+    kinds = {name: "" if name in scores else name for name in names}  # a score's column has the name of its data set
+    cells = pd.DataFrame({name: [shown(value, kinds[name]) for value in table[name]] for name in names})
     bold = _best(table, within, scores, max if highest else min)
     numeric = ["right" if pd.api.types.is_numeric_dtype(table[name]) else "left" for name in names]
     if format_ == "md":
@@ -131,7 +132,7 @@ def shown(value: Any, column: str = "") -> str:
         return MISSING
     if isinstance(value, bool) or not isinstance(value, float):
         return {True: "yes", False: ""}[value] if isinstance(value, bool) else str(value)
-    digits = next((digits for pattern, digits in DIGITS.items() if re.search(pattern, column)), 2)
+    digits = next((digits for pattern, digits in DIGITS.items() if re.fullmatch(pattern, column)), 2)
     if math.isinf(value) or (abs(value) >= 1e5 and digits):
         return f"{value:.1e}" if math.isfinite(value) else "inf"
     return f"{value:.{digits}f}"

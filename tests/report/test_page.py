@@ -87,6 +87,17 @@ def test_what_was_not_measured_is_missing_and_never_zero():
     assert MISSING in text and "nan" not in text.lower() and " 0.00" not in text
 
 
+@pytest.mark.parametrize("name", ["my-tokens", "my tokens", "MB of text", "entropy", "seconds"])
+def test_the_name_of_a_data_set_says_nothing_of_decimals(name):
+    runs = [run_of("a", 30.256, method="rtn"), run_of("b", 31.256, method="gptq")]
+    for one in runs:
+        one.scores[:] = [replace(one_score, dataset=name) for one_score in one.scores]
+    (text,) = page.page("mine", runs, "md").values()
+    assert "**30.26**" in text and "31.26" in text and " 100.0 " in text
+    told = rendered(pd.DataFrame([{f"{name} (in-domain)": 30.256, f"{name} perplexity, before": 31.256}]), "md")
+    assert "30.26" in told and "31.26" in told
+
+
 def test_models_of_different_tokenizers_stand_in_one_table():
     """Their protocols differ; each model is compared with itself."""
     other = run_of("b", 9.0, context=99)
