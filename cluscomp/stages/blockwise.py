@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cluscomp import ranks
 from cluscomp.checkpoint import stored_state
+from cluscomp.data.texts import Tokenizer
 from cluscomp.errors import InputError
 from cluscomp.models.opened import Opened
 from cluscomp.models.original import block_names, blocks, linears
+from cluscomp.models.walk import Walk
 from cluscomp.process import Progress, give_memory_back
 from cluscomp.stages import Job
 from cluscomp.stages.parts import put_part, read_part, save_part
@@ -95,6 +98,25 @@ class Blockwise:
             save_part(part_of(self.folder, index), self.blocks[index], numbers)
         self.numbers[index] = numbers
         self._progress.step(line, **for_tracker)
+
+
+class Looks(Protocol):
+    """Settings of a stage that looks at windows of calibration text, `batch_size` of them at once."""
+
+    @property
+    def batch_size(self) -> int:
+        """How many windows go through a block together."""
+        ...
+
+    def windows(self, tokenizer: Tokenizer, seed: int) -> np.ndarray:
+        """The windows as token ids, (W, T) int64."""
+        ...
+
+
+def embedded(stage: Looks, walk: Walk, job: Job) -> list[Tensor]:
+    """What enters the first block of the windows that a stage looks at, in batches of (B, T, H)."""
+    windows_WT = torch.from_numpy(stage.windows(job.original.tokenizer, job.seed)).to(job.original.device)
+    return [walk.embed(ids_BT) for ids_BT in windows_WT.split(stage.batch_size)]
 
 
 def part_of(folder: Path, index: int) -> Path:

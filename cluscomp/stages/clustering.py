@@ -31,7 +31,7 @@ from cluscomp.solve.drift import corrected
 from cluscomp.solve.layer import Later, Layer, Seen
 from cluscomp.stages import Job
 from cluscomp.stages import prices as price
-from cluscomp.stages.blockwise import Blockwise, relative_error
+from cluscomp.stages.blockwise import Blockwise, embedded, relative_error
 from cluscomp.stages.cluster import Cluster
 from cluscomp.stages.gating import gated
 from cluscomp.stages.menus import Menus, Shares
@@ -52,7 +52,7 @@ def run(stage: Cluster, model: PreTrainedModel, job: Job) -> dict[str, Any]:
     walk, names = Walk(model, job.original), block_names(model)
     work = Blockwise("cluster", job.folder, model, apart=stage.apart)
     last, chain = work.last, ranks.Chain()
-    stream = _embedded(stage, walk, job) if stage.calibrated and last >= 0 else []
+    stream: Sequence[Tensor] = embedded(stage, walk, job) if stage.calibrated and last >= 0 else []
     undrifted = list(stream) if stage.drift else []  # what the original makes of the windows
     for index, block, finished in work.all():  # through finished ones the stream still has to pass
         if not work.mine(index):  # another process walks through it
@@ -148,7 +148,7 @@ def _shared_out(
     menus = Menus(job.folder, len(names))
     last, own = menus.last, [index for index in range(menus.last + 1) if ranks.mine(index)]
     progress, chain = Progress("cluster, menus", len(own)), ranks.Chain()
-    stream = _embedded(stage, walk, job) if stage.calibrated and last >= 0 else []
+    stream: Sequence[Tensor] = embedded(stage, walk, job) if stage.calibrated and last >= 0 else []
     for index in own:
         stream = entering = chain.taken(stream) if index else stream
         with job.original.block(model, index) as block:
@@ -182,11 +182,6 @@ def _made(method: Method, new: Callable[[], dict[str, Layer]], names: list[str],
         for compressed in _compressed(method, {name: layers[name] for name in names}, [(names, option)]):
             weights |= {name: stored(layers[name].weight_OI.dtype) for name, stored in compressed.stored.items()}
     return weights
-
-
-def _embedded(stage: Cluster, walk: Walk, job: Job) -> Sequence[Tensor]:
-    windows = torch.from_numpy(stage.windows(job.original.tokenizer, job.seed)).to(job.original.device)
-    return [walk.embed(ids_BT) for ids_BT in windows.split(stage.batch_size)]
 
 
 def compress_block(

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from cluscomp.errors import InputError
@@ -26,6 +26,7 @@ from cluscomp.process import Progress, give_memory_back
 from cluscomp.solve import low_rank
 from cluscomp.solve.layer import Seen
 from cluscomp.stages import Job
+from cluscomp.stages.blockwise import embedded
 from cluscomp.stages.clustering import compress_block
 from cluscomp.stages.cut import Cut
 from cluscomp.stages.observing import observe
@@ -122,11 +123,9 @@ def run(stage: Cut, model: PreTrainedModel, job: Job) -> dict[str, Any]:
 
 def _compress_factors(stage: Cut, method: Method, model: PreTrainedModel, job: Job) -> None:
     """Put in the place of both factors of each layer, or of a dense one, what the method makes of them."""
-    walk, names, stream = Walk(model), block_names(model), list[Tensor]()
+    walk, names = Walk(model), block_names(model)
     progress = Progress("cut", len(names))
-    if stage.calibrated:
-        windows = torch.from_numpy(stage.windows(job.original.tokenizer, job.seed)).to(job.original.device)
-        stream = [walk.embed(ids_BT) for ids_BT in windows.split(stage.batch_size)]
+    stream = embedded(stage, walk, job) if stage.calibrated else []
     for index, block in enumerate(blocks(model)):
         layers = [*compressed(block)]
         for name in layers:

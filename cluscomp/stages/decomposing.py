@@ -20,7 +20,7 @@ from cluscomp.process import Progress
 from cluscomp.solve import modular
 from cluscomp.solve.layer import Seen
 from cluscomp.stages import Job
-from cluscomp.stages.blockwise import Blockwise
+from cluscomp.stages.blockwise import Blockwise, embedded
 from cluscomp.stages.decompose import Decompose
 from cluscomp.store.records import read_sealed, write_sealed
 
@@ -77,7 +77,7 @@ def run(stage: Decompose, model: PreTrainedModel, job: Job) -> dict[str, Any]:
         widths = modular.widths(influences, cut.width, cut.units, stage.temperature)
     work = Blockwise("decompose", job.folder, model)
     last = work.last
-    stream = _embedded(stage, walk, job) if last >= 0 else []
+    stream = embedded(stage, walk, job) if last >= 0 else []
     for index, _, finished in work.all():
         if index > last:
             continue
@@ -111,11 +111,6 @@ def run(stage: Decompose, model: PreTrainedModel, job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _embedded(stage: Decompose, walk: Walk, job: Job) -> list[Tensor]:
-    windows = torch.from_numpy(stage.windows(job.original.tokenizer, job.seed)).to(job.original.device)
-    return [walk.embed(ids_BT) for ids_BT in windows.split(stage.batch_size)]
-
-
 def _look(walk: Walk, index: int, block: nn.Module, stream: list[Tensor], asked: dict[str, str]) -> dict[str, Seen]:
     """Bring the stream (batches of (B, T, H)) through a block, and gather the statistics that are asked for, by layer.
 
@@ -134,7 +129,7 @@ def _kept_pairs(stage: Decompose, heads: Heads, walk: Walk, job: Job) -> Tensor:
     """Which pairs of dimensions stay, (P,), by their part in the scores of all blocks' attention."""
     known = read_sealed(job.folder / PAIRS)
     if known is None:
-        stream, total_P = _embedded(stage, walk, job), torch.zeros(heads.dims // 2, dtype=torch.float64)
+        stream, total_P = embedded(stage, walk, job), torch.zeros(heads.dims // 2, dtype=torch.float64)
         progress = Progress("decompose, pairs", len(walk))
         for index in range(len(walk)):
             with walk.block(index) as block:
@@ -151,7 +146,7 @@ def _influences(stage: Decompose, walk: Walk, job: Job) -> list[float]:
     """How far each block turns what enters it."""
     known = read_sealed(job.folder / INFLUENCE)
     if known is None:
-        stream, found, progress = _embedded(stage, walk, job), [], Progress("decompose, influence", len(walk))
+        stream, found, progress = embedded(stage, walk, job), [], Progress("decompose, influence", len(walk))
         for index in range(len(walk)):
             entering = [*stream]
             with walk.block(index) as block:
