@@ -14,6 +14,7 @@ from cluscomp.report.tables import (
     ACCURACY,
     IN_DOMAIN,
     IN_MEMORY,
+    PERPLEXITY,
     STORED,
     check_protocols,
     cost_until,
@@ -34,7 +35,7 @@ TELLING = ["seed", "settings", "learned from"]  # columns of a table where they 
 NO_SCORES = {*SHAPE, *COST, *TELLING}
 
 
-def perplexity_table(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
+def perplexity_table(records: list[Record]) -> pd.DataFrame:
     """One row for each model, limit of bits, method and seed, a column for each data set; NaN: not measured.
 
     A data set is marked where a row's model learned from its domain. `learned from` names the texts, of another
@@ -43,7 +44,7 @@ def perplexity_table(records: list[Record], metric: str = "perplexity") -> pd.Da
     from unlike texts.
     """
     rows = _Rows(records)
-    scored = _of_metric(records, metric)
+    scored = _of_metric(records, PERPLEXITY)
     known = {score.dataset for record, score in scored if in_domain(record, score)}
     for record, score in scored:
         partial = score.protocol.get("partial", False)
@@ -51,14 +52,14 @@ def perplexity_table(records: list[Record], metric: str = "perplexity") -> pd.Da
     return rows.sorted()
 
 
-def overview_table(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
+def overview_table(records: list[Record]) -> pd.DataFrame:
     """`perplexity_table` at a glance: one row a method, a column for each data set and limit, the mean over seeds.
 
     Where runs of one method and limit have other settings, they are rows of their own, and these stand in brackets.
     The original first, then the best first, by the data set and limit that most methods have. Empty for fewer than
     three methods or two limits.
     """
-    table = perplexity_table(records, metric)
+    table = perplexity_table(records)
     if table.empty:
         return table
     wide = table.melt([name for name in table.columns if name not in score_columns(table)], var_name="data")
@@ -208,7 +209,7 @@ def finetuning_table(records: list[Record]) -> pd.DataFrame:
         scored: dict[tuple[str, str], float] = {}
         for score in record.scores:
             accuracy = _accuracy(score)
-            if score.after in (before, "finetune") and (accuracy or score.metric == "perplexity"):
+            if score.after in (before, "finetune") and (accuracy or score.metric == PERPLEXITY):
                 check_protocols(same[row["model"]], score.metric, score.dataset)
                 when = "after" if score.after == "finetune" else "before"
                 unit = f"{score.metric}, %" if accuracy else score.metric
@@ -325,7 +326,7 @@ def _plain(score: Score) -> bool:
 
 def _whole(score: Score, context: int) -> bool:
     asked = (score.metric, score.protocol.get("context"), score.protocol.get("stride"))
-    return asked == ("perplexity", context, context)
+    return asked == (PERPLEXITY, context, context)
 
 
 def _same_measurement(one: dict[str, Any], row: Published) -> bool:

@@ -18,7 +18,7 @@ def figures(records: list[Record]) -> dict[str, tuple[Figure, pd.DataFrame]]:
     for text, same in texts.items():
         of_text = f"\nlearned from {text}" if len(texts) > 1 else ""  # panels of its own
         made, scores = pareto.pareto(same), tables.scores(same)
-        scores = scores[(scores["after"] == ORIGINAL) & (scores["metric"] == "perplexity")]
+        scores = scores[(scores["after"] == ORIGINAL) & (scores["metric"] == tables.PERPLEXITY)]
         told = {"model": "model", "dataset": "data", "value": "value", "linear_bits_per_weight": pareto.BITS}
         scores = scores[[*told]].rename(columns=told).drop_duplicates(["model", "data"])
         points.append(made.assign(data=made["data"] + of_text))

@@ -8,22 +8,22 @@ import pandas as pd
 from cluscomp.report.differing import apart
 from cluscomp.report.learned import TRAINING, check_texts, where_told
 from cluscomp.report.names import by_model
-from cluscomp.report.tables import IN_DOMAIN, IN_MEMORY, STORED, check_protocols, scores, where_it_differs
+from cluscomp.report.tables import IN_DOMAIN, IN_MEMORY, PERPLEXITY, STORED, check_protocols, scores, where_it_differs
 from cluscomp.store.records import ORIGINAL, Record
 
-BITS, BYTES = STORED, "MB"
+BITS, BYTES, MEAN = STORED, "MB", f"mean {PERPLEXITY}"
 SOME = 0.5  # of the sizes; a method that was run at fewer is no line to look at first
 
 
-def pareto(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
+def pareto(records: list[Record]) -> pd.DataFrame:
     """One row for each model, data set, run and stage but the original: size, score, and what dominates it.
 
     `dominated by bits` tells whether another row of the same model and data is no larger and no worse, and better in
     one of both; `dominated by bytes` the same of the whole file. `in-domain`: the method learned from that data set.
-    Lower is better but for acc and exact_match. Raises InputError if scores of one model and data set were measured
-    under different protocols, and for models that learned from unlike texts.
+    Raises InputError if scores of one model and data set were measured under different protocols, and for models that
+    learned from unlike texts.
     """
-    rows = _ranked(records, metric)
+    rows = _ranked(records)
     table = pd.DataFrame(
         {
             "model": rows["model"],
@@ -33,37 +33,35 @@ def pareto(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
             BITS: rows["linear_bits_per_weight"].round(3),
             IN_MEMORY: rows[IN_MEMORY].round(3),
             BYTES: (rows["checkpoint_bytes"] / 1e6).round(1),
-            metric: rows["value"],
+            PERPLEXITY: rows["value"],
             IN_DOMAIN: rows["in_domain"],
         }
     ).drop_duplicates(ignore_index=True)
-    sign = -1 if higher_is_better(metric) else 1
     for size, name in ((BITS, "dominated by bits"), (BYTES, "dominated by bytes")):
-        table[name] = [_dominated(table, row, size, metric, sign) for _, row in table.iterrows()]
-    table = table.sort_values(["model", "data", BITS, metric], ignore_index=True)
+        table[name] = [_dominated(table, row, size) for _, row in table.iterrows()]
+    table = table.sort_values(["model", "data", BITS, PERPLEXITY], ignore_index=True)
     return where_told(where_it_differs(table, table[BITS], table[IN_MEMORY]))
 
 
-def _ranked(records: list[Record], metric: str) -> pd.DataFrame:
-    """The scores of a metric but the originals', which can be ranked. Raises InputError where they cannot."""
+def _ranked(records: list[Record]) -> pd.DataFrame:
+    """Perplexities of all but the originals, which can be ranked. Raises InputError where they cannot."""
     for same in by_model(records).values():
-        check_protocols(same, metric)
+        check_protocols(same, PERPLEXITY)
     check_texts(records)
     rows = scores(records)
-    return rows[(rows["metric"] == metric) & (rows["after"] != ORIGINAL)]
+    return rows[(rows["metric"] == PERPLEXITY) & (rows["after"] != ORIGINAL)]
 
 
-def standing(table: pd.DataFrame, metric: str = "perplexity") -> list[str]:
+def standing(table: pd.DataFrame) -> list[str]:
     """The methods of `pareto`, best first: by how far, on the average of sizes, they are off the best of each size.
 
-    Sizes are rounded to whole bits; of perplexity the distance is that of logarithms. Where a method was not run it
+    Sizes are rounded to whole bits; the distance is that of perplexities' logarithms. Where a method was not run it
     stands as the median of those that were; those that were run at less than half of the sizes come last. Data sets
     that methods learned from take no part, unless there is no other.
     """
     sets = table.groupby(["model", "data"])[IN_DOMAIN].transform("any")
     table = table if sets.all() else table[~sets]
-    sign = -1 if higher_is_better(metric) else 1
-    value = table[metric].clip(upper=1e30).map(math.log) if sign > 0 else -table[metric]
+    value = table[PERPLEXITY].clip(upper=1e30).map(math.log)
     sizes = table.assign(size=table[BITS].round(), value=value).groupby(["model", "data", "size"])
     off = (sizes["value"].transform(lambda one: one - one.min())).groupby(
         [table["model"], table["data"], table[BITS].round(), table["method"]]
@@ -73,27 +71,22 @@ def standing(table: pd.DataFrame, metric: str = "perplexity") -> list[str]:
     return sorted(mean.index, key=lambda name: (few[name], mean[name], name.casefold()))
 
 
-def _dominated(table: pd.DataFrame, row: pd.Series, size: str, metric: str, sign: int) -> bool:
+def _dominated(table: pd.DataFrame, row: pd.Series, size: str) -> bool:
     rivals = table[(table["model"] == row["model"]) & (table["data"] == row["data"])]
-    losses, loss = sign * rivals[metric], sign * row[metric]
+    losses, loss = rivals[PERPLEXITY], row[PERPLEXITY]
     no_worse = (rivals[size] <= row[size]) & (losses <= loss)
     return bool((no_worse & ((rivals[size] < row[size]) | (losses < loss))).any())
 
 
-def higher_is_better(metric: str) -> bool:
-    """Whether a metric is an accuracy."""
-    return metric.startswith(("acc", "exact_match"))
-
-
-def seed_spread(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
+def seed_spread(records: list[Record]) -> pd.DataFrame:
     """One row for each model, data set, limit and method: mean over seeds, spread, distance to the best.
 
     The spread is the largest value less the smallest, NaN of one seed. `within the spread` is "yes" where the distance
     of the mean to the best one of the same limit is no more than the larger spread of both: it says nothing then.
-    Methods that were trained on unlike numbers of tokens are no rivals. Empty where nothing but an original has the
-    metric. Raises InputError as `pareto`.
+    Methods that were trained on unlike numbers of tokens are no rivals. Empty where nothing but an original was
+    scored. Raises InputError as `pareto`.
     """
-    rows = _ranked(records, metric)
+    rows = _ranked(records)
     kind = ["model", "dataset", "limit", "method", TRAINING]
     rows = rows.assign(method=apart(rows, kind))
     found: list[dict[str, Any]] = []
@@ -103,18 +96,17 @@ def seed_spread(records: list[Record], metric: str = "perplexity") -> pd.DataFra
         found.append(
             dict(zip(("model", "data", "limit", "method", TRAINING), key))
             | {"seeds": len(values)}
-            | {f"mean {metric}": float(values.mean()), "spread": spread}
+            | {MEAN: float(values.mean()), "spread": spread}
         )
     table = pd.DataFrame(found)
     if table.empty:
         return table
     kinds = table[["model", "data", "limit", TRAINING]].fillna("-")
-    sign = -1 if higher_is_better(metric) else 1
     distances, within = [], []
     for number in range(len(table)):
         row, rivals = table.iloc[number], table[(kinds == kinds.iloc[number]).all(axis=1)]
-        best = rivals.iloc[int((sign * rivals[f"mean {metric}"]).argmin())]
-        distance = abs(row[f"mean {metric}"] - best[f"mean {metric}"])
+        best = rivals.iloc[int(rivals[MEAN].argmin())]
+        distance = row[MEAN] - best[MEAN]
         spread = max(row["spread"], best["spread"])
         distances.append(distance)
         within.append("best" if distance == 0 else "?" if math.isnan(spread) else "yes" if distance <= spread else "no")

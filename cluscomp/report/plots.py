@@ -13,8 +13,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from cluscomp.report.learned import TRAINING
-from cluscomp.report.pareto import BITS, BYTES, higher_is_better, standing
-from cluscomp.report.tables import IN_DOMAIN
+from cluscomp.report.pareto import BITS, BYTES, standing
+from cluscomp.report.tables import IN_DOMAIN, PERPLEXITY
 from cluscomp.store.files import new_file
 from cluscomp.store.records import content_key
 
@@ -68,8 +68,8 @@ def _panels(
         yield figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False, sharey=sharey)]
 
 
-def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFrame | None = None) -> "Figure":
-    """Score against size, from `pareto.pareto`: a line a method; a row of panels a data set, against bits and bytes.
+def pareto(table: pd.DataFrame, originals: pd.DataFrame | None = None) -> "Figure":
+    """Perplexity against bits and bytes, from `pareto.pareto`: a line a method; a row of panels a data set.
 
     The six methods that stand best (`pareto.standing`) have colours and their names at the lines' ends, all others are
     thin and grey; points of trained models are open, and each number of tokens has a line of its own.
@@ -78,21 +78,20 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
     """
     from matplotlib.ticker import MaxNLocator
 
-    sign = -1 if higher_is_better(metric) else 1
     beyond, table = False, _told_apart(table)
     before = pd.DataFrame(columns=["model", "data"]) if originals is None else originals
     sets = list(dict.fromkeys(zip(table["model"], table["data"])))
-    methods = standing(table, metric)
+    methods = standing(table)
     colours = dict(zip(methods, COLOURS[:NAMED]))
     trained = set(table[table[TRAINING] > 0]["method"]) if TRAINING in table else set()
     with _panels(len(sets), 2) as (figure, panels):
         for (model, data), row in zip(sets, panels):
             here = table[(table["model"] == model) & (table["data"] == data)]
             for axes, size, dominated in zip(row, (BITS, BYTES), ("dominated by bits", "dominated by bytes")):
-                top = BEYOND * here[~here[dominated]][metric].median() if sign > 0 else math.inf
-                beyond |= bool((here[metric] > top).any())
-                shown = here.assign(**{metric: here[metric].clip(upper=top)})
-                lines = {method: rows.groupby(size)[metric].mean() for method, rows in shown.groupby("method")}
+                top = BEYOND * here[~here[dominated]][PERPLEXITY].median()
+                beyond |= bool((here[PERPLEXITY] > top).any())
+                shown = here.assign(**{PERPLEXITY: here[PERPLEXITY].clip(upper=top)})
+                lines = {method: rows.groupby(size)[PERPLEXITY].mean() for method, rows in shown.groupby("method")}
                 ends = _lines(axes, lines, methods, colours, trained)
                 known = before[(before["model"] == model) & (before["data"] == data)]
                 if len(known):
@@ -100,11 +99,10 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
                         known["value"].iloc[0], color="black", linestyle="--", linewidth=0.8,
                         label=f"original, {known[BITS].iloc[0]:.3g} bits",
                     )  # fmt: skip
-                if sign > 0:
-                    axes.set_yscale("log")
-                    if (here[metric] > top).any():
-                        axes.set_ylim(top=top)
-                    _logarithmic(axes.yaxis, axes.get_ylim())
+                axes.set_yscale("log")
+                if (here[PERPLEXITY] > top).any():
+                    axes.set_ylim(top=top)
+                _logarithmic(axes.yaxis, axes.get_ylim())
                 low, high = axes.get_xlim()
                 if (lacking := ALIKE * high - (high - low)) > 0:
                     axes.set_xlim(low - lacking / 2, high + lacking / 2)
@@ -112,7 +110,7 @@ def pareto(table: pd.DataFrame, metric: str = "perplexity", originals: pd.DataFr
                 axes.set_xlabel(UNITS[size])
                 axes.set_title(f"{model}, {data}{_domain(here[IN_DOMAIN])}")
                 _name_ends(axes, ends, colours)
-            row[0].set_ylabel(f"{metric} (log)" if sign > 0 else metric)
+            row[0].set_ylabel(f"{PERPLEXITY} (log)")
         if len(methods) > NAMED:
             panels[0][0].plot([], [], "o-", color=GREY, linewidth=0.6, markersize=2, label="others (see the table)")
         if trained:

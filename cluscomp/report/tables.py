@@ -16,6 +16,7 @@ PARTIAL, IN_DOMAIN, SEEN, LORA = "partial", "in-domain", "seen", "lora"
 STORED, IN_MEMORY = "stored bits", "bits in memory"
 # Bits a weight that stay decoded beside those stored, for records older than the figure: of our methods' classes
 OURS, DECODED = "cluscomp.methods.", {"cluscomp.methods.water_sic.WaterSic": 8}
+PERPLEXITY = "perplexity"  # the metric by which models are ranked, the lowest first
 ACCURACY = re.compile(r"acc$|exact_match")
 MARKS = {
     PARTIAL: "measured on the first windows or rows only (evaluate.limit, tasks.limit)",
@@ -116,7 +117,7 @@ def legend(table: pd.DataFrame) -> list[str]:
     return marks + [f"{name}: {meaning}" for name, meaning in COLUMNS.items() if name in table.columns]
 
 
-def stage_table(records: list[Record], metric: str = "perplexity", *, by_protocol: bool = False) -> pd.DataFrame:
+def stage_table(records: list[Record], *, by_protocol: bool = False) -> pd.DataFrame:
     """One row for each run, data set and stage: bits, bytes, score, and the score over the original's.
 
     Raises InputError if scores of one data set were measured under different protocols, and says what each has. With
@@ -125,11 +126,11 @@ def stage_table(records: list[Record], metric: str = "perplexity", *, by_protoco
     if not records:
         raise InputError("no records to make a table of")
     rows = scores(records)
-    rows = rows[rows["metric"] == metric]
+    rows = rows[rows["metric"] == PERPLEXITY]
     if by_protocol:
         rows = rows.sort_values(["dataset", "protocol"], kind="stable", ignore_index=True)
     else:
-        check_protocols(records, metric)
+        check_protocols(records, PERPLEXITY)
     originals = rows[rows["after"] == ORIGINAL].set_index(["run", "dataset", "protocol"])["value"]
     ratios = [
         value / originals.get(tuple(key), float("nan"))
@@ -145,7 +146,7 @@ def stage_table(records: list[Record], metric: str = "perplexity", *, by_protoco
             "weights, MB": (rows["checkpoint_bytes"] / 1e6).map("{:.1f}".format),
             **({"protocol": rows["protocol"]} if by_protocol else {}),
             "data": [marked(*row) for row in zip(rows["dataset"], rows["partial"], rows["in_domain"], rows["overlap"])],
-            metric: rows["value"].map("{:.2f}".format),
+            PERPLEXITY: rows["value"].map("{:.2f}".format),
             "of the original's": [f"{ratio:.2f}x" if math.isfinite(ratio) else "-" for ratio in ratios],
         }
     )
@@ -231,20 +232,20 @@ def cost_table(records: list[Record]) -> pd.DataFrame:
     )
 
 
-def method_table(records: list[Record], metric: str = "perplexity") -> pd.DataFrame:
+def method_table(records: list[Record]) -> pd.DataFrame:
     """Methods ranked by the score after the last stage: one row for each run and data set, best first at each limit.
 
     `limit` is the `bits` that was asked for ("by hand" without); bits are those stored, and those a paper would count.
     Minutes and memory are those of all stages together and of the worst. Raises InputError for scores of one data set
     under different protocols, and for models that learned from unlike texts.
     """
-    check_protocols(records, metric)
+    check_protocols(records, PERPLEXITY)
     check_texts(records)
     rows = []
     for record in (one for one in records if one.config["order"]):
         last = record.config["order"][-1]
         size = record.stages[last]["size"]
-        values = {(score.dataset, score.after): score.value for score in record.scores if score.metric == metric}
+        values = {(score.dataset, score.after): score.value for score in record.scores if score.metric == PERPLEXITY}
         for dataset in dict.fromkeys(dataset for dataset, after in values if after == last):
             value, original = values[dataset, last], values.get((dataset, ORIGINAL), math.nan)
             rows.append(
@@ -257,13 +258,14 @@ def method_table(records: list[Record], metric: str = "perplexity") -> pd.DataFr
                     STORED: round(sizes(record, last)["linear_bits_per_weight"], 3),
                     IN_MEMORY: round(memory_bits(record, last), 3),
                     "paper's bits": round(size.get("paper_bits_per_weight", math.nan), 3),
-                    metric: round(value, 2),
+                    PERPLEXITY: round(value, 2),
                     "of the original's": round(value / original, 2),
                 }
                 | cost_until(record, last)
                 | {"run": record.run["name"]}
             )
-    table = pd.DataFrame(rows).sort_values(["data", "limit", metric], ascending=[True, False, True], ignore_index=True)
+    order = ["data", "limit", PERPLEXITY]
+    table = pd.DataFrame(rows).sort_values(order, ascending=[True, False, True], ignore_index=True)
     return where_told(where_it_differs(table, table[STORED], table[IN_MEMORY]))
 
 
