@@ -214,7 +214,7 @@ def _logarithmic(axis: "Axis", ends: tuple[float, float]) -> None:
 
 
 def layers(table: pd.DataFrame, column: str = "relative error") -> "Figure":
-    """A value of every block's layers, from `layers.layer_table`: a panel for each kind of layer, a line a run.
+    """A value of every block's layers, from `by_layer.layer_table`: a panel for each kind of layer, a line a run.
 
     Six runs have colours, and names at their lines' ends in the last panel of each row: those of the least error at the
     size at which most were made, then at the next such size. All others are thin and grey. Errors have one scale.
