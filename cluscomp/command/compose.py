@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from cluscomp.command.environment import Place, resolved
 from cluscomp.command.idle import GROUPS, refuse_idle, tell_idle
 from cluscomp.command.trust import Given, at, check, given, refuse_hydra, settings_class
-from cluscomp.command.usage import choices, settings_of_no_group
+from cluscomp.command.usage import choices, commands, settings_of_no_group
 from cluscomp.errors import InputError
 from cluscomp.process import INTERRUPTED, join_slurm, rank, unreadable
 from cluscomp.runs.experiment import Experiment, put
@@ -63,8 +63,9 @@ def compose_for(command: Callable[[Experiment], float | None]) -> None:
         raise InputError("--experimental-rerun: reads a pickle, which can run code; give the settings themselves")
     check_processes()
     _groups_by_name(sys.argv[1:])
-    said = given(sys.argv[1:])  # of this process, which may not be the one that works
-    for name, told in {"choices": choices, "settings": settings_of_no_group}.items():  # of --help
+    said = given(sys.argv[1:])  # here, for a launcher may run `compose` in a process of another command line
+    parts = {"commands": commands, "choices": lambda: choices(CONF), "settings": lambda: settings_of_no_group(CONF)}
+    for name, told in parts.items():  # ${cluscomp.commands:} and the like in conf/hydra/help, the text of --help
         OmegaConf.register_new_resolver(f"cluscomp.{name}", functools.partial(_escaped, told), replace=True)
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -80,15 +81,15 @@ def compose_for(command: Callable[[Experiment], float | None]) -> None:
     compose()
 
 
-def _escaped(told: Callable[[Path], str]) -> str:
+def _escaped(told: Callable[[], str]) -> str:
     """A part of --help, as Hydra's template takes it."""
-    return told(CONF).replace("$", "$$")
+    return told().replace("$", "$$")
 
 
 def composed(overrides: list[str], said: Given | None = None) -> Experiment:
     """The settings that overrides make, without a run of Hydra's own around them.
 
-    `said` is what the command line says if overrides may be another's, by default the overrides.
+    `said`: what the user typed. Pass it when `overrides` come from a file; default: the overrides themselves.
     """
     _groups_by_name(overrides)
     refuse_hydra(overrides)

@@ -13,8 +13,8 @@ from cluscomp.errors import InputError
 
 COMMENTS_AT = 23  # the column of comments in our yaml
 COMMANDS = {
-    "run": "[key=value ...]\n\nRun the stages in order and score the model; `cluscomp --help` shows all settings. The "
-    "word run may be left out.",
+    "run": "[-m] [key=value ...]\n\nRun the stages in order and score the model (the word run may be left out); with "
+    "-m and key=value,value a sweep, every combination. `cluscomp --help` shows all settings.",
     "plan": "[--calibrate] [key=value ...]\n\nBits, bytes, memory and time of a run, from shapes alone; nothing is "
     "downloaded. --calibrate measures this machine first, for this and later plans.",
     "status": "NAME [outputs=outputs]\n\nWhat the cells of the sweep NAME do (name=NAME in the command of the sweep).",
@@ -40,6 +40,15 @@ def help_of(command: str) -> str:
     """How a command is used, and what it does."""
     usage, _, sentences = COMMANDS[command].partition("\n\n")
     return _folded(usage, f"Usage:  cluscomp {command} ", " " * 12) + "\n\n" + _folded(sentences)
+
+
+def commands() -> str:
+    """How each command is used, with the first sentence on what it does."""
+    lines = []
+    for command, told in COMMANDS.items():
+        usage, _, sentences = told.partition("\n\n")
+        lines += [_folded(usage, f"  cluscomp {command} ", " " * 12), _folded(_first(sentences), " " * 6, " " * 6)]
+    return "\n".join(lines)
 
 
 def misused(command: str, what: str) -> InputError:
@@ -136,7 +145,12 @@ def _with_comment(line: str) -> str:
 
 def said(path: Path) -> str:
     """The first sentence of the comment that a yaml begins with."""
-    return re.split(r"(?<=[.?])\s", _comment(path), maxsplit=1)[0].rstrip(".:")
+    return _first(_comment(path))
+
+
+def _first(text: str) -> str:
+    """The first sentence of a text, without what ends it."""
+    return re.split(r"(?<=[.?])\s", text, maxsplit=1)[0].rstrip(".:")
 
 
 def _comment(path: Path) -> str:

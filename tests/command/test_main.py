@@ -212,6 +212,8 @@ def test_each_command_has_its_help_and_each_group_its_choices(cli):
             assert done.code == 0 and done.out.startswith(f"Usage:  cluscomp {command} "), arguments
             assert max(map(len, done.out.splitlines())) <= 120, arguments
     assert cli("help").out == cli("--help").out
+    for command, told in usage.COMMANDS.items():  # all of them there, too, as their own help says it
+        assert f"\n  cluscomp {command} {told.partition(chr(10))[0]}\n" in cli("--help").out, command
     assert "\nmethod: aqlm, " in cli("list").out
     assert re.search(r"^rtn +Round to nearest", cli("list", "method").out, re.M)
     assert "act_order: true        # inputs of large mean square first" in cli("list", "method", "gptq").out
