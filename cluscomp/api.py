@@ -4,13 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
 from cluscomp.checkpoint import load
-from cluscomp.command.compose import CONF, composed, explain, quiet_libraries
+from cluscomp.command.compose import CONF, composed, quiet_libraries
 from cluscomp.command.sweep import run_cell
-from cluscomp.errors import InputError
 from cluscomp.formats.export import export
 from cluscomp.runs.run import Outcome
 from cluscomp.runs.verify import quoted
@@ -39,10 +35,7 @@ def compress(
     """
     given = [*_chosen(model), *_overrides({"bits": bits} if bits is not None else {}), *_overrides(more)]
     given.append(f"outputs={quoted(str(output_dir))}")
-    try:
-        experiment = composed(given)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(explain(error, given)[0]) from error
+    experiment = composed(given)
     quiet_libraries()
     return run_cell(experiment, given)
 

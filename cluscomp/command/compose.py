@@ -89,16 +89,20 @@ def _escaped(told: Callable[[], str]) -> str:
 def composed(overrides: list[str], said: Given | None = None) -> Experiment:
     """The settings that overrides make, without a run of Hydra's own around them.
 
-    `said`: what the user typed. Pass it when `overrides` come from a file; default: the overrides themselves.
+    `said`: what the user typed. Pass it when `overrides` come from a file; default: the overrides themselves. Raises
+    InputError, in a sentence, for settings that cannot be composed or cannot work.
     """
     _groups_by_name(overrides)
-    refuse_hydra(overrides)
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
-        chosen = config.hydra.runtime.choices
-        with open_dict(config):
-            del config["hydra"]
-        return build(config, chosen, given(overrides) if said is None else said)
+    try:
+        refuse_hydra(overrides)
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
+            chosen = config.hydra.runtime.choices
+            with open_dict(config):
+                del config["hydra"]
+            return build(config, chosen, given(overrides) if said is None else said)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(explain(error, overrides)[0]) from error
 
 
 def check_processes() -> None:
