@@ -28,6 +28,7 @@ from cluscomp.forms.low_rank import LowRank
 from cluscomp.forms.signs import SignWeight
 from cluscomp.plan import dry
 from cluscomp.plan.places import Place
+from cluscomp.stages.foreseeing import SHARING
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "cluscomp"
@@ -130,6 +131,11 @@ def test_methods_that_are_mostly_training_choose_it(name, learns):
     assert found.stages["cluster"].method == composed("method=rtn", "bits=3").stages["cluster"].method
     given = composed(f"method={name}", "bits=3", f"block_finetune={name}")
     assert given.stages["block_finetune"] != found.stages["block_finetune"]
+
+
+def test_a_refusal_names_all_methods_whose_bits_can_be_shared_out():
+    named = {target(METHODS[f"method/{name}.yaml"]) for name in SHARING}
+    assert named == {target(node) for node in METHODS.values() if hasattr(target(node), "offers")}
 
 
 def test_ours_at_its_best_chooses_what_stage_cluster_looks_at():

@@ -23,22 +23,22 @@ from cluscomp.solve.layer import Seen
 from cluscomp.stages.cluster import Cluster
 from cluscomp.stages.observing import bytes_of, in_turn
 
+# Methods that say `offers`, by their yaml; so do the presets of these
+SHARING = ("cluscomp", "cluscomp_paths", "gptvq", "aqlm", "vptq", "water_sic", "low_rank", "low_rank_binary")
+
 
 def check_method(stage: Cluster, original: Original) -> None:
     """Try the stage's method on every block's shapes. Raises InputError, naming the layer, for what it cannot do."""
     outline = MetaModel(original.config, original.dtype, original.device.type)
     tried = _tried(stage.whole, outline)
     shares = isinstance(stage.whole, Offers) and stage.whole.bits is not None
-    if stage.over_the_model and not shares:
-        raise InputError(
-            "allocation.scope=model needs a method whose bits can be shared out (cluscomp, gptvq, aqlm), "
-            "nothing beside it, and bits="
-        )
-    if stage.price == "loss" and not shares:
-        raise InputError(
-            "cluster.price=loss needs a method that shares bits out among layers (cluscomp, cluscomp_paths, gptvq), "
-            "nothing beside it, and bits="
-        )
+    asked = {"allocation.scope=model": stage.over_the_model, "cluster.price=loss": stage.price == "loss"}
+    for setting, needed in asked.items():
+        if needed and not shares:
+            raise InputError(
+                f"{setting} needs a method whose bits can be shared out ({', '.join(SHARING)}), bits=, and nothing "
+                "beside or around it (beside=none cluster.rotation=none)"
+            )
     _check_grids(block_names(outline.model), tried, quantised_types(original.folder))
 
 
