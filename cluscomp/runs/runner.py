@@ -120,23 +120,21 @@ class Runner:
         return self.outputs / f"predictions-{content_key([self.keys['original'], versions()])}"
 
     def _stage(self, name: str, folder: Path) -> dict[str, Any]:
-        finished = ranks.agreed(lambda: self._found(name, folder))
+        finished = ranks.agreed(lambda: self._finished_or_begun(name, folder))
         if finished is not None:
             log.info("%s  finished before, %s", name, folder)
             tell_of_other_code(name, finished)
             self.reused.add(name)
             return finished
         self.worked = True
-        if not self.experiment.stages[name].distributed:
-            return ranks.agreed(lambda: self._made(name, folder, together=False))
-        if ranks.rank() == 0:
-            return ranks.agreed(lambda: self._made(name, folder))
-        model, job = self._start(name, self._work_folder(folder))
-        self.experiment.stages[name].run(model, job)
-        ranks.wait()
-        return ranks.agreed(dict[str, Any])
+        together = self.experiment.stages[name].distributed
+        if together and ranks.rank() > 0:  # beside the first rank, which is in `_made` meanwhile
+            model, job = self._start(name, self._work_folder(folder))
+            self.experiment.stages[name].run(model, job)
+            ranks.wait()
+        return ranks.agreed(lambda: self._made(name, folder, together=together))
 
-    def _made(self, name: str, folder: Path, *, together: bool = True) -> dict[str, Any]:
+    def _made(self, name: str, folder: Path, *, together: bool) -> dict[str, Any]:
         """Run a stage and write what it makes; the metrics. Unless `together` the other ranks are no part of it."""
         curves: list[tuple[Any, ...]] = []  # what trackers are told, for those of later runs that re-use the stage
         with Measured() as cost, listening(lambda *point: curves.append(point)):
@@ -282,7 +280,7 @@ class Runner:
             return None
         return metrics
 
-    def _found(self, name: str, folder: Path) -> dict[str, Any] | None:
+    def _finished_or_begun(self, name: str, folder: Path) -> dict[str, Any] | None:
         """The metrics of a stage that need not be made; else None, and it is begun or gone on with."""
         of, fresh = self._before(name), self.experiment.fresh
         metrics = None if fresh else self._whole(folder, of)
