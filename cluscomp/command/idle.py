@@ -1,4 +1,4 @@
-"""What is said and no stage of a run takes: told, or refused where it would be missed in what is made."""
+"""Settings that no stage of this run uses: a warning, or an error where the user would expect them in the result."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ def tell_idle(raw: Any, experiment: Experiment, said: Given) -> None:
 
     `raw` are the settings with their references unresolved.
     """
-    order = ",".join(experiment.order) or "evaluate"
+    order = "evaluate" if experiment.scores_only else ",".join(experiment.order)
     taken = _referred_to(raw, [*experiment.order, "evaluate"])
     for key in sorted(said.keys):
         place = key.rpartition("@")[2].partition(".")[0]

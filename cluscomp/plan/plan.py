@@ -135,7 +135,7 @@ def plan(experiment: Any, config: PreTrainedConfig, dtype: torch.dtype, device: 
 
     `products`: how many times as long as in float32 matrix products take in `dtype` here.
     """
-    if experiment.order:
+    if not experiment.scores_only:
         check_dense(config)
     machine: Machine = experiment.machine
     can = limits(machine, device, Path(experiment.cache).expanduser())

@@ -17,8 +17,8 @@ def begin(name: str, folder: Path, of: str | None, *, fresh: bool) -> None:
     """Let stage `name` begin in its folder, or go on with what a killed process left there, and mark it.
 
     `of` is the hash of the checkpoint that it works on (None: the original, which the folder's name tells). Parts of
-    another one are removed; if `fresh`, so are those that were not made by the same, clean code. Else parts of other
-    code are gone on with: that is told, and what of them is in no commit stays so to the end.
+    another one are removed; if `fresh`, so are those that were not made by the same, clean code. Otherwise parts made
+    by other code are reused; the log says so, and uncommitted parts keep the result marked dirty.
     """
     before, now = begun(folder), {"of": of} | code()
     if before.get("of", of) != of or (fresh and (before != now or now["dirty"])):

@@ -15,7 +15,7 @@ from cluscomp.settings import described, settings
 from cluscomp.store.records import NAME, content_key
 
 PLACES = ("outputs", "cache", "publish", "data_root")  # settings that say where things lie, of texts and tasks, too
-# and of a run alone: what is run, though it was before, and which yaml settings are from; none decides its result
+# and settings that never change a result: number of processes, what to run again, which yaml was chosen
 ASIDE = (*PLACES, "ranks", "shard", "retry", "fresh", "choices", "from_environment")
 
 TAKEN = {  # what a stage takes, in words
@@ -84,6 +84,11 @@ class Experiment:
         if unknown:
             raise ValueError(f"evaluate.after: '{unknown[0]}' is not 'original' or a stage in order {self.order}")
         return self
+
+    @property
+    def scores_only(self) -> bool:
+        """Whether no stage is run, and the model scored as it is: order=[evaluate], which leaves `order` empty."""
+        return not self.order
 
     @property
     def measured(self) -> list[str]:

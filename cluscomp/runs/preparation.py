@@ -61,7 +61,7 @@ def foreseen(experiment: Experiment, config: PreTrainedConfig) -> Plan | None:
     """
     device = device_of(experiment.device)
     products = _slower_products(experiment, device.type)
-    if not experiment.order and quantizer(config) not in (None, NAME):
+    if experiment.scores_only and quantizer(config) not in (None, NAME):
         log.info("no plan: what layers of '%s' take is not known", quantizer(config))
         return None
     found = plan(experiment, config, dtype_of(experiment), device.type, products)

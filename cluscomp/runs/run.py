@@ -89,14 +89,14 @@ def _run(
     known = known_config(experiment, cache) if first else None
     predicted = None if known is None else foreseen(experiment, known)
     with held_alone(cache, "model"):
-        folder = experiment.model.folder(cache, to_score=not experiment.order)
+        folder = experiment.model.folder(cache, to_score=experiment.scores_only)
     if first and known is None:  # the model was not here before
         predicted = foreseen(experiment, read_config(folder))
     gc.collect()
     gc.freeze()  # libraries stay anyway: each later collection looks only at what runs make
     device, dtype = device_of(experiment.device), ranks.agreed(lambda: dtype_of(experiment))  # a measurement
     said = {"of": experiment.model.of, "calibration": experiment.model.calibration} if _is_gguf(experiment) else {}
-    original = opened(folder, dtype, device, to_score=not experiment.order, **said)
+    original = opened(folder, dtype, device, to_score=experiment.scores_only, **said)
     hashes = file_hashes(folder)
     root = {"model": combined(hashes), "dtype": str(dtype), "device": device.type, "format": FORMAT}
     root |= {"said": said} if any(said.values()) else {}
