@@ -52,7 +52,7 @@ def commands() -> str:
 
 
 def misused(command: str, what: str) -> InputError:
-    """The refusal of a command's arguments: how it is used, and `what` of it needs a word."""
+    """The refusal of a command's arguments: how it is used, followed by `what`, the part that was wrong."""
     return InputError(f"usage: cluscomp {command} {COMMANDS[command].partition(chr(10))[0]}: {what}")
 
 

@@ -38,12 +38,12 @@ class BlockFinetune(FromText):
     "means": codebooks by plain gradient descent, each centroid by the mean of its weights' gradients (iPQ). On uniform
     grids weights may be rounded anew, from the dense ones: "clipping" learns how far each grid spans (OmniQuant),
     "rounding" also which way each weight is rounded, by the gradient's sign (AutoRound), "weights" the dense weights
-    themselves, at the rate `weights_lr`, with scales and zeros at `lr` (EfficientQAT); so do the weights behind signs
-    (OneBit), in units of what is stored for a sign. `order` "fixed" takes the
-    windows as they come (the paper code), "shuffled" anew in each epoch. `clip` bounds the norm of the gradient;
-    `warmup` is the share of steps in which the learning rate rises. `streams` says where the hidden states are, and
-    changes no result. The original block is that of the model before all stages, also after a dense stage, which the
-    whole pipeline is to stay close to.
+    themselves, at the rate `weights_lr`, with scales and zeros at `lr` (EfficientQAT); for OneBit the dense weights
+    behind the signs learn too; their rate is relative to the stored scale. `order` "fixed" takes the windows as they
+    come (the paper code), "shuffled" anew in each epoch. `clip` bounds the norm of the gradient; `warmup` is the share
+    of steps in which the learning rate rises. `streams` says where the hidden states are, and changes no result. The
+    original block is that of the model before all stages, also after a dense stage, which the whole pipeline is to
+    stay close to.
 
     `codes` "moving" (PV-Tuning): beside the codebooks each sub-vector learns where it wants to be, at the rate
     `codes_lr` in units of its weight's standard deviation, and after each step the share `moves` of them that want it
