@@ -31,7 +31,7 @@ from cluscomp.runs.card import card
 from cluscomp.runs.experiment import Experiment, key_settings
 from cluscomp.runs.measured import Measured
 from cluscomp.runs.trackers import listening
-from cluscomp.score.tasks import read_answers, write_answers
+from cluscomp.score.answers import read_answers, write_answers
 from cluscomp.stages import Job
 from cluscomp.stages.blockwise import dense_blocks
 from cluscomp.stages.evaluate import Evaluation

@@ -14,9 +14,10 @@ from cluscomp import ranks
 from cluscomp.models.original import Original
 from cluscomp.models.predictions import Predictions, last_hidden
 from cluscomp.models.walk import Walk
+from cluscomp.score.answers import Answers, flipped
 from cluscomp.score.perplexity import Mean, Reference, mean_of, scored_bytes, window_scores
 from cluscomp.score.sharing import shared_out
-from cluscomp.score.tasks import Answers, Tasks, flipped, lm_eval_version
+from cluscomp.score.tasks import Tasks, lm_eval_version
 from cluscomp.store import records
 from cluscomp.store.files import held_by_first
 from cluscomp.store.records import Score, content_key

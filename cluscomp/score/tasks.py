@@ -5,12 +5,10 @@ asked for: reading them all takes a minute.
 """
 
 import difflib
-import gzip
 import importlib.metadata
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from pydantic import Field
 
 from cluscomp.data.mirror import copies_told, own_cache
 from cluscomp.errors import InputError
+from cluscomp.score.answers import answers_in
 from cluscomp.score.images import check_processor, hashed, sees
 from cluscomp.settings import settings
 from cluscomp.store.files import file_hash
@@ -28,11 +27,9 @@ from cluscomp.store.records import content_key
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Answers = Sequence[dict[str, Any]]  # to tasks, row by row
 NAMED = re.compile(
     r"^[\"']?(?:task|group|tag)[\"']?: *[\"']?([^\s#\"'\[]+)|^ *- *(?:task: *)?[\"']?([\w.+-]+)[\"']? *$", re.M
 )
-CORRECT = ("acc", "exact_match")  # metrics that are 1 or 0 for an answer, the first a task has counts its flips
 
 
 @plain_dataclass(frozen=True)
@@ -146,7 +143,7 @@ class Tasks:
         found = list(_numbers(results))
         if self.mean is not None:
             found.append(_mean(self.mean, [one for one in found if one.task in results["n-samples"]]))
-        return found, list(_answers(results["samples"]))
+        return found, list(answers_in(results["samples"]))
 
     def _load(self, manager: Any) -> list[Any]:
         """The tasks and groups with their rows, for lm-eval. Raises InputError if one of them cannot be had."""
@@ -302,41 +299,6 @@ def _hash(rows: list[dict[str, Any]]) -> str:
     from lm_eval.utils import hash_string
 
     return str(hash_string("".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows)))
-
-
-def _answers(samples: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """Every answer without the question, which its hash names: task, filter, row, responses, metrics."""
-    for task, rows in samples.items():
-        for row in rows:
-            names = ("doc_id", "filter", "target", "filtered_resps", "doc_hash", "prompt_hash", *row["metrics"])
-            yield {"task": task} | {name: row[name] for name in names}
-
-
-def write_answers(path: Path, answers: Sequence[dict[str, Any]]) -> None:
-    """Write answers as JSON lines, compressed; equal answers make equal files."""
-    with gzip.GzipFile(path, "wb", mtime=0) as file:
-        for row in answers:
-            file.write((json.dumps(row, default=str) + "\n").encode())
-
-
-def read_answers(path: Path) -> list[dict[str, Any]]:
-    """What `write_answers` wrote."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def flipped(original: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, tuple[int, int]]:
-    """For each task with right and wrong answers: how many changed, and of how many. Its first filter's count."""
-    before = {(row["task"], row["filter"], row["doc_id"]): row for row in original}
-    found: dict[str, tuple[int, int]] = {}
-    first = {row["task"]: row["filter"] for row in reversed(answers)}
-    for row in (row for row in answers if row["filter"] == first[row["task"]]):
-        metric = next((name for name in CORRECT if name in row), None)
-        other = before.get((row["task"], row["filter"], row["doc_id"]))
-        if metric is not None and other is not None:
-            flips, count = found.get(row["task"], (0, 0))
-            found[row["task"]] = flips + (row[metric] != other[metric]), count + 1
-    return found
 
 
 def lm_eval_version() -> str | None:

@@ -15,7 +15,8 @@ from cluscomp.errors import InputError
 from cluscomp.kernels.work import Work
 from cluscomp.plan.cost import Cost, worst
 from cluscomp.process import rank
-from cluscomp.score.tasks import Answers, Tasks, lm_eval_version
+from cluscomp.score.answers import Answers
+from cluscomp.score.tasks import Tasks, lm_eval_version
 from cluscomp.settings import described, settings
 from cluscomp.store.records import Score, content_key
 

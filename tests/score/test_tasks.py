@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cluscomp import checkpoint
 from cluscomp.command.sweep import show
 from cluscomp.errors import InputError
-from cluscomp.score.tasks import Tasks, _manager, flipped, read_answers, write_answers
+from cluscomp.score.answers import flipped, read_answers, write_answers
+from cluscomp.score.tasks import Tasks, _manager
 from cluscomp.store.records import read
 
 pytest.importorskip("lm_eval")
