@@ -19,6 +19,7 @@ from cluscomp.forms.layers import size_of
 from cluscomp.forms.linear import CompressedLinear, compressed
 from cluscomp.kernels.loading import native
 from cluscomp.methods.cluscomp import ClusComp
+from cluscomp.models.opened import Opened
 from cluscomp.models.original import Original, block_names, blocks
 from cluscomp.stages.clustering import compress_block
 from cluscomp.stages.parts import put_part, read_part, save_part
@@ -329,6 +330,8 @@ def test_the_originals_generation_settings_are_kept(tiny_folder, tmp_path):
     for name in ("first", "second"):
         kept = json.loads((tmp_path / name / "generation_config.json").read_text())
         assert kept.items() >= values.items()
+    opened = Opened(tmp_path / "first", torch.float32, torch.device("cpu"))  # as shard=true reads it
+    assert opened.model().generation_config.to_dict().items() >= values.items()
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(InputError, match=r"generation_config\.json"):
         compress(folder)

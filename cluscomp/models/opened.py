@@ -54,6 +54,7 @@ class Opened(Original):
                 key: one if one is None or one.is_meta else one.to(self.device) for key, one in module._buffers.items()
             }
         model.eval()
+        self._say_how_to_generate(model)
         return model
 
     @contextmanager

@@ -126,12 +126,19 @@ class Original:
         for module in model.modules():
             module._buffers = {key: b if b is None else b.to(self.device) for key, b in module._buffers.items()}
         model.eval()
-        if (self.folder / GENERATION).is_file():  # what transformers makes of the config otherwise knows one end token
+        self._say_how_to_generate(model)
+        return model
+
+    def _say_how_to_generate(self, model: PreTrainedModel) -> None:
+        """Give the model the folder's own settings of generation: those made of its config know one end token alone.
+
+        Raises InputError if the file that holds them is damaged.
+        """
+        if (self.folder / GENERATION).is_file():
             try:
                 model.generation_config = GenerationConfig.from_pretrained(self.folder)
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 raise InputError(f"{self.folder / GENERATION}: {str(error).splitlines()[0]}") from error
-        return model
 
     @property
     def stored_dtype(self) -> torch.dtype:
