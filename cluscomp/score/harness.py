@@ -38,4 +38,6 @@ class Checkpoint(HFLM):  # type: ignore[misc]
         model = checkpoint.load(
             pretrained, kind, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         )
-        super().__init__(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(tokenizer or pretrained), **more)
+        bos = {key: more[key] for key in ("add_bos_token",) if more.get(key) is not None}
+        read = AutoTokenizer.from_pretrained(tokenizer or pretrained, **bos)
+        super().__init__(pretrained=model, tokenizer=read, **more)

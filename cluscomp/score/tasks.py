@@ -4,6 +4,7 @@ Everything of lm-eval is imported late. Of its many thousand task files only tho
 asked for: reading them all takes a minute.
 """
 
+import copy
 import difflib
 import importlib.metadata
 import math
@@ -128,10 +129,13 @@ class Tasks:
         from lm_eval.models.huggingface import HFLM
 
         manager, images = _manager(self), self._known().images
-        kind, own = (HFMultimodalLM, {}) if images else (HFLM, {"tokenizer": tokenizer})
+        # a copy: lm-eval gives it a padding token
+        kind, own = (HFMultimodalLM, {}) if images else (HFLM, {"tokenizer": copy.deepcopy(tokenizer)})
         lm = shared_out(kind)(
             pretrained=model, batch_size=self.batch_size, add_bos_token=self.bos, max_length=self.max_length, **own
         )
+        if self.bos is not None:  # a tokenizer that is given adds none for being asked for special tokens
+            lm.tokenizer.add_bos_token = self.bos
         results = simple_evaluate(
             lm, tasks=self._load(manager), num_fewshot=self.shots, limit=self.limit, task_manager=manager,
             batch_size=self.batch_size, apply_chat_template=self.chat_template,

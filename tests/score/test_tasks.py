@@ -93,6 +93,40 @@ print(json.dumps([len(calls), asked and [[(one.task, one.metric, one.value) for 
 """
 
 
+def starts(model, settings: Tasks, tokenizer) -> list[int]:
+    """The first token of each row that a model is given when it is asked; single tokens go on with a row."""
+    seen: list[int] = []
+
+    def look(_model, args, kwargs) -> None:
+        ids_BT = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        seen.extend(ids_BT[:, 0].tolist() if ids_BT.shape[1] > 1 else [])
+
+    hook = model.register_forward_pre_hook(look, with_kwargs=True)
+    settings.ask(model, tokenizer)
+    hook.remove()
+    return seen
+
+
+def test_bos_comes_first_also_where_the_tokenizer_adds_none(mirror, tiny_folder, tmp_path):
+    """Of a given tokenizer, and of a folder's through lm-eval's own command; the tokenizer itself stays as it was."""
+    from cluscomp.score import harness
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder, bos_token="<eos>")
+    tokenizer.pad_token, bos = None, tokenizer.bos_token_id
+    assert tokenizer("a").input_ids[0] != bos
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    for wanted in (True, False, None):
+        seen = starts(model, tasks(mirror, bos=wanted), tokenizer)
+        assert seen and {one == bos for one in seen} == {bool(wanted)}, wanted
+    assert tokenizer.pad_token is None and tokenizer("a").input_ids[0] != bos
+    compressed, _ = compress(tiny_folder)
+    checkpoint.save(compressed, tokenizer, tmp_path / "made")
+    plain = AutoTokenizer.from_pretrained(tmp_path / "made")("a").input_ids
+    for wanted, told in ((True, [bos, *plain]), (False, plain), (None, plain)):
+        asked = harness.Checkpoint(str(tmp_path / "made"), dtype="float32", add_bos_token=wanted)
+        assert asked.tok_encode("a") == told
+
+
 @pytest.mark.slow
 def test_processes_share_batches_out_and_answers_are_the_same_to_the_bit(forks, mirror, tiny_folder, tmp_path):
     """Likelihoods of choices and of whole texts, and what the model says itself."""
@@ -317,6 +351,11 @@ def test_images_are_asked_about_through_the_models_processor(tmp_path, tiny_fold
         made = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert row["filtered_resps"] == [processor.decode(made, skip_special_tokens=True)]
     assert settings.ask(model, tokenizer)[0][0].hash == found.hash
+    processor.tokenizer.bos_token = "<eos>"
+    processor.save_pretrained(folder)
+    for wanted in (True, False):
+        seen = starts(model, tasks(tmp_path, names=["pictures"], batch_size=1, bos=wanted), tokenizer)
+        assert len(seen) == 3 and {one == processor.tokenizer.bos_token_id for one in seen} == {wanted}
     with pytest.raises(InputError, match=r"asks about images, but the model of .* sees none"):
         settings.check(tiny_folder, tokenizer)
     (folder / "processor_config.json").write_text('{"processor_class": "LlavaNextProcessor"}')
