@@ -32,9 +32,13 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
 
 
 def flipped(original: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, tuple[int, int]]:
-    """For each task with right and wrong answers: how many changed, and of how many. Its first filter's count."""
+    """For each task with right and wrong answers: how many changed, and of how many. Its first filter's count.
+
+    A task with any value but 0 and 1 has none: its acc is a probability, which hardly ever stays the same.
+    """
     before = {(row["task"], row["filter"], row["doc_id"]): row for row in original}
     found: dict[str, tuple[int, int]] = {}
+    probable: set[str] = set()
     first = {row["task"]: row["filter"] for row in reversed(answers)}
     for row in (row for row in answers if row["filter"] == first[row["task"]]):
         metric = next((name for name in CORRECT if name in row), None)
@@ -42,4 +46,6 @@ def flipped(original: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]
         if metric is not None and other is not None:
             flips, count = found.get(row["task"], (0, 0))
             found[row["task"]] = flips + (row[metric] != other[metric]), count + 1
-    return found
+            if not {row[metric], other[metric]} <= {0, 1}:
+                probable.add(row["task"])
+    return {task: counts for task, counts in found.items() if task not in probable}

@@ -277,6 +277,9 @@ def test_flips_by_hand(tmp_path):
     assert flipped(rows(1.0, 0.0), rows(1.0, 0.0)) == {"t": (0, 2)}
     before, after = ([*one, *({**row, "filter": "other"} for row in one)] for one in (rows(1.0, 0.0), rows(1.0, 1.0)))
     assert flipped(before, after) == {"t": (1, 2)}  # a question counts once
+    others = [row | {"task": "u"} for row in rows(1.0, 0.0)]
+    for one, two in ((0.25, 1.0), (1.0, 0.25), (0.25, 0.5)):  # acc is a probability, as that of truthfulqa_mc2
+        assert flipped([*rows(one, 1.0), *others], [*rows(two, 1.0), *others]) == {"u": (0, 2)}
     write_answers(tmp_path / "a.gz", rows(1.0, 0.0))
     assert read_answers(tmp_path / "a.gz") == rows(1.0, 0.0)
 
