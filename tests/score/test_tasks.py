@@ -201,7 +201,9 @@ def test_a_task_scores_what_its_likelihoods_say(mirror, tiny_folder):
     assert part.n == 5 and part.hash != found.hash and few.describe() != settings.describe()
 
 
-def test_lm_evals_own_command_knows_a_checkpoint_and_scores_what_evaluate_does(mirror, tiny_folder, tmp_path):
+def test_lm_evals_own_command_knows_a_checkpoint_and_scores_what_evaluate_does(
+    mirror, tiny_folder, tmp_path, monkeypatch
+):
     from lm_eval import simple_evaluate
 
     from cluscomp.score import harness
@@ -221,6 +223,16 @@ def test_lm_evals_own_command_knows_a_checkpoint_and_scores_what_evaluate_does(m
     assert theirs == [row["filtered_resps"] for row in answers]
     with pytest.raises(InputError, match="dtype=float99"):
         harness.Checkpoint(str(tmp_path / "made"), dtype="float99")
+    others = ("peft", "delta", "subfolder", "gguf_file", "gptqmodel", "autogptq", "revision", "load_in_4bit")
+    for key in others:
+        with pytest.raises(InputError, match=rf"^{key}=x: has no effect on a checkpoint of cluscomp"):
+            harness.Checkpoint(str(tmp_path / "made"), **{key: "x"})
+    asked = []
+    monkeypatch.setattr(harness.AutoTokenizer, "from_pretrained", lambda _, **more: asked.append(more) or tokenizer)
+    harness.Checkpoint.create_from_arg_string(
+        f"{arguments},revision=main,use_fast_tokenizer=False,trust_remote_code=False", {"device": "cpu"}
+    )
+    assert asked == [{"use_fast": False, "trust_remote_code": False}]
 
 
 def test_rows_count_by_what_they_say_not_by_where_they_lie(mirror, tmp_path):
