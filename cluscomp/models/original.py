@@ -164,9 +164,15 @@ class Original:
         """What made a model that another library compressed, for the record; None of any other."""
         return None
 
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that the model takes, or None where its config names no such number."""
+        most: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return most
+
     def check_length(self, key: str, tokens: int) -> None:
         """Raise InputError if a window of so many tokens is longer than the model takes; `key` is its setting."""
-        most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        most = self.positions
         if most is not None and tokens > most:
             raise InputError(f"{key}={tokens}: {self.folder.name} has {most} positions; give {key}={most} or less")
 

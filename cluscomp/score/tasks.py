@@ -20,7 +20,8 @@ from pydantic import Field
 from cluscomp.data.mirror import copies_told, own_cache
 from cluscomp.errors import InputError
 from cluscomp.score.answers import answers_in
-from cluscomp.score.images import check_processor, hashed, sees
+from cluscomp.score.images import check_processor
+from cluscomp.score.known import Known, examples, known_of
 from cluscomp.settings import settings
 from cluscomp.store.files import file_hash
 from cluscomp.store.records import content_key
@@ -68,8 +69,11 @@ class Tasks:
     include_path: str | None
     data_root: str | None
 
-    def check(self, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Raise InputError if tokenizer, processor or tasks lack what is asked of them; `folder` is the model's."""
+    def check(self, folder: Path, tokenizer: "PreTrainedTokenizerBase", positions: int | None = None) -> None:
+        """Raise InputError if tokenizer, processor or tasks lack what is asked of them.
+
+        `folder` is the model's, `positions` is how many tokens it takes, where that is known.
+        """
         if not self.names:
             return
         if tokenizer.eos_token_id is None:
@@ -82,6 +86,7 @@ class Tasks:
         if self.chat_template and not getattr(tokenizer, "chat_template", None):
             raise InputError(f"tasks.chat_template=true: the tokenizer of {folder} has no chat template")
         known = self._known()
+        known.check(shots=self.shots, max_length=self.max_length, model=folder.name, positions=positions)
         if known.images:
             check_processor(folder)
         if self.mean is not None and not known.accuracy:
@@ -97,13 +102,11 @@ class Tasks:
         """
         return self._known().hash
 
-    def _known(self) -> "_Rows":
+    def _known(self) -> Known:
         name = repr(self)
-        if name not in _ROWS:
-            tasks = _leaf_tasks(self._load(_manager(self)))
-            rows = content_key([_rows(one, self.shots) for one in tasks])
-            _ROWS[name] = _Rows(rows, any(map(sees, tasks)), any("acc" in one.aggregation() for one in tasks))
-        return _ROWS[name]
+        if name not in _KNOWN:
+            _KNOWN[name] = known_of(self._load(_manager(self)), self.shots)
+        return _KNOWN[name]
 
     def describe(self) -> dict[str, Any]:
         """The settings that decide the scores, with the content of one's own task files in place of where they lie."""
@@ -170,28 +173,7 @@ class Tasks:
         return loaded
 
 
-@plain_dataclass(frozen=True)
-class _Rows:
-    """A hash of all rows of some tasks, whether one of them asks about images, and whether one has an acc."""
-
-    hash: str
-    images: bool
-    accuracy: bool
-
-
-_ROWS: dict[str, _Rows] = {}
-
-
-def _leaf_tasks(loaded: list[Any]) -> list[Any]:
-    """The tasks among loaded tasks and groups, and in these."""
-    return [task for one in loaded for task in (one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one])]
-
-
-def _rows(task: Any, shots: int | None) -> list[Any]:
-    """Name and rows of a task, with those that its examples are drawn from if there are any; of images their hashes."""
-    examples = shots if shots is not None else task.config.num_fewshot or 0
-    rows = [list(task.eval_docs), list(task.fewshot_docs()) if examples else []]
-    return [task.config.task, *(hashed(rows) if sees(task) else rows)]
+_KNOWN: dict[str, Known] = {}
 
 
 def _manager(tasks: Tasks) -> Any:
@@ -247,13 +229,13 @@ def _local(config: dict[str, Any], root: Path, shots: int | None) -> dict[str, A
     splits = get_dataset_split_names(str(folder), config.get("dataset_name"))
     reading = (config.get("dataset_kwargs") or {}) | {"cache_dir": own_cache(folder)}
     changes: dict[str, Any] = {"dataset_path": str(folder), "dataset_kwargs": reading}
-    examples = shots if shots is not None else config.get("num_fewshot") or 0
+    shown = examples(shots, config.get("num_fewshot"))
     scored = config.get("test_split") or config.get("validation_split")
     for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
         split = config.get(key)
         if split is None or split in splits:
             continue
-        if split == scored or (examples > 0 and key in {"training_split", "fewshot_split"}):
+        if split == scored or (shown > 0 and key in {"training_split", "fewshot_split"}):
             raise InputError(
                 f"tasks.names: '{config['task']}' needs split '{split}', but {folder} has only {', '.join(splits)}"
             )

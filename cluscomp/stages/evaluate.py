@@ -85,14 +85,33 @@ class Evaluate:
         return {"after", "texts", "tasks"}
 
     def check(self, original: "Original") -> None:
-        """Cut the windows. Raises InputError if a text is too short, a window too long, or there is no BOS."""
+        """Cut the windows. Raises InputError if a text is too short, a window or prompt too long, or BOS missing."""
         if self.texts:
             original.check_length("evaluate.context", self._context(original.config))
         for source in self.texts.values():
             self._windows(source, original)
         if self.tasks.max_length is not None:
             original.check_length("tasks.max_length", self.tasks.max_length)
-        self.tasks.check(original.folder, original.tokenizer)
+        if self.prompt is not None:
+            self._check_prompt(original, self.prompt)
+        self.tasks.check(original.folder, original.tokenizer, original.positions)
+
+    def _check_prompt(self, original: "Original", prompt: str) -> None:
+        tokens = len(original.tokenizer(prompt).input_ids)
+        if tokens == 0:
+            raise InputError(
+                f"evaluate.prompt={prompt!r}: the tokenizer of {original.folder} makes 0 tokens of it; give at least "
+                "one, or evaluate.prompt=null"
+            )
+        whole, most = tokens + self.prompt_tokens, original.positions
+        if most is not None and whole > most:
+            shorter = (
+                "a shorter evaluate.prompt" if tokens >= most else f"evaluate.prompt_tokens={most - tokens} or less"
+            )
+            raise InputError(
+                f"evaluate.prompt_tokens={self.prompt_tokens}: with the prompt's {tokens} tokens {whole} in all, but "
+                f"{original.folder.name} has {most} positions; give {shorter}"
+            )
 
     def cost(self, outline: "MetaModel") -> Cost:
         """All windows' hidden states of one text after the other, one block, and the logits of one batch.

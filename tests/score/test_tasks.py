@@ -281,6 +281,44 @@ def test_a_tokenizer_without_an_end_token_is_refused_beforehand(mirror, tiny_fol
     tasks(mirror, names=[]).check(tiny_folder, tokenizer)
 
 
+def test_answers_that_leave_no_room_for_a_prompt_are_refused_beforehand(mirror, tiny_folder, tmp_path):
+    """lm-eval would fail only after the first model was asked. A task's own number counts, or lm-eval's 256."""
+    head = TASK.partition("output_type")[0].partition("\n")[2]
+    rest = f'{head}validation_split: validation\ndoc_to_text: "{{{{question}}}}"\n' + OTHERS.partition("\n")[2]
+    for name, text in (("few", rest), ("many", rest.replace("  max_gen_toks: 3\n", ""))):
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{text}")
+    (tmp_path / "others.yaml").write_text("task: others\n" + rest.replace("max_gen_toks: 3", "max_new_tokens: 70"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+
+    def check(positions: int | None, **changes) -> None:
+        tasks(mirror, include_path=str(tmp_path), **changes).check(tiny_folder, tokenizer, positions)
+
+    check(64, names=["few"])
+    check(64, names=["few"], max_length=4)
+    check(None, names=["few", "many"])
+    check(257, names=["few", "many"])
+    for name, count in (("many", 256), ("others", 70)):
+        told = f"'{name}' generates up to {count} tokens .* but {tiny_folder.name} has 64 positions"
+        with pytest.raises(InputError, match=told):
+            check(64, names=["few", name])
+    with pytest.raises(InputError, match=r"tasks\.max_length=3: 'few' generates up to 3 tokens .*, so none is left"):
+        check(64, names=["few"], max_length=3)
+    with pytest.raises(InputError, match=r"tasks\.max_length=256: 'many' generates up to 256 tokens"):
+        check(1024, names=["few", "many"], max_length=256)
+
+
+def test_examples_that_lm_eval_would_not_show_are_refused(mirror, tiny_folder, tmp_path):
+    (tmp_path / "bare.yaml").write_text(TASK.replace("task: colours", "task: bare") + "num_fewshot: 0\n")
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [bare]\n")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    for shots in (0, None):
+        tasks(mirror, names=["both"], include_path=str(tmp_path), shots=shots).check(tiny_folder, tokenizer)
+    told = r"tasks\.shots=2: 'bare' has no examples by its own config; give tasks\.shots=null for it"
+    for name in ("bare", "both"):
+        with pytest.raises(InputError, match=told):
+            tasks(mirror, names=[name], include_path=str(tmp_path), shots=2).check(tiny_folder, tokenizer)
+
+
 def test_flips_by_hand(tmp_path):
     def rows(*right: float):
         return [{"task": "t", "filter": "none", "doc_id": number, "acc": one} for number, one in enumerate(right)]

@@ -193,3 +193,17 @@ def test_the_first_process_alone_loads_all_blocks_to_continue_a_prompt(ground, t
         original = opened(tiny_folder)
         found = settings.evaluate(original, original, "original", {}, tmp_path, seed=0)
         assert len(loaded) == count and (found.sample is not None) == bool(count) and found.scores
+
+
+def test_a_prompt_that_cannot_be_continued_is_refused_beforehand(ground, tiny_folder):
+    """Of no token, or with what is to come longer than the model."""
+    original = opened(tiny_folder)
+    tokens = len(original.tokenizer("The capital").input_ids)
+    with pytest.raises(InputError, match=r"evaluate\.prompt='': the tokenizer of .* makes 0 tokens of it"):
+        evaluate(ground, "evaluate.prompt=''").check(original)
+    evaluate(ground, "evaluate.prompt='The capital'", f"evaluate.prompt_tokens={64 - tokens}").check(original)
+    told = rf"evaluate\.prompt_tokens=60: .* {tokens} tokens {tokens + 60} in all, but .* has 64 positions; give "
+    with pytest.raises(InputError, match=rf"{told}evaluate\.prompt_tokens={64 - tokens} or less"):
+        evaluate(ground, "evaluate.prompt='The capital'", "evaluate.prompt_tokens=60").check(original)
+    with pytest.raises(InputError, match=r"give a shorter evaluate\.prompt$"):
+        evaluate(ground, f"evaluate.prompt='{'The capital ' * 20}'").check(original)
