@@ -1,14 +1,13 @@
 """Tasks of lm-evaluation-harness: its tasks, prompts and metrics, asked of our model object. Settings of conf/tasks.
 
-Everything of lm-eval is imported late. Of its many thousand task files only those folders are read that name what is
-asked for: reading them all takes a minute.
+Everything of lm-eval is imported late. Of its many thousand task files only the folders of what is asked for are read,
+which score/places.py finds.
 """
 
 import copy
 import difflib
 import importlib.metadata
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
@@ -22,16 +21,13 @@ from cluscomp.errors import InputError
 from cluscomp.score.answers import answers_in
 from cluscomp.score.images import check_processor
 from cluscomp.score.known import Known, examples, known_of
+from cluscomp.score.places import named, named_by_lm_eval
 from cluscomp.settings import settings
 from cluscomp.store.files import file_hash
 from cluscomp.store.records import content_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-NAMED = re.compile(
-    r"^[\"']?(?:task|group|tag)[\"']?: *[\"']?([^\s#\"'\[]+)|^ *- *(?:task: *)?[\"']?([\w.+-]+)[\"']? *$", re.M
-)
 
 
 @plain_dataclass(frozen=True)
@@ -182,6 +178,7 @@ def _manager(tasks: Tasks) -> Any:
         import lm_eval
         from lm_eval.tasks import TaskManager
         from lm_eval.tasks._factory import TaskFactory
+        from lm_eval.tasks._index import TaskIndex
     except ImportError as error:
         raise InputError("tasks: lm-eval is not installed: pip install 'cluscomp[tasks]'") from error
 
@@ -189,13 +186,18 @@ def _manager(tasks: Tasks) -> Any:
     if own and not own[0].is_dir():
         raise InputError(f"tasks.include_path={tasks.include_path}: there is no such folder")
     given = Path(lm_eval.__file__).parent / "tasks"
-    named = {name: place for root in [given, *own] for name, place in _named(root)}
+    known, ours = named_by_lm_eval(given), [named(folder) for folder in own]
+    names = known.names.union(*(one.names for one in ours))
     for name in tasks.names:
-        if name not in named:
-            near = ", ".join(difflib.get_close_matches(name, named, 3)) or "none"
+        if name not in names:
+            near = ", ".join(difflib.get_close_matches(name, names, 3)) or "none"
             raise InputError(f"tasks.names: lm-eval has no task, group or tag '{name}'; near: {near}")
-    wanted = {*tasks.names, *(name for folder in own for name, _ in _named(folder))}
-    folders = sorted({place for name in wanted if (place := named.get(name)) and place.is_relative_to(given)})
+    wanted = {*tasks.names}.union(*(one.names for one in ours)).difference(*(one.places for one in ours))
+    index: dict[str, Any] = {}
+    for folder in sorted(known.needed(wanted), key=lambda place: f"{place}/"):  # as lm-eval walks through all of them
+        for name, entry in TaskIndex.build([folder]).items():
+            index.setdefault(name, entry).tags.update(entry.tags)  # a tag's tasks lie in several folders
+    index |= TaskIndex.build(own)
 
     class Local(TaskFactory):  # type: ignore[misc]
         """Reads the rows of every task from `data_root` where that is given."""
@@ -206,17 +208,9 @@ def _manager(tasks: Tasks) -> Any:
                 config |= _local(config, Path(tasks.data_root).expanduser(), tasks.shots)
             return config
 
-    manager = TaskManager(include_path=[*map(str, folders), *map(str, own)], include_defaults=False)
-    manager._factory = Local()
+    manager = TaskManager(include_defaults=False)
+    manager._index, manager._factory = index, Local()
     return manager
-
-
-def _named(root: Path) -> Iterator[tuple[str, Path]]:
-    """Names that task files below `root` give to tasks, groups and tags, and the folder right below `root` of each."""
-    for path in sorted(root.rglob("*.y*ml")):
-        inside = path.relative_to(root).parts
-        for names in NAMED.findall(path.read_text(encoding="utf-8", errors="ignore")):
-            yield names[0] or names[1], root / inside[0] if len(inside) > 1 else root
 
 
 def _local(config: dict[str, Any], root: Path, shots: int | None) -> dict[str, Any]:
