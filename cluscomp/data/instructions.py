@@ -112,6 +112,7 @@ class Rows:
         from jinja2 import TemplateError
 
         examples, truncated, dropped = [], 0, 0
+        plain = _plain_context(tokenizer)
         for number, row in enumerate(self._rows()):
             try:
                 pieces = self._pieces(row, tokenizer)
@@ -121,7 +122,7 @@ class Rows:
             except (TemplateError, ArithmeticError) as error:  # it reaches for attributes, counts without end, ...
                 problem = str(error).splitlines()[0]
                 raise InputError(f"{self._place}: row {number} is refused by the chat template: {problem}") from error
-            tokens = _tokens(pieces, tokenizer, whole=self.format == "messages")
+            tokens = _tokens(pieces, tokenizer, plain, whole=self.format == "messages")
             truncated += len(tokens.ids) > length
             tokens = Tokens(tokens.ids[:length], tokens.counted[:length])
             if any(tokens.counted[1:]):
@@ -237,13 +238,47 @@ def _turns(messages: list[dict[str, str]], tokenizer: Any, place: str) -> list[P
     return [*pieces, (whole[done:], False)]
 
 
-def _tokens(pieces: list[Piece], tokenizer: Any, *, whole: bool) -> Tokens:
-    """Tokens piece by piece; special tokens begin and end the text unless it is `whole`, as a template made it."""
+def _plain_context(tokenizer: Any) -> str | None:
+    """A text after which a letter is another token than alone, or None if there is none.
+
+    So it is where a space is put before every text, as SentencePiece does: pieces alone would have one too many.
+    """
+    alone = _ids("b", tokenizer)
+    for context in ("a\n", "a("):
+        start, both = _ids(context, tokenizer), _ids(f"{context}b", tokenizer)
+        if both[: len(start)] == start and both[len(start) :] != alone:
+            return context
+    return None
+
+
+def _ids(text: str, tokenizer: Any) -> list[int]:
+    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return found
+
+
+def _after(before: str, text: str, plain: str, tokenizer: Any) -> list[int]:
+    """Tokens of a text after another, whose own tokens stay; or, where these would change, those after `plain`."""
+    for context in (before, plain):
+        start, both = _ids(context, tokenizer), _ids(f"{context}{text}", tokenizer)
+        if both[: len(start)] == start:
+            return both[len(start) :]
+    return _ids(text, tokenizer)
+
+
+def _tokens(pieces: list[Piece], tokenizer: Any, plain: str | None, *, whole: bool) -> Tokens:
+    """Tokens piece by piece; special tokens begin and end the text unless it is `whole`, as a template made it.
+
+    `plain`: see `_plain_context`.
+    """
     ids: list[int] = []
     counted: list[bool] = []
-    end = tokenizer.eos_token_id
+    end, before = tokenizer.eos_token_id, ""
     for number, (text, counts) in enumerate(pieces):
-        found = tokenizer(text, add_special_tokens=number == 0 and not whole, verbose=False).input_ids
+        if number > 0 and plain is not None:
+            found = _after(before, text, plain, tokenizer)
+        else:
+            found = tokenizer(text, add_special_tokens=number == 0 and not whole, verbose=False).input_ids
+        before += text
         if number == 0 and not whole and found and found[-1] == end:
             found = found[:-1]
         ids += found
