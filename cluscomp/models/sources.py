@@ -8,6 +8,7 @@ import copy
 import difflib
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -19,7 +20,7 @@ from pydantic import Field
 
 from cluscomp.errors import InputError
 from cluscomp.models.files import weight_files
-from cluscomp.models.gguf_file import COUNTED, convert, opened_once, outline, types_in
+from cluscomp.models.gguf_file import CONVERTER, COUNTED, convert, opened_once, outline, types_in
 from cluscomp.models.untrusted import check_counts, check_folder, check_gguf, read_as_gguf
 from cluscomp.settings import settings
 from cluscomp.store.files import file_hash, new_folder
@@ -134,7 +135,7 @@ class GgufModel:
         """The model's config, from the converted folder or the file's header. Raises InputError as `folder`."""
         path = self._path()
         content = file_hash(path)
-        target = cache / f"gguf-{content[:16]}"
+        target = _converted(cache, content)
         return read_config(target) if (target / "gguf.json").is_file() else copy.deepcopy(_gguf_config(path, content))
 
     def folder(self, cache: Path, *, to_score: bool = False) -> Path:
@@ -150,7 +151,7 @@ class GgufModel:
             )
         path = self._path()
         content = file_hash(path)
-        target = cache / f"gguf-{content[:16]}"
+        target = _converted(cache, content)
         if to_score and (self.of is not None or _quantised(path, content)):
             return _counted(path, target.with_name(f"{target.name}-counted"))
         if not (target / "gguf.json").is_file():
@@ -299,6 +300,11 @@ def quantised_types(folder: Path) -> list[str]:
     """The quantised types of the GGUF file that a model's folder was made from; none for other folders."""
     marked = folder / "gguf.json"
     return list(json.loads(marked.read_text())["quantised"]) if marked.is_file() else []
+
+
+def _converted(cache: Path, content: str) -> Path:
+    """Where the folder made of a GGUF file with this hash lies: another for each version of what makes it."""
+    return cache / f"gguf-{content[:16]}-{importlib.metadata.version('transformers')}-{CONVERTER}"
 
 
 def _counted(path: Path, target: Path) -> Path:

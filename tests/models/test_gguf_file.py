@@ -1,5 +1,6 @@
 """Quantised GGUF files are scored as they are, at the bits that they store, counted here by hand."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,13 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, LlamaFileTy
 from gguf_files import TOKENS, llama
 from pipelines import pipeline
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from cluscomp.errors import InputError
+from cluscomp.models import sources
+from cluscomp.models.files import fingerprint
 from cluscomp.models.gguf_file import matrices_in, outline
-from cluscomp.models.sources import GgufModel
+from cluscomp.models.sources import GgufModel, read_config
 from cluscomp.report import page
 from cluscomp.report.comparison import perplexity_table
 from cluscomp.report.pareto import pareto
@@ -174,3 +178,81 @@ def test_a_layer_without_a_tensor_is_named(rival):
         found = outline(rival)
         del found["tensors"]["blk.0.attn_q.weight"]
         matrices_in(found, ["model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"])
+
+
+# what transformers does not read
+
+
+def frequencies(factor: float) -> np.ndarray:
+    """By what llama.cpp's converter says Llama 3 divides the frequencies of heads 16 wide, one by one."""
+    found = []
+    for number in range(8):
+        length = 2 * np.pi * 1e4 ** (number / 8)
+        smooth = (8192 / length - 1) / (4 - 1)
+        between = 1 / ((1 - smooth) / factor + smooth)
+        found.append(1.0 if length < 8192 / 4 else factor if length > 8192 else between)
+    return np.array(found, dtype=np.float32)
+
+
+def converted(folder: Path, say) -> Path:
+    """The folder made of a file of which `say` writes more."""
+    file = llama(folder / "file.gguf", say=say)
+    return GgufModel(file=str(file), package=None, of=None, calibration=None).folder(folder / "cache")
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "rope_factors_long.weight"])
+def test_a_tensor_that_transformers_passes_over_is_named(name, tmp_path):
+    with pytest.raises(InputError, match=rf"without tensor {name} \(1 such\), so it would be another model"):
+        converted(tmp_path, lambda writer: writer.add_tensor(name, np.ones(32, dtype=np.float32)))
+    assert not list((tmp_path / "cache").glob("gguf-*"))
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_the_frequencies_of_llama_3_are_put_into_the_config(factor, tmp_path):
+    rope = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192, "rope_theta": 1e4}
+    told = frequencies(factor)
+    folder = converted(tmp_path, lambda writer: writer.add_tensor("rope_freqs.weight", told))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert model.config.rope_parameters == rope and 1 < told[6] < told[7] == factor
+    expected = 1e4 ** (-np.arange(8) / 8) / told
+    np.testing.assert_allclose(model.model.rotary_emb.inv_freq.numpy(), expected, rtol=1e-3)
+
+
+def test_other_frequencies_are_refused_and_those_of_1_change_nothing(tmp_path):
+    for values in (frequencies(8.0) * 1.01, frequencies(16.0), frequencies(8.0)[4:]):
+        with pytest.raises(InputError, match=r"tensor rope_freqs\.weight scales positions neither by 1 nor as Llama 3"):
+            converted(tmp_path, lambda writer, values=values: writer.add_tensor("rope_freqs.weight", values))
+    folder = converted(tmp_path, lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, dtype=np.float32)))
+    assert read_config(folder).rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        ({"type": "yarn", "factor": 4.0}, True), ({"type": "linear", "factor": 2.0}, True), ({"factor": 2.0}, True),
+        ({"type": "none"}, False), ({"type": "linear", "factor": 1.0}, False), ({"factor": 0.0}, False),
+    ],
+)  # fmt: skip
+def test_a_scaling_of_positions_that_transformers_does_not_make_is_refused(said, refused, tmp_path):
+    def say(writer) -> None:
+        for key, value in said.items():
+            (writer.add_string if key == "type" else writer.add_float32)(f"llama.rope.scaling.{key}", value)
+
+    if refused:
+        told = ", ".join(f"llama.rope.scaling.{key}={value}" for key, value in said.items())
+        with pytest.raises(InputError, match=rf"{re.escape(told)}, but transformers .* scales positions by 'default'"):
+            converted(tmp_path, say)
+    else:
+        converted(tmp_path, say)
+
+
+def test_a_conversion_of_other_versions_is_not_taken_and_makes_the_same(small_gguf, tmp_path, monkeypatch):
+    source = GgufModel(file=str(small_gguf), package=None, of=None, calibration=None)
+    first = source.folder(tmp_path)
+    for place, name, value in ((sources, "CONVERTER", 0), (sources.importlib.metadata, "version", lambda _: "9.9")):
+        with monkeypatch.context() as changed:
+            changed.setattr(place, name, value)
+            other = source.folder(tmp_path)
+        assert other != first and fingerprint(other) == fingerprint(first)  # so keys stay
+    assert source.folder(tmp_path) == first
