@@ -130,11 +130,8 @@ class Original:
         return model
 
     def _say_how_to_generate(self, model: PreTrainedModel) -> None:
-        """Give the model the folder's own settings of generation: those made of its config know one end token alone.
-
-        Raises InputError if the file that holds them is damaged.
-        """
-        if (self.folder / GENERATION).is_file():
+        """Give the model the folder's own settings of generation. Raises InputError if their file is damaged."""
+        if (self.folder / GENERATION).is_file():  # what transformers makes of the config otherwise knows one end token
             try:
                 model.generation_config = GenerationConfig.from_pretrained(self.folder)
             except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -167,8 +164,7 @@ class Original:
     @property
     def positions(self) -> int | None:
         """The most tokens that the model takes, or None where its config names no such number."""
-        most: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return most
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     def check_length(self, key: str, tokens: int) -> None:
         """Raise InputError if a window of so many tokens is longer than the model takes; `key` is its setting."""
