@@ -205,7 +205,8 @@ def test_help_teaches(cli, arguments):
     assert "$CONFIG" not in done.out and "${hydra" not in done.out
 
 
-def test_each_command_has_its_help_and_each_group_its_choices(cli):
+def test_each_command_has_its_help_and_each_group_its_choices(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     for command in ("plan", "status", "collect", "table", "plot", "verify", "list", "help"):
         for arguments in ([command, "--help"], ["help", command]):
             done = cli(*arguments)

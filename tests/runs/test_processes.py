@@ -84,14 +84,19 @@ def undisturbed(forks, arguments, tmp_path_factory) -> Callable[..., dict[str, s
 
 
 def test_two_processes_at_once_do_the_work_once(forks, arguments, undisturbed, tmp_path):
-    """Scores, too; and a third process meets no lock."""
+    """Scores, too; and a third process meets no lock. The first is held up once, so that the second waits for it."""
     outputs, logs = tmp_path / "outputs", [tmp_path / name for name in ("first", "second", "third")]
     command = arguments(outputs, "evaluate.after=null", f"cache={tmp_path / 'cache'}")
-    pids = [forks.start(log, *command) for log in logs[:2]]
+    pids = [forks.start(logs[0], *command)]
+    until(lambda: bool(list(outputs.glob("block_finetune-*/streams.json"))))
+    os.kill(pids[0], signal.SIGSTOP)
+    assert not list(outputs.glob("block_finetune-*/metrics.json")), "too late: the stage had ended"
+    pids.append(forks.start(logs[1], *command))
+    until(lambda: "waits for process" in logs[1].read_text())
+    os.kill(pids[0], signal.SIGCONT)
     assert [forks.wait(pid) for pid in pids] == [0, 0], [log.read_text() for log in logs[:2]]
     assert hashes(outputs) == undisturbed()
     first, second = (log.read_text() for log in logs[:2])
-    assert "waits for process" in first + second
     for name in ORDER:
         assert (first + second).count(f"{name}  {LAST[name]}") == 1
         assert (first + second).count(f"{name}  finished before") == 1
