@@ -232,7 +232,8 @@ def save(
     """
     adapted = bool(adapters.parameters(model))
     shapes = shapes_of(model.config)
-    config = CompressedConfig(specs(model), adapter=adapters.FOLDER if adapted else None, shapes=shapes)
+    # its weights are named when they are written: see `get_state_dict_and_metadata`
+    config = CompressedConfig({}, adapter=adapters.FOLDER if adapted else None, shapes=shapes)
     model.config.quantization_config = config
     quantizer = CompressedQuantizer(config)
     quantizer.writes_adapters = True
@@ -244,8 +245,10 @@ def save(
         free = shutil.disk_usage(unfinished).free
         if free < needed:
             raise OSError(f"{folder}: the checkpoint needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f}")
-        model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
-        quantizer.writes_adapters = False
+        try:
+            model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
+        finally:
+            quantizer.writes_adapters = False
         if dtype is not None:
             named = deepcopy(model.config)
             named.dtype = dtype

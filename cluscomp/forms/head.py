@@ -39,7 +39,7 @@ class Head(nn.Linear):
     def _in_halves(self) -> Tensor | None:
         weight = self.weight.detach()
         seen = weight.data_ptr(), 0 if weight.is_inference() else weight._version
-        flat = weight.view(-1)
+        flat = weight.reshape(-1)
         sample = flat[:: max(1, len(flat) // SAMPLE) | 1]  # an odd step, which comes by all columns
         if seen != self._seen or self._sample is None or not torch.equal(sample, self._sample):
             dtype = storage_dtype(weight)

@@ -147,7 +147,7 @@ def convert(path: Path, folder: Path, dtype: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    with read_as_gguf(path), opened_once(path), unread() as passed_over:
+    with read_as_gguf(path), opened_once(path), _unread() as passed_over:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
         )
@@ -180,7 +180,7 @@ def convert(path: Path, folder: Path, dtype: str) -> None:
 
 
 @contextmanager
-def unread() -> Iterator[list[str]]:
+def _unread() -> Iterator[list[str]]:
     """In it transformers' converter of GGUF files tells, in the list, which tensors it passes over."""
     from transformers import modeling_gguf_pytorch_utils
 

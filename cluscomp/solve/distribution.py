@@ -12,12 +12,10 @@ def of_entries(weight_OI: Tensor) -> dict[str, float]:
 
     Of equal entries both are 0. (Paper, section 3.1: kurtosis tells how hard a weight is to quantise.)
     """
-    if bool(weight_OI.amin() == weight_OI.amax()):
-        return {"kurtosis": 0.0, "outliers": 0.0}
     centred_OI = weight_OI.float() - weight_OI.float().mean()
     square_OI = centred_OI.square_()
     variance = float(square_OI.mean(dtype=torch.float64))
-    if variance == 0:
+    if variance == 0 or bool(weight_OI.amin() == weight_OI.amax()):  # whose mean may be rounded
         return {"kurtosis": 0.0, "outliers": 0.0}
     outliers = float((square_OI > FAR**2 * variance).float().mean(dtype=torch.float64))
     return {"kurtosis": float(square_OI.square_().mean(dtype=torch.float64)) / variance**2, "outliers": outliers}

@@ -52,7 +52,7 @@ class Group:
         if len(layers) > 1:
             squares = [float(weight.square().mean()) for weight in self.weights]
             mean = sum(square * weight.numel() for square, weight in zip(squares, self.weights)) / self.numbers
-            scales = [(square / mean) ** 0.5 if square else 0.0 for square in squares]
+            scales = [(square / (mean or 1.0)) ** 0.5 for square in squares]
             self.weights = [weight / (scale or 1.0) for weight, scale in zip(self.weights, scales)]
             self.scales = [*scales]
 

@@ -1,5 +1,5 @@
 // The Python face of the kernels. Arguments arrive checked and contiguous (kmeans.py); here only sizes are compared,
-// so that no call, however wrong, can read or write outside its arrays.
+// and whether centroids are finite, so that no call, however wrong, can read or write outside its arrays.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
